@@ -1,0 +1,48 @@
+# Each target is one command on a machine with Python, a C++ compiler and make: it makes its own virtual environment.
+
+PYTHON ?= python3
+VENV := .venv
+TEST_VENV := build/test-venv
+WHEELS := build/wheels
+DEMO := build/demo
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test test-all wheel clean
+
+# Embeds real text with a real BERT, before and after the swap. Leaves build/demo/demo.json and demo.png.
+demo: $(VENV)/.demo
+	mkdir -p $(DEMO)
+	$(VENV)/bin/fastattn demo --json $(DEMO)/demo.json --plot $(DEMO)/demo.png
+
+$(VENV)/.pip: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml setup.py $(NATIVE)
+	$(VENV)/bin/python -m pip install -c constraints.txt --build-constraint constraints.txt -e ".[demo]"
+	touch $@
+
+# What CI runs: linters, the native code built once into a wheel, and that wheel tested in a clean environment from a
+# folder outside the checkout. test-all adds the tests marked slow.
+test: MARKS := -m "not slow"
+test test-all:
+	$(PYTHON) -m venv --clear $(TEST_VENV)
+	$(TEST_VENV)/bin/python -m pip install --quiet -c constraints.txt pip mypy ruff
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/ruff format --check .
+	rm -rf $(WHEELS)
+	$(TEST_VENV)/bin/python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir $(WHEELS) .
+	$(TEST_VENV)/bin/python -m pip install --quiet -c constraints.txt "$$(ls $(WHEELS)/fastattn-*.whl)[lint,test]"
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && cp -R tests "$$scratch/tests" && \
+	checkout=$$PWD && bin=$$PWD/$(TEST_VENV)/bin && cd "$$scratch" && \
+	"$$bin/mypy" --config-file "$$checkout/pyproject.toml" -p fastattn && \
+	FASTATTN_CHECKOUT="$$checkout" "$$bin/python" -m pytest -c "$$checkout/pyproject.toml" --rootdir "$$scratch" \
+	    -p no:cacheprovider -n 2 $(MARKS) tests
+
+wheel: $(VENV)/.pip
+	$(VENV)/bin/python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info fastattn/_lib fastattn/_cpu.*.so fastattn/_cuda.*.so $(VENV)/.demo
+	find fastattn kernels tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,63 @@
+"""The Triton backend: norms on a GPU, and on CPU tensors under TRITON_INTERPRET=1 (Triton's interpreter, for tests).
+
+The kernels are in fastattn.kernels, which this package imports at the first call: importing it needs no triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from fastattn.backends.triton.norm import norm_backward, norm_forward, norm_reasons
+from fastattn.problems import NormProblem, Problem
+
+__all__ = ["NAME", "norm_backward", "norm_forward", "not_supported_reasons", "unavailable_reason"]
+
+NAME = "triton"
+
+_OLDEST_CAPABILITY = (8, 0)
+
+
+def unavailable_reason() -> str | None:
+    """Why Triton kernels cannot run on this machine, or None."""
+    if not _triton_is_installed():
+        return "triton is not installed; run: pip install 'fastattn[triton]'"
+    if interpreting():
+        return None
+    if torch.version.hip is not None:
+        return "the Triton kernels are untried on ROCm"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; on CPU tensors Triton runs only under TRITON_INTERPRET=1"
+    return _capability_reason()
+
+
+def not_supported_reasons(problem: Problem) -> list[str]:
+    """Why this problem is refused; empty for norms over float32, bfloat16 and float16 rows of at most 65,536."""
+    if not isinstance(problem, NormProblem):
+        return [f"the Triton backend has no kernel for {problem.op}"]
+    reasons = norm_reasons(problem)
+    if problem.device_type != "cuda" and not (problem.device_type == "cpu" and interpreting()):
+        reasons.append(f"the Triton backend does not run on {problem.device_type} tensors")
+    return reasons
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is asked for: TRITON_INTERPRET=1, set before anything imports triton."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability_reason() -> str | None:
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _OLDEST_CAPABILITY:
+            return f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0"
+    return None
