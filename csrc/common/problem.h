@@ -1,0 +1,122 @@
+// The calls of both native libraries, described as plain C data: pointers, sizes, strides in elements. Nothing here knows torch or Python.
+//
+// Every shape follows the Python operators: q (B,Hq,Sq,D), k (B,Hkv,Skv,D), v (B,Hkv,Skv,Dv), last dimension contiguous.
+// A null pointer means "not given". Functions return 0, or a fastattn_status whose text fastattn_status_text() gives.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum fastattn_dtype { FASTATTN_FLOAT32 = 0, FASTATTN_BFLOAT16 = 1, FASTATTN_FLOAT16 = 2 };
+
+enum fastattn_activation {
+    FASTATTN_ACT_NONE = 0,
+    FASTATTN_ACT_RELU = 1,
+    FASTATTN_ACT_GELU = 2,        // x Phi(x), through erf
+    FASTATTN_ACT_GELU_TANH = 3,   // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+    FASTATTN_ACT_SILU = 4,        // x sigmoid(x)
+    FASTATTN_ACT_QUICK_GELU = 5,  // x sigmoid(1.702 x)
+    FASTATTN_ACT_RELU2 = 6        // max(x, 0)^2
+};
+
+enum fastattn_status { FASTATTN_OK = 0, FASTATTN_OUT_OF_MEMORY = 1 };
+
+// A tensor of up to four dimensions; strides count elements, outermost first, unused ones are 0.
+typedef struct {
+    void *data;
+    int64_t stride[4];
+} fastattn_tensor;
+
+// visible = keys and band and intervals and dense (DESIGN: masks become a lowered form).
+typedef struct {
+    const int32_t *key_start;  // (B) or null
+    const int32_t *key_end;    // (B) or null
+    int64_t band_offset;       // query i sits at key position i + band_offset
+    int64_t band_left;         // keeps j >= i + offset - left;  negative: unbounded
+    int64_t band_right;        // keeps j <= i + offset + right; only when band_has_right
+    int32_t band_has_left;
+    int32_t band_has_right;
+    fastattn_tensor intervals;  // int32 (R,B,H,Sq,2): four strides, the last dimension contiguous
+    int64_t n_intervals;        // R; 0 when there are none
+    fastattn_tensor dense;      // bool (B,H,Sq,Skv), 1 = visible
+} fastattn_mask;
+
+typedef struct {
+    uint64_t seed;       // Philox key
+    uint32_t threshold;  // keep where the 16-bit lane >= threshold = round(65536 p); 0: no dropout
+    float keep_scale;    // 65536 / (65536 - threshold)
+} fastattn_dropout;
+
+typedef struct {
+    int32_t dtype;  // of q, k, v, out and their gradients
+    int32_t n_threads;
+    int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+    fastattn_tensor q, k, v, out;
+    float *lse;  // (B,Hq,Sq) contiguous, natural log, without the sink
+    fastattn_mask mask;
+    fastattn_tensor bias;  // additive (B,Hq,Sq,Skv) through its strides, or null
+    int32_t bias_dtype;
+    const float *sinks;  // (Hq) or null
+    float scale;
+    float softcap;  // 0: off
+    fastattn_dropout dropout;
+    // Backward only.
+    fastattn_tensor grad_out, grad_q, grad_k, grad_v;
+    const float *grad_lse;  // (B,Hq,Sq) contiguous or null
+    float *grad_sinks;      // (Hq) or null
+} fastattn_attention;
+
+// C = act(A B + bias) * multiplier over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.
+// Either stride of A and of B may be 1 (so that transposes cost nothing); C, pre and multiplier are row-major.
+typedef struct {
+    int32_t dtype;
+    int32_t n_threads;
+    int64_t m, n, k;
+    fastattn_tensor a;           // stride[0] over m, stride[1] over k
+    fastattn_tensor b;           // stride[0] over k, stride[1] over n
+    fastattn_tensor c;           // stride[0] over m
+    const void *bias;            // (n) or null
+    int32_t bias_dtype;
+    int32_t activation;
+    fastattn_tensor pre;         // receives A B + bias before the activation, or null
+    fastattn_tensor multiplier;  // multiplied after the activation, or null
+} fastattn_gemm;
+
+// Elementwise backward of h = act(gate) * up (up null: h = act(gate)), rows x cols, all contiguous, one dtype.
+typedef struct {
+    int32_t dtype;
+    int32_t n_threads;
+    int32_t activation;
+    int64_t rows, cols;
+    const void *grad_h, *gate, *up;
+    void *grad_gate;       // may be null when only column sums are wanted
+    void *grad_up;         // null without up
+    void *h;               // recomputed h, or null
+    float *grad_gate_sum;  // (cols) sum over the rows of grad_gate, or null
+    float *grad_up_sum;    // (cols), or null
+} fastattn_activation_backward;
+
+// y = norm(z) with z = dropout(x) + residual; rows x width, rows contiguous.
+typedef struct {
+    int32_t n_threads;
+    int32_t is_rms;
+    int64_t rows, width;
+    int32_t x_dtype, residual_dtype, z_dtype, weight_dtype, bias_dtype;
+    const void *x, *residual, *weight, *bias;  // residual, weight, bias may be null
+    void *z, *y;                               // z null: z is x
+    float *mean, *rstd;                        // (rows); mean null for RMS
+    float eps, offset;
+    fastattn_dropout dropout;
+    // Backward only.
+    const void *grad_y;  // x_dtype
+    const void *grad_z;  // z_dtype or null
+    void *grad_x;        // x_dtype
+    void *grad_residual;  // residual_dtype; null: not wanted
+    float *grad_weight, *grad_bias;  // (width) or null
+} fastattn_norm;
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,47 @@
+// Backward of h = act(gate) * up, element by element, with the sums over rows that are the biases' gradients, and h again for the gradient
+// of the projection after it (cheaper to recompute than to keep).
+#include "activation.h"
+#include "kernels.h"
+#include "rows.h"
+
+FASTATTN_NAMESPACE_BEGIN
+namespace {
+
+template <int activation>
+void backward_row(const fastattn_activation_backward &p, int64_t row, float *gate_sum, float *up_sum) {
+    for (int64_t c = 0; c < p.cols; c += kLanes) {
+        const int width = lanes_left(c, p.cols);
+        const int64_t at = row * p.cols + c;
+        const vfloat grad = load_any(offset(p.grad_h, p.dtype, at), p.dtype, width);
+        // Without an activation the derivative is 1 and the gate itself is not needed.
+        const vfloat gate = p.gate ? load_any(offset(p.gate, p.dtype, at), p.dtype, width) : zero();
+        const vfloat up = p.up ? load_any(offset(p.up, p.dtype, at), p.dtype, width) : broadcast(1.0f);
+        const vfloat grad_gate = grad * up * activate_derivative<activation>(gate);
+        if (p.grad_gate) store_any(offset(p.grad_gate, p.dtype, at), p.dtype, grad_gate, width);
+        if (gate_sum) add_to(gate_sum + c, grad_gate);
+        if (!p.up && !p.h) continue;
+        const vfloat activated = activate<activation>(gate);
+        if (p.h) store_any(offset(p.h, p.dtype, at), p.dtype, activated * up, width);
+        if (p.grad_up) store_any(offset(p.grad_up, p.dtype, at), p.dtype, grad * activated, width);
+        if (up_sum) add_to(up_sum + c, grad * activated);
+    }
+}
+
+}  // namespace
+
+int activation_backward(const fastattn_activation_backward &p) {
+    const RowChunks chunks(p.rows);
+    const ColumnSums sums(2, p.grad_gate_sum || p.grad_up_sum ? chunks.count : 0, p.cols);
+    if (sums.failed()) return FASTATTN_OUT_OF_MEMORY;
+#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++)
+        with_activation(p.activation, [&]<int activation>() {
+            for (int64_t row = chunks.begin(chunk); row < chunks.begin(chunk + 1); row++)
+                backward_row<activation>(p, row, p.grad_gate_sum ? sums.row(0, chunk) : nullptr, p.grad_up_sum ? sums.row(1, chunk) : nullptr);
+        });
+    if (p.grad_gate_sum) sums.write(0, p.cols, p.grad_gate_sum);
+    if (p.grad_up_sum) sums.write(1, p.cols, p.grad_up_sum);
+    return FASTATTN_OK;
+}
+
+FASTATTN_NAMESPACE_END

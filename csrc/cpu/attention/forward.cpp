@@ -1,0 +1,132 @@
+// Attention forward: out = softmax(scale q k^T, softcapped, + bias, masked; one extra logit for a sink) v, and its log-sum-exp.
+//
+// Shapes: q (B,Hq,Sq,D), k (B,Hkv,Skv,D), v (B,Hkv,Skv,Dv), out (B,Hq,Sq,Dv), lse (B,Hq,Sq); float32, bfloat16, float16; any strides with a
+//   contiguous last dimension; a head group shares its K and V.
+// Numerics: scores, softmax and sums in float32, the scale folded into the queries; a query that sees no key gives 0 and -inf.
+// Algorithm: online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over tiles of up to 48 queries x 64 keys. Tiles that no query sees
+//   are not visited, fully visible ones run no mask code. Work is shared out by (batch, head, query tile).
+#include "../kernels.h"
+#include "tile.h"
+
+FASTATTN_NAMESPACE_BEGIN
+namespace {
+
+struct Buffers {
+    explicit Buffers(const fastattn_attention &p)
+        : scratch(kMaxLanes * (p.dim_qk + p.dim_v) + kKeyBlock * (2 * kMaxLanes + round_up(p.dim_qk, kLanes) + round_up(p.dim_v, kLanes)) + 96),
+          queries(scratch.take(p.dim_qk * kMaxLanes)),
+          out(scratch.take(p.dim_v * kMaxLanes)),
+          scores(scratch.take(kKeyBlock * kMaxLanes)),
+          keep(scratch.take(kKeyBlock * kMaxLanes)),
+          keys(scratch.take(kKeyBlock * round_up(p.dim_qk, kLanes))),
+          values(scratch.take(kKeyBlock * round_up(p.dim_v, kLanes))) {}
+    Scratch scratch;
+    float *queries, *out, *scores, *keep, *keys, *values;
+};
+
+// Running maximum and sum of each query.
+struct Softmax {
+    vfloat maximum[kMaxVectors], total[kMaxVectors];
+
+    Softmax() {
+        for (int v = 0; v < kMaxVectors; v++) maximum[v] = broadcast(-kInf), total[v] = zero();
+    }
+
+    // scores -> probabilities against the new maximum; `correction` is what earlier sums must be multiplied with.
+    void step(float *scores, int64_t count, int64_t vectors, vfloat (&correction)[kMaxVectors]) {
+        const int64_t lanes = vectors * kLanes;
+        for (int64_t v = 0; v < vectors; v++) {
+            vfloat highest = maximum[v];
+            for (int64_t row = 0; row < count; row++) highest = max(highest, load(scores + row * lanes + v * kLanes));
+            const vfloat base = softmax_base(highest);
+            correction[v] = softmax_term(maximum[v], base);
+            vfloat block = zero();
+            for (int64_t row = 0; row < count; row++) {
+                float *target = scores + row * lanes + v * kLanes;
+                const vfloat probability = softmax_term(load(target), base);
+                block += probability;
+                store(target, probability);
+            }
+            total[v] = total[v] * correction[v] + block;
+            maximum[v] = highest;
+        }
+    }
+};
+
+void rescale(float *out, int64_t rows, int64_t vectors, const vfloat (&correction)[kMaxVectors]) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t v = 0; v < vectors; v++) {
+            float *target = out + (row * vectors + v) * kLanes;
+            store(target, load(target) * correction[v]);
+        }
+}
+
+void write_tile(const fastattn_attention &p, const QueryTile &tile, const Softmax &softmax, const float *out) {
+    float norm[kMaxLanes];
+    for (int64_t lane = 0; lane < tile.lanes(); lane++) {
+        const float maximum = softmax.maximum[lane / kLanes][lane % kLanes], total = softmax.total[lane / kLanes][lane % kLanes];
+        const float sink = p.sinks ? __builtin_expf(p.sinks[tile.head] - maximum) : 0.0f;
+        norm[lane] = total == 0.0f ? 0.0f : 1.0f / (total + sink);
+        if (lane < tile.count)
+            p.lse[(tile.batch * p.heads_q + tile.head) * p.len_q + tile.begin + lane] =
+                total == 0.0f ? -kInf : maximum + __builtin_logf(total);
+    }
+    const Rows target = rows_of(p.out, p.dtype, tile.batch, tile.head);
+    unpack_transposed(out, tile.lanes(), tile.count, p.dim_v, norm, (void *)target.at(tile.begin, 0), p.dtype, target.stride);
+}
+
+void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers) {
+    const int64_t head_kv = tile.head / (p.heads_q / p.heads_kv), lanes = tile.lanes();
+    const Rows q = rows_of(p.q, p.dtype, tile.batch, tile.head);
+    const Rows k = rows_of(p.k, p.dtype, tile.batch, head_kv), v = rows_of(p.v, p.dtype, tile.batch, head_kv);
+    pack_transposed({q.at(tile.begin, 0), q.dtype, q.stride}, tile.count, p.dim_qk, p.scale, buffers.queries, lanes, tile.vectors);
+
+    TileMask mask(p.mask, tile, p.len_k);
+    Softmax softmax;
+    bool started = false;
+    for (int64_t begin = mask.span().begin; begin < mask.span().end; begin += kKeyBlock) {
+        const int64_t count = smaller(kKeyBlock, mask.span().end - begin);
+        const Coverage coverage = mask.look(begin, count);
+        if (coverage == Coverage::empty) continue;
+        const Left keys = load_block(k, begin, count, p.dim_qk, mask.visible_rows(), Layout::rows, buffers.keys);
+        score_tile(p, tile, mask, coverage, keys, buffers.queries, begin, count, buffers.scores, nullptr);
+        vfloat correction[kMaxVectors];
+        softmax.step(buffers.scores, count, tile.vectors, correction);
+        if (started) rescale(buffers.out, p.dim_v, tile.vectors, correction);
+        if (p.dropout.threshold) {
+            keep_tile(p, tile, begin, count, buffers.keep);
+            for (int64_t at = 0; at < count * lanes; at += kLanes) store(buffers.scores + at, load(buffers.scores + at) * load(buffers.keep + at));
+        }
+        const Left values = load_block(v, begin, count, p.dim_v, mask.visible_rows(), Layout::columns, buffers.values);
+        multiply(p.dim_v, tile.vectors, count, values, buffers.scores, lanes, buffers.out, lanes, started);
+        started = true;
+    }
+    if (!started) memset(buffers.out, 0, (size_t)(p.dim_v * lanes) * 4);
+    write_tile(p, tile, softmax, buffers.out);
+}
+
+}  // namespace
+
+int attention_forward(const fastattn_attention &p) {
+    const QueryTiles tiles(p.len_q);
+    const int64_t items = p.batch * p.heads_q * tiles.count;
+    int status = FASTATTN_OK;
+#pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
+    {
+        Buffers buffers(p);
+        if (buffers.scratch.failed()) {
+#pragma omp atomic write
+            status = FASTATTN_OUT_OF_MEMORY;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < items; item++) {
+            if (buffers.scratch.failed()) continue;
+            const int64_t head = item / tiles.count;
+            // The last tiles of a causal mask are the longest: they come first.
+            attend(p, tiles.tile(head / p.heads_q, head % p.heads_q, tiles.count - 1 - item % tiles.count, p.len_q), buffers);
+        }
+    }
+    return status;
+}
+
+FASTATTN_NAMESPACE_END

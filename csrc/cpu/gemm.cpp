@@ -1,0 +1,219 @@
+// C = act(A B + bias) * multiplier: the matrix product behind linear_act, ffn and gated_ffn, forward and backward.
+//
+// Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
+//   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums.
+// Algorithm: the threads form a grid over C. Each walks its part in chunks of columns (their packed B stays in the level-2 cache), blocks of
+//   rows, blocks of k, then tiles of the micro-kernel. B is packed into strips of kTileWidth columns the first time it is needed; A is read in
+//   place when it is float32 by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
+#include "activation.h"
+#include "kernels.h"
+#include "micro.h"
+#include "pack.h"
+
+FASTATTN_NAMESPACE_BEGIN
+namespace {
+
+constexpr int64_t kDepth = 512;            // k in one block, even
+constexpr int64_t kBlockRows = 96;         // rows of A in one block, a multiple of every tile's
+constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
+
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+};
+
+Range part(int64_t total, int64_t step, int64_t parts, int64_t index) {
+    const int64_t units = (total + step - 1) / step;
+    return {smaller(total, units * index / parts * step), smaller(total, units * (index + 1) / parts * step)};
+}
+
+bool in_pairs(const fastattn_gemm &p) { return kHasPairs && p.dtype == FASTATTN_BFLOAT16; }
+
+// Elements of the micro-kernel along k: words of two in pairs.
+int64_t depth_of(const fastattn_gemm &p, int64_t k) { return in_pairs(p) ? round_up((k + 1) / 2, kPairDepth) : k; }
+
+// A strip of B: k x (up to kTileWidth) columns, lanes beyond p.n zero.
+void pack_strip(const fastattn_gemm &p, Range k, int64_t column, float *target) {
+    const int64_t columns = smaller(kTileWidth, p.n - column), vectors = (columns + kLanes - 1) / kLanes;
+    const void *start = offset(p.b.data, p.dtype, k.begin * p.b.stride[0] + column * p.b.stride[1]);
+    if (p.b.stride[0] == 1) {
+        const Rows columns_of_b{start, p.dtype, p.b.stride[1]};
+        if (in_pairs(p)) pack_pairs_transposed(columns_of_b, columns, k.size(), target, kTileWidth, vectors, depth_of(p, k.size()));
+        else pack_transposed(columns_of_b, columns, k.size(), 1.0f, target, kTileWidth, vectors);
+    } else {
+        const Rows rows_of_b{start, p.dtype, p.b.stride[0]};
+        if (in_pairs(p)) pack_pairs_of_rows(rows_of_b, k.size(), columns, target, kTileWidth, depth_of(p, k.size()));
+        else pack_rows(rows_of_b, k.size(), columns, 1.0f, target, kTileWidth);
+    }
+}
+
+// A block of A for the micro-kernel: in place when possible, else copied into `scratch`.
+Left pack_left(const fastattn_gemm &p, Range rows, Range k, float *scratch) {
+    const void *start = offset(p.a.data, p.dtype, rows.begin * p.a.stride[0] + k.begin * p.a.stride[1]);
+    const bool by_rows = p.a.stride[1] == 1;
+    const Rows source{start, p.dtype, p.a.stride[by_rows ? 0 : 1]};
+    const int64_t depth = depth_of(p, k.size()), wide_rows = round_up(rows.size(), kLanes), wide_depth = round_up(depth, kLanes);
+    if (by_rows) {
+        if (p.dtype == FASTATTN_FLOAT32) return {(const float *)start, p.a.stride[0], Layout::rows};
+        if (in_pairs(p)) pack_pairs_in_rows(source, rows.size(), k.size(), scratch, wide_depth);
+        else pack_rows(source, rows.size(), k.size(), 1.0f, scratch, wide_depth);
+        return {scratch, wide_depth, Layout::rows, in_pairs(p)};
+    }
+    if (in_pairs(p) && !kPairColumns) {
+        pack_pairs_of_columns(source, k.size(), rows.size(), scratch, wide_depth);
+        return {scratch, wide_depth, Layout::rows, true};
+    }
+    if (in_pairs(p)) pack_pairs_of_rows(source, k.size(), rows.size(), scratch, wide_rows, depth);
+    else pack_rows(source, k.size(), rows.size(), 1.0f, scratch, wide_rows);
+    return {scratch, wide_rows, Layout::columns, in_pairs(p)};
+}
+
+// What happens to finished sums, a whole vector or the last part of a row at a time.
+template <int dtype, int activation>
+void finish_rows(const fastattn_gemm &p, const float *tile, int64_t ld, Range rows, Range columns) {
+    for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
+        const int width = lanes_left(c, columns.end);
+        const vfloat bias = p.bias ? load_any(offset(p.bias, p.bias_dtype, c), p.bias_dtype, width) : zero();
+        for (int64_t r = rows.begin; r < rows.end; r++) {
+            const vfloat pre = load(tile + (r - rows.begin) * ld + (c - columns.begin)) + bias;
+            if (p.pre.data) store_any(offset(p.pre.data, dtype, r * p.pre.stride[0] + c), dtype, pre, width);
+            vfloat v = activate<activation>(pre);
+            if (p.multiplier.data) v *= load_any(offset(p.multiplier.data, dtype, r * p.multiplier.stride[0] + c), dtype, width);
+            store_any(offset(p.c.data, dtype, r * p.c.stride[0] + c), dtype, v, width);
+        }
+    }
+}
+
+void finish(const fastattn_gemm &p, const float *tile, int64_t ld, Range rows, Range columns) {
+    with_dtype(p.dtype, [&]<int dtype>() {
+        with_activation(p.activation, [&]<int activation>() { finish_rows<dtype, activation>(p, tile, ld, rows, columns); });
+    });
+}
+
+// Whether packing B would not pay for itself.
+bool few_rows(const fastattn_gemm &p, Range rows) {
+    constexpr int64_t kFewRows = 32;  // at most kBlockRows
+    return rows.size() <= kFewRows && p.dtype == FASTATTN_FLOAT32 && p.a.stride[1] == 1 && p.b.stride[0] == 1;
+}
+
+// One thread's part of C.
+class Part {
+  public:
+    Part(const fastattn_gemm &p, Range rows, Range columns)
+        : p_(p),
+          rows_(rows),
+          columns_(columns),
+          blocks_(larger(1, (p.k + kDepth - 1) / kDepth)),
+          strip_floats_(larger(1, depth_of(p, p.k)) * kTileWidth),
+          chunk_strips_(larger(1, smaller((columns.size() + kTileWidth - 1) / kTileWidth, kChunkFloats / strip_floats_))),
+          scratch_(Scratch::padded(chunk_strips_ * strip_floats_) + Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
+        if (scratch_.failed()) return;
+        packed_ = scratch_.take(chunk_strips_ * strip_floats_);
+        left_ = scratch_.take(left_floats());
+        sums_ = scratch_.take(sum_floats());
+    }
+
+    int run() {
+        if (scratch_.failed()) return FASTATTN_OUT_OF_MEMORY;
+        if (few_rows(p_, rows_)) {
+            dots();
+            return FASTATTN_OK;
+        }
+        const MatrixUnit unit;
+        const int64_t chunk = chunk_strips_ * kTileWidth;
+        for (int64_t c = columns_.begin; c < columns_.end; c += chunk)
+            for (int64_t r = rows_.begin; r < rows_.end; r += kBlockRows)
+                block({r, smaller(r + kBlockRows, rows_.end)}, {c, smaller(c + chunk, columns_.end)}, r == rows_.begin);
+        return FASTATTN_OK;
+    }
+
+  private:
+    int64_t left_floats() const { return kBlockRows * round_up(smaller(kDepth, p_.k), 16); }
+    int64_t sum_floats() const { return kBlockRows * kTileWidth * (blocks_ > 1 ? chunk_strips_ : 1); }
+
+    void dots() {
+        const float *a = (const float *)p_.a.data + rows_.begin * p_.a.stride[0];
+        for (int64_t c = columns_.begin; c < columns_.end; c += kTileWidth) {
+            const Range strip{c, smaller(c + kTileWidth, columns_.end)};
+            const float *b = (const float *)p_.b.data + c * p_.b.stride[1];
+            multiply_dots(rows_.size(), strip.size(), p_.k, a, p_.a.stride[0], b, p_.b.stride[1], sums_, kTileWidth);
+            finish(p_, sums_, kTileWidth, rows_, strip);
+        }
+    }
+
+    // Sums over k in blocks are kept for a whole block of rows; with a single block each tile is finished while it is hot.
+    void block(Range rows, Range columns, bool pack) {
+        for (int64_t d = 0; d < blocks_; d++) {
+            const Range k{d * kDepth, smaller((d + 1) * kDepth, p_.k)};
+            const Left left = pack_left(p_, rows, k, left_);
+            for (int64_t c = columns.begin; c < columns.end; c += kTileWidth) {
+                const Range strip{c, smaller(c + kTileWidth, columns.end)};
+                const int64_t index = (c - columns.begin) / kTileWidth;
+                float *packed = packed_ + index * strip_floats_ + depth_of(p_, k.begin) * kTileWidth;
+                if (pack) pack_strip(p_, k, c, packed);
+                if (blocks_ == 1) {
+                    tiles(left, k, packed, rows, strip);
+                    continue;
+                }
+                float *sums = sums_ + index * kBlockRows * kTileWidth;
+                product(rows.size(), strip, k, left, packed, sums, d > 0);
+                if (d + 1 == blocks_) finish(p_, sums, kTileWidth, rows, strip);
+            }
+        }
+    }
+
+    void tiles(Left left, Range k, const float *packed, Range rows, Range strip) {
+        const int64_t step = in_pairs(p_) ? kPairRows : kTileRows;
+        for (int64_t r = rows.begin; r < rows.end; r += step) {
+            const Range tile{r, smaller(r + step, rows.end)};
+            product(tile.size(), strip, k, left, packed, sums_, false);
+            finish(p_, sums_, kTileWidth, tile, strip);
+            left.data += step * (left.layout == Layout::rows ? left.stride : 1);
+        }
+    }
+
+    void product(int64_t m, Range strip, Range k, Left left, const float *packed, float *sums, bool accumulate) {
+        multiply(m, (strip.size() + kLanes - 1) / kLanes, depth_of(p_, k.size()), left, packed, kTileWidth, sums, kTileWidth, accumulate);
+    }
+
+    const fastattn_gemm &p_;
+    Range rows_, columns_;
+    int64_t blocks_, strip_floats_, chunk_strips_;
+    Scratch scratch_;
+    float *packed_ = nullptr, *left_ = nullptr, *sums_ = nullptr;
+};
+
+// How many of the threads split the columns: least work for the busiest thread, where packing a strip costs as much as some rows of it.
+int64_t column_parts(int64_t m, int64_t n, int64_t threads) {
+    constexpr int64_t kPackingInRows = 16;
+    const int64_t tiles = (m + kTileRows - 1) / kTileRows, strips = (n + kTileWidth - 1) / kTileWidth;
+    int64_t best = 1, best_cost = INT64_MAX;
+    for (int64_t parts = 1; parts <= threads; parts++) {
+        if (threads % parts) continue;
+        const int64_t rows = (tiles + threads / parts - 1) / (threads / parts) * kTileRows;
+        const int64_t cost = (rows + kPackingInRows) * ((strips + parts - 1) / parts);
+        if (cost < best_cost) best = parts, best_cost = cost;
+    }
+    return best;
+}
+
+}  // namespace
+
+int gemm(const fastattn_gemm &p) {
+    if (p.m == 0 || p.n == 0) return FASTATTN_OK;
+    const int64_t across = column_parts(p.m, p.n, p.n_threads), down = p.n_threads / across;
+    int status = FASTATTN_OK;
+#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
+    for (int64_t index = 0; index < across * down; index++) {
+        const Range rows = part(p.m, kTileRows, down, index / across), columns = part(p.n, kTileWidth, across, index % across);
+        if (rows.size() == 0 || columns.size() == 0) continue;
+        const int result = Part(p, rows, columns).run();
+        if (result != FASTATTN_OK) {
+#pragma omp atomic write
+            status = result;
+        }
+    }
+    return status;
+}
+
+FASTATTN_NAMESPACE_END

@@ -1,0 +1,186 @@
+// See micro.h.
+#include "micro.h"
+
+FASTATTN_NAMESPACE_BEGIN
+namespace {
+
+struct Product {
+    FASTATTN_INLINE vfloat step(vfloat acc, float a, vfloat b) { return acc + broadcast(a) * b; }
+};
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+struct PairProduct {
+    FASTATTN_INLINE vfloat step(vfloat acc, float a, vfloat b) {
+        int32_t word;
+        __builtin_memcpy(&word, &a, sizeof word);
+        return (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(word), (__m512bh)b);
+    }
+};
+#endif
+
+// Where a tile's operands and result lie.
+struct Tile {
+    const float *a;
+    int64_t lda;
+    const float *b;
+    int64_t ldb;
+    float *c;
+    int64_t ldc;
+};
+
+template <class Operation, Layout layout, int Rows, int Vectors>
+void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
+    vfloat acc[Rows][Vectors] = {};
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < k; i++) {
+        vfloat bv[Vectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) bv[v] = load(t.b + i * t.ldb + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) {
+            const float av = layout == Layout::rows ? t.a[r * t.lda + i] : t.a[i * t.lda + r];
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; v++) acc[r][v] = Operation::step(acc[r][v], av, bv[v]);
+        }
+    }
+    // C is added last, not used as the start: long sums over k in blocks then keep the accuracy of blocked summation.
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) {
+            float *target = t.c + r * t.ldc + v * kLanes;
+            store(target, accumulate ? load(target) + acc[r][v] : acc[r][v]);
+        }
+}
+
+template <class Operation, Layout layout, int Rows>
+void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) {
+    if constexpr (Rows > 1) {
+        if (rows < Rows) return any_tile<Operation, layout, Rows - 1>(t, rows, vectors, k, accumulate);
+    }
+    if (vectors == 1) fixed_tile<Operation, layout, Rows, 1>(t, k, accumulate);
+    else if (vectors == 2) fixed_tile<Operation, layout, Rows, 2>(t, k, accumulate);
+    else fixed_tile<Operation, layout, Rows, 3>(t, k, accumulate);
+}
+
+// Columns outermost: one strip of B serves all rows of A before the next is touched.
+template <class Operation, Layout layout>
+void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+    for (int64_t v = 0; v < vectors; v += kTileVectors)
+        for (int64_t row = 0; row < m; row += kTileRows) {
+            const float *left = a.data + (layout == Layout::rows ? row * a.stride : row);
+            const Tile tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc};
+            any_tile<Operation, layout, kTileRows>(tile, (int)smaller(kTileRows, m - row), (int)smaller(kTileVectors, vectors - v), k, accumulate);
+        }
+}
+
+template <class Operation>
+void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+    if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+    else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+}
+
+#if defined(__AMX_BF16__)
+// C in tiles 0 to 2, A in tile 3, B in tiles 4 to 6.
+template <int Vectors>
+void matrix_tile(const Tile &t, int64_t k, bool accumulate) {
+    _tile_zero(0);
+    if constexpr (Vectors > 1) _tile_zero(1);
+    if constexpr (Vectors > 2) _tile_zero(2);
+    for (int64_t i = 0; i < k; i += kPairDepth) {
+        const float *b = t.b + i * t.ldb;
+        _tile_loadd(3, t.a + i, t.lda * 4);
+        _tile_loadd(4, b, t.ldb * 4);
+        _tile_dpbf16ps(0, 3, 4);
+        if constexpr (Vectors > 1) {
+            _tile_loadd(5, b + kLanes, t.ldb * 4);
+            _tile_dpbf16ps(1, 3, 5);
+        }
+        if constexpr (Vectors > 2) {
+            _tile_loadd(6, b + 2 * kLanes, t.ldb * 4);
+            _tile_dpbf16ps(2, 3, 6);
+        }
+    }
+    float sums[kPairRows * kTileWidth];
+    float *target = accumulate ? sums : t.c;
+    const int64_t ld = accumulate ? kTileWidth : t.ldc;
+    _tile_stored(0, target, ld * 4);
+    if constexpr (Vectors > 1) _tile_stored(1, target + kLanes, ld * 4);
+    if constexpr (Vectors > 2) _tile_stored(2, target + 2 * kLanes, ld * 4);
+    for (int r = 0; accumulate && r < kPairRows; r++)
+        for (int v = 0; v < Vectors; v++) add_to(t.c + r * t.ldc + v * kLanes, load(sums + r * kTileWidth + v * kLanes));
+}
+
+void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+    for (int64_t v = 0; v < vectors; v += kTileVectors)
+        for (int64_t row = 0; row < m; row += kPairRows) {
+            const Tile tile{a.data + row * a.stride, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc};
+            if (vectors - v == 1) matrix_tile<1>(tile, k, accumulate);
+            else if (vectors - v == 2) matrix_tile<2>(tile, k, accumulate);
+            else matrix_tile<3>(tile, k, accumulate);
+        }
+}
+#elif defined(__AVX512BF16__)
+void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+    both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+}
+#else
+void multiply_pairs(int64_t, int64_t, int64_t, Left, const float *, int64_t, float *, int64_t, bool) {}  // kHasPairs is false
+#endif
+
+}  // namespace
+
+#if defined(__AMX_BF16__)
+MatrixUnit::MatrixUnit() {
+    struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } layout;
+    // GCC's intrinsic names only the first bytes as its input: without this the rest would not be written before it.
+    __asm__ volatile("" : : "r"(&layout) : "memory");
+    _tile_loadconfig(&layout);
+}
+MatrixUnit::~MatrixUnit() { _tile_release(); }
+#else
+MatrixUnit::MatrixUnit() {}
+MatrixUnit::~MatrixUnit() {}
+#endif
+
+void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+    if (a.pairs) return multiply_pairs(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+    both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+}
+
+// Vectors run along k, so a tile has as many accumulators as a vector has lanes and one reduction leaves them all in one vector.
+constexpr int kDotColumns = kLanes >= 8 ? 4 : 2;
+constexpr int kDotRows = kLanes / kDotColumns;
+
+void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc) {
+    for (int64_t column = 0; column < n; column += kDotColumns)
+        for (int64_t row = 0; row < m; row += kDotRows) {
+            const float *left[kDotRows], *right[kDotColumns];  // past the end the last row is repeated, its result dropped
+            for (int r = 0; r < kDotRows; r++) left[r] = a + smaller(row + r, m - 1) * lda;
+            for (int i = 0; i < kDotColumns; i++) right[i] = b + smaller(column + i, n - 1) * ldb;
+            vfloat acc[kLanes] = {};
+            const auto step = [&](auto &&load_at) {
+                vfloat bv[kDotColumns];
+#pragma GCC unroll 4
+                for (int i = 0; i < kDotColumns; i++) bv[i] = load_at(right[i]);
+#pragma GCC unroll 4
+                for (int r = 0; r < kDotRows; r++) {
+                    const vfloat av = load_at(left[r]);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kDotColumns; i++) acc[r * kDotColumns + i] += av * bv[i];
+                }
+            };
+            int64_t at = 0;
+            for (; at + kLanes <= k; at += kLanes) step([&](const float *p) { return load(p + at); });
+            if (at < k) step([&](const float *p) { return load_part(p + at, (int)(k - at)); });
+            const vfloat result = sums(acc);
+            for (int r = 0; r < kDotRows && row + r < m; r++)
+                for (int i = 0; i < kDotColumns && column + i < n; i++) c[(row + r) * ldc + column + i] = result[r * kDotColumns + i];
+        }
+}
+
+FASTATTN_NAMESPACE_END

@@ -1,0 +1,300 @@
+// Vectors of float32 for every instruction set from one source: GCC/Clang vector extensions, intrinsics only where they have no equivalent.
+//
+// kLanes is 16 (AVX-512), 8 (AVX2) or 4 (baseline x86-64, NEON). All arithmetic is float32 whatever the tensors hold.
+// exp2 and erfc were fitted for this file (least squares on Chebyshev nodes, reweighted to equal ripple) and are accurate to a few
+// float32 rounding units; tests/backends/test_cpu_math.py measures that against float64.
+#pragma once
+#include "isa.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+FASTATTN_NAMESPACE_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInf = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+
+FASTATTN_INLINE vfloat broadcast(float value) { return value - vfloat{}; }
+FASTATTN_INLINE vint broadcast_int(int32_t value) { return value - vint{}; }
+FASTATTN_INLINE vfloat zero() { return vfloat{}; }
+
+FASTATTN_INLINE vint lane_index() {
+    vint index;
+    for (int lane = 0; lane < kLanes; lane++) index[lane] = lane;
+    return index;
+}
+
+FASTATTN_INLINE vfloat load(const float *p) {
+    vfloat v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+FASTATTN_INLINE void store(float *p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
+FASTATTN_INLINE void add_to(float *p, vfloat v) { store(p, load(p) + v); }
+FASTATTN_INLINE vint load_int(const int32_t *p) {
+    vint v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+FASTATTN_INLINE vint bits(vfloat v) { return (vint)v; }
+FASTATTN_INLINE vfloat from_bits(vint v) { return (vfloat)v; }
+FASTATTN_INLINE vfloat select(vint mask, vfloat yes, vfloat no) { return from_bits((mask & bits(yes)) | (~mask & bits(no))); }
+
+FASTATTN_INLINE vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);  // the plain form warns in GCC 12
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vfloat)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return select((vint)(a > b), a, b);
+#endif
+}
+FASTATTN_INLINE vfloat min(vfloat a, vfloat b) { return -max(-a, -b); }
+FASTATTN_INLINE vfloat abs(vfloat v) { return from_bits(bits(v) & 0x7fffffff); }
+FASTATTN_INLINE vfloat sqrt(vfloat v) {
+    for (int lane = 0; lane < kLanes; lane++) v[lane] = __builtin_sqrtf(v[lane]);
+    return v;
+}
+
+FASTATTN_INLINE float sum(vfloat v) {
+    float total = 0;
+    for (int lane = 0; lane < kLanes; lane++) total += v[lane];
+    return total;
+}
+
+// ---- Partial vectors: the first n lanes, 0 <= n <= kLanes; the other lanes read 0 and are not written. -----------------------------
+FASTATTN_INLINE vfloat load_part(const float *p, int n) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    vfloat v = zero();
+    __builtin_memcpy(&v, p, (size_t)n * 4);
+    return v;
+#endif
+}
+FASTATTN_INLINE void store_part(float *p, vfloat v, int n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    __builtin_memcpy(p, &v, (size_t)n * 4);
+#endif
+}
+
+// ---- bfloat16 and float16, to nearest even, subnormals kept --------------------------------------------------------------------------
+FASTATTN_INLINE vfloat from_bfloat16(vhalf h) { return (vfloat)(__builtin_convertvector(h, vuint) << 16); }
+
+FASTATTN_INLINE vhalf to_bfloat16(vfloat v) {
+    const vuint b = (vuint)v;
+    const vuint rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    const vuint quiet_nan = (b >> 16) | 0x40u;
+    const vuint is_nan = (vuint)(v != v);
+    return __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), vhalf);
+}
+
+FASTATTN_INLINE vfloat from_float16(vhalf h) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_cvtph_ps((__mmask16)-1, (__m256i)h);
+#elif defined(__F16C__)
+    return (vfloat)_mm256_cvtph_ps((__m128i)h);
+#else
+    // The exponent of float16 moved into that of float32 is off by 2^112, which one product mends (subnormals included).
+    const vuint wide = __builtin_convertvector(h, vuint);
+    const vuint magnitude = (wide & 0x7fffu) << 13;
+    vuint result = (vuint)((vfloat)magnitude * broadcast(0x1p112f));
+    result |= (vuint)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+    return (vfloat)(result | ((wide & 0x8000u) << 16));
+#endif
+}
+
+FASTATTN_INLINE vhalf to_float16(vfloat v) {
+#if defined(__AVX512F__)
+    return (vhalf)_mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (vhalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const vuint b = (vuint)v;
+    const vuint magnitude = b & 0x7fffffffu;
+    const vuint normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Adding 0.5 lets the float adder round a subnormal result at the right bit.
+    const vuint subnormal = (vuint)((vfloat)magnitude + broadcast(0.5f)) - 0x3f000000u;
+    const vuint is_small = (vuint)(magnitude < (113u << 23));
+    const vuint is_large = (vuint)(magnitude >= 0x477ff000u);
+    const vuint is_nan = (vuint)(magnitude > 0x7f800000u);
+    vuint result = (is_small & subnormal) | (~is_small & normal);
+    result = (is_large & 0x7c00u) | (~is_large & result);
+    result = (is_nan & 0x7e00u) | (~is_nan & result);
+    return __builtin_convertvector(result | ((b >> 16) & 0x8000u), vhalf);
+#endif
+}
+
+FASTATTN_INLINE int64_t size_of(int32_t dtype) { return dtype == FASTATTN_FLOAT32 ? 4 : 2; }
+
+FASTATTN_INLINE const void *offset(const void *base, int32_t dtype, int64_t elements) {
+    return (const char *)base + elements * size_of(dtype);
+}
+FASTATTN_INLINE void *offset(void *base, int32_t dtype, int64_t elements) { return (char *)base + elements * size_of(dtype); }
+
+// Loads and stores of n <= kLanes elements at p in any of the three dtypes.
+FASTATTN_INLINE vfloat load_any(const void *p, int32_t dtype, int n) {
+    if (dtype == FASTATTN_FLOAT32) return n == kLanes ? load((const float *)p) : load_part((const float *)p, n);
+    vhalf h = {};
+    if (n == kLanes) __builtin_memcpy(&h, p, sizeof h);
+    else __builtin_memcpy(&h, p, (size_t)n * 2);
+    return dtype == FASTATTN_BFLOAT16 ? from_bfloat16(h) : from_float16(h);
+}
+FASTATTN_INLINE void store_any(void *p, int32_t dtype, vfloat v, int n) {
+    if (dtype == FASTATTN_FLOAT32) {
+        if (n == kLanes) store((float *)p, v);
+        else store_part((float *)p, v, n);
+        return;
+    }
+    const vhalf h = dtype == FASTATTN_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
+    if (n == kLanes) __builtin_memcpy(p, &h, sizeof h);
+    else __builtin_memcpy(p, &h, (size_t)n * 2);
+}
+
+// Calls f.template operator()<dtype>() so that loops over rows do not ask for the dtype at every vector.
+template <class F>
+FASTATTN_INLINE void with_dtype(int32_t dtype, F &&f) {
+    if (dtype == FASTATTN_FLOAT32) f.template operator()<FASTATTN_FLOAT32>();
+    else if (dtype == FASTATTN_BFLOAT16) f.template operator()<FASTATTN_BFLOAT16>();
+    else f.template operator()<FASTATTN_FLOAT16>();
+}
+
+FASTATTN_INLINE float load_scalar(const void *p, int32_t dtype) {
+    return dtype == FASTATTN_FLOAT32 ? *(const float *)p : load_any(p, dtype, 1)[0];
+}
+
+FASTATTN_INLINE int lanes_left(int64_t from, int64_t end) { return end - from < kLanes ? (int)(end - from) : kLanes; }
+FASTATTN_INLINE int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+FASTATTN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTATTN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- Functions -----------------------------------------------------------------------------------------------------------------------
+
+constexpr float kRounder = 0x1.8p23f;  // adding it rounds a float to an integer, which then sits in the low bits
+
+// 2^f * 2^n for f in [-0.5, 0.5], n in the low bits of `shifted`.
+FASTATTN_INLINE vfloat exp2_reduced(vfloat f, vfloat shifted) {
+    vfloat p = broadcast(1.54474774e-04f);
+    p = p * f + 1.34003364e-03f;
+    p = p * f + 9.61801077e-03f;
+    p = p * f + 5.55032755e-02f;
+    p = p * f + 2.40226513e-01f;
+    p = p * f + 6.93147206e-01f;
+    p = p * f + 1.0f;
+    return from_bits(bits(p) + (bits(shifted) << 23));
+}
+
+// 2^x for x < 128; 0 below -126 and for -inf; NaN stays NaN.
+FASTATTN_INLINE vfloat exp2(vfloat x) {
+    const vfloat shifted = x + kRounder;
+    const vfloat result = exp2_reduced(x - (shifted - kRounder), shifted);
+    return from_bits(~(vint)(x < -126.0f) & bits(result));
+}
+
+// e^x for x <= 88; 0 below -87. ln 2 is taken off in two parts, the first of which has few enough bits to be exact.
+FASTATTN_INLINE vfloat exp(vfloat x) {
+    const vfloat shifted = x * kLog2e + kRounder;
+    const vfloat n = shifted - kRounder;
+    const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const vfloat result = exp2_reduced(r * kLog2e, shifted);
+    return from_bits(~(vint)(x < -87.0f) & bits(result));
+}
+
+// erfc(z) for z >= 0: exp(-z^2) t P(t) with t = 1 / (1 + 0.4 z); 0 from z = 9.1 on, before the product gets subnormal and slow.
+FASTATTN_INLINE vfloat erfc_positive(vfloat z) {
+    const vfloat t = 1.0f / (1.0f + 0.4f * z);
+    vfloat p = broadcast(-0.03059663437306881f);
+    p = p * t + 0.20348195731639862f;
+    p = p * t - 0.5117383599281311f;
+    p = p * t + 0.564775824546814f;
+    p = p * t - 0.2988843619823456f;
+    p = p * t + 0.2799170911312103f;
+    p = p * t + 0.12694266438484192f;
+    p = p * t + 0.21551117300987244f;
+    p = p * t + 0.22488000988960266f;
+    p = p * t + 0.2257106602191925f;
+    return select((vint)(z < 9.1f), exp2(z * z * -kLog2e) * (t * p), zero());
+}
+
+FASTATTN_INLINE vfloat sigmoid(vfloat x) {
+    // 1 / (1 + e^-|x|) and its complement: neither overflows.
+    const vfloat e = exp(-abs(x));
+    const vfloat large = 1.0f / (1.0f + e);
+    return select((vint)(x < 0.0f), e * large, large);
+}
+
+FASTATTN_INLINE vfloat tanh(vfloat x) {
+    const vfloat a = abs(x);
+    const vfloat s = x * x;
+    vfloat p = broadcast(-5.67240936e-03f);
+    p = p * s + 2.06031351e-02f;
+    p = p * s - 5.37252275e-02f;
+    p = p * s + 1.33311857e-01f;
+    p = p * s - 3.33332634e-01f;
+    const vfloat near_zero = a + a * (s * p);
+    const vfloat far = 1.0f - 2.0f / (exp(2.0f * min(a, broadcast(20.0f))) + 1.0f);  // 1 from 10 on
+    const vfloat magnitude = select((vint)(a < 0.625f), near_zero, far);
+    return from_bits(bits(magnitude) | (bits(x) & (int32_t)0x80000000));
+}
+
+// ---- Whole blocks of kLanes x kLanes: log2(kLanes) rounds over pairs of rows ------------------------------------------------------------
+
+// Lanes (l without bit `distance`) of a and of b side by side, or with `upper` the lanes with that bit.
+template <bool upper>
+FASTATTN_INLINE vfloat halves(vfloat a, vfloat b, int distance) {
+#if defined(__clang__)
+    vfloat result;
+    for (int lane = 0; lane < kLanes; lane++) {
+        const int from = upper ? lane | distance : lane & ~distance;
+        result[lane] = (lane & distance) ? b[from] : a[from];
+    }
+    return result;
+#else
+    vint index;
+    for (int lane = 0; lane < kLanes; lane++) index[lane] = (upper ? lane | distance : lane & ~distance) + (lane & distance ? kLanes : 0);
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// row[i][j] <-> row[j][i]
+FASTATTN_INLINE void transpose(vfloat (&row)[kLanes]) {
+#pragma GCC unroll 4
+    for (int distance = 1; distance < kLanes; distance *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i++) {
+            if (i & distance) continue;
+            const vfloat a = row[i], b = row[i + distance];
+            row[i] = halves<false>(a, b, distance);
+            row[i + distance] = halves<true>(a, b, distance);
+        }
+}
+
+// Lane i of the result is the sum of row[i].
+FASTATTN_INLINE vfloat sums(vfloat (&row)[kLanes]) {
+#pragma GCC unroll 4
+    for (int distance = 1; distance < kLanes; distance *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; i += 2 * distance)
+            row[i] = halves<false>(row[i], row[i + distance], distance) + halves<true>(row[i], row[i + distance], distance);
+    return row[0];
+}
+
+FASTATTN_NAMESPACE_END

@@ -1,0 +1,122 @@
+"""Attention on csrc/cpu/attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.codes import DTYPES
+from fastattn.backends.cpu.library import address, dropout_arguments, native, view
+from fastattn.masks.lowered import LoweredMask
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, len_q, _ = q.shape
+    out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
+    lse = torch.empty(batch, heads, len_q, dtype=torch.float32)
+    sinks = None if sinks is None else sinks.float()
+    call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    native().attention_forward(*call)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    bias_requires_grad: bool,
+    sinks_requires_grad: bool,
+    deterministic: bool,  # every sum of these kernels has a fixed order
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    wide = [_writable(grad) for grad in (dq, dk, dv)]
+    sinks = None if sinks is None else sinks.float()
+    dsinks = torch.empty(q.shape[1] if sinks_requires_grad else 0, dtype=torch.float32)
+    call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    native().attention_backward(
+        *call, view(grad_out), address(grad_lse), *map(view, wide), address(dsinks if sinks_requires_grad else None)
+    )
+    for grad, written in zip((dq, dk, dv), wide, strict=True):
+        if written is not grad:
+            grad.copy_(written)
+    return dq, dk, dv, torch.empty(0), dsinks
+
+
+def _writable(grad: Tensor) -> Tensor:
+    """The gradient itself, or where its last dimension is not contiguous a tensor that the kernel can write."""
+    return grad if grad.stride(3) == 1 or grad.shape[3] == 1 else torch.empty(grad.shape, dtype=grad.dtype)
+
+
+def _call_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple:
+    batch, heads_q, len_q, dim_qk = q.shape
+    _, heads_kv, len_k, dim_v = v.shape
+    if bias is not None:
+        bias = bias.expand(batch, heads_q, len_q, len_k)
+    return (
+        DTYPES[q.dtype],
+        torch.get_num_threads(),
+        (batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v),
+        view(q),
+        view(k),
+        view(v),
+        view(out),
+        lse.data_ptr(),
+        _mask_arguments(mask, batch, heads_q),
+        view(bias),
+        0 if bias is None else DTYPES[bias.dtype],
+        address(sinks),
+        scale,
+        softcap,
+        dropout_arguments(dropout_seed, dropout_p),
+    )
+
+
+def _mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple:
+    intervals = mask.intervals
+    if intervals is not None:
+        intervals = intervals.expand(intervals.shape[0], batch, heads, -1, 2)
+    return (
+        address(mask.key_start),
+        address(mask.key_end),
+        mask.band_offset,
+        mask.band_left,
+        mask.band_right,
+        None if intervals is None else view(intervals)[:5],
+        0 if intervals is None else intervals.shape[0],
+        view(mask.dense),
+    )

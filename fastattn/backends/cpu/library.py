@@ -1,0 +1,81 @@
+"""Loading libfastattn_cpu.so, and how its functions want their arguments.
+
+torch is imported first, so that the library shares the OpenMP runtime that torch has loaded. The thread count is passed
+with every call: a new Python thread would otherwise ignore `torch.set_num_threads`, and a forked worker would hang in a
+region of several threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import Tensor
+
+from fastattn.reference.philox import dropout_scale, dropout_threshold
+
+NO_DROPOUT = (0, 0, 1.0)
+
+
+@functools.cache
+def native() -> ModuleType:
+    """The pybind11 module over the library; ImportError where it was not built."""
+    from fastattn import _cpu
+
+    return _cpu
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the native CPU kernels cannot run here, or None."""
+    try:
+        module = native()
+    except ImportError as error:
+        return f"the native CPU library is not installed ({error}); install fastattn where a C++20 compiler is found"
+    wanted = os.environ.get("FASTATTN_CPU_ISA")
+    if wanted and wanted not in module.available_isas():
+        return f"FASTATTN_CPU_ISA={wanted!r} is not one of the available {', '.join(module.available_isas())}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return native().isa()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that were built and that this machine has, best first."""
+    return native().available_isas()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Runs the kernels of another instruction set inside the block, process-wide. ValueError for one not available."""
+    before = isa()
+    if not native().set_isa(name):
+        raise ValueError(f"isa={name!r} is not available here: pass one of {', '.join(available_isas())}")
+    try:
+        yield
+    finally:
+        native().set_isa(before)
+
+
+def address(tensor: Tensor | None) -> int:
+    """The data pointer, 0 for None and for a tensor without elements."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def view(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Data pointer and strides of a tensor of up to four dimensions."""
+    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
+
+
+def dropout_arguments(seed: Tensor | None, dropout_p: float) -> tuple[int, int, float]:
+    """Philox key, 16-bit threshold and scale of kept elements."""
+    threshold = dropout_threshold(dropout_p)
+    if seed is None or threshold == 0:
+        return NO_DROPOUT
+    return int(seed) & 0xFFFF_FFFF_FFFF_FFFF, threshold, dropout_scale(dropout_p)

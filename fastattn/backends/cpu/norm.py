@@ -1,0 +1,96 @@
+"""LayerNorm and RMSNorm on csrc/cpu/norm.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.codes import DTYPES
+from fastattn.backends.cpu.library import address, dropout_arguments, native
+
+
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_seed: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = x.shape[-1]
+    rows = x.numel() // max(width, 1)
+    y = torch.empty_like(x)
+    has_z = residual is not None or dropout_p > 0.0
+    z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    z = torch.empty(x.shape if has_z else (0,), dtype=z_dtype)
+    mean = torch.empty(rows if kind == "layer" else 0, dtype=torch.float32)
+    rstd = torch.empty(rows, dtype=torch.float32)
+    native().norm_forward(
+        kind == "rms",
+        torch.get_num_threads(),
+        rows,
+        width,
+        (DTYPES[x.dtype], _code(residual), DTYPES[z_dtype], _code(weight), _code(bias)),
+        z.data_ptr(),
+        address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        offset,
+        dropout_arguments(dropout_seed, dropout_p),
+        x.data_ptr(),
+        address(residual),
+        address(bias),
+        y.data_ptr(),
+        eps,
+    )
+    return y, z, mean, rstd
+
+
+def norm_backward(
+    grad_y: Tensor,
+    grad_z: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_seed: Tensor | None,
+    kind: str,
+    offset: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    weight_requires_grad: bool,
+    bias_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = z.shape[-1]
+    dx = torch.empty(z.shape, dtype=x_dtype)
+    has_dresidual = dropout_p > 0.0 or x_dtype != z.dtype
+    dresidual = torch.empty(z.shape if has_dresidual else (0,), dtype=z.dtype)
+    dweight = torch.empty(width if weight_requires_grad else 0, dtype=torch.float32)
+    dbias = torch.empty(width if bias_requires_grad else 0, dtype=torch.float32)
+    native().norm_backward(
+        kind == "rms",
+        torch.get_num_threads(),
+        z.numel() // max(width, 1),
+        width,
+        (DTYPES[x_dtype], DTYPES[z.dtype], DTYPES[z.dtype], _code(weight), 0),
+        z.data_ptr(),
+        address(weight),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        offset,
+        dropout_arguments(dropout_seed, dropout_p),
+        grad_y.data_ptr(),
+        address(grad_z),
+        dx.data_ptr(),
+        dresidual.data_ptr(),
+        dweight.data_ptr(),
+        dbias.data_ptr(),
+    )
+    return dx, dresidual, dweight, dbias
+
+
+def _code(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else DTYPES[tensor.dtype]
