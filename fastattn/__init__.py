@@ -1,0 +1,69 @@
+"""fastattn: fused attention, normalisation and feed-forward kernels for PyTorch, held to a reference.
+
+Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastattn import biases, integrations, masks, reference
+    from fastattn.dispatch import backends, use_backend
+    from fastattn.errors import NotSupported
+    from fastattn.functional.attention import attention, explain
+    from fastattn.functional.ffn import ffn, gated_ffn, linear_act
+    from fastattn.functional.norm import layer_norm, rms_norm
+    from fastattn.swap import plan, swap
+
+_HOMES = {
+    "attention": "fastattn.functional",
+    "backends": "fastattn.dispatch",
+    "explain": "fastattn.functional",
+    "ffn": "fastattn.functional",
+    "gated_ffn": "fastattn.functional",
+    "layer_norm": "fastattn.functional",
+    "linear_act": "fastattn.functional",
+    "NotSupported": "fastattn.errors",
+    "plan": "fastattn.swap",
+    "rms_norm": "fastattn.functional",
+    "swap": "fastattn.swap",
+    "use_backend": "fastattn.dispatch",
+}
+_MODULES = ("biases", "integrations", "masks", "reference")
+
+__all__ = [
+    "NotSupported",
+    "attention",
+    "backends",
+    "biases",
+    "explain",
+    "ffn",
+    "gated_ffn",
+    "integrations",
+    "layer_norm",
+    "linear_act",
+    "masks",
+    "plan",
+    "reference",
+    "rms_norm",
+    "swap",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastattn.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

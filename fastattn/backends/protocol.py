@@ -1,0 +1,195 @@
+"""What a backend offers. Each module `fastattn.backends.<name>` has these names, checked by nothing but tests.
+
+What the operators promise to a backend, and ask of it:
+- Arguments are valid and agree in shape, dtype and device; a choice by `not_supported_reasons` came before.
+- Attention: q, k, v, out and grad_out have a contiguous last dimension and any other strides, stride 0 included. bias
+  is 4-D, each dimension 1 or full, with any strides. The dense mask is expanded to (B, Hq, Sq, Skv). key_start,
+  key_end, intervals, sinks, lse and grad_lse are contiguous; sinks may have any float dtype.
+- Norm and linear functions get contiguous tensors only.
+- A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
+  for is an empty (0,) tensor of the dtype it would have.
+- "Accumulate dtype" is float32, but float64 for float64 inputs.
+- Sizes may be 0. Values of device tensors (lengths, ranges, seeds) are not read on the host by a GPU backend.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastattn.masks.lowered import LoweredMask
+from fastattn.problems import Problem
+
+
+class Backend(Protocol):
+    """The module protocol. Activations: none, relu, gelu, gelu_tanh, silu, quick_gelu, relu2."""
+
+    NAME: str
+
+    def unavailable_reason(self) -> str | None:
+        """Why this machine cannot run the backend at all, or None. Cheap; the answer does not change."""
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        """Why this problem is refused, one sentence each; empty when it runs."""
+
+    def attention_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: LoweredMask,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        dropout_seed: Tensor | None,
+        scale: float,
+        softcap: float,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, Sq, Dv) in q's dtype, a transposed view of (B, Sq, Hq, Dv) memory; lse (B, Hq, Sq), accumulate
+        dtype.
+
+        q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv); softcap 0 is off; dropout_seed int64 of one element.
+        """
+
+    def attention_backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: LoweredMask,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        dropout_seed: Tensor | None,
+        scale: float,
+        softcap: float,
+        dropout_p: float,
+        bias_requires_grad: bool,
+        sinks_requires_grad: bool,
+        deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv as `torch.empty_like` lays them out; dbias of bias' shape and dsinks (Hq,) in the accumulate
+        dtype."""
+
+    def norm_forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        dropout_seed: Tensor | None,
+        kind: str,
+        eps: float,
+        offset: float,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y like x; z in the promoted dtype of x and residual, empty where there is neither residual nor dropout;
+        mean (rows,), empty for "rms"; rstd (rows,). Statistics in the accumulate dtype of z. kind is "layer" or
+        "rms"."""
+
+    def norm_backward(
+        self,
+        grad_y: Tensor,
+        grad_z: Tensor | None,
+        z: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        dropout_seed: Tensor | None,
+        kind: str,
+        offset: float,
+        dropout_p: float,
+        x_dtype: torch.dtype,
+        weight_requires_grad: bool,
+        bias_requires_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dx in x_dtype; dresidual in z's dtype, empty where dropout_p is 0 and x_dtype is z's (it then equals dx);
+        dweight and dbias (N,) in the accumulate dtype. dz = norm'(grad_y) + grad_z, dx = dropout'(dz), dresidual =
+        dz."""
+
+    def linear_act_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
+    ) -> tuple[Tensor, Tensor]:
+        """y = act(x W^T + b) (..., N), and pre = x W^T + b in x's dtype: empty unless save_pre and activation is not
+        none."""
+
+    def linear_act_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        pre: Tensor,
+        activation: str,
+        x_requires_grad: bool,
+        weight_requires_grad: bool,
+        bias_requires_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dx, dweight, dbias in x's dtype."""
+
+    def ffn_forward(
+        self,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        activation: str,
+        save_pre: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """y = act(x w1^T + b1) w2^T + b2 (..., N), and pre (..., H), empty unless save_pre (for activation none
+        too)."""
+
+    def ffn_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        pre: Tensor,
+        activation: str,
+        x_requires_grad: bool,
+        w1_requires_grad: bool,
+        b1_requires_grad: bool,
+        w2_requires_grad: bool,
+        b2_requires_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dx, dw1, db1, dw2, db2 in x's dtype."""
+
+    def gated_ffn_forward(
+        self,
+        x: Tensor,
+        w_gate: Tensor,
+        b_gate: Tensor | None,
+        w_up: Tensor,
+        b_up: Tensor | None,
+        w_down: Tensor,
+        b_down: Tensor | None,
+        activation: str,
+        save_pre: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y = (act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
+
+    def gated_ffn_backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        x_requires_grad: bool,
+        w_gate_requires_grad: bool,
+        b_gate_requires_grad: bool,
+        w_up_requires_grad: bool,
+        b_up_requires_grad: bool,
+        w_down_requires_grad: bool,
+        b_down_requires_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dx, dw_gate, db_gate, dw_up, db_up, dw_down, db_down in x's dtype."""

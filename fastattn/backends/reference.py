@@ -1,0 +1,370 @@
+"""The reference backend: the formulas of `fastattn.reference` and their explicit gradients, for any problem on any
+device.
+
+It keeps Sq x Skv matrices and is slow. Half inputs are computed in float32 and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn.masks.lowered import LoweredMask, visible
+from fastattn.problems import Problem
+from fastattn.reference.attention import (
+    Softmax,
+    accumulate_dtype,
+    attention,
+    hide_unseen,
+    keep_scale,
+    repeat_heads,
+    softmax,
+)
+from fastattn.reference.ffn import activate, activation_gradient, linear
+from fastattn.reference.norm import add_residual, dropout_factor, normalise
+
+NAME = "reference"
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def unavailable_reason() -> str | None:
+    """Always None: plain PyTorch runs everywhere."""
+    return None
+
+
+def not_supported_reasons(problem: Problem) -> list[str]:
+    """Always empty: the reference runs every problem."""
+    return []
+
+
+def _plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Without autograd, and without autocast, which would otherwise reach the matrix products inside an operator."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_plain
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See the protocol."""
+    result, lse = attention(
+        q,
+        k,
+        v,
+        mask=_seen(mask, q, k),
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=True,
+    )
+    return result.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+@_plain
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    bias_requires_grad: bool,
+    sinks_requires_grad: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the protocol. With P the softmax, M the dropout factors and W = P * M:
+
+    dv = W^T dout;  dP = (dout v^T) * M;  ds = P * (dP - sum_j P dP) + dlse * P without sinks
+    dsink = -P_sink * sum_j P dP;  dq = scale * ds k;  dk = scale * ds^T q
+    """
+    compute = accumulate_dtype(q.dtype)
+    full = (*q.shape[:3], k.shape[2])
+    seen = _seen(mask, q, k)
+    queries = q.to(compute)
+    keys, values = hide_unseen(seen, k.to(compute), v.to(compute))
+    keys, values = repeat_heads(keys, q.shape[1]), repeat_heads(values, q.shape[1])
+    grads = grad_out.to(compute)
+    added = None if bias is None else bias.expand(full)
+    soft = softmax(queries, keys, seen, added, scale, softcap, sinks)
+    weights, dweights = soft.probabilities, grads @ values.transpose(-1, -2)
+    if dropout_p > 0.0:
+        assert dropout_seed is not None
+        factor = keep_scale(dropout_seed, dropout_p, full, compute)
+        weights, dweights = weights * factor, dweights * factor
+    dvalues = weights.transpose(-1, -2) @ grads
+    row = (soft.probabilities * dweights).sum(dim=-1, keepdim=True)
+    dscores = soft.probabilities * (dweights - row)
+    if grad_lse is not None:
+        dscores = dscores + grad_lse.to(compute)[..., None] * _without_sinks(soft, sinks)
+    dbias = dscores.sum_to_size(bias.shape) if bias is not None and bias_requires_grad else queries.new_empty(0)
+    dsinks = queries.new_empty(0)
+    if sinks is not None and sinks_requires_grad:
+        probability = torch.sigmoid(sinks.to(compute).view(1, -1, 1) - soft.lse)
+        dsinks = -(probability * row.squeeze(-1)).sum(dim=(0, 2))
+    if soft.tanh is not None:
+        dscores = dscores * (1.0 - soft.tanh.square())
+    dq = _like((dscores @ keys) * scale, q)
+    dk = _like(_sum_groups((dscores.transpose(-1, -2) @ queries) * scale, k.shape[1]), k)
+    return dq, dk, _like(_sum_groups(dvalues, v.shape[1]), v), dbias, dsinks
+
+
+@_plain
+def norm_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_seed: Tensor | None,
+    kind: str,
+    eps: float,
+    offset: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the protocol."""
+    z = add_residual(x, residual, dropout_p, dropout_seed)
+    y, mean, rstd = normalise(z, weight, bias, kind, eps, offset)
+    mean = mean.flatten() if kind == "layer" else rstd.new_empty(0)
+    return y.to(x.dtype), (x.new_empty(0) if z is x else z), mean, rstd.flatten()
+
+
+@_plain
+def norm_backward(
+    grad_y: Tensor,
+    grad_z: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_seed: Tensor | None,
+    kind: str,
+    offset: float,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    weight_requires_grad: bool,
+    bias_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See the protocol. With n = (z - mean) * rstd and g = grad_y * (offset + weight):
+    dz = rstd * (g - mean(g) - n * mean(g * n)) + grad_z, without mean(g) for "rms"."""
+    wide = z.to(rstd.dtype).reshape(rstd.shape[0], z.shape[-1])
+    grads = grad_y.to(rstd.dtype).reshape(wide.shape)
+    normal = (wide - mean[:, None] if kind == "layer" else wide) * rstd[:, None]
+    g = grads if weight is None else grads * (offset + weight.to(rstd.dtype))
+    centred = g - g.mean(dim=-1, keepdim=True) if kind == "layer" else g
+    dz = rstd[:, None] * (centred - normal * (g * normal).mean(dim=-1, keepdim=True))
+    dz = dz.reshape(z.shape)
+    if grad_z is not None:
+        dz = dz + grad_z.to(dz.dtype)
+    dx = dz
+    if dropout_p > 0.0:
+        assert dropout_seed is not None
+        dx = dz * dropout_factor(dropout_seed, dropout_p, dz)
+    separate = dropout_p > 0.0 or x_dtype != z.dtype
+    none = rstd.new_empty(0)
+    return (
+        dx.to(x_dtype),
+        dz.to(z.dtype) if separate else z.new_empty(0),
+        (grads * normal).sum(dim=0) if weight_requires_grad else none,
+        grads.sum(dim=0) if bias_requires_grad else none.clone(),
+    )
+
+
+@_plain
+def linear_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """See the protocol."""
+    pre = linear(x, weight, bias)
+    y = activate(pre, activation).to(x.dtype)
+    return y, pre.to(x.dtype) if save_pre and activation != "none" else x.new_empty(0)
+
+
+@_plain
+def linear_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    x_requires_grad: bool,
+    weight_requires_grad: bool,
+    bias_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the protocol."""
+    dpre = grad_y.to(accumulate_dtype(x.dtype))
+    if activation != "none":
+        dpre = dpre * activation_gradient(pre.to(dpre.dtype), activation)
+    return _linear_gradients(dpre, x, weight, x_requires_grad, weight_requires_grad, bias_requires_grad, x.dtype)
+
+
+@_plain
+def ffn_forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """See the protocol."""
+    pre = linear(x, w1, b1)
+    y = linear(activate(pre, activation), w2, b2).to(x.dtype)
+    return y, pre.to(x.dtype) if save_pre else x.new_empty(0)
+
+
+@_plain
+def ffn_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre: Tensor,
+    activation: str,
+    x_requires_grad: bool,
+    w1_requires_grad: bool,
+    b1_requires_grad: bool,
+    w2_requires_grad: bool,
+    b2_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the protocol."""
+    wide = pre.to(accumulate_dtype(x.dtype))
+    grads = grad_y.to(wide.dtype)
+    hidden = activate(wide, activation)
+    dhidden, dw2, db2 = _linear_gradients(grads, hidden, w2, True, w2_requires_grad, b2_requires_grad, x.dtype)
+    dpre = dhidden * activation_gradient(wide, activation)
+    dx, dw1, db1 = _linear_gradients(dpre, x, w1, x_requires_grad, w1_requires_grad, b1_requires_grad, x.dtype)
+    return dx, dw1, db1, dw2, db2
+
+
+@_plain
+def gated_ffn_forward(
+    x: Tensor,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    activation: str,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the protocol."""
+    gate, up = linear(x, w_gate, b_gate), linear(x, w_up, b_up)
+    y = linear(activate(gate, activation) * up, w_down, b_down).to(x.dtype)
+    if not save_pre:
+        return y, x.new_empty(0), x.new_empty(0)
+    return y, gate.to(x.dtype), up.to(x.dtype)
+
+
+@_plain
+def gated_ffn_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    x_requires_grad: bool,
+    w_gate_requires_grad: bool,
+    b_gate_requires_grad: bool,
+    w_up_requires_grad: bool,
+    b_up_requires_grad: bool,
+    w_down_requires_grad: bool,
+    b_down_requires_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the protocol."""
+    dtype, compute = x.dtype, accumulate_dtype(x.dtype)
+    wide_gate, wide_up = gate.to(compute), up.to(compute)
+    active = activate(wide_gate, activation)
+    dhidden, dwd, dbd = _linear_gradients(
+        grad_y.to(compute), active * wide_up, w_down, True, w_down_requires_grad, b_down_requires_grad, dtype
+    )
+    dgate = dhidden * wide_up * activation_gradient(wide_gate, activation)
+    dx_gate, dwg, dbg = _linear_gradients(
+        dgate, x.to(compute), w_gate, x_requires_grad, w_gate_requires_grad, b_gate_requires_grad, dtype
+    )
+    dx_up, dwu, dbu = _linear_gradients(
+        dhidden * active, x.to(compute), w_up, x_requires_grad, w_up_requires_grad, b_up_requires_grad, dtype
+    )
+    dx = (dx_gate + dx_up).to(dtype)
+    return dx, dwg, dbg, dwu, dbu, dwd, dbd
+
+
+def _seen(mask: LoweredMask, q: Tensor, k: Tensor) -> Tensor:
+    """The lowered mask as a bool tensor (B, Hq, Sq, Skv)."""
+    full = (*q.shape[:3], k.shape[2])
+    seen = visible(mask, full[2], full[3], q.device)
+    return torch.ones(full, dtype=torch.bool, device=q.device) if seen is None else seen.expand(full)
+
+
+def _without_sinks(soft: Softmax, sinks: Tensor | None) -> Tensor:
+    """The softmax over the keys alone, d lse / d s; that of the attention itself also has the sinks in its
+    denominator."""
+    if sinks is None:
+        return soft.probabilities
+    return torch.softmax(soft.scores, dim=-1).masked_fill((soft.lse == -math.inf)[..., None], 0.0)
+
+
+def _sum_groups(gradient: Tensor, heads_kv: int) -> Tensor:
+    """(B, Hq, S, D) to (B, Hkv, S, D): the sum over the query heads that share a key head."""
+    batch, heads, length, dim = gradient.shape
+    if heads == heads_kv:
+        return gradient
+    return gradient.view(batch, heads_kv, heads // heads_kv, length, dim).sum(dim=2)
+
+
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    """`value` in the dtype and layout of `tensor`."""
+    return torch.empty_like(tensor).copy_(value)
+
+
+def _linear_gradients(
+    dpre: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    x_requires_grad: bool,
+    weight_requires_grad: bool,
+    bias_requires_grad: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias of x W^T + b from the gradient of its result. dx keeps x's dtype, the others get `dtype`."""
+    compute = dpre.dtype
+    rows = dpre.reshape(-1, dpre.shape[-1])
+    dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if x_requires_grad:
+        dx = (dpre @ weight.to(compute)).to(x.dtype)
+    if weight_requires_grad:
+        dweight = (rows.t() @ x.to(compute).reshape(-1, x.shape[-1])).to(dtype)
+    if bias_requires_grad:
+        dbias = rows.sum(dim=0).to(dtype)
+    return dx, dweight, dbias

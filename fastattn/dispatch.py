@@ -1,0 +1,182 @@
+"""Chooses the backend of each call and says why the others do not run it.
+
+The first backend of ORDER that is available and has no reason against the problem runs. Passing over an available one,
+or the first one where this machine lacks it, is a fallback: counted in `fallbacks`, warned about once per reason, and
+logged for every new problem under FASTATTN_LOG=1. A backend forced by `use_backend`, FASTATTN_BACKEND or backend=
+never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastattn.errors import NotSupported
+from fastattn.problems import Problem
+
+_TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
+
+ORDER: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda", "triton", "reference"),
+    "cpu": ("cpu", "triton", "reference") if _TRITON_ON_CPU else ("cpu", "reference"),
+}
+NAMES = ("cuda", "cpu", "triton", "reference")
+
+fallbacks: Counter[tuple[str, str, str]] = Counter()
+"""How often each (op, backend, reason) sent a call on to the next backend."""
+
+_FORGET_AT = 4096  # remembered choices; shapes may vary without end
+_LOG = logging.getLogger("fastattn")
+
+
+class BackendWarning(UserWarning):
+    """A call runs on a slower backend than its device's first one."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a problem. `reasons` holds, per backend tried, why not; the chosen one has an empty list."""
+
+    problem: Problem
+    chosen: str | None
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem.op}: {self.chosen or 'no backend'} runs {self.problem}"]
+        for name, why in self.reasons.items():
+            lines.append(f"  {name}: {'; '.join(why) if why else 'supported'}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    backend: Any
+    fallbacks: tuple[tuple[str, str, str], ...]
+
+
+_choices: dict[tuple[Any, ...], _Choice] = {}
+_modules: dict[str, Any] = {}
+_warned: set[tuple[str, str, str]] = set()
+
+
+def check_backend_name(name: str, argument: str = "backend") -> str:
+    """`name` itself; ValueError, naming the argument, where no backend has it. The empty string chooses
+    automatically."""
+    if name and name not in NAMES:
+        known = ", ".join(map(repr, NAMES))
+        raise ValueError(f"{argument}={name!r} is unknown: pass one of {known}, or None to choose automatically")
+    return name
+
+
+forced: str = check_backend_name(os.environ.get("FASTATTN_BACKEND", ""), "FASTATTN_BACKEND")
+"""The backend every call uses unless it passes its own; empty chooses. Set by `use_backend`, for the whole process."""
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block every call of the process, in all threads, runs on this backend; None chooses automatically.
+
+    A call that the backend refuses raises NotSupported. ValueError for an unknown name. Blocks nest.
+    """
+    global forced
+    before, forced = forced, check_backend_name(name or "")
+    try:
+        yield
+    finally:
+        forced = before
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend's name with None where this machine can use it, else the reason why not."""
+    return {name: _unavailable(name) for name in NAMES}
+
+
+def explain_problem(problem: Problem, backend: str = "") -> Explanation:
+    """Which backend runs this problem, and why each before it does not. All candidates are asked."""
+    reasons = {name: _reasons(name, problem) for name in _candidates(problem, backend)}
+    chosen = next((name for name, why in reasons.items() if not why), None)
+    return Explanation(problem, chosen, reasons)
+
+
+def choose(make_problem: Callable[..., Problem], fields: tuple[Any, ...], backend: str) -> Any:
+    """The backend module that runs `make_problem(*fields)`; remembered per fields, so that a call costs one lookup.
+
+    Raises NotSupported, with all reasons, where `backend` is forced and refuses or no backend is left.
+    """
+    key = (make_problem, backend, fields)
+    choice = _choices.get(key)
+    if choice is None:
+        if len(_choices) >= _FORGET_AT:
+            _choices.clear()
+        choice = _choices[key] = _choose(make_problem(*fields), backend)
+    if choice.fallbacks:
+        fallbacks.update(choice.fallbacks)
+    return choice.backend
+
+
+def _choose(problem: Problem, backend: str) -> _Choice:
+    passed: dict[str, list[str]] = {}
+    for name in _candidates(problem, backend):
+        why = _reasons(name, problem)
+        if not why:
+            return _Choice(_module(name), _report(problem, name, passed))
+        passed[name] = why
+    raise NotSupported(problem.op, problem, passed)
+
+
+def _candidates(problem: Problem, backend: str) -> tuple[str, ...]:
+    return (backend,) if backend else ORDER.get(problem.device_type, ("reference",))
+
+
+def _reasons(name: str, problem: Problem) -> list[str]:
+    unavailable = _unavailable(name)
+    if unavailable is not None:
+        return [unavailable]
+    return list(_module(name).not_supported_reasons(problem))
+
+
+def _report(problem: Problem, chosen: str, passed: dict[str, list[str]]) -> tuple[tuple[str, str, str], ...]:
+    """The fallbacks behind a choice, warned about and logged. A missing backend counts where it is its device's
+    first."""
+    first = ORDER.get(problem.device_type, ("reference",))[0]
+    found = tuple(
+        (problem.op, name, reason)
+        for name, why in passed.items()
+        if name == first or _unavailable(name) is None
+        for reason in why
+    )
+    for fallback in found:
+        _, name, reason = fallback
+        if os.environ.get("FASTATTN_LOG") == "1":
+            _LOG.warning("%s: %s runs instead of %s: %s; %s", problem.op, chosen, name, reason, problem)
+        if fallback not in _warned:
+            _warned.add(fallback)
+            warnings.warn(
+                f"fastattn: {problem.op} falls back from backend {name!r} to {chosen!r}: {reason}",
+                BackendWarning,
+                stacklevel=2,
+            )
+    return found
+
+
+def _unavailable(name: str) -> str | None:
+    try:
+        module = _module(name)
+    except ImportError as error:
+        return f"fastattn.backends.{name} cannot be imported: {error}"
+    reason: str | None = module.unavailable_reason()
+    return reason
+
+
+def _module(name: str) -> Any:
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(f"fastattn.backends.{name}")
+    return module

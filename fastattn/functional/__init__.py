@@ -1,0 +1,9 @@
+"""What a user calls: functions on tensors, with their checks, defaults and shapes."""
+
+from __future__ import annotations
+
+from fastattn.functional.attention import attention, explain
+from fastattn.functional.ffn import ffn, gated_ffn, linear_act
+from fastattn.functional.norm import layer_norm, rms_norm
+
+__all__ = ["attention", "explain", "ffn", "gated_ffn", "layer_norm", "linear_act", "rms_norm"]

@@ -1,0 +1,313 @@
+"""`attention`: what a user calls. Arguments are checked, masks and biases lowered, defaults filled in."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import biases, dispatch
+from fastattn.functional.checks import (
+    HALVES,
+    check_beside,
+    check_device,
+    check_dropout,
+    check_number,
+    check_shape,
+    check_tensor,
+    resolve_backend,
+)
+from fastattn.masks import Dense, LoweredMask, Mask
+from fastattn.masks.keys import as_4d
+from fastattn.ops.attention import Attention, attention_forward, problem_fields
+from fastattn.ops.library import apply, needs_gradient, tracks_gradients
+from fastattn.problems import AttentionProblem
+
+MAX_HEAD_DIM = 256
+_NOTHING_HIDDEN = LoweredMask()
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = ...,
+    bias: biases.Dense | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = ...,
+    bias: biases.Dense | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
+    return_lse: Literal[True],
+    deterministic: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: biases.Dense | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention without a Sq x Skv matrix in memory (the reference backend excepted).
+
+        s = scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + bias;  s = -inf where masked
+        out = dropout(exp(s) / (sum_j exp(s) + exp(sink))) v;    lse = log(sum_j exp(s))
+
+    Args:
+        q, k, v: (B, Hq, Sq, D), (B, Hkv, Skv, D) and (B, Hkv, Skv, Dv) of one dtype (float32, bfloat16, float16;
+            float64 on the reference backend) on one device; Hq % Hkv == 0, D and Dv from 1 to 256, any strides.
+            Lengths may be 0.
+        mask: which keys a query sees. A mask object of `fastattn.masks`; a bool tensor, True is visible, that
+            broadcasts to (B, Hq, Sq, Skv); an int32 tensor (1|B, 1|Hq, Sq, 2) of one half-open key range per query; or
+            a float tensor, which is added to the scores as a bias is.
+        bias: a float tensor that broadcasts to (B, Hq, Sq, Skv), of q's dtype or float32, or an object of
+            `fastattn.biases`. -inf hides a key; every finite value stays finite.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        softcap: bound of the scores, positive; None is off.
+        sinks: (Hq,) float: one extra logit per head, in the denominator only.
+        dropout_p: share of the weights to drop, in [0, 1). Kept weights are scaled up.
+        dropout_seed: int64 tensor of one element on q's device that fixes the dropout mask; drawn by torch.randint if
+            None.
+        return_lse: also return lse.
+        deterministic: a bitwise repeatable backward; also set by torch.use_deterministic_algorithms.
+        backend: the backend's name; None takes that of `use_backend`, or the first that supports the call.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in q's dtype, (B, Sq, Hq, Dv) in memory; with return_lse also lse (B, Hq, Sq), natural log,
+        float32 (float64 for float64 inputs), before dropout and without the sink. A query that sees no key gets output
+        0, lse -inf and gradient 0. Gradients reach q, k, v, bias, sinks and a float mask, through out and
+        lse; second derivatives raise.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
+        NotSupported: the backend asked for does not run this call; the text says why.
+    """
+    tracked, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
+    out, lse = apply(Attention, *call) if tracked else attention_forward(*call)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: biases.Dense | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> dispatch.Explanation:
+    """Which backend `attention` with these arguments runs on, and why each other does not. Computes nothing.
+
+    Raises what `attention` raises for a wrong argument.
+    """
+    _, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
+    q, k, v, *mask_fields = call[:10]
+    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[10:]
+    fields = problem_fields(
+        q,
+        k,
+        v,
+        LoweredMask(*mask_fields),
+        added,
+        sinks,
+        cap,
+        dropout_p,
+        requires_grad,
+        bias_requires_grad,
+        deterministic,
+    )
+    return dispatch.explain_problem(AttentionProblem(*fields), name)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    bias: biases.Dense | Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[bool, tuple[Any, ...]]:
+    """Checks and lowers a call: whether it goes through autograd, and the arguments of the operator."""
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
+    device = q.device
+    if torch.is_autocast_enabled(device.type):
+        q, k, v = _autocast(q, k, v)
+    full = _check_shapes(q, k, v)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    else:
+        check_number("scale", scale)
+    if softcap is None:
+        softcap = 0.0
+    else:
+        check_number("softcap", softcap)
+        if not softcap > 0.0:
+            raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
+    lowered = _NOTHING_HIDDEN
+    if mask is not None:
+        lowered, bias = _lower_mask(mask, bias, full, q)
+    added = None if bias is None else _lower_bias("bias", bias, full, q)
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        check_device("sinks", sinks, "q", q)
+        check_shape("sinks", sinks, (full[1],), "one logit per query head")
+    seed = None
+    if dropout_p != 0.0 or dropout_seed is not None:
+        seed = check_dropout(dropout_p, dropout_seed, "q", q)
+    tracked = tracks_gradients(q, k, v, added, sinks)
+    bias_requires_grad = tracked and added is not None and needs_gradient(added)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    name = resolve_backend(backend)
+    numbers = (scale, softcap, dropout_p, tracked, bias_requires_grad, deterministic, name)
+    return tracked, (q, k, v, *lowered, added, sinks, seed, *numbers)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The casts of torch's own attention under autocast: all but float64 to the autocast dtype.
+
+    Biases keep their dtype, so that a finite float32 bias does not round to -inf.
+    """
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """(B, Hq, Sq, Skv), once q, k and v agree."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        name, tensor = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
+        raise ValueError(
+            f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}: pass "
+            "(batch, heads, length, head_dim), for example by unsqueeze(0) for a batch of one"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        name, tensor = ("k", k) if k.dtype != q.dtype else ("v", v)
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype} but q {q.dtype}: cast them to one dtype, {name}.to({q.dtype})"
+        )
+    if k.device != q.device:
+        check_device("k", k, "q", q)
+    if v.device != q.device:
+        check_device("v", v, "q", q)
+    batch, heads_q, len_q, dim = q.shape
+    batch_k, heads_kv, len_k, dim_k = k.shape
+    batch_v, heads_v, len_v, dim_v = v.shape
+    if batch_k != batch or batch_v != batch:
+        name, value = ("k", batch_k) if batch_k != batch else ("v", batch_v)
+        raise ValueError(f"{name} has a batch of {value} but q of {batch}: expand {name} to q's batch")
+    if dim_k != dim:
+        raise ValueError(f"k has head dim {dim_k} but q {dim}: pass k of shape (B, Hkv, Skv, {dim})")
+    if heads_v != heads_kv or len_v != len_k:
+        raise ValueError(
+            f"v has {heads_v} heads and length {len_v} but k {heads_kv} and {len_k}: pass v of shape "
+            f"({batch}, {heads_kv}, {len_k}, Dv)"
+        )
+    if heads_kv == 0 or heads_q % heads_kv != 0:
+        raise ValueError(
+            f"q has {heads_q} heads, which is no multiple of the {heads_kv} heads of k and v: "
+            "pass Hq % Hkv == 0 (query head h reads key head h // (Hq // Hkv))"
+        )
+    if not (1 <= dim <= MAX_HEAD_DIM and 1 <= dim_v <= MAX_HEAD_DIM):
+        name, value = ("q", dim) if not 1 <= dim <= MAX_HEAD_DIM else ("v", dim_v)
+        raise ValueError(
+            f"{name} has head dim {value}: pass 1 to {MAX_HEAD_DIM}, for example by splitting into more heads"
+        )
+    return batch, heads_q, len_q, len_k
+
+
+def _lower_mask(
+    mask: Mask | Tensor, bias: biases.Dense | Tensor | None, full: tuple[int, int, int, int], q: Tensor
+) -> tuple[LoweredMask, biases.Dense | Tensor | None]:
+    """The lowered mask, and the bias with a float mask added to it."""
+    if isinstance(mask, Mask):
+        return mask.lower(*full, q.device), bias
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"mask is a {type(mask).__name__}: pass an object of fastattn.masks, a bool, int32 or float tensor, or None"
+        )
+    check_device("mask", mask, "q", q)
+    if mask.dtype == torch.bool:
+        return Dense(mask).lower(*full, q.device), bias
+    if mask.dtype == torch.int32:
+        return LoweredMask(intervals=_key_ranges(mask, full)), bias
+    if not mask.is_floating_point():
+        raise TypeError(
+            f"mask has dtype {mask.dtype}: pass bool (True is visible), int32 key ranges (1|B, 1|Hq, Sq, 2), or a "
+            "float tensor to add; mask.bool() makes a bool mask of zeros and ones"
+        )
+    added = _lower_bias("mask", mask, full, q)
+    return _NOTHING_HIDDEN, added if bias is None else added + _lower_bias("bias", bias, full, q)
+
+
+def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+    batch, heads, len_q, _ = full
+    shape = mask.shape
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (len_q, 2):
+        raise ValueError(
+            f"mask of int32 key ranges has shape {tuple(shape)}: pass (1 or {batch}, 1 or {heads}, {len_q}, 2), "
+            "start and end of the keys that each query sees"
+        )
+    return mask.unsqueeze(0)
+
+
+def _lower_bias(name: str, bias: biases.Dense | Tensor, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
+    """The bias with 4 dimensions, each 1 or full."""
+    if isinstance(bias, Tensor):
+        if not bias.is_floating_point():
+            raise TypeError(f"{name} has dtype {bias.dtype}: pass a float tensor (bool masks go to mask=)")
+        bias = biases.Dense(bias)
+    elif not isinstance(bias, biases.Dense):
+        raise TypeError(f"{name} is a {type(bias).__name__}: pass a float tensor or an object of fastattn.biases")
+    if bias.tensor.dtype in HALVES and torch.is_autocast_enabled(q.device.type):
+        bias = biases.Dense(bias.tensor.to(torch.float32))  # autocast may have moved q to the other half dtype
+    check_beside(name, bias.tensor, "q", q)
+    return as_4d(name, bias.tensor, full)

@@ -1,0 +1,151 @@
+"""`linear_act`, `ffn` and `gated_ffn`: linear layers with their activation and feed-forward blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.functional.checks import check_activation, check_beside, check_shape, check_tensor, resolve_backend
+from fastattn.ops.ffn import Ffn, GatedFfn, LinearAct, ffn_forward, gated_ffn_forward, linear_act_forward
+from fastattn.ops.library import apply, tracks_gradients
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """act(x W^T + b): a linear layer with its activation applied before the result is stored.
+
+    Args:
+        x: (..., K), float32, bfloat16, float16 (float64 on the reference backend), any strides.
+        weight, bias: (N, K) and (N,), in x's dtype.
+        activation: relu, gelu (by erf), gelu_tanh, silu, quick_gelu, relu2 (the square of relu), or None.
+        backend: the backend's name; None takes that of `use_backend`, or the first that supports the call.
+
+    Returns:
+        (..., N) in x's dtype, contiguous. Products accumulate in float32. All tensors get gradients; the values before
+        the activation are kept for them. Under autocast x, weight and bias are cast as torch's linear casts them.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
+        NotSupported: the backend asked for does not run this call.
+    """
+    name = check_activation(activation)
+    x, weight, bias = _prepare(x, ("weight", weight), ("bias", bias))
+    _check_linear("weight", weight, "bias", bias, x.shape[-1], None)
+    tracked = tracks_gradients(x, weight, bias)
+    call = (x, weight, bias, name, tracked, resolve_backend(backend))
+    y: Tensor = (apply(LinearAct, *call) if tracked else linear_act_forward(*call))[0]
+    return y
+
+
+def ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None = "gelu",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """act(x w1^T + b1) w2^T + b2: a feed-forward block.
+
+    Args:
+        x: (..., K). w1, b1: (H, K) and (H,). w2, b2: (N, H) and (N,). All in one dtype; the biases may be None.
+
+    The dtypes, activations, autocast and errors are those of `linear_act`. Returns (..., N) in x's dtype.
+    """
+    name = check_activation(activation)
+    x, w1, b1, w2, b2 = _prepare(x, ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2))
+    _check_linear("w1", w1, "b1", b1, x.shape[-1], None)
+    _check_linear("w2", w2, "b2", b2, w1.shape[0], None)
+    tracked = tracks_gradients(x, w1, b1, w2, b2)
+    call = (x, w1, b1, w2, b2, name, tracked, resolve_backend(backend))
+    y: Tensor = (apply(Ffn, *call) if tracked else ffn_forward(*call))[0]
+    return y
+
+
+def gated_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str | None = "silu",
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """(act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down: a gated block, SwiGLU by default.
+
+    Args:
+        x: (..., K). w_gate, w_up: (H, K). w_down: (N, H). b_gate, b_up: (H,). b_down: (N,). All in one dtype.
+
+    The dtypes, activations, autocast and errors are those of `linear_act`. Returns (..., N) in x's dtype.
+    """
+    name = check_activation(activation)
+    x, w_gate, b_gate, w_up, b_up, w_down, b_down = _prepare(
+        x,
+        ("w_gate", w_gate),
+        ("b_gate", b_gate),
+        ("w_up", w_up),
+        ("b_up", b_up),
+        ("w_down", w_down),
+        ("b_down", b_down),
+    )
+    _check_linear("w_gate", w_gate, "b_gate", b_gate, x.shape[-1], None)
+    _check_linear("w_up", w_up, "b_up", b_up, x.shape[-1], w_gate.shape[0])
+    _check_linear("w_down", w_down, "b_down", b_down, w_gate.shape[0], None)
+    tracked = tracks_gradients(x, w_gate, b_gate, w_up, b_up, w_down, b_down)
+    call = (x, w_gate, b_gate, w_up, b_up, w_down, b_down, name, tracked, resolve_backend(backend))
+    y: Tensor = (apply(GatedFfn, *call) if tracked else gated_ffn_forward(*call))[0]
+    return y
+
+
+def _prepare(x: Tensor, *parameters: tuple[str, Tensor | None]) -> list[Any]:
+    """x and its parameters, cast as autocast asks, once their types, devices and dtypes agree."""
+    check_tensor("x", x)
+    if x.dim() == 0:
+        raise ValueError("x has no dimensions: pass (..., K), the features last")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        x = _autocast(x)
+    tensors: list[Tensor | None] = [x]
+    for name, value in parameters:
+        if value is not None:
+            if autocast:
+                check_tensor(name, value)
+                value = _autocast(value)
+            check_beside(name, value, "x", x, float32_too=False)
+        tensors.append(value)
+    return tensors
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """The cast of torch's linear under autocast: all but float64 to the autocast dtype."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _check_linear(
+    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, in_features: int, out_features: int | None
+) -> None:
+    """A weight (out_features, in_features), any number of rows for None, and its bias."""
+    if weight is None:
+        check_tensor(name, weight)
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != in_features or (out_features is not None and shape[0] != out_features):
+        rows = "N" if out_features is None else out_features
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}: pass ({rows}, {in_features}), out features by in features as nn.Linear "
+            "stores it"
+        )
+    if bias is not None:
+        check_shape(bias_name, bias, shape[:1], f"one element per row of {name}")

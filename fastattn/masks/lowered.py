@@ -1,0 +1,84 @@
+"""The lowered form of a mask: numbers and tensors on q's device that every kernel understands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LoweredMask(NamedTuple):
+    """visible = keys and band and intervals and dense; a field left at its default hides nothing.
+
+    key_start    int32 (B,): first visible key. May be negative.
+    key_end      int32 (B,): one past the last visible key. May exceed Skv.
+    band_offset  query i sits at key position i + band_offset.
+    band_left    keeps j >= i + band_offset - band_left; None is unbounded. May be negative.
+    band_right   keeps j <= i + band_offset + band_right; None is unbounded. May be negative.
+    intervals    int32 (R, 1|B, 1|Hq, Sq, 2): half-open key intervals per query, their union over R <= 4. Bounds may lie
+                 outside [0, Skv]; start >= end is empty.
+    dense        bool, True is visible, 4-D. Lowering leaves dimensions of size 1; a backend gets it expanded to
+                 (B, Hq, Sq, Skv) with strides 0. Strides 0 over heads and queries make it a key mask.
+    """
+
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+    band_offset: int = 0
+    band_left: int | None = None
+    band_right: int | None = None
+    intervals: Tensor | None = None
+    dense: Tensor | None = None
+
+
+def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
+    """The mask as a bool tensor, True where visible, broadcastable to (B, Hq, Sq, Skv); None when nothing is hidden."""
+    query = torch.arange(len_q, device=device).view(-1, 1)
+    key = torch.arange(len_k, device=device)
+    terms = []
+    if mask.key_start is not None:
+        terms.append(key >= mask.key_start.view(-1, 1, 1, 1))
+    if mask.key_end is not None:
+        terms.append(key < mask.key_end.view(-1, 1, 1, 1))
+    position = query + mask.band_offset
+    if mask.band_left is not None:
+        terms.append((key >= position - mask.band_left).view(1, 1, len_q, len_k))
+    if mask.band_right is not None:
+        terms.append((key <= position + mask.band_right).view(1, 1, len_q, len_k))
+    if mask.intervals is not None:
+        start, end = mask.intervals[..., 0:1], mask.intervals[..., 1:2]
+        terms.append(((key >= start) & (key < end)).any(dim=0))
+    if mask.dense is not None:
+        terms.append(mask.dense)
+    if not terms:
+        return None
+    seen = terms[0]
+    for term in terms[1:]:
+        seen = seen & term
+    return seen
+
+
+def intersect(a: LoweredMask, b: LoweredMask) -> LoweredMask:
+    """The mask that keeps what both keep; of fields that mask objects lower to: keys, band and dense."""
+    offset = a.band_offset if _has_band(a) else b.band_offset
+    lefts = [m.band_left + offset - m.band_offset for m in (a, b) if m.band_left is not None]
+    rights = [m.band_right + m.band_offset - offset for m in (a, b) if m.band_right is not None]
+    return LoweredMask(
+        key_start=_meet(a.key_start, b.key_start, torch.maximum),
+        key_end=_meet(a.key_end, b.key_end, torch.minimum),
+        band_offset=offset,
+        band_left=min(lefts) if lefts else None,
+        band_right=min(rights) if rights else None,
+        dense=_meet(a.dense, b.dense, torch.logical_and),
+    )
+
+
+def _has_band(mask: LoweredMask) -> bool:
+    return mask.band_left is not None or mask.band_right is not None
+
+
+def _meet(a: Tensor | None, b: Tensor | None, both: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return both(a, b)

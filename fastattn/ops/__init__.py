@@ -1,0 +1,35 @@
+"""The operators torch.ops.fastattn.*, with fake tensors and vmap rules, and the autograd.Functions over them."""
+
+from __future__ import annotations
+
+from fastattn.ops.attention import Attention, attention_backward, attention_forward
+from fastattn.ops.ffn import (
+    Ffn,
+    GatedFfn,
+    LinearAct,
+    ffn_backward,
+    ffn_forward,
+    gated_ffn_backward,
+    gated_ffn_forward,
+    linear_act_backward,
+    linear_act_forward,
+)
+from fastattn.ops.norm import Norm, norm_backward, norm_forward
+
+__all__ = [
+    "Attention",
+    "Ffn",
+    "GatedFfn",
+    "LinearAct",
+    "Norm",
+    "attention_backward",
+    "attention_forward",
+    "ffn_backward",
+    "ffn_forward",
+    "gated_ffn_backward",
+    "gated_ffn_forward",
+    "linear_act_backward",
+    "linear_act_forward",
+    "norm_backward",
+    "norm_forward",
+]

@@ -1,0 +1,369 @@
+"""The linear and feed-forward operators, their fake tensors and vmap rules, and the autograd.Functions over them.
+
+linear_act, ffn and gated_ffn, forward and backward; shapes and results: `fastattn.backends.protocol`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch
+from fastattn.ops.library import InDims, VmapResult, dense, differentiate_once, is_mapped, lift, register
+from fastattn.problems import LinearProblem
+
+
+def problem_fields(
+    op: str, x: Tensor, hidden: Tensor | None, out: Tensor, activation: str, requires_grad: bool
+) -> tuple[Any, ...]:
+    """The fields of this call's LinearProblem, in order. hidden: the weight into the hidden features, out: the last
+    one."""
+    *lead, width = x.shape
+    return (
+        op,
+        x.device.type,
+        x.dtype,
+        out.dtype,
+        activation,
+        math.prod(lead),
+        width,
+        0 if hidden is None else hidden.shape[0],
+        out.shape[0],
+        requires_grad,
+    )
+
+
+def _linear_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, requires_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    fields = problem_fields("linear_act", x, None, weight, activation, requires_grad)
+    y, pre = dispatch.choose(LinearProblem, fields, backend).linear_act_forward(
+        dense(x), dense(weight), dense(bias), activation, requires_grad
+    )
+    return y, pre
+
+
+def _linear_act_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    x_requires_grad: bool,
+    weight_requires_grad: bool,
+    bias_requires_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fields = problem_fields("linear_act", x, None, weight, activation, True)
+    results: tuple[Tensor, Tensor, Tensor] = dispatch.choose(LinearProblem, fields, backend).linear_act_backward(
+        dense(grad_y),
+        dense(x),
+        dense(weight),
+        dense(pre),
+        activation,
+        x_requires_grad,
+        weight_requires_grad,
+        bias_requires_grad,
+    )
+    return results
+
+
+def _ffn_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    requires_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    fields = problem_fields("ffn", x, w1, w2, activation, requires_grad)
+    y, pre = dispatch.choose(LinearProblem, fields, backend).ffn_forward(
+        dense(x), dense(w1), dense(b1), dense(w2), dense(b2), activation, requires_grad
+    )
+    return y, pre
+
+
+def _ffn_backward(
+    grad_y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, activation: str, *flags_and_backend: Any
+) -> tuple[Tensor, ...]:
+    *flags, backend = flags_and_backend
+    fields = problem_fields("ffn", x, w1, w2, activation, True)
+    results: tuple[Tensor, ...] = dispatch.choose(LinearProblem, fields, backend).ffn_backward(
+        dense(grad_y), dense(x), dense(w1), dense(w2), dense(pre), activation, *flags
+    )
+    return results
+
+
+def _gated_ffn_forward(
+    x: Tensor,
+    w_gate: Tensor,
+    b_gate: Tensor | None,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    activation: str,
+    requires_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, requires_grad)
+    weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
+    y, gate, up = dispatch.choose(LinearProblem, fields, backend).gated_ffn_forward(
+        dense(x), *map(dense, weights), activation, requires_grad
+    )
+    return y, gate, up
+
+
+def _gated_ffn_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    *flags_and_backend: Any,
+) -> tuple[Tensor, ...]:
+    *flags, backend = flags_and_backend
+    fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, True)
+    tensors = (grad_y, x, w_gate, w_up, w_down, gate, up)
+    results: tuple[Tensor, ...] = dispatch.choose(LinearProblem, fields, backend).gated_ffn_backward(
+        *map(dense, tensors), activation, *flags
+    )
+    return results
+
+
+def _wide(x: Tensor, weight: Tensor, wanted: bool = True) -> Tensor:
+    """A fake result of x W^T, or an empty one."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]) if wanted else (0,))
+
+
+def _gradients(*pairs: tuple[tuple[int, ...] | torch.Size, bool], like: Tensor) -> tuple[Tensor, ...]:
+    """Fake gradients: the shape of each where it is wanted."""
+    return tuple(like.new_empty(shape if wanted else (0,)) for shape, wanted in pairs)
+
+
+def _fake_linear_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, requires_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return _wide(x, weight), _wide(x, weight, requires_grad and activation != "none")
+
+
+def _fake_linear_act_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, dx: bool, dw: bool, db: bool, backend: str
+) -> tuple[Tensor, ...]:
+    return _gradients((x.shape, dx), (weight.shape, dw), (weight.shape[:1], db), like=x)
+
+
+def _fake_ffn_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    requires_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _wide(x, w2), _wide(x, w1, requires_grad)
+
+
+def _fake_ffn_backward(
+    grad_y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, activation: str, *flags: Any
+) -> tuple[Tensor, ...]:
+    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
+    return _gradients(*zip(shapes, flags[:5], strict=True), like=x)
+
+
+def _fake_gated_ffn_forward(
+    x: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    requires_grad = rest[2]
+    return _wide(x, w_down), _wide(x, w_gate, requires_grad), _wide(x, w_up, requires_grad)
+
+
+def _fake_gated_ffn_backward(
+    grad_y: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    shapes = [x.shape]
+    for weight in (w_gate, w_up, w_down):
+        shapes += [weight.shape, weight.shape[:1]]
+    return _gradients(*zip(shapes, rest[3:10], strict=True), like=x)
+
+
+def _fold_forward(operator: str, weights: int) -> Any:
+    """The vmap rule of a forward: x's mapped dimension joins its rows, unless one of the `weights` after x is
+    mapped."""
+
+    def fold(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
+        if is_mapped(dims, *range(1, 1 + weights)):
+            return None
+        results = getattr(torch.ops.fastattn, operator)(lift(args[0], dims[0], size), *args[1:])
+        return results, tuple(None if t.shape == (0,) else 0 for t in results)
+
+    return fold
+
+
+def _fold_backward(operator: str, weights: int, saved: int) -> Any:
+    """The vmap rule of a backward (grad_y, x, weights, saved, activation, x_requires_grad, other flags, backend).
+
+    Rows fold, unless a weight is mapped or needs a gradient of its own per entry.
+    """
+
+    def fold(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
+        last = 2 + weights + saved  # the activation
+        if is_mapped(dims, *range(2, 2 + weights)) or any(args[last + 2 : -1]):
+            return None
+        rows = [0, 1, *range(2 + weights, last)]
+        folded = list(args)
+        for i in rows:
+            if args[i].shape != (0,):
+                folded[i] = lift(args[i], dims[i], size)
+        results = getattr(torch.ops.fastattn, operator)(*folded)
+        return results, (0 if args[last + 1] else None, *(None,) * (len(results) - 1))
+
+    return fold
+
+
+linear_act_forward = register(
+    "linear_act_forward",
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, bool requires_grad, str backend) -> (Tensor, Tensor)",
+    _linear_act_forward,
+    _fake_linear_act_forward,
+    _fold_forward("linear_act_forward", weights=2),
+)
+linear_act_backward = register(
+    "linear_act_backward",
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor pre, str activation, bool x_requires_grad, "
+    "bool weight_requires_grad, bool bias_requires_grad, str backend) -> (Tensor, Tensor, Tensor)",
+    _linear_act_backward,
+    _fake_linear_act_backward,
+    _fold_backward("linear_act_backward", weights=1, saved=1),
+)
+ffn_forward = register(
+    "ffn_forward",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool requires_grad, str backend) "
+    "-> (Tensor, Tensor)",
+    _ffn_forward,
+    _fake_ffn_forward,
+    _fold_forward("ffn_forward", weights=4),
+)
+ffn_backward = register(
+    "ffn_backward",
+    "(Tensor grad_y, Tensor x, Tensor w1, Tensor w2, Tensor pre, str activation, bool x_requires_grad, "
+    "bool w1_requires_grad, bool b1_requires_grad, bool w2_requires_grad, bool b2_requires_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _ffn_backward,
+    _fake_ffn_backward,
+    _fold_backward("ffn_backward", weights=2, saved=1),
+)
+gated_ffn_forward = register(
+    "gated_ffn_forward",
+    "(Tensor x, Tensor w_gate, Tensor? b_gate, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, "
+    "str activation, bool requires_grad, str backend) -> (Tensor, Tensor, Tensor)",
+    _gated_ffn_forward,
+    _fake_gated_ffn_forward,
+    _fold_forward("gated_ffn_forward", weights=6),
+)
+gated_ffn_backward = register(
+    "gated_ffn_backward",
+    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor gate, Tensor up, str activation, "
+    "bool x_requires_grad, bool w_gate_requires_grad, bool b_gate_requires_grad, bool w_up_requires_grad, "
+    "bool b_up_requires_grad, bool w_down_requires_grad, bool b_down_requires_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_ffn_backward,
+    _fake_gated_ffn_backward,
+    _fold_backward("gated_ffn_backward", weights=3, saved=2),
+)
+
+
+def _wanted(gradients: tuple[Tensor, ...], flags: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if wanted else None for g, wanted in zip(gradients, flags, strict=True))
+
+
+class LinearAct(torch.autograd.Function):
+    """linear_act_forward with gradients; the arguments are the operator's, in its order."""
+
+    generate_vmap_rule = True  # the operators have vmap rules of their own
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        y, pre = linear_act_forward(*args)
+        return y, pre
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, ctx.activation, _, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_y is None:
+            return (None,) * 6
+        flags = ctx.needs_input_grad[:3]
+        gradients = differentiate_once(
+            linear_act_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend
+        )
+        return (*_wanted(gradients, flags), None, None, None)
+
+
+class Ffn(torch.autograd.Function):
+    """ffn_forward with gradients; the arguments are the operator's, in its order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        y, pre = ffn_forward(*args)
+        return y, pre
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w1, _, w2, _, ctx.activation, _, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, w1, w2, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_y is None:
+            return (None,) * 8
+        flags = ctx.needs_input_grad[:5]
+        gradients = differentiate_once(ffn_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend)
+        return (*_wanted(gradients, flags), None, None, None)
+
+
+class GatedFfn(torch.autograd.Function):
+    """gated_ffn_forward with gradients; the arguments are the operator's, in its order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, gate, up = gated_ffn_forward(*args)
+        return y, gate, up
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, w_gate, _, w_up, _, w_down, _, ctx.activation, _, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_y is None:
+            return (None,) * 10
+        flags = ctx.needs_input_grad[:7]
+        gradients = differentiate_once(
+            gated_ffn_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend
+        )
+        return (*_wanted(gradients, flags), None, None, None)

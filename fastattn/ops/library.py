@@ -1,0 +1,167 @@
+"""The operator library "fastattn": registration, vmap rules and the checks that every operator shares.
+
+Operators are plain `Library.define` + `impl` + fake: cheaper per call than custom_op, and autograd lies outside them,
+in an autograd.Function, so a call without gradients pays nothing for it. Tensors reach the data pointer only inside
+`impl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("fastattn", "DEF")
+
+InDims = tuple[int | None, ...]
+VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
+Fold = Callable[[int, InDims, tuple[Any, ...]], "VmapResult | None"]
+
+
+def register(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], fold: Fold
+) -> Callable[..., Any]:
+    """Defines fastattn::name and returns its overload.
+
+    fold(size, in_dims, args) runs a vmapped call as one call with a larger batch, or returns None where that would not
+    be exact; the call then runs once per entry.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # not differentiable by itself, at no cost
+    qualified = f"fastattn::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    operator: Callable[..., Any] = getattr(torch.ops.fastattn, name).default
+
+    def vmap_rule(info: Any, in_dims: InDims, *args: Any) -> VmapResult:
+        folded = fold(info.batch_size, in_dims, args)
+        return _each(operator, info.batch_size, in_dims, args) if folded is None else folded
+
+    torch.library.register_vmap(qualified, vmap_rule, lib=LIBRARY)
+    return operator
+
+
+def tracks_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors has to go through autograd, or through a transform of torch.func."""
+    if not torch.compiler.is_compiling() and _transformed():
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, in eager mode without the signature inspection that doubles its cost."""
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """The arguments with a view for a tensor that came before: Dynamo refuses to trace a Function that gets one
+    twice."""
+    seen: list[Tensor] = []
+    result = []
+    for value in args:
+        if isinstance(value, Tensor):
+            for before in seen:
+                if value is before:
+                    value = value.view_as(value)
+                    break
+            seen.append(value)
+        result.append(value)
+    return result
+
+
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether one tensor of a tracked call may need a gradient; never too few under a transform of torch.func."""
+    return tensor.requires_grad or (not torch.compiler.is_compiling() and _transformed())
+
+
+def _transformed() -> bool:
+    """Under torch.func, where a batched tensor may hide one that a grad transform tracks, or under forward-mode
+    autograd, where the autograd.Function raises instead of dropping the tangent."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiate_once(operator: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """A backward operator's results, through which no second derivative passes: asking for one raises.
+
+    torch's once_differentiable detaches them instead, which gives silent zeros under torch.func.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return operator(*args)
+    return apply(_Once, operator, *args)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+        return tuple(operator(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.operator = str(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"{ctx.operator} has no derivative: fastattn gives first derivatives only. For second ones call the "
+            "functions of fastattn.reference, which plain autograd differentiates."
+        )
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied where its last dimension is not contiguous."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        return tensor.detach().contiguous()
+    return tensor
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied where it is not contiguous."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.detach().contiguous()
+
+
+def in_layout_of(value: Tensor, tensor: Tensor) -> Tensor:
+    """`value`, copied where its strides are not those `torch.empty_like(tensor)` would have."""
+    if value.numel() == 0 and value.shape != tensor.shape:
+        return value  # a gradient that is not asked for
+    if tensor.is_contiguous() and value.is_contiguous():
+        return value
+    expected = torch.empty_like(tensor, dtype=value.dtype)
+    return value if value.stride() == expected.stride() else expected.copy_(value)
+
+
+def is_mapped(in_dims: InDims, *positions: int) -> bool:
+    """Whether any of these arguments is batched."""
+    return any(in_dims[i] is not None for i in positions)
+
+
+def fold_dim(tensor: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
+    """The mapped dimension merged into dimension `at`, in front of what is there; expanded where it is not mapped."""
+    return lift(tensor, dim, size).movedim(0, at).flatten(at, at + 1)
+
+
+def lift(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped dimension in front, as one more dimension of rows; expanded where it is not mapped."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _each(operator: Callable[..., Any], size: int, in_dims: InDims, args: tuple[Any, ...]) -> VmapResult:
+    """One call per mapped entry, results stacked."""
+    calls = []
+    for i in range(size):
+        picked = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+        calls.append(operator(*picked))
+    results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+    return results, (0,) * len(results)

@@ -1,0 +1,82 @@
+"""What a call asks for, without its tensors: the frozen descriptions that a backend accepts or refuses.
+
+A problem covers the forward and, where `requires_grad` is set, the backward: a backend that lacks the backward refuses
+the forward too. Problems are hashable, so a choice of backend is remembered per problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """One attention call. Lengths, heads and head dims in elements; `intervals` is the number of intervals per
+    query."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    len_k: int
+    dim_qk: int
+    dim_v: int
+    key_range: bool = False
+    band: bool = False
+    intervals: int = 0
+    dense_mask: bool = False
+    bias: torch.dtype | None = None
+    bias_requires_grad: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    requires_grad: bool = False
+    deterministic: bool = False
+
+    @property
+    def op(self) -> str:
+        return "attention"
+
+
+@dataclass(frozen=True)
+class NormProblem:
+    """One layer or RMS norm over `rows` rows of `width` elements; a dtype of None means that the tensor is absent."""
+
+    device_type: str
+    dtype: torch.dtype
+    kind: Literal["layer", "rms"]
+    rows: int
+    width: int
+    weight_dtype: torch.dtype | None = None
+    bias_dtype: torch.dtype | None = None
+    residual_dtype: torch.dtype | None = None
+    dropout: bool = False
+    requires_grad: bool = False
+
+    @property
+    def op(self) -> str:
+        return "norm"
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One linear layer with activation, or a feed-forward block; `hidden_features` is 0 for linear_act."""
+
+    op: Literal["linear_act", "ffn", "gated_ffn"]
+    device_type: str
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    activation: str
+    rows: int
+    in_features: int
+    hidden_features: int
+    out_features: int
+    requires_grad: bool = False
+
+
+Problem = AttentionProblem | NormProblem | LinearProblem

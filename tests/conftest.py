@@ -1,0 +1,27 @@
+"""Shared fixtures: a seed per test, and the backends that the semantic tests run on."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+
+from fastattn import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Every test draws the same numbers each time, alone or in a run; the seed is printed with a failure."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    print(f"torch.manual_seed({seed})")
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends that take CPU tensors; a missing one skips with its reason."""
+    reason = dispatch.backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return str(request.param)

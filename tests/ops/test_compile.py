@@ -1,0 +1,116 @@
+"""torch.compile(fullgraph=True), forward and backward, static and dynamic shapes, with and without gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.masks import Causal, KeyLengths
+
+
+def flat(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_forward_and_backward(case, dynamic):
+    tensors = case.draw()
+    compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    results, expected = flat(compiled(*tensors)), flat(case.function(*tensors))
+    grads = [torch.randn_like(r) for r in expected]
+    for result, truth in zip(results, expected, strict=True):
+        assert torch.equal(result, truth) and result.stride() == truth.stride()
+    for a, b in zip(
+        torch.autograd.grad(results, tensors, grads), torch.autograd.grad(expected, tensors, grads), strict=True
+    ):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+def test_without_gradients(case):
+    tensors = [t.detach() for t in case.draw()]
+    compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for result, truth in zip(flat(compiled(*tensors)), flat(case.function(*tensors)), strict=True):
+            assert torch.equal(result, truth)
+
+
+def test_one_graph_serves_all_lengths():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def call(q, k, v, lengths):
+        return fastattn.attention(q, k, v, mask=Causal() & KeyLengths(lengths))
+
+    compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=True)
+    for len_q, len_k in [(3, 5), (4, 9), (6, 6), (17, 40)]:
+        q, k, v = torch.randn(2, 4, len_q, 8), torch.randn(2, 2, len_k, 8), torch.randn(2, 2, len_k, 8)
+        lengths = torch.tensor([2, len_k])
+        assert torch.equal(compiled(q, k, v, lengths), call(q, k, v, lengths))
+    assert counter.frame_count <= 2  # (6, 6) may be a graph of its own
+
+
+def test_under_autocast():
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+
+    def call(x, w):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = fastattn.linear_act(fastattn.layer_norm(x), w, None, "relu").view(1, 1, 3, 6)
+            return fastattn.attention(y, y, y)
+
+    result, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(x, w), call(x, w)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, expected)
+    for a, b in zip(
+        torch.autograd.grad(result.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)  # three bfloat16 gradients, added in another order
+
+
+def test_one_tensor_in_several_places():
+    x, w = torch.randn(1, 2, 5, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+
+    def call(x, w):
+        y = fastattn.attention(x, x, x)
+        return fastattn.layer_norm(y, residual=y) + fastattn.gated_ffn(y, w, w, w)
+
+    result, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(x, w), call(x, w)
+    assert torch.equal(result, expected)
+    for a, b in zip(
+        torch.autograd.grad(result.sum(), (x, w)), torch.autograd.grad(expected.sum(), (x, w)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_draws_its_seed_inside_the_graph():
+    q, k, v = (torch.randn(2, 2, 8, 8, requires_grad=True) for _ in range(3))
+    compiled = torch.compile(
+        lambda q, k, v: fastattn.attention(q, k, v, dropout_p=0.5), fullgraph=True, backend="aot_eager"
+    )
+    first, second = compiled(q, k, v), compiled(q, k, v)
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_wrong_arguments_keep_their_error():
+    with pytest.raises(Exception, match="q has 3 dimensions"):
+        torch.compile(fastattn.attention, backend="aot_eager")(*(torch.randn(2, 3, 8) for _ in range(3)))
+
+
+@pytest.mark.slow
+def test_inductor(case):
+    tensors = case.draw()
+    compiled = torch.compile(case.function, fullgraph=True)
+    results, expected = flat(compiled(*tensors)), flat(case.function(*tensors))
+    grads = [torch.randn_like(r) for r in expected]
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, truth)
+    for a, b in zip(
+        torch.autograd.grad(results, tensors, grads), torch.autograd.grad(expected, tensors, grads), strict=True
+    ):
+        torch.testing.assert_close(a, b)

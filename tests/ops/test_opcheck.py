@@ -1,0 +1,126 @@
+"""torch.library.opcheck of every operator: schema, fake tensors against real ones, autograd registration, AOT
+dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastattn import ops
+
+
+def r(*shape, dtype=torch.float32, grad=True):
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def attention_arguments(dtype, **changes):
+    arguments = {
+        "q": r(2, 5, 4, 8, dtype=dtype, grad=False).transpose(1, 2).requires_grad_(),
+        "k": r(2, 2, 7, 8, dtype=dtype),
+        "v": r(2, 2, 7, 6, dtype=dtype),
+        "key_start": None,
+        "key_end": None,
+        "band_offset": 0,
+        "band_left": None,
+        "band_right": None,
+        "intervals": None,
+        "dense_mask": None,
+        "bias": None,
+        "sinks": None,
+        "dropout_seed": None,
+        "scale": 0.3,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+        "requires_grad": True,
+        "bias_requires_grad": False,
+        "deterministic": False,
+        "backend": "",
+    }
+    assert not changes.keys() - arguments.keys()
+    return {**arguments, **changes}
+
+
+VARIANTS = {
+    "plain": {},
+    "keys and band": {
+        "key_start": torch.tensor([0, 2], dtype=torch.int32),
+        "key_end": torch.tensor([4, 9], dtype=torch.int32),
+        "band_offset": 2,
+        "band_left": 3,
+        "band_right": 0,
+    },
+    "intervals": {"intervals": torch.tensor([[0, 3], [1, 7]] * 2 + [[5, 5]], dtype=torch.int32).view(1, 1, 1, 5, 2)},
+    "dense": {"dense_mask": torch.ones(2, 1, 1, 7, dtype=torch.bool)},
+    "bias and sinks": {"bias": r(1, 4, 1, 7), "bias_requires_grad": True, "sinks": r(4), "softcap": 3.0},
+    "dropout": {"dropout_seed": torch.tensor([3]), "dropout_p": 0.25},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_attention(backend, variant, dtype):
+    if backend == "cpu" and (dtype == torch.float64 or variant.get("bias_requires_grad")):
+        backend = ""  # what the native backend refuses falls back
+    forward = attention_arguments(dtype, **variant, backend=backend)
+    torch.library.opcheck(ops.attention_forward, tuple(forward.values()))
+    out, lse = ops.attention_forward(**forward)
+    shared = {name: forward[name] for name in list(forward)[3:16]}
+    backward = {
+        "grad_out": torch.randn_like(out).requires_grad_(),
+        "grad_lse": torch.randn_like(lse),
+        **{name: forward[name] for name in "qkv"},
+        "out": out,
+        "lse": lse,
+        **shared,
+        "bias_requires_grad": forward["bias_requires_grad"],
+        "sinks_requires_grad": forward["sinks"] is not None,
+        "deterministic": False,
+        "backend": backend,
+    }
+    torch.library.opcheck(ops.attention_backward, tuple(backward.values()))
+    torch.library.opcheck(ops.attention_backward, tuple({**backward, "grad_lse": None}.values()))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("residual", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_norm(backend, kind, residual, dropout_p):
+    x = r(2, 3, 8, dtype=torch.bfloat16)
+    weight, bias = r(8), r(8) if kind == "layer" else None
+    stream = None if residual is None else r(2, 3, 8, dtype=residual)
+    seed = torch.tensor([9]) if dropout_p else None
+    forward = (x, weight, bias, stream, seed, kind, 1e-5, 0.5, dropout_p, True, backend)
+    torch.library.opcheck(ops.norm_forward, forward)
+    y, z, mean, rstd = ops.norm_forward(*forward)
+    z = z if z.numel() else x
+    for grad_z in (None, torch.randn_like(z)):
+        for flags in ((True, bias is not None), (False, False)):
+            grad_y = torch.randn_like(y).requires_grad_()
+            backward = (grad_y, grad_z, z, weight, mean, rstd, seed, kind, 0.5, dropout_p, x.dtype, *flags, backend)
+            torch.library.opcheck(ops.norm_backward, backward)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("with_biases", [True, False])
+def test_linear_operators(backend, activation, with_biases):
+    x, w1, w2, w3 = r(2, 3, 12), r(20, 12), r(10, 20), r(20, 12)
+    b1, b2, b3 = (r(n) if with_biases else None for n in (20, 10, 20))
+    grad = r(2, 3, 10)
+    tail = (activation, True, backend)
+
+    torch.library.opcheck(ops.linear_act_forward, (x, w1, b1, *tail))
+    torch.library.opcheck(ops.linear_act_forward, (x, w1, b1, activation, False, backend))
+    _, pre = ops.linear_act_forward(x, w1, b1, *tail)
+    for flags in ((True, True, with_biases), (True, False, False), (False, True, False)):
+        torch.library.opcheck(ops.linear_act_backward, (r(2, 3, 20), x, w1, pre, activation, *flags, backend))
+
+    torch.library.opcheck(ops.ffn_forward, (x, w1, b1, w2, b2, *tail))
+    _, pre = ops.ffn_forward(x, w1, b1, w2, b2, *tail)
+    for flags in ((True, True, with_biases, True, with_biases), (True, False, False, False, False)):
+        torch.library.opcheck(ops.ffn_backward, (grad, x, w1, w2, pre, activation, *flags, backend))
+
+    gated = (x, w1, b1, w3, b3, w2, b2)
+    torch.library.opcheck(ops.gated_ffn_forward, (*gated, *tail))
+    _, gate, up = ops.gated_ffn_forward(*gated, *tail)
+    for flags in ((True, *(True, with_biases) * 3), (False, True, *(False,) * 5)):
+        torch.library.opcheck(ops.gated_ffn_backward, (grad, x, w1, w3, w2, gate, up, activation, *flags, backend))

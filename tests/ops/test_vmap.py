@@ -1,0 +1,149 @@
+"""torch.func over the operators: vmap equals stacking the calls, alone and with grad inside or outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+import fastattn
+from fastattn import ops
+from fastattn.masks import KeyLengths
+
+SIZE = 3
+
+
+def flat(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def stacked(function, tensors, in_dims):
+    rows = []
+    for i in range(SIZE):
+        rows.append(
+            flat(function(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True))))
+        )
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def draw(case, in_dims):
+    tensors = []
+    for shape, dim in zip(case.shapes, in_dims, strict=True):
+        full = list(shape)
+        if dim is not None:
+            full.insert(dim, SIZE)
+        tensors.append(torch.randn(full))
+    return tensors
+
+
+def dims_of(case):
+    """All mapped in front, all mapped in the middle, and each one alone."""
+    count = len(case.shapes)
+    yield (0,) * count
+    yield tuple(1 for _ in case.shapes)
+    for i in range(count):
+        yield tuple(0 if j == i else None for j in range(count))
+
+
+def test_forward(case):
+    for in_dims in dims_of(case):
+        tensors = draw(case, in_dims)
+        results = flat(vmap(case.function, in_dims=in_dims)(*tensors))
+        for result, truth in zip(results, stacked(case.function, tensors, in_dims), strict=True):
+            torch.testing.assert_close(result, truth, rtol=1e-5, atol=1e-6)
+
+
+def loss_of(case):
+    return lambda *tensors: sum(r.square().sum() for r in flat(case.function(*tensors)) if r.is_floating_point())
+
+
+def test_gradients_per_entry(case):
+    every = tuple(range(len(case.shapes)))
+    gradient = grad(loss_of(case), argnums=every)
+    for in_dims in dims_of(case):
+        tensors = draw(case, in_dims)
+        results = vmap(gradient, in_dims=in_dims)(*tensors)
+        for result, truth in zip(results, stacked(gradient, tensors, in_dims), strict=True):
+            torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_per_entry_of_the_input_alone(case):
+    gradient = grad(loss_of(case))
+    in_dims = (0,) + (None,) * (len(case.shapes) - 1)
+    tensors = draw(case, in_dims)
+    (truth,) = stacked(gradient, tensors, in_dims)
+    torch.testing.assert_close(vmap(gradient, in_dims=in_dims)(*tensors), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_mapped_call(case):
+    in_dims = (0,) * len(case.shapes)
+    tensors = draw(case, in_dims)
+    loss = loss_of(case)
+    result = grad(lambda x: vmap(loss)(x, *tensors[1:]).sum())(tensors[0])
+    (truth,) = stacked(grad(loss), tensors, in_dims)
+    torch.testing.assert_close(result, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_autograd_through_vmap(case):
+    in_dims = (0,) * len(case.shapes)
+    tensors = [t.requires_grad_() for t in draw(case, in_dims)]
+    result = torch.autograd.grad(vmap(loss_of(case))(*tensors).sum(), tensors)
+    truth = torch.autograd.grad(sum(loss_of(case)(*row) for row in zip(*tensors, strict=True)), tensors)
+    for a, b in zip(result, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_may_be_mapped():
+    q, k, v = (torch.randn(SIZE, 2, 2, 4, 8) for _ in range(3))
+    lengths = torch.tensor([[1, 2], [3, 4], [0, 4]])
+    seen = torch.rand(SIZE, 1, 1, 4, 4) < 0.6
+
+    def call(q, k, v, lengths, seen):
+        return fastattn.attention(q, k, v, mask=KeyLengths(lengths) & fastattn.masks.Dense(seen))
+
+    truth = stacked(call, (q, k, v, lengths, seen), (0,) * 5)[0]
+    torch.testing.assert_close(vmap(call)(q, k, v, lengths, seen), truth)
+    ranges = torch.randint(0, 5, (SIZE, 1, 2, 4, 2), dtype=torch.int32)
+    truth = stacked(lambda q, r: fastattn.attention(q, q, q, mask=r), (q, ranges), (0, 0))[0]
+    torch.testing.assert_close(vmap(lambda q, r: fastattn.attention(q, q, q, mask=r))(q, ranges), truth)
+
+
+def test_nested_vmap():
+    q, k, v = (torch.randn(2, SIZE, 2, 2, 4, 8) for _ in range(3))
+    result = vmap(vmap(fastattn.attention))(q, k, v)
+    truth = fastattn.attention(*(t.flatten(0, 2) for t in (q, k, v))).unflatten(0, (2, SIZE, 2))
+    torch.testing.assert_close(result, truth)
+
+
+def test_attention_folds_into_one_call(monkeypatch):
+    shapes = []
+    from fastattn.backends import reference
+
+    original = reference.attention_forward
+    monkeypatch.setattr(
+        reference, "attention_forward", lambda q, *rest, **kw: shapes.append(tuple(q.shape)) or original(q, *rest, **kw)
+    )
+    q, k, v = (torch.randn(SIZE, 2, 2, 4, 8) for _ in range(3))
+    vmap(lambda *t: fastattn.attention(*t, backend="reference"))(q, k, v)
+    assert shapes == [(SIZE * 2, 2, 4, 8)]
+
+
+def test_second_derivatives_raise():
+    q, k, v = (torch.randn(1, 1, 3, 4) for _ in range(3))
+    loss = grad(lambda q: fastattn.attention(q, k, v).square().sum())
+    with pytest.raises(RuntimeError, match="fastattn gives first derivatives only"):
+        grad(lambda q: loss(q).sum())(q)
+
+
+def test_forward_mode_raises_instead_of_dropping_the_tangent():
+    x = torch.randn(2, 8)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(fastattn.layer_norm, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        fastattn.layer_norm(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_functions_take_the_arguments_of_their_operators():
+    q = torch.randn(1, 1, 2, 4, requires_grad=True)
+    call = (q, q, q, *[None] * 2, 0, *[None] * 7, 0.5, 0.0, 0.0, True, False, False, "")
+    assert torch.equal(ops.Attention.apply(*call)[0], ops.attention_forward(*call)[0])
