@@ -1,0 +1,320 @@
+"""fastattn as an attention implementation of Hugging Face transformers.
+
+    from fastattn.integrations import transformers as fastattn_transformers
+    fastattn_transformers.register()
+    model.set_attn_implementation("fastattn")
+
+Two functions are registered under one name, and belong together: `attention_forward` runs the attention,
+`attention_mask` builds what it is given as a mask. Read against transformers 5.23 (masking_utils.py,
+integrations/sdpa_attention.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    prepare_padding_mask,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
+from transformers.utils import logging
+from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
+
+from fastattn.functional import attention
+from fastattn.masks import Causal
+
+NAME = "fastattn"
+
+logger = logging.get_logger(__name__)
+
+
+def register() -> None:
+    """Makes attn_implementation="fastattn" known to transformers, with its mask function; again, it changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: object | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of the transformers contract.
+
+    query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), any strides; Hq % Hkv == 0, heads are not
+    repeated. attention_mask: None, bool (4-D, True = visible), float (4-D, added to the scores) or int32
+    (1|B, 1|Hq, Lq, 2) half-open key ranges. Without a mask and with Lq > 1 the attention is causal, aligned top-left,
+    when `is_causal`, or else the module's attribute of that name (True where it has none), says so; with Lq == 1 every
+    key is visible. softcap, s_aux (one sink logit per head) and position_bias (broadcastable to (B, Hq, Lq, Lk), added
+    to the scores) are those of fastattn.attention. Other keyword arguments are ignored, as every attention function of
+    transformers does.
+
+    Returns (out (B, Lq, Hq, Dv) contiguous in query's dtype, None). Attention weights are never formed: asked for
+    (output_attentions=True) they are missing, with one warning, as with "sdpa".
+    Raises ValueError for a paged cache (`cache=`), and for a mask that is not 4-D.
+    """
+    if cache is not None:
+        raise ValueError(
+            f"cache: the fastattn attention does not read paged caches (got {type(cache).__name__}); "
+            'load the model with attn_implementation="sdpa" for continuous batching'
+        )
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise ValueError(
+            f"attention_mask: expected None or a 4-D tensor, got shape {tuple(attention_mask.shape)}; "
+            'the mask must be built for the implementation "fastattn", "sdpa" or "eager" (config._attn_implementation '
+            "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
+        )
+    if kwargs.get("output_attentions", False):
+        logger.warning_once(
+            "The `fastattn` attention does not form attention weights: `output_attentions=True` gives none. "
+            'Set the attention to "eager" to get them.'
+        )
+    query, key, value = _same_batch(query, key, value)
+    len_q = query.shape[2]
+    mask: Tensor | Causal | None = attention_mask
+    if attention_mask is None and len_q > 1 and _is_causal(module, is_causal):
+        # An empty static cache: keys past the last query are not filled yet, and no query may see them.
+        if key.shape[2] > len_q:
+            key, value = key[:, :, :len_q], value[:, :, :len_q]
+            position_bias = None if position_bias is None else position_bias[..., :len_q]
+        mask = Causal("top-left")
+    out = attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=position_bias,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout,
+        backend=getattr(module, "fastattn_backend", None),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, asked: bool | None) -> bool:
+    return asked if asked is not None else getattr(module, "is_causal", True)
+
+
+def _same_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Expands a batch of one (learned queries shared by all samples) to the others' batch, as torch's SDPA does."""
+    if query.shape[0] == key.shape[0] == value.shape[0]:
+        return query, key, value
+    batch = max(query.shape[0], key.shape[0], value.shape[0])
+    query, key, value = (x.expand(batch, -1, -1, -1) if x.shape[0] == 1 else x for x in (query, key, value))
+    return query, key, value
+
+
+# ---- the mask function -----------------------------------------------------------------------------------------------
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of the transformers contract: what `attention_forward` will be given as its mask.
+
+    attention_mask: bool (B, keys seen so far), True = a real token. Query i stands at position i + q_offset, key j at
+    j + kv_offset; mask_function says which positions see which.
+
+    Returns, in this order of preference:
+      None                               where nothing is hidden, or is_causal alone says what is;
+      bool (B, 1, 1, Lk)                 bidirectional attention with padding, wherever the padding lies;
+      int32 (B, 1, Lq, 2) key ranges     causal and sliding-window attention, with no padding or padding at the ends;
+      bool (B, 1, Lq, Lk)                transformers' own sdpa mask, for everything else.
+
+    Everything else is: a mask function that is not recognised exactly (packed sequences, chunks, user overlays),
+    padding in the middle, a caller that asks for a mask it can combine with another (both skip flags off).
+    Whether padding lies at the ends is read from the tensor (one host read per forward, as transformers' sdpa mask
+    does); while a graph is traced or captured it cannot be read, and a padded causal mask is then the dense one.
+    """
+    dense = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": False,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    if _never_calls_the_interface(kwargs.get("config")):
+        return eager_mask(**{**dense, **kwargs})
+    may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
+    padding = attention_mask
+    if use_vmap or not may_skip or (padding is not None and padding.ndim != 2):
+        return sdpa_mask(**dense)
+    keys = None
+    if padding is not None:
+        padding = prepare_padding_mask(padding.to(torch.bool), kv_length, kv_offset)
+        keys = padding[:, kv_offset : kv_offset + kv_length]
+    if mask_function is bidirectional_mask_function:
+        return None if keys is None else keys[:, None, None, :]
+
+    window = _window(mask_function)
+    if window is None:
+        return sdpa_mask(**dense)
+    if keys is not None:
+        if is_tracing(keys):
+            return sdpa_mask(**dense)
+        all_real, at_the_ends = _read_padding(keys)
+        if not at_the_ends:
+            return sdpa_mask(**dense)
+        keys = None if all_real else keys
+    if keys is None and _nothing_to_say(window, q_length, kv_length, q_offset, kv_offset):
+        return None
+    # One key: a dense mask is as small, and survives models that cut their masks to the key length.
+    if kv_length == 1:
+        return sdpa_mask(**dense)
+    return _key_ranges(window, keys, batch_size, q_length, q_offset, kv_offset, device)
+
+
+_Window = tuple[int | None, int]  # how far to the left (None: unbounded) and to the right of its position a query sees
+
+
+def _window(mask_function: Callable[..., Any]) -> _Window | None:
+    """The window of a plain causal or sliding-window mask function; None for any function that is not exactly one."""
+    if mask_function is causal_mask_function:
+        return None, 0
+    # A function made inside a traced graph hides its closure from us.
+    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND_CODE:
+        return None
+    parts = _captured(mask_function)
+    if not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    overlay, base = parts
+    code, size = getattr(overlay, "__code__", None), None
+    if code is _SLIDING_CODE or code is _SLIDING_BOTH_CODE:
+        size = _captured(overlay)
+    if not isinstance(size, int):
+        return None
+    if code is _SLIDING_CODE and base is causal_mask_function:
+        return size - 1, 0
+    if code is _SLIDING_BOTH_CODE and base is bidirectional_mask_function:
+        return size, size
+    return None
+
+
+_AND_CODE = and_masks(causal_mask_function).__code__
+_SLIDING_CODE = sliding_window_overlay(1).__code__
+_SLIDING_BOTH_CODE = sliding_window_bidirectional_overlay(1).__code__
+
+
+def _captured(function: Callable[..., Any]) -> object:
+    """The only variable that a mask function captured; None where it captured none or several."""
+    closure = getattr(function, "__closure__", None)
+    return closure[0].cell_contents if closure is not None and len(closure) == 1 else None
+
+
+def _read_padding(keys: Tensor) -> tuple[bool, bool]:
+    """(no padding at all, the real tokens of every row are contiguous) in one read of the device."""
+    starts = (keys[:, 1:] & ~keys[:, :-1]).sum(-1) + keys[:, 0]
+    all_real, contiguous = torch.stack([keys.all(), (starts <= 1).all()]).tolist()
+    return all_real, contiguous
+
+
+def _nothing_to_say(window: _Window, q_length: int, kv_length: int, q_offset: int | Tensor, kv_offset: int) -> bool:
+    """True where `attention_forward` without a mask sees exactly the window: offsets are then known numbers.
+
+    Not while exporting: which of its two meanings (Lq == 1 or not) None has would be frozen into the graph.
+    """
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor) or is_torchdynamo_exporting():
+        return False
+    left, right = window
+    offset = q_offset - kv_offset
+    if left is not None and q_length - 1 + offset > left:
+        return False
+    if right == 0 and q_length > 1:
+        return offset == 0
+    return offset + right >= kv_length - 1
+
+
+def _key_ranges(
+    window: _Window,
+    keys: Tensor | None,
+    batch_size: int,
+    q_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device | str,
+) -> Tensor:
+    """int32 (B, 1, Lq, 2): per query the first visible key and one past the last; empty where start >= end."""
+    left, right = window
+    position = torch.arange(q_length, device=device) + (q_offset - kv_offset)
+    end = position + (right + 1)
+    start = torch.zeros_like(position) if left is None else position - left
+    if keys is not None:
+        first = keys.to(torch.uint8).argmax(-1, keepdim=True)
+        start = torch.maximum(start, first)
+        end = torch.minimum(end, first + keys.sum(-1, keepdim=True))
+    ranges = torch.stack([start, end], dim=-1).to(torch.int32)
+    return ranges.reshape(-1, 1, q_length, 2).expand(batch_size, 1, q_length, 2)
+
+
+_calls_the_interface: dict[type, bool] = {}
+
+
+def _never_calls_the_interface(config: object | None) -> bool:
+    """True for a model that takes the name "fastattn" and still runs its own attention (CodeGen, Bloom, GPT-1, ...).
+
+    Such code adds the mask to its scores and knows nothing of is_causal: only the eager float mask is right for it.
+    """
+    if config is None or torch.compiler.is_compiling():
+        return False
+    config_class = type(config)
+    known = _calls_the_interface.get(config_class)
+    if known is None:
+        known = _calls_the_interface[config_class] = _find_whether_called(config_class)
+    return not known
+
+
+def _find_whether_called(config_class: type) -> bool:
+    if config_class not in MODEL_MAPPING:
+        return True
+    models = MODEL_MAPPING[config_class]
+    models = models if isinstance(models, (list, tuple)) else (models,)
+    if any(model._can_set_attn_implementation() for model in models):
+        return True
+    warnings.warn(
+        f"{models[0].__name__} never calls the attention interface of transformers: it runs its own attention, "
+        "not fastattn's, and gets the eager mask.",
+        stacklevel=2,
+    )
+    return False

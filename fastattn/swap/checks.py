@@ -1,0 +1,83 @@
+"""May a swapped forward read a child's tensors instead of calling the child? Asked on every call, so checks are cheap.
+
+Every function returns None for yes, or the reason for no. A child is read only when calling it could do nothing but the
+plain operation: its type is exactly the expected one, nothing hooks it, its forward is the class's own and its tensors
+are plain Parameters that hold data. LoRA layers, quantised, pruned, parametrised, offloaded or sharded children are
+called.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not_input(x: object) -> str | None:
+    """The kernels take plain float32, bfloat16 and float16 tensors of a CPU or a CUDA device."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if x.is_nested:
+        return "the input is a nested tensor"
+    if x.dtype not in FLOATS:
+        return f"the input is {str(x.dtype).removeprefix('torch.')}"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"the input lies on {x.device.type}"
+    return None
+
+
+def why_not_unwatched(child: nn.Module) -> str | None:
+    """No hook, of the child or global, and no forward put on the instance (as offloading does) may see the call."""
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in child.__dict__:
+        return "has its forward replaced on the instance"
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
+        return "is under global module hooks"
+    return None
+
+
+def why_not_parameter(child: nn.Module, name: str, *, optional: bool) -> str | None:
+    """The named parameter is registered, exactly an nn.Parameter, and holds data; None is allowed where optional."""
+    if name not in child._parameters:
+        return f"has a computed {name}"
+    parameter = child._parameters[name]
+    if parameter is None:
+        return None if optional else f"has no {name}"
+    if type(parameter) is not nn.Parameter:
+        return f"has a {type(parameter).__name__} as its {name}"
+    if parameter.is_meta:
+        return f"has its {name} on the meta device"
+    return None
+
+
+def why_not_linear(child: nn.Module) -> str | None:
+    """The child is an nn.Linear and nothing else."""
+    if type(child) is not nn.Linear:
+        return f"is a {full_name(child)}"
+    return (
+        why_not_unwatched(child)
+        or why_not_parameter(child, "weight", optional=False)
+        or why_not_parameter(child, "bias", optional=True)
+    )
+
+
+def why_not_dropout(child: nn.Module) -> str | None:
+    """The child is an nn.Dropout and nothing else, with p < 1."""
+    if type(child) is not nn.Dropout:
+        return f"is a {full_name(child)}"
+    if child.p >= 1.0:
+        return f"has p = {child.p}"
+    return why_not_unwatched(child)
+
+
+def full_name(module: nn.Module) -> str:
+    """module.qualname of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,177 @@
+"""plan and swap: classes are assigned, configs copied, and both given back by the report's undo."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastattn.dispatch import backends, check_backend_name
+from fastattn.errors import NotSupported
+from fastattn.swap.planning import Decision, Target, decide
+from fastattn.swap.recipe import PARTS
+from fastattn.swap.report import NotSwapped, SwapReport
+
+_INTERFACE_NAME = "fastattn"
+
+
+def plan(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    norms: bool = True,
+    ffns: bool = True,
+    linears: bool = True,
+    backend: str | None = None,
+    strict: bool = False,
+) -> SwapReport:
+    """What `swap` with the same arguments would do; changes nothing."""
+    decisions = _checked_decisions(model, (attention, norms, ffns, linears), backend, strict)
+    return SwapReport(type(model).__name__, [decision.row for decision in decisions], applied=False)
+
+
+def swap(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    norms: bool = True,
+    ffns: bool = True,
+    linears: bool = True,
+    backend: str | None = None,
+    strict: bool = False,
+) -> SwapReport:
+    """Makes the modules of `model` that a recipe knows run on fastattn kernels, in place.
+
+    Parameters, state_dict keys, hooks and sharing stay as they are: only classes are assigned (and a config that names
+    its attention implementation is replaced, in this model, by a copy that names fastattn's).
+
+    attention, norms, ffns: which parts to take over. linears: projections that belong to a recipe (q, k, v and output
+    projections of attention); a free-standing nn.Linear is never touched.
+    backend: the name of the backend that every call is forced to; None lets dispatch choose per call.
+    strict: swap everything that was asked for, or nothing.
+
+    Returns the report; print it, and call its undo() to get the original model back.
+    Raises TypeError if model is not an nn.Module, ValueError for an unknown backend, NotSupported for one that is not
+    usable here, and NotSwapped (a NotSupported) where strict and something asked for would run original code.
+    """
+    decisions = _checked_decisions(model, (attention, norms, ffns, linears), backend, strict)
+    targets = [decision.target for decision in decisions if decision.target is not None]
+    change = _Change(model, targets, backend)
+    change.apply()
+    for decision in decisions:
+        if decision.target is not None:
+            decision.row.action = "swapped"
+    return SwapReport(
+        type(model).__name__,
+        [decision.row for decision in decisions],
+        applied=True,
+        swapped_modules={target.path: target.module for target in targets},
+        _model=model,
+        _undo=change.undo,
+    )
+
+
+def _checked_decisions(
+    model: nn.Module, flags: tuple[bool, bool, bool, bool], backend: str | None, strict: bool
+) -> list[Decision]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_backend(backend)
+    decisions = decide(model, frozenset(part for part, on in zip(PARTS, flags, strict=True) if on))
+    original = {decision.row.path: [decision.row.reason] for decision in decisions if _runs_original_code(decision)}
+    if strict and original:
+        raise NotSwapped("swap", type(model).__name__, original)
+    return decisions
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is None:
+        return
+    reason = backends()[check_backend_name(backend)]
+    if reason is not None:
+        raise NotSupported("swap", "every call of the model", {backend: [reason]})
+
+
+def _runs_original_code(decision: Decision) -> bool:
+    """Something asked for would not run on a kernel: a module left alone, or a child that would be called."""
+    target = decision.target
+    if target is not None:
+        return bool(target.recipe.children_called(target.module, target.parts))
+    return decision.row.asked and decision.row.action == "left"
+
+
+@dataclass(frozen=True)
+class _ConfigMove:
+    """A transformers config, its copy, and the modules of the model that hold it."""
+
+    old: Any
+    new: Any
+    holders: list[nn.Module]
+
+
+class _Change:
+    """The classes and configs that one swap sets."""
+
+    def __init__(self, model: nn.Module, targets: list[Target], backend: str | None) -> None:
+        self.targets = targets
+        self.backend = backend
+        self.moves = _config_moves(model, targets)
+
+    def apply(self) -> None:
+        for target in self.targets:
+            state = target.module.__dict__
+            target.module.__class__ = target.recipe.swapped
+            off = frozenset(target.recipe.kernels) - target.parts
+            if off:
+                state["fastattn_off"] = off
+            if self.backend is not None:
+                state["fastattn_backend"] = self.backend
+        for move in self.moves:
+            for holder in move.holders:
+                holder.config = move.new
+
+    def undo(self) -> None:
+        self._check_unchanged()
+        for target in self.targets:
+            target.module.__class__ = target.recipe.original
+            target.module.__dict__.pop("fastattn_off", None)
+            target.module.__dict__.pop("fastattn_backend", None)
+        for move in self.moves:
+            for holder in move.holders:
+                holder.config = move.old
+
+    def _check_unchanged(self) -> None:
+        for target in self.targets:
+            found = type(target.module)
+            if found is not target.recipe.swapped:
+                raise RuntimeError(
+                    f"undo: {target.path or 'the model'} is now a {found.__module__}.{found.__qualname__}, not the "
+                    "class that swap set; undo what changed it first (nothing was undone)"
+                )
+        for move in self.moves:
+            for holder in move.holders:
+                if holder.config is not move.new:
+                    raise RuntimeError(
+                        f"undo: a {type(holder).__name__} has another config than the one that swap set; put it back "
+                        "first (nothing was undone)"
+                    )
+
+
+def _config_moves(model: nn.Module, targets: list[Target]) -> list[_ConfigMove]:
+    """A copy of each config that an attention module of the swap reads, for all modules of the model that hold it.
+
+    Always a copy: another model may share the config, and nothing says so.
+    """
+    configs: dict[int, Any] = {
+        id(target.module.config): target.module.config
+        for target in targets
+        if target.recipe.interface and "attention" in target.parts
+    }
+    moves = []
+    for old in configs.values():
+        new = copy.deepcopy(old)
+        new._attn_implementation = _INTERFACE_NAME
+        moves.append(_ConfigMove(old, new, [m for m in model.modules() if m.__dict__.get("config") is old]))
+    return moves

@@ -1,0 +1,132 @@
+"""What would be swapped in a model, and why the rest would not. Nothing is changed here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipes import recipe_for
+from fastattn.swap.report import Row
+from fastattn.swap.swapped import Swapped
+
+# Class names that promise something a recipe could take over, per part.
+_LOOKS_LIKE = {
+    "attention": re.compile(r"Attention"),
+    "norms": re.compile(r"(Layer|RMS|Rms)_?Norm"),
+    "ffns": re.compile(r"(MLP|Mlp|FeedForward|FFN|Ffn|DenseActDense|DenseGatedActDense|Intermediate)$"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to swap: its path, the recipe, and the parts that the swapped class takes over."""
+
+    path: str
+    module: nn.Module
+    recipe: Recipe
+    parts: frozenset[str]
+
+
+@dataclass
+class Decision:
+    """One row; `target` is None where the module is left as it is."""
+
+    row: Row
+    module: nn.Module
+    target: Target | None = None
+
+
+def decide(model: nn.Module, asked: frozenset[str]) -> list[Decision]:
+    """A decision for each module that a recipe knows, or that looks as if one should. Shared modules are met once."""
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+        modules[id(module)] = module
+    decisions = [
+        decision for key, module in modules.items() if (decision := _decide_one(module, paths[key], asked)) is not None
+    ]
+    _mark_fused(decisions)
+    return _innermost(decisions)
+
+
+def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decision | None:
+    module_class = type(module)
+    row = Row(path=paths[0], class_name=module_class.__name__, action="left")
+    if issubclass(module_class, Swapped):
+        row.asked = False
+        row.reason = "swapped before"
+        return Decision(row, module)
+    recipe = recipe_for(module_class)
+    if recipe is None:
+        row.reason = _why_no_recipe(module_class, asked)
+        return Decision(row, module) if row.reason else None
+    parts = asked & frozenset(recipe.kernels)
+    if not parts:
+        row.asked = False
+        row.reason = "turned off: " + ", ".join(f"{part}=False" for part in recipe.kernels)
+        return Decision(row, module)
+    reasons = recipe.reasons_to_leave(module)
+    if reasons:
+        row.reason = "; ".join(reasons)
+        return Decision(row, module)
+    row.action = "swap"
+    row.kernel = " + ".join(kernel for part, kernel in recipe.kernels.items() if part in parts)
+    remarks = recipe.children_called(module, parts)
+    if len(paths) > 1:
+        remarks.append("also at " + ", ".join(paths[1:]))
+    row.reason = "; ".join(remarks)
+    return Decision(row, module, Target(row.path, module, recipe, parts))
+
+
+def _why_no_recipe(module_class: type[nn.Module], asked: frozenset[str]) -> str:
+    """The reason to print for a class that looks swappable, "" for any other."""
+    for base in module_class.__mro__[1:]:
+        recipe = recipe_for(base) if issubclass(base, nn.Module) else None
+        if recipe is not None and asked & frozenset(recipe.kernels):
+            return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
+    if any(part in asked for part in _parts_by_name(module_class)):
+        return f"no recipe for class {module_class.__name__}"
+    return ""
+
+
+def _parts_by_name(module_class: type[nn.Module]) -> list[str]:
+    return [part for part, pattern in _LOOKS_LIKE.items() if pattern.search(module_class.__name__)]
+
+
+def _mark_fused(decisions: list[Decision]) -> None:
+    """Children whose work a swapped parent does itself are not swapped on their own."""
+    read = {
+        id(child)
+        for decision in decisions
+        if decision.target is not None
+        for child in decision.target.recipe.children_read(decision.module, decision.target.parts)
+    }
+    for decision in decisions:
+        if decision.target is not None and id(decision.module) in read:
+            decision.row.action, decision.row.kernel = "fused", ""
+            decision.row.reason = "part of its parent's kernel"
+            decision.target = None
+
+
+def _innermost(decisions: list[Decision]) -> list[Decision]:
+    """Drops containers that only look swappable (BertAttention) where something inside them is decided on."""
+    kept = []
+    for decision in decisions:
+        prefix = decision.row.path + "." if decision.row.path else ""
+        is_guess = decision.row.reason.startswith("no recipe for class")
+        inner = [other for other in decisions if other is not decision and other.row.path.startswith(prefix)]
+        same_part = any(set(_parts_by_name(type(decision.module))) & _parts_of(other) for other in inner)
+        if not (is_guess and same_part):
+            kept.append(decision)
+    return kept
+
+
+def _parts_of(decision: Decision) -> set[str]:
+    module_class = type(decision.module)
+    original = module_class.fastattn_original if issubclass(module_class, Swapped) else module_class
+    recipe = recipe_for(original)
+    return set(recipe.kernels) if recipe is not None else set(_parts_by_name(original))

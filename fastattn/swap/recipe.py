@@ -1,0 +1,62 @@
+"""A recipe: how one class of modules is swapped."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastattn.swap.swapped import Swapped
+
+PARTS = ("attention", "norms", "ffns", "linears")
+Check = Callable[[nn.Module], "str | None"]
+
+
+def _nothing(module: nn.Module) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Swaps modules whose class is exactly `swapped.fastattn_original`.
+
+    kernels     part (of PARTS) -> what the swapped forward runs for it.
+    takes       parameter names of the original forward that the swapped one stands for; another version of the
+                library may have others, and is left alone.
+    children    (name, part, check): children whose tensors the swapped forward reads for that part, where check
+                allows it.
+    refuse      why a module must be left alone; empty when it need not.
+    interface   the attention comes through the transformers attention interface: the config must name it.
+    """
+
+    swapped: type[Swapped]
+    kernels: dict[str, str]
+    takes: tuple[str, ...]
+    children: tuple[tuple[str, str, Check], ...] = ()
+    refuse: Callable[[nn.Module], list[str]] = _nothing
+    interface: bool = False
+
+    @property
+    def original(self) -> type[nn.Module]:
+        return self.swapped.fastattn_original
+
+    def reasons_to_leave(self, module: nn.Module) -> list[str]:
+        """Why this module, of the recipe's class, cannot be swapped; empty when it can."""
+        found = tuple(inspect.signature(self.original.forward).parameters)
+        reasons = []
+        if found != self.takes:
+            reasons.append(f"its forward takes {', '.join(found)}; the recipe knows {', '.join(self.takes)}")
+        if "forward" in module.__dict__:
+            reasons.append("its forward is replaced on the instance (by an offloading hook, say): swap before that")
+        return reasons + self.refuse(module)
+
+    def children_called(self, module: nn.Module, parts: frozenset[str]) -> list[str]:
+        """Children, with the reason, that the swapped forward would call as they are now instead of reading them."""
+        found = [(name, check(getattr(module, name))) for name, part, check in self.children if part in parts]
+        return [f"{name} {reason}" for name, reason in found if reason is not None]
+
+    def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[nn.Module]:
+        """Children whose work the swapped forward does itself."""
+        return [getattr(module, name) for name, part, _ in self.children if part in parts]

@@ -1,0 +1,115 @@
+"""Which modules get a row, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastattn.swap import plan
+
+
+class MyLayerNorm(nn.LayerNorm):
+    pass
+
+
+class SwiGLUFeedForward(nn.Module):
+    pass
+
+
+class Block(nn.Module):
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def rows(model: nn.Module, **flags: bool) -> list[tuple[str, str, str]]:
+    return [(row.path, row.action, row.reason) for row in plan(model, **flags).rows]
+
+
+def test_known_unknown_and_uninteresting_modules() -> None:
+    model = Block(
+        norm=nn.LayerNorm(4),
+        rms=nn.RMSNorm(4),
+        mine=MyLayerNorm(4),
+        attention=nn.MultiheadAttention(4, 2),
+        ffn=SwiGLUFeedForward(),
+        linear=nn.Linear(4, 4),
+        group=nn.GroupNorm(2, 4),
+    )
+    assert rows(model) == [
+        ("norm", "swap", ""),
+        ("rms", "swap", ""),
+        ("mine", "left", "only the exact class LayerNorm is swapped, this is a subclass of it"),
+        ("attention", "left", "no recipe for class MultiheadAttention"),
+        ("ffn", "left", "no recipe for class SwiGLUFeedForward"),
+    ]
+
+
+def test_rows_of_parts_not_asked_for_say_so_or_are_absent() -> None:
+    model = Block(norm=nn.LayerNorm(4), mine=MyLayerNorm(4), attention=nn.MultiheadAttention(4, 2))
+    assert rows(model, norms=False, attention=False) == [("norm", "left", "turned off: norms=False")]
+
+
+def test_only_the_innermost_lookalike_is_listed() -> None:
+    class OuterAttention(Block):
+        pass
+
+    class InnerAttention(nn.Module):
+        pass
+
+    model = Block(outer=OuterAttention(inner=InnerAttention(), norm=nn.LayerNorm(4)))
+    assert [row[0] for row in rows(model)] == ["outer.inner", "outer.norm"]
+
+
+def test_lookalikes_beside_each_other_are_both_listed() -> None:
+    class NoAttention(nn.Module):
+        pass
+
+    assert [row[0] for row in rows(Block(a=NoAttention(), ab=NoAttention()))] == ["a", "ab"]
+
+
+@pytest.mark.parametrize("family", ("Roberta", "Electra"))
+def test_copies_of_bert_are_left_with_a_reason(family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, family + "Config")(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16
+    )
+    found = rows(getattr(transformers, family + "Model")(config))
+    for path, name in (("attention.self", "SelfAttention"), ("intermediate", "Intermediate")):
+        assert (f"encoder.layer.0.{path}", "left", f"no recipe for class {family}{name}") in found
+    assert ("embeddings.LayerNorm", "swap", "") in found
+    assert not any(path == "encoder.layer.0.attention" for path, _, _ in found)
+
+
+def test_a_module_whose_forward_is_replaced_is_left() -> None:
+    norm = nn.LayerNorm(4)
+    norm.forward = lambda x: x
+    assert rows(Block(norm=norm)) == [
+        ("norm", "left", "its forward is replaced on the instance (by an offloading hook, say): swap before that")
+    ]
+
+
+def test_a_forward_of_another_library_version_is_left(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+    output = type(model.encoder.layer[0].output)
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return hidden_states
+
+    monkeypatch.setattr(output, "forward", forward)
+    row = next(row for row in plan(model).rows if row.path == "encoder.layer.0.output")
+    assert row.action == "left"
+    assert row.reason == (
+        "its forward takes self, hidden_states, input_tensor, scale; the recipe knows self, hidden_states, input_tensor"
+    )
+    norm = next(row for row in plan(model).rows if row.path == "encoder.layer.0.output.LayerNorm")
+    assert norm.action == "swap"  # its parent no longer does its work
+
+
+def test_children_that_would_be_called_are_named(tiny_bert) -> None:
+    model = tiny_bert()
+    nn.utils.prune.l1_unstructured(model.encoder.layer[0].attention.self.query, "weight", amount=0.5)
+    row = next(row for row in plan(model).rows if row.path == "encoder.layer.0.attention.self")
+    assert (row.action, row.reason) == ("swap", "query has hooks")
