@@ -1,0 +1,16 @@
+"""The command line: info, explain, verify and demo."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+
+def main() -> None:
+    """The entry point of the `fastattn` command."""
+    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"The fastattn command needs {' and '.join(missing)}: pip install 'fastattn[cli]'")
+    from fastattn.cli.app import app
+
+    app()

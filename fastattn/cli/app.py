@@ -1,0 +1,20 @@
+"""The typer application: one module per command."""
+
+from __future__ import annotations
+
+import typer
+
+from fastattn.cli.demo.command import demo
+from fastattn.cli.explain import explain
+from fastattn.cli.info import info
+from fastattn.cli.verify import verify
+
+app = typer.Typer(
+    help="Fused attention, normalisation and feed-forward kernels for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+for command in (info, demo, verify, explain):
+    app.command()(command)

@@ -1,0 +1,60 @@
+"""The support table, asked of the backends themselves through their `not_supported_reasons`."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import torch
+
+from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
+
+COLUMNS = ("cpu", "triton", "cuda", "reference")
+_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
+
+_ATTENTION = AttentionProblem("cpu", torch.float32, 2, 4, 4, 64, 64, 64, 64)
+_NORM = NormProblem("cpu", torch.float32, "layer", 64, 64, weight_dtype=torch.float32)
+_LINEAR = LinearProblem("linear_act", "cpu", torch.float32, torch.float32, "gelu", 64, 64, 0, 64)
+_FFN = replace(_LINEAR, op="ffn", hidden_features=64)
+
+ROWS: dict[str, Problem] = {
+    "attention": _ATTENTION,
+    "with grouped heads (GQA, MQA), Dv != D": replace(_ATTENTION, heads_kv=1, dim_v=32),
+    "with causal and sliding-window masks": replace(_ATTENTION, band=True),
+    "with key lengths and key ranges": replace(_ATTENTION, key_range=True),
+    "with a key range per query": replace(_ATTENTION, intervals=1),
+    "with bool masks": replace(_ATTENTION, dense_mask=True),
+    "with an additive mask or bias": replace(_ATTENTION, bias=torch.float32),
+    "with a bias that requires grad": replace(
+        _ATTENTION, bias=torch.float32, bias_requires_grad=True, requires_grad=True
+    ),
+    "with softcap": replace(_ATTENTION, softcap=True),
+    "with sinks": replace(_ATTENTION, sinks=True),
+    "with dropout": replace(_ATTENTION, dropout=True),
+    "layer_norm, rms_norm": _NORM,
+    "with dropout and residual add": replace(_NORM, dropout=True, residual_dtype=torch.float32),
+    "linear_act": _LINEAR,
+    "ffn": _FFN,
+    "gated_ffn": replace(_FFN, op="gated_ffn"),
+}
+
+
+def _accepts(backend: str, problem: Problem) -> bool:
+    module = importlib.import_module(f"fastattn.backends.{backend}")
+    return not module.not_supported_reasons(replace(problem, device_type=_DEVICE[backend]))
+
+
+def verdict(backend: str, problem: Problem) -> str:
+    """ "yes", "forward" (it has no backward for this), or "no"."""
+    if _accepts(backend, replace(problem, requires_grad=True)):
+        return "yes"
+    return "forward" if not problem.requires_grad and _accepts(backend, problem) else "no"
+
+
+def support_table() -> str:
+    """The table in Markdown: a line per feature, a column per backend."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+    for name, problem in ROWS.items():
+        label = f"&nbsp;&nbsp;{name}" if name.startswith("with ") else f"`{name}`".replace(", ", "`, `")
+        lines.append(f"| {label} | {' | '.join(verdict(backend, problem) for backend in COLUMNS)} |")
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""`fastattn verify`: random cases of an operation, each held to the parity rule on one backend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastattn.cli.environment import wide_console
+from fastattn.dispatch import backends
+from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
+from fastattn.parity.run import VerifyReport
+from fastattn.parity.run import verify as run_verify
+
+_SHOWN_FAILURES = 10
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def default_backend() -> str:
+    """The first native backend that this machine can use, else the reference."""
+    usable = backends()
+    return next((name for name in ("cuda", "cpu") if usable[name] is None), "reference")
+
+
+def _ratio(ratio: float) -> str:
+    return f"[red]{ratio:.3g}[/red]" if not ratio <= 1.0 else f"{ratio:.3f}"
+
+
+def worst_table(report: VerifyReport, op: str) -> Table:
+    """Worst error ratio of each quantity of an op, a column per dtype; the gradients of dO * 2^-12 on the same line."""
+    table = Table(title=f"{op}: worst error / bound", title_justify="left")
+    table.add_column("quantity")
+    for dtype in _DTYPES:
+        table.add_column(dtype, justify="right")
+    table.add_column("rows", justify="right")
+    quantities: dict[str, None] = {}
+    for key_op, _, name in report.worst:
+        if key_op == op:
+            quantities[name.removesuffix(" * 2^-12")] = None
+    for name in quantities:
+        cells, rows = [], 0
+        for dtype in _DTYPES:
+            found = [report.worst.get((op, dtype, name + suffix)) for suffix in ("", " * 2^-12")]
+            ratios = [worst.ratio for worst in found if worst is not None]
+            rows += sum(worst.rows for worst in found if worst is not None)
+            cells.append(_ratio(max(ratios)) if ratios else "")
+        table.add_row(name, *cells, str(rows))
+    return table
+
+
+def _print(report: VerifyReport, console: Console) -> None:
+    for op in report.cases:
+        if any(key[0] == op for key in report.worst):
+            console.print(worst_table(report, op), highlight=False)
+    if report.refusals:
+        table = Table("op", "cases", "reason", title="Refused", title_justify="left")
+        for (op, reason), count in report.refusals.most_common():
+            table.add_row(op, str(count), reason)
+        console.print(table, highlight=False)
+    for failure in report.failures[:_SHOWN_FAILURES]:
+        console.print(str(failure), style="red", markup=False, highlight=False, soft_wrap=True)
+    if len(report.failures) > _SHOWN_FAILURES:
+        console.print(f"... and {len(report.failures) - _SHOWN_FAILURES} more failures", style="red")
+    verdict = "all within the bound" if report.passed else f"{len(report.failures)} FAILED"
+    console.print(
+        f"backend {report.backend}, seed {report.seed}: {report.checked} cases checked, {report.refused} refused, "
+        f"{verdict}, {report.seconds:.1f} s",
+        style="bold" if report.passed else "bold red",
+        highlight=False,
+    )
+
+
+def _run(
+    op: str, backend: str, cases: int, seed: int, only: list[int] | None, isa: str | None, console: Console
+) -> VerifyReport:
+    total = (len(OPERATIONS) if op == "all" else 1) * (cases if only is None else len(only))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(f"{op} on {backend}", total=total)
+        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        return run_verify(
+            op, backend, cases, seed, only=only, isa=isa, device=device, progress=lambda: progress.advance(task)
+        )
+
+
+def verify(
+    op: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATIONS)}, or all.")] = "all",
+    backend: Annotated[str, typer.Option(help="The backend under test; empty takes the first native one.")] = "",
+    cases: Annotated[int, typer.Option(min=1, help="Random cases of each operation.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other cases.")] = 0,
+    isa: Annotated[str | None, typer.Option(help="The CPU backend's instruction set; see `fastattn info`.")] = None,
+    repro: Annotated[str | None, typer.Option(help="Replay one case, such as 0.17, as a failure printed it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+) -> None:
+    """Check a backend against float64 on random calls, forward and backward. Exit code 1 if any fails.
+
+    Every output and gradient must satisfy max|x - ref64| <= 2 max|eager - ref64| + 2 u max|ref64| + 2^-20 max T, and
+    every mask is also checked by exact integer counts. A case the backend refuses is counted by reason, not failed.
+    """
+    console = wide_console(stderr=as_json)
+    name = backend or default_backend()
+    only: list[int] | None = None
+    try:
+        if repro is not None:
+            if op == "all":
+                raise ValueError("--repro replays a case of one op: add --op")
+            seed, index = parse_token(repro)
+            only = [index]
+            described = draw_case(op, seed, index).describe()
+            console.print(f"{op} {repro}: {described}", markup=False, highlight=False, soft_wrap=True)
+        report = _run(op, name, cases, seed, only, isa, console)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
+    text = json.dumps(report.to_json(), indent=2)
+    if output is not None:
+        output.write_text(text + "\n")
+    if as_json:
+        typer.echo(text)
+    else:
+        _print(report, console)
+    if not report.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,124 @@
+"""info, explain and verify, called as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastattn
+from fastattn import dispatch, functional
+from fastattn.cli.app import app
+
+RUNNER = CliRunner()
+
+
+def _run(*arguments: str, code: int = 0) -> str:
+    result = RUNNER.invoke(app, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == code, f"fastattn {' '.join(arguments)}\n{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def test_info_names_versions_and_every_backend():
+    text = _run("info")
+    assert f"fastattn {fastattn.__version__}" in text and torch.__version__ in text
+    for name, reason in dispatch.backends().items():
+        assert name in text
+        assert reason is None or reason.split()[0] in text
+
+
+def test_info_as_json():
+    found = json.loads(_run("info", "--json"))
+    assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert set(found["backends"]) == set(dispatch.NAMES) and found["backends"]["reference"] == "usable"
+    if found["backends"]["cpu"] == "usable":
+        assert found["instruction_set"] in found["instruction_sets_available"]
+    else:
+        assert found["instruction_set"] is None
+
+
+def test_explain_says_who_runs_a_call_and_why_others_do_not():
+    found = json.loads(_run("explain", "--shape", "1,4,2,7,9,24", "--dtype", "float64", "--mask", "causal", "--json"))
+    assert found["chosen"] == "reference" and "heads_kv=2" in found["problem"] and "band=True" in found["problem"]
+    assert "float64" in str(found["reasons"]["cpu"]) or dispatch.backends()["cpu"] is not None
+    text = _run("explain", "--shape", "1,4,2,7,9,24,16", "--device", "cuda", "--grad")
+    assert "cuda" in text and "dim_v=16" in text and "runs this call" in text
+
+
+def test_explain_of_a_forced_backend_that_refuses_exits_with_1():
+    text = _run("explain", "--dtype", "float64", "--backend", "cpu", code=1)
+    assert "no backend runs this call" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("explain", "--shape", "1,2,3"), "B,Hq,Hkv,Sq,Skv,D"),
+        (("explain", "--shape", "1,4,3,7,9,24"), "no multiple"),
+        (("explain", "--mask", "round"), "round"),
+        (("explain", "--dtype", "int8"), "int8"),
+        (("explain", "--backend", "gpu"), "gpu"),
+        (("explain", "--bias-grad"), "--bias"),
+        (("verify", "--op", "softmax"), "softmax"),
+        (("verify", "--backend", "gpu"), "gpu"),
+        (("verify", "--op", "norm", "--repro", "seventeen"), "seventeen"),
+        (("verify", "--repro", "0.1"), "--op"),
+        (("demo", "--model", "no/such/folder", "--quick"), "no/such/folder"),
+    ],
+)
+def test_wrong_options_are_answered_by_a_sentence(arguments, said):
+    text = _run(*arguments, code=2)
+    assert said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("op", ["attention", "norm", "linear_act", "ffn", "gated_ffn"])
+def test_verify_prints_worst_ratios(op):
+    text = _run("verify", "--op", op, "--backend", "reference", "--cases", "6", "--seed", "2")
+    assert f"{op}: worst error / bound" in text and "6 cases checked, 0 refused, all within the bound" in text
+
+
+def test_verify_writes_json(tmp_path):
+    target = tmp_path / "verify.json"
+    text = _run("verify", "--op", "norm", "--backend", "reference", "--cases", "4", "--json", "--output", str(target))
+    found = json.loads(target.read_text())
+    assert found == json.loads(text[text.index("{") :]) and found["passed"] and found["cases"] == {"norm": 4}
+    assert all(row["ratio"] <= 1 for row in found["worst"])
+
+
+def test_verify_fails_with_a_command_that_replays_the_failure(monkeypatch):
+    real = functional.linear_act
+    monkeypatch.setattr(functional, "linear_act", lambda *a, **o: 1.02 * real(*a, **o))
+    text = _run("verify", "--op", "linear_act", "--backend", "reference", "--cases", "5", code=1)
+    line = next(line for line in text.splitlines() if line.startswith("fastattn verify"))
+    again = _run(*line.split()[1:], code=1)
+    assert line in again and again.count("FAILED") >= 2
+    monkeypatch.undo()
+    assert "1 cases checked, 0 refused, all within the bound" in _run(*line.split()[1:])
+
+
+def test_verify_under_another_instruction_set():
+    if dispatch.backends()["cpu"] is not None:
+        pytest.skip(str(dispatch.backends()["cpu"]))
+    from fastattn.backends import cpu
+
+    before = cpu.isa()
+    for isa in cpu.available_isas():
+        _run("verify", "--op", "norm", "--backend", "cpu", "--cases", "3", "--isa", isa)
+    assert "mmx" in _run("verify", "--op", "norm", "--backend", "cpu", "--isa", "mmx", code=2)
+    assert cpu.isa() == before
+
+
+def test_without_typer_or_rich_the_command_says_what_to_install():
+    script = (
+        "import sys\nsys.modules['typer'] = sys.modules['rich'] = None\n"
+        "import importlib.util as u\nreal = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('typer', 'rich') else real(n, *a)\n"
+        "from fastattn.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip() == "The fastattn command needs typer and rich: pip install 'fastattn[cli]'"
