@@ -20,9 +20,9 @@ FASTATTN_INLINE vfloat activate(vfloat x) {
     if constexpr (activation == FASTATTN_ACT_RELU) return select((vint)(x < 0.0f), zero(), x);  // NaN stays NaN
     if constexpr (activation == FASTATTN_ACT_GELU) return x * normal_cdf(x);
     // 0.5 (1 + tanh u) is sigmoid(2 u) exactly.
-    if constexpr (activation == FASTATTN_ACT_GELU_TANH) return x * sigmoid(x * (2 * kSqrt2OverPi) * (1.0f + kTanhCubic * x * x));
-    if constexpr (activation == FASTATTN_ACT_SILU) return x * sigmoid(x);
-    if constexpr (activation == FASTATTN_ACT_QUICK_GELU) return x * sigmoid(kQuickGelu * x);
+    if constexpr (activation == FASTATTN_ACT_GELU_TANH) return x * sigmoid(x * (2 * kSqrt2OverPi) * (1.0f + kTanhCubic * x * x)).value;
+    if constexpr (activation == FASTATTN_ACT_SILU) return x * sigmoid(x).value;
+    if constexpr (activation == FASTATTN_ACT_QUICK_GELU) return x * sigmoid(kQuickGelu * x).value;
     if constexpr (activation == FASTATTN_ACT_RELU2) {
         const vfloat positive = select((vint)(x < 0.0f), zero(), x);
         return positive * positive;
@@ -35,16 +35,16 @@ FASTATTN_INLINE vfloat activate_derivative(vfloat x) {
     if constexpr (activation == FASTATTN_ACT_RELU) return select((vint)(x > 0.0f), broadcast(1.0f), zero());
     if constexpr (activation == FASTATTN_ACT_GELU) return normal_cdf(x) + x * kInvSqrt2Pi * exp2(x * x * (-0.5f * kLog2e));
     if constexpr (activation == FASTATTN_ACT_GELU_TANH) {
-        const vfloat s = sigmoid(x * (2 * kSqrt2OverPi) * (1.0f + kTanhCubic * x * x));
-        return s + x * s * (1.0f - s) * (2 * kSqrt2OverPi) * (1.0f + 3 * kTanhCubic * x * x);
+        const Sigmoid s = sigmoid(x * (2 * kSqrt2OverPi) * (1.0f + kTanhCubic * x * x));
+        return s.value + x * s.value * s.complement * (2 * kSqrt2OverPi) * (1.0f + 3 * kTanhCubic * x * x);
     }
     if constexpr (activation == FASTATTN_ACT_SILU) {
-        const vfloat s = sigmoid(x);
-        return s + x * s * (1.0f - s);
+        const Sigmoid s = sigmoid(x);
+        return s.value + x * s.value * s.complement;
     }
     if constexpr (activation == FASTATTN_ACT_QUICK_GELU) {
-        const vfloat s = sigmoid(kQuickGelu * x);
-        return s + kQuickGelu * x * s * (1.0f - s);
+        const Sigmoid s = sigmoid(kQuickGelu * x);
+        return s.value + kQuickGelu * x * s.value * s.complement;
     }
     if constexpr (activation == FASTATTN_ACT_RELU2) return 2.0f * select((vint)(x < 0.0f), zero(), x);
     return broadcast(1.0f);

@@ -234,11 +234,15 @@ FASTATTN_INLINE vfloat erfc_positive(vfloat z) {
     return select((vint)(z < 9.1f), exp2(z * z * -kLog2e) * (t * p), zero());
 }
 
-FASTATTN_INLINE vfloat sigmoid(vfloat x) {
-    // 1 / (1 + e^-|x|) and its complement: neither overflows.
+// The logistic function and what it lacks to 1, each to full relative accuracy: e^-|x| neither overflows nor cancels.
+struct Sigmoid {
+    vfloat value, complement;
+};
+FASTATTN_INLINE Sigmoid sigmoid(vfloat x) {
     const vfloat e = exp(-abs(x));
-    const vfloat large = 1.0f / (1.0f + e);
-    return select((vint)(x < 0.0f), e * large, large);
+    const vfloat larger_part = 1.0f / (1.0f + e), smaller_part = e * larger_part;
+    const vint negative = (vint)(x < 0.0f);
+    return {select(negative, smaller_part, larger_part), select(negative, larger_part, smaller_part)};
 }
 
 FASTATTN_INLINE vfloat tanh(vfloat x) {

@@ -32,7 +32,7 @@ class AttentionCase:
         self.dim_v = draw.one_of(_DIMS, _DIM_WEIGHTS) if draw.chance(0.25) else self.dim
         if draw.chance(0.01):
             self.batch = 0
-        loudness = draw.one_of((1.0, 0.1, 4.0), (8, 1, 1))  # 4: peaked softmax rows
+        self.loudness = loudness = draw.one_of((1.0, 0.1, 2.0), (8, 1, 1))  # 2: peaked softmax rows
         q = draw.normal((self.batch, self.heads_q, self.len_q, self.dim), self.dtype, loudness)
         k = draw.normal((self.batch, heads_kv, self.len_k, self.dim), self.dtype)
         v = draw.normal((self.batch, heads_kv, self.len_k, self.dim_v), self.dtype)
@@ -61,8 +61,10 @@ class AttentionCase:
 
     def _options(self, draw: Draw) -> dict[str, Any]:
         options: dict[str, Any] = {"return_lse": draw.chance(0.6), "deterministic": draw.chance(0.2)}
-        if draw.chance(0.25):
-            options["scale"] = draw.one_of((0.05, 0.3, 1.0, -0.1, 0.0), (3, 3, 3, 1, 0.3))
+        # Scores far beyond 10 would leave the rule to chance: the rounding of the score itself, which plain torch has
+        # too, then outweighs all else, and the larger of two such errors over a few rows is a matter of luck.
+        if self.loudness <= 1 and draw.chance(0.25):
+            options["scale"] = draw.one_of((0.3, 1.5, 2.5, -0.5, 0.0), (3, 3, 3, 1, 0.3)) / math.sqrt(self.dim)
         if draw.chance(0.2):
             options["softcap"] = draw.one_of((2.0, 15.0, 50.0))
         if draw.chance(0.2):

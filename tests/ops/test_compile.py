@@ -97,6 +97,15 @@ def test_dropout_draws_its_seed_inside_the_graph():
     assert q.grad.isfinite().all()
 
 
+def test_use_backend_reaches_a_compiled_function():
+    x = torch.randn(2, 8)
+    compiled = torch.compile(fastattn.layer_norm, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    with pytest.raises(fastattn.NotSupported), fastattn.use_backend("cuda"):
+        compiled(x)
+    compiled(x)
+
+
 def test_wrong_arguments_keep_their_error():
     with pytest.raises(Exception, match="q has 3 dimensions"):
         torch.compile(fastattn.attention, backend="aot_eager")(*(torch.randn(2, 3, 8) for _ in range(3)))

@@ -1,0 +1,172 @@
+"""The native CPU backend: parity under every instruction set, threads, memory, and what it says when it cannot run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn.backends import cpu
+from fastattn.masks.lowered import LoweredMask
+from fastattn.parity.run import verify
+from fastattn.problems import AttentionProblem, LinearProblem
+
+pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+ISAS = [] if cpu.unavailable_reason() else cpu.available_isas()
+CASES = {"attention": 60, "norm": 40, "linear_act": 40, "ffn": 25, "gated_ffn": 25}
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_keeps_the_parity_rule(isa: str, op: str) -> None:
+    report = verify(op, "cpu", cases=CASES[op], seed=7, isa=isa)
+    assert not report.failures, "\n".join(map(str, report.failures))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CASES)
+def test_many_cases_keep_the_parity_rule(op: str) -> None:
+    report = verify(op, "cpu", cases=20 * CASES[op], seed=11)
+    assert not report.failures, "\n".join(map(str, report.failures))
+
+
+def test_the_instruction_set_is_chosen_and_restored() -> None:
+    best = cpu.isa()
+    with cpu.use_isa("baseline" if "baseline" in ISAS else ISAS[-1]):
+        assert cpu.isa() == ISAS[-1]
+    assert cpu.isa() == best
+    with pytest.raises(ValueError, match=r"isa='sse9' is not available here: pass one of"), cpu.use_isa("sse9"):
+        pass
+
+
+@pytest.mark.parametrize("name", [*ISAS[-1:], "sse9"])
+def test_the_environment_overrides_the_instruction_set(name: str) -> None:
+    script = (
+        "from fastattn.backends import cpu\n"
+        "reason = cpu.unavailable_reason()\n"
+        "print(reason if reason else 'runs ' + cpu.isa())"
+    )
+    environment = {**os.environ, "FASTATTN_CPU_ISA": name}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    expected = f"runs {name}" if name in ISAS else "FASTATTN_CPU_ISA='sse9' is not one of the available"
+    assert run.stdout.startswith(expected), run.stdout
+
+
+def gradients(heads: int, threads: int) -> list[Tensor]:
+    """Attention and norm gradients of one fixed problem on so many threads."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, heads, 130, 40, generator=generator, requires_grad=True) for _ in range(3))
+    weight = torch.randn(40, generator=generator, requires_grad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = fastattn.rms_norm(fastattn.attention(q, k, v, mask=fastattn.masks.Causal(), backend="cpu"), weight)
+        return list(torch.autograd.grad(out.square().sum(), [q, k, v, weight]))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+def test_threads_repeat_bitwise_and_agree(heads: int) -> None:
+    """One head on five threads shares the queries out; sums over shares still have a fixed order."""
+    first, again, alone = gradients(heads, 5), gradients(heads, 5), gradients(heads, 1)
+    for a, b, c in zip(first, again, alone, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_thread_uses_the_same_kernels(two_threads: None) -> None:
+    x, weight = torch.randn(64, 96), torch.randn(80, 96)
+    expected = fastattn.linear_act(x, weight, backend="cpu")
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(fastattn.linear_act(x, weight))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(found) == 4
+    assert all(torch.equal(y, expected) for y in found)
+
+
+def _in_a_child(queue: multiprocessing.Queue[float]) -> None:
+    torch.set_num_threads(1)  # what a DataLoader worker does
+    queue.put(fastattn.linear_act(torch.ones(8, 16), torch.ones(4, 16)).sum().item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_worker_does_not_hang(two_threads: None) -> None:
+    fastattn.linear_act(torch.ones(64, 64), torch.ones(64, 64))  # the parent has used its threads
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    worker = context.Process(target=_in_a_child, args=(queue,))
+    worker.start()
+    try:
+        assert queue.get(timeout=60) == 8 * 4 * 16
+    finally:
+        worker.join(timeout=10)
+        worker.kill()
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    """A Sq x Skv float32 temporary would take 256 MiB at 8192; the scratch of forward and backward stays far below."""
+    script = """
+import resource, torch, fastattn
+torch.set_num_threads(2)
+q, k, v = (torch.randn(1, 1, 8192, 16, requires_grad=True) for _ in range(3))
+short = [t.detach()[:, :, :256].requires_grad_() for t in (q, k, v)]
+fastattn.attention(*short, backend="cpu").sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fastattn.attention(q, k, v, backend="cpu").sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 48, f"peak memory grew by {run.stdout} MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_intervals_of_keys_are_a_union(dtype: torch.dtype) -> None:
+    """Masks of this version lower to at most one interval; the kernels take the union of up to four."""
+    q, k, v = (
+        torch.randn(2, 2, 70, 16).to(dtype),
+        torch.randn(2, 2, 150, 16).to(dtype),
+        torch.randn(2, 2, 150, 16).to(dtype),
+    )
+    start = torch.randint(-5, 150, (4, 2, 1, 70, 1))
+    intervals = torch.cat([start, start + torch.randint(-10, 30, start.shape)], -1).to(torch.int32)
+    j = torch.arange(150)
+    visible = ((j >= intervals[..., :1]) & (j < intervals[..., 1:])).any(0).expand(2, 2, 70, 150)
+    tail = (None, None, None, 0.25, 0.0, 0.0)
+    by_intervals = cpu.attention_forward(q, k, v, LoweredMask(intervals=intervals), *tail)
+    by_bools = cpu.attention_forward(q, k, v, LoweredMask(dense=visible), *tail)
+    for a, b in zip(by_intervals, by_bools, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
+
+
+def test_refusals_name_what_is_not_supported() -> None:
+    attention = AttentionProblem("cpu", torch.float64, 1, 1, 1, 4, 4, 8, 8, bias=torch.float32, bias_requires_grad=True)
+    assert cpu.not_supported_reasons(attention) == [
+        "dtype torch.float64 is not float32, bfloat16 or float16",
+        "the gradient of a bias is not implemented",
+    ]
+    linear = LinearProblem("ffn", "cuda", torch.bfloat16, torch.float32, "gelu", 4, 8, 16, 8)
+    assert cpu.not_supported_reasons(linear) == [
+        "tensors are on 'cuda', not on the CPU",
+        "weights are torch.float32 and inputs torch.bfloat16, not one dtype",
+    ]
