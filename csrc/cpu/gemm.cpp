@@ -68,25 +68,29 @@ Left pack_left(const fastattn_gemm &p, Range rows, Range k, float *scratch) {
     return {scratch, wide_rows, Layout::columns, in_pairs(p)};
 }
 
-// What happens to finished sums, a whole vector or the last part of a row at a time.
-template <int dtype, int activation>
-void finish_rows(const fastattn_gemm &p, const float *tile, int64_t ld, Range rows, Range columns) {
+// Finished sums into C, by whole vectors and the last part of a row. `added` is the bias where the sums do not hold it yet.
+template <int dtype, int activation, bool has_extras>
+void finish_rows(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, Range columns, const void *added) {
     for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
         const int width = lanes_left(c, columns.end);
-        const vfloat bias = p.bias ? load_any(offset(p.bias, p.bias_dtype, c), p.bias_dtype, width) : zero();
-        for (int64_t r = rows.begin; r < rows.end; r++) {
-            const vfloat pre = load(tile + (r - rows.begin) * ld + (c - columns.begin)) + bias;
-            if (p.pre.data) store_any(offset(p.pre.data, dtype, r * p.pre.stride[0] + c), dtype, pre, width);
+        const vfloat bias = added ? load_any(offset(added, p.bias_dtype, c), p.bias_dtype, width) : zero();
+        const float *source = sums + (c - columns.begin);
+        for (int64_t r = rows.begin; r < rows.end; r++, source += ld) {
+            const vfloat pre = load_any(source, FASTATTN_FLOAT32, width) + bias;
+            if (has_extras && p.pre.data) store_any(offset(p.pre.data, dtype, r * p.pre.stride[0] + c), dtype, pre, width);
             vfloat v = activate<activation>(pre);
-            if (p.multiplier.data) v *= load_any(offset(p.multiplier.data, dtype, r * p.multiplier.stride[0] + c), dtype, width);
+            if (has_extras && p.multiplier.data) v *= load_any(offset(p.multiplier.data, dtype, r * p.multiplier.stride[0] + c), dtype, width);
             store_any(offset(p.c.data, dtype, r * p.c.stride[0] + c), dtype, v, width);
         }
     }
 }
 
-void finish(const fastattn_gemm &p, const float *tile, int64_t ld, Range rows, Range columns) {
+void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, Range columns, const void *added) {
     with_dtype(p.dtype, [&]<int dtype>() {
-        with_activation(p.activation, [&]<int activation>() { finish_rows<dtype, activation>(p, tile, ld, rows, columns); });
+        with_activation(p.activation, [&]<int activation>() {
+            if (p.pre.data || p.multiplier.data) finish_rows<dtype, activation, true>(p, sums, ld, rows, columns, added);
+            else finish_rows<dtype, activation, false>(p, sums, ld, rows, columns, added);
+        });
     });
 }
 
@@ -137,11 +141,11 @@ class Part {
             const Range strip{c, smaller(c + kTileWidth, columns_.end)};
             const float *b = (const float *)p_.b.data + c * p_.b.stride[1];
             multiply_dots(rows_.size(), strip.size(), p_.k, a, p_.a.stride[0], b, p_.b.stride[1], sums_, kTileWidth);
-            finish(p_, sums_, kTileWidth, rows_, strip);
+            finish(p_, sums_, kTileWidth, rows_, strip, p_.bias);
         }
     }
 
-    // Sums over k in blocks are kept for a whole block of rows; with a single block each tile is finished while it is hot.
+    // Sums over k in blocks are kept for a whole block of rows.
     void block(Range rows, Range columns, bool pack) {
         for (int64_t d = 0; d < blocks_; d++) {
             const Range k{d * kDepth, smaller((d + 1) * kDepth, p_.k)};
@@ -156,25 +160,29 @@ class Part {
                     continue;
                 }
                 float *sums = sums_ + index * kBlockRows * kTileWidth;
-                product(rows.size(), strip, k, left, packed, sums, d > 0);
-                if (d + 1 == blocks_) finish(p_, sums, kTileWidth, rows, strip);
+                multiply(rows.size(), vectors(strip), depth_of(p_, k.size()), left, packed, kTileWidth, sums, kTileWidth, d > 0);
+                if (d + 1 == blocks_) finish(p_, sums, kTileWidth, rows, strip, p_.bias);
             }
         }
     }
 
+    // With a single block of k each tile is finished while it is hot. Whole vectors of float32 go to C at once, where they may be all there is to do.
     void tiles(Left left, Range k, const float *packed, Range rows, Range strip) {
         const int64_t step = in_pairs(p_) ? kPairRows : kTileRows;
+        const bool straight = p_.dtype == FASTATTN_FLOAT32 && strip.size() % kLanes == 0 && (!p_.bias || p_.bias_dtype == FASTATTN_FLOAT32);
+        const bool done = straight && p_.activation == FASTATTN_ACT_NONE && !p_.pre.data && !p_.multiplier.data;
+        const float *bias = straight && p_.bias ? (const float *)p_.bias + strip.begin : nullptr;
         for (int64_t r = rows.begin; r < rows.end; r += step) {
             const Range tile{r, smaller(r + step, rows.end)};
-            product(tile.size(), strip, k, left, packed, sums_, false);
-            finish(p_, sums_, kTileWidth, tile, strip);
+            float *sums = straight ? (float *)p_.c.data + r * p_.c.stride[0] + strip.begin : sums_;
+            const int64_t ld = straight ? p_.c.stride[0] : kTileWidth;
+            multiply(tile.size(), vectors(strip), depth_of(p_, k.size()), left, packed, kTileWidth, sums, ld, false, bias);
+            if (!done) finish(p_, sums, ld, tile, strip, straight ? nullptr : p_.bias);
             left.data += step * (left.layout == Layout::rows ? left.stride : 1);
         }
     }
 
-    void product(int64_t m, Range strip, Range k, Left left, const float *packed, float *sums, bool accumulate) {
-        multiply(m, (strip.size() + kLanes - 1) / kLanes, depth_of(p_, k.size()), left, packed, kTileWidth, sums, kTileWidth, accumulate);
-    }
+    static int64_t vectors(Range strip) { return (strip.size() + kLanes - 1) / kLanes; }
 
     const fastattn_gemm &p_;
     Range rows_, columns_;

@@ -26,10 +26,16 @@ struct Tile {
     int64_t ldb;
     float *c;
     int64_t ldc;
+    const float *bias;
 };
 
 template <class Operation, Layout layout, int Rows, int Vectors>
 void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
+    // C may be far away: its lines are fetched while the sums are formed.
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) __builtin_prefetch(t.c + r * t.ldc + v * kLanes, 1);
     vfloat acc[Rows][Vectors] = {};
 #pragma GCC unroll 4
     for (int64_t i = 0; i < k; i++) {
@@ -43,14 +49,23 @@ void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
             for (int v = 0; v < Vectors; v++) acc[r][v] = Operation::step(acc[r][v], av, bv[v]);
         }
     }
+    if (t.bias)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) {
+            const vfloat bias = load(t.bias + v * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; r++) acc[r][v] += bias;
+        }
     // C is added last, not used as the start: long sums over k in blocks then keep the accuracy of blocked summation.
+    if (accumulate)
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; v++) acc[r][v] += load(t.c + r * t.ldc + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 3
-        for (int v = 0; v < Vectors; v++) {
-            float *target = t.c + r * t.ldc + v * kLanes;
-            store(target, accumulate ? load(target) + acc[r][v] : acc[r][v]);
-        }
+        for (int v = 0; v < Vectors; v++) store(t.c + r * t.ldc + v * kLanes, acc[r][v]);
 }
 
 template <class Operation, Layout layout, int Rows>
@@ -65,19 +80,21 @@ void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) 
 
 // Columns outermost: one strip of B serves all rows of A before the next is touched.
 template <class Operation, Layout layout>
-void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
+               const float *bias) {
     for (int64_t v = 0; v < vectors; v += kTileVectors)
         for (int64_t row = 0; row < m; row += kTileRows) {
             const float *left = a.data + (layout == Layout::rows ? row * a.stride : row);
-            const Tile tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc};
+            const Tile tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, bias ? bias + v * kLanes : nullptr};
             any_tile<Operation, layout, kTileRows>(tile, (int)smaller(kTileRows, m - row), (int)smaller(kTileVectors, vectors - v), k, accumulate);
         }
 }
 
 template <class Operation>
-void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
-    if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
-    else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
+                  const float *bias) {
+    if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
+    else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
 }
 
 #if defined(__AMX_BF16__)
@@ -114,7 +131,7 @@ void matrix_tile(const Tile &t, int64_t k, bool accumulate) {
 void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
     for (int64_t v = 0; v < vectors; v += kTileVectors)
         for (int64_t row = 0; row < m; row += kPairRows) {
-            const Tile tile{a.data + row * a.stride, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc};
+            const Tile tile{a.data + row * a.stride, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, nullptr};
             if (vectors - v == 1) matrix_tile<1>(tile, k, accumulate);
             else if (vectors - v == 2) matrix_tile<2>(tile, k, accumulate);
             else matrix_tile<3>(tile, k, accumulate);
@@ -122,7 +139,7 @@ void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *
 }
 #elif defined(__AVX512BF16__)
 void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
-    both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+    both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr);
 }
 #else
 void multiply_pairs(int64_t, int64_t, int64_t, Left, const float *, int64_t, float *, int64_t, bool) {}  // kHasPairs is false
@@ -147,9 +164,10 @@ MatrixUnit::MatrixUnit() {}
 MatrixUnit::~MatrixUnit() {}
 #endif
 
-void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
+void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
+              const float *bias) {
     if (a.pairs) return multiply_pairs(m, vectors, k, a, b, ldb, c, ldc, accumulate);
-    both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+    both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
 }
 
 // Vectors run along k, so a tile has as many accumulators as a vector has lanes and one reduction leaves them all in one vector.
@@ -160,6 +178,7 @@ void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
     for (int64_t column = 0; column < n; column += kDotColumns)
         for (int64_t row = 0; row < m; row += kDotRows) {
             const float *left[kDotRows], *right[kDotColumns];  // past the end the last row is repeated, its result dropped
+            const bool ahead = row == 0 && column + 2 * kDotColumns <= n;  // B is read once and from far: fetch the next rows meanwhile
             for (int r = 0; r < kDotRows; r++) left[r] = a + smaller(row + r, m - 1) * lda;
             for (int i = 0; i < kDotColumns; i++) right[i] = b + smaller(column + i, n - 1) * ldb;
             vfloat acc[kLanes] = {};
@@ -175,11 +194,17 @@ void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda,
                 }
             };
             int64_t at = 0;
-            for (; at + kLanes <= k; at += kLanes) step([&](const float *p) { return load(p + at); });
+            for (; at + kLanes <= k; at += kLanes) {
+                if (ahead)
+                    for (int i = 0; i < kDotColumns; i++) __builtin_prefetch(right[i] + kDotColumns * ldb + at);
+                step([&](const float *p) { return load(p + at); });
+            }
             if (at < k) step([&](const float *p) { return load_part(p + at, (int)(k - at)); });
-            const vfloat result = sums(acc);
+            float result[kLanes];
+            store(result, sums(acc));
+            // Whole groups are stored, past n too: C has room for them.
             for (int r = 0; r < kDotRows && row + r < m; r++)
-                for (int i = 0; i < kDotColumns && column + i < n; i++) c[(row + r) * ldc + column + i] = result[r * kDotColumns + i];
+                __builtin_memcpy(c + (row + r) * ldc + column, result + r * kDotColumns, kDotColumns * 4);
         }
 }
 

@@ -24,13 +24,15 @@ struct Left {
     bool pairs = false;
 };
 
-// C(m, vectors * kLanes) = A B, or += with accumulate; any m, any number of vectors.
+// C(m, vectors * kLanes) = A B, or += with accumulate, plus a row of `bias` if given; any m, any number of vectors.
 //
 // With `pairs` (bfloat16 units only) every element of A and B is a 32-bit word that holds two bfloat16 of consecutive k, low half first, and k
-// counts words; k must be a multiple of kPairDepth, and A and C must have room for m rounded up to kPairRows.
-void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate);
+// counts words; k must be a multiple of kPairDepth, A and C must have room for m rounded up to kPairRows, and there is no bias.
+void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
+              const float *bias = nullptr);
 
 // C(m, n) = A B^T for float32 rows of A and of B, without packing either: for few rows of A, where packing B would cost as much as the product.
+// C has room for n rounded up to whole vectors.
 void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
 
 #if defined(__AMX_BF16__)

@@ -22,7 +22,11 @@ static inline void pack_transposed(Rows source, int64_t rows, int64_t columns, f
                 vfloat block[kLanes];
                 if (first + kLanes <= rows && width == kLanes) {
 #pragma GCC unroll 16
-                    for (int r = 0; r < kLanes; r++) block[r] = load_any(source.at(first + r, c), dtype, kLanes) * scale;
+                    for (int r = 0; r < kLanes; r++) {
+                        // Many rows are read side by side, too many for the hardware to see: fetch the next ones meanwhile.
+                        __builtin_prefetch(source.at(first + kLanes + r, c));
+                        block[r] = load_any(source.at(first + r, c), dtype, kLanes) * scale;
+                    }
                     transpose(block);
 #pragma GCC unroll 16
                     for (int i = 0; i < kLanes; i++) store(target + (c + i) * ld + first, block[i]);

@@ -190,8 +190,8 @@ FASTATTN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr float kRounder = 0x1.8p23f;  // adding it rounds a float to an integer, which then sits in the low bits
 
-// 2^f * 2^n for f in [-0.5, 0.5], n in the low bits of `shifted`.
-FASTATTN_INLINE vfloat exp2_reduced(vfloat f, vfloat shifted) {
+// 2^(n + f) for whole n and f in [-0.5, 0.5]; 0 where n < -126.
+FASTATTN_INLINE vfloat exp2_parts(vfloat n, vfloat f) {
     vfloat p = broadcast(1.54474774e-04f);
     p = p * f + 1.34003364e-03f;
     p = p * f + 9.61801077e-03f;
@@ -199,23 +199,35 @@ FASTATTN_INLINE vfloat exp2_reduced(vfloat f, vfloat shifted) {
     p = p * f + 2.40226513e-01f;
     p = p * f + 6.93147206e-01f;
     p = p * f + 1.0f;
-    return from_bits(bits(p) + (bits(shifted) << 23));
+#if defined(__AVX512F__)
+    // scalef would make subnormal numbers, whose later use is slow: those lanes are zeroed.
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    const vint exponent = bits(n + kRounder) << 23;
+    return from_bits(~(vint)(n < -126.0f) & (bits(p) + exponent));
+#endif
+}
+
+FASTATTN_INLINE vfloat round(vfloat x) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_maskz_roundscale_ps((__mmask16)-1, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    return (x + kRounder) - kRounder;
+#endif
 }
 
 // 2^x for x < 128; 0 below -126 and for -inf; NaN stays NaN.
 FASTATTN_INLINE vfloat exp2(vfloat x) {
-    const vfloat shifted = x + kRounder;
-    const vfloat result = exp2_reduced(x - (shifted - kRounder), shifted);
-    return from_bits(~(vint)(x < -126.0f) & bits(result));
+    const vfloat n = round(x);
+    return exp2_parts(n, x - n);
 }
 
 // e^x for x <= 88; 0 below -87. ln 2 is taken off in two parts, the first of which has few enough bits to be exact.
 FASTATTN_INLINE vfloat exp(vfloat x) {
-    const vfloat shifted = x * kLog2e + kRounder;
-    const vfloat n = shifted - kRounder;
+    const vfloat n = round(x * kLog2e);
     const vfloat r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const vfloat result = exp2_reduced(r * kLog2e, shifted);
-    return from_bits(~(vint)(x < -87.0f) & bits(result));
+    return exp2_parts(n, r * kLog2e);
 }
 
 // erfc(z) for z >= 0: exp(-z^2) t P(t) with t = 1 / (1 + 0.4 z); 0 from z = 9.1 on, before the product gets subnormal and slow.
