@@ -191,15 +191,16 @@ class Part {
     float *packed_ = nullptr, *left_ = nullptr, *sums_ = nullptr;
 };
 
-// How many of the threads split the columns: least work for the busiest thread, where packing a strip costs as much as some rows of it.
+// How many of the threads split the columns: the least work for the busiest one. Its rows of A cost as much to bring in as a strip does to
+// multiply, its strips as much to pack as some rows.
 int64_t column_parts(int64_t m, int64_t n, int64_t threads) {
-    constexpr int64_t kPackingInRows = 16;
+    constexpr int64_t kPackingInRows = 32;
     const int64_t tiles = (m + kTileRows - 1) / kTileRows, strips = (n + kTileWidth - 1) / kTileWidth;
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t parts = 1; parts <= threads; parts++) {
         if (threads % parts) continue;
-        const int64_t rows = (tiles + threads / parts - 1) / (threads / parts) * kTileRows;
-        const int64_t cost = (rows + kPackingInRows) * ((strips + parts - 1) / parts);
+        const int64_t rows = (tiles + threads / parts - 1) / (threads / parts) * kTileRows, mine = (strips + parts - 1) / parts;
+        const int64_t cost = rows * (mine + 1) + kPackingInRows * mine;
         if (cost < best_cost) best = parts, best_cost = cost;
     }
     return best;
