@@ -18,6 +18,8 @@ struct PairProduct {
 };
 #endif
 
+constexpr int64_t kFetchDepth = 192;
+
 // Where a tile's operands and result lie.
 struct Tile {
     const float *a;
@@ -31,9 +33,10 @@ struct Tile {
 
 template <class Operation, Layout layout, int Rows, int Vectors>
 void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
-    // C may be far away: its lines are fetched while the sums are formed.
+    // C may be far away: its lines are fetched while the sums are formed, where that takes long enough.
+    if (k >= kFetchDepth)
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++)
+        for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 3
         for (int v = 0; v < Vectors; v++) __builtin_prefetch(t.c + r * t.ldc + v * kLanes, 1);
     vfloat acc[Rows][Vectors] = {};

@@ -285,7 +285,11 @@ def _lower_mask(
             "float tensor to add; mask.bool() makes a bool mask of zeros and ones"
         )
     added = _lower_bias("mask", mask, full, q)
-    return _NOTHING_HIDDEN, added if bias is None else added + _lower_bias("bias", bias, full, q)
+    if bias is None:
+        return _NOTHING_HIDDEN, added
+    # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return _NOTHING_HIDDEN, added.to(wide) + _lower_bias("bias", bias, full, q).to(wide)
 
 
 def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:

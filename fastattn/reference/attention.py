@@ -149,7 +149,7 @@ def softmax(
     scores = scores.masked_fill(~seen, -math.inf)
     if scores.shape[-1] == 0:
         return Softmax(scores, scores.new_full(scores.shape[:-1], -math.inf), scores, tanh)
-    lse = torch.logsumexp(scores, dim=-1)
+    lse = _log_sum_exp(scores)
     top = scores.detach().amax(dim=-1, keepdim=True)
     if sinks is not None:
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1)
@@ -160,3 +160,17 @@ def softmax(
     if sinks is not None:
         total = total + torch.exp(sink - top)
     return Softmax(weights / total.masked_fill(total == 0.0, 1.0), lse, scores, tanh)
+
+
+def _log_sum_exp(scores: Tensor) -> Tensor:
+    """log sum exp over the last dimension, -inf where all scores are.
+
+    torch.logsumexp differentiates through the rounded result: where every score is finfo.min, the result has absorbed
+    log(n) and its gradient sums to n instead of 1.
+    """
+    top = scores.detach().amax(dim=-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    total = torch.exp(scores - top).sum(dim=-1)
+    unseen = total == 0.0
+    lse = top.squeeze(-1) + total.masked_fill(unseen, 1.0).log()
+    return lse.masked_fill(unseen, -math.inf)

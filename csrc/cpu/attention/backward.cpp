@@ -1,7 +1,7 @@
 // Attention backward: gradients of q, k, v and of the sinks.
 //
-//   p = softmax(s), with the sink in its denominator;  dp = dropout'(grad_out v^T);  ds = p (dp - delta)
-//   delta = sum over keys of p dp - grad_lse * (what the sink adds to the denominator, as a factor)
+//   p = softmax(s), with the sink in its denominator;  dp = dropout'(grad_out v^T);  delta = sum over keys of p dp
+//   ds = p (dp - delta) + grad_lse softmax(s), the last one without the sink
 //   grad_q = scale ds k,  grad_k = scale ds^T q,  grad_v = dropout(p)^T grad_out,  grad_sink = - sum over queries of p_sink sum(p dp)
 // With a softcap ds is also multiplied by 1 - tanh^2. Numerics as in forward.cpp; every sum runs in a fixed order.
 //
@@ -108,7 +108,7 @@ class TileBackward {
     void probabilities(int64_t begin, int64_t count) {
         const Left values = load_block(v_, begin, count, p_.dim_v, mask_.visible_rows(), Layout::rows, buffers_.values);
         float *score = in_strip(buffers_.scores, begin), *grad = in_strip(buffers_.grad_scores, begin);
-        multiply(count, tile_.vectors, p_.dim_v, values, buffers_.grads, lanes_, grad, lanes_, false);
+        multiply_blocked(count, tile_.vectors, p_.dim_v, values, buffers_.grads, lanes_, grad);
         if (p_.dropout.threshold) drop(begin, count, grad);
         for (int64_t v = 0; v < tile_.vectors; v++) {
             const vfloat base = softmax_base(maximum_[v]);
@@ -124,22 +124,23 @@ class TileBackward {
         }
     }
 
-    // total_ becomes the reciprocal of the denominator, delta_ what dp is lowered by.
+    // total_ becomes the reciprocal of the denominator, delta_ the mean of dp, and lse_ the factor that grad_lse gives every term.
     float normalise() {
         float sink_sum = 0;
         for (int64_t lane = 0; lane < lanes_; lane++) {
             const int64_t v = lane / kLanes, at = lane % kLanes;
             const float total = total_[v][at];
+            lse_[v][at] = 0;
             if (total == 0.0f || lane >= tile_.count) {  // sees nothing, or padding: every ds is 0
                 total_[v][at] = delta_[v][at] = 0;
                 continue;
             }
             const float sink = p_.sinks ? __builtin_expf(p_.sinks[tile_.head] - maximum_[v][at]) : 0.0f;
             const float reciprocal = 1.0f / (total + sink), mean = delta_[v][at] * reciprocal;
-            if (p_.sinks) sink_sum -= sink < kInf ? sink * reciprocal * mean : 0.0f;
+            if (p_.sinks && sink < kInf) sink_sum -= sink * reciprocal * mean;
             total_[v][at] = reciprocal;
             delta_[v][at] = mean;
-            if (p_.grad_lse) delta_[v][at] -= p_.grad_lse[(tile_.batch * p_.heads_q + tile_.head) * p_.len_q + tile_.begin + lane] * (total + sink) / total;
+            if (p_.grad_lse) lse_[v][at] = p_.grad_lse[(tile_.batch * p_.heads_q + tile_.head) * p_.len_q + tile_.begin + lane] / total;
         }
         return sink_sum;
     }
@@ -150,8 +151,9 @@ class TileBackward {
         for (int64_t row = 0; row < count; row++)
             for (int64_t v = 0; v < tile_.vectors; v++) {
                 const int64_t at = row * lanes_ + v * kLanes;
-                const vfloat p = load(score + at) * total_[v];
+                const vfloat term = load(score + at), p = term * total_[v];
                 vfloat ds = p * (load(grad + at) - delta_[v]);
+                if (p_.grad_lse) ds += term * lse_[v];
                 if (slope) ds *= load(slope + at);
                 store(score + at, p);
                 store(grad + at, ds);
@@ -176,7 +178,7 @@ class TileBackward {
     int64_t lanes_;
     Rows k_, v_;
     TileMask mask_;
-    vfloat maximum_[kMaxVectors], total_[kMaxVectors], delta_[kMaxVectors];
+    vfloat maximum_[kMaxVectors], total_[kMaxVectors], delta_[kMaxVectors], lse_[kMaxVectors];
 };
 
 void write_queries(const fastattn_attention &p, const QueryTile &tile, const Buffers &buffers) {

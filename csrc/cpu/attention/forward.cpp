@@ -34,22 +34,43 @@ struct Softmax {
 
     // scores -> probabilities against the new maximum; `correction` is what earlier sums must be multiplied with.
     void step(float *scores, int64_t count, int64_t vectors, vfloat (&correction)[kMaxVectors]) {
-        const int64_t lanes = vectors * kLanes;
-        for (int64_t v = 0; v < vectors; v++) {
-            vfloat highest = maximum[v];
-            for (int64_t row = 0; row < count; row++) highest = max(highest, load(scores + row * lanes + v * kLanes));
-            const vfloat base = softmax_base(highest);
-            correction[v] = softmax_term(maximum[v], base);
-            vfloat block = zero();
-            for (int64_t row = 0; row < count; row++) {
-                float *target = scores + row * lanes + v * kLanes;
-                const vfloat probability = softmax_term(load(target), base);
-                block += probability;
+        if (vectors == 1) step_vectors<1>(scores, count, correction);
+        else if (vectors == 2) step_vectors<2>(scores, count, correction);
+        else step_vectors<3>(scores, count, correction);
+    }
+
+  private:
+    // Rows outermost: the vectors of a row are independent, so that neither max nor exp2 waits for the one before.
+    template <int Vectors>
+    void step_vectors(float *scores, int64_t count, vfloat (&correction)[kMaxVectors]) {
+        vfloat highest[2][Vectors], base[Vectors], block[Vectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) highest[0][v] = highest[1][v] = maximum[v], block[v] = zero();
+        for (int64_t row = 0; row < count; row += 2) {
+            const float *even = scores + row * Vectors * kLanes, *odd = row + 1 < count ? even + Vectors * kLanes : even;
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; v++) {
+                highest[0][v] = max(highest[0][v], load(even + v * kLanes));
+                highest[1][v] = max(highest[1][v], load(odd + v * kLanes));
+            }
+        }
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) {
+            const vfloat top = max(highest[0][v], highest[1][v]);
+            base[v] = softmax_base(top);
+            correction[v] = softmax_term(maximum[v], base[v]);
+            maximum[v] = top;
+        }
+        for (int64_t row = 0; row < count; row++)
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; v++) {
+                float *target = scores + (row * Vectors + v) * kLanes;
+                const vfloat probability = softmax_term(load(target), base[v]);
+                block[v] += probability;
                 store(target, probability);
             }
-            total[v] = total[v] * correction[v] + block;
-            maximum[v] = highest;
-        }
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) total[v] = total[v] * correction[v] + block[v];
     }
 };
 

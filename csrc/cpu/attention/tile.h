@@ -96,10 +96,18 @@ static inline void keep_tile(const fastattn_attention &p, const QueryTile &tile,
             }
 }
 
+// Rows of A times B with sums over k in blocks: one chain of 256 additions would be less accurate than what it is measured against.
+static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, int64_t lanes, float *c) {
+    constexpr int64_t kDepth = 64;
+    multiply(m, vectors, smaller(k, kDepth), rows, b, lanes, c, lanes, false);
+    for (int64_t begin = kDepth; begin < k; begin += kDepth)
+        multiply(m, vectors, smaller(kDepth, k - begin), {rows.data + begin, rows.stride, rows.layout}, b + begin * lanes, lanes, c, lanes, true);
+}
+
 // scores(key, lane) for keys [begin, begin + count), -inf where hidden. `queries` hold the scale already.
 static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Coverage coverage, Left keys,
                               const float *queries, int64_t begin, int64_t count, float *scores, float *slope) {
-    multiply(count, tile.vectors, p.dim_qk, keys, queries, tile.lanes(), scores, tile.lanes(), false);
+    multiply_blocked(count, tile.vectors, p.dim_qk, keys, queries, tile.lanes(), scores);
     if (p.softcap > 0) apply_softcap(p, scores, count * tile.lanes(), slope);
     if (p.bias.data) add_bias(p, tile, begin, count, scores);
     if (coverage == Coverage::partial) mask.apply(scores);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def _call_arguments(
     scale: float,
     softcap: float,
     dropout_p: float,
-) -> tuple:
+) -> tuple[Any, ...]:
     batch, heads_q, len_q, dim_qk = q.shape
     _, heads_kv, len_k, dim_v = v.shape
     if bias is not None:
@@ -106,7 +108,7 @@ def _call_arguments(
     )
 
 
-def _mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple:
+def _mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:
     intervals = mask.intervals
     if intervals is not None:
         intervals = intervals.expand(intervals.shape[0], batch, heads, -1, 2)
@@ -116,7 +118,15 @@ def _mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple:
         mask.band_offset,
         mask.band_left,
         mask.band_right,
-        None if intervals is None else view(intervals)[:5],
+        None if intervals is None else (intervals.data_ptr(), *intervals.stride()[:4]),
         0 if intervals is None else intervals.shape[0],
-        view(mask.dense),
+        _dense_view(mask.dense),
     )
+
+
+def _dense_view(dense: Tensor | None) -> tuple[int, ...] | None:
+    """Strides 0 in dimensions of one element too: by them the kernels know a key mask."""
+    if dense is None:
+        return None
+    strides = (0 if size == 1 else stride for size, stride in zip(dense.shape, dense.stride(), strict=True))
+    return (dense.data_ptr(), *strides)
