@@ -2,9 +2,11 @@
 //
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
 //   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums.
-// Algorithm: the threads form a grid over C. Each walks its part in chunks of columns (their packed B stays in the level-2 cache), blocks of
-//   rows, blocks of k, then tiles of the micro-kernel. B is packed into strips of kTileWidth columns the first time it is needed; A is read in
-//   place when it is float32 by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
+// Algorithm: C is made in chunks of columns whose packed B fits the level-2 cache. The threads pack a chunk together, in strips of kTileWidth
+//   columns, then share out the chunk's C as a grid; each walks its part in blocks of rows, blocks of k and tiles of the micro-kernel. A is
+//   read in place when it is float32 by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
+#include <omp.h>
+
 #include "activation.h"
 #include "kernels.h"
 #include "micro.h"
@@ -95,73 +97,74 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
 }
 
 // Whether packing B would not pay for itself.
-bool few_rows(const fastattn_gemm &p, Range rows) {
-    constexpr int64_t kFewRows = 32;  // at most kBlockRows
-    return rows.size() <= kFewRows && p.dtype == FASTATTN_FLOAT32 && p.a.stride[1] == 1 && p.b.stride[0] == 1;
+bool few_rows(const fastattn_gemm &p) {
+    constexpr int64_t kFewRows = 32;
+    return p.m <= kFewRows && p.dtype == FASTATTN_FLOAT32 && p.a.stride[1] == 1 && p.b.stride[0] == 1;
 }
 
-// One thread's part of C.
-class Part {
+int few_rows_product(const fastattn_gemm &p) {
+    const int64_t strips = (p.n + kTileWidth - 1) / kTileWidth;
+#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
+    for (int64_t index = 0; index < strips; index++) {
+        alignas(64) float sums[kBlockRows * kTileWidth];
+        const Range strip{index * kTileWidth, smaller((index + 1) * kTileWidth, p.n)};
+        const float *b = (const float *)p.b.data + strip.begin * p.b.stride[1];
+        multiply_dots(p.m, strip.size(), p.k, (const float *)p.a.data, p.a.stride[0], b, p.b.stride[1], sums, kTileWidth);
+        finish(p, sums, kTileWidth, {0, p.m}, strip, p.bias);
+    }
+    return FASTATTN_OK;
+}
+
+// How B is cut up and packed.
+struct Packing {
+    int64_t blocks;        // of k
+    int64_t strip_floats;  // in all of k
+    int64_t chunk_strips;  // packed at a time
+
+    explicit Packing(const fastattn_gemm &p)
+        : blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
+          strip_floats(larger(1, depth_of(p, p.k)) * kTileWidth),
+          chunk_strips(larger(1, smaller((p.n + kTileWidth - 1) / kTileWidth, kChunkFloats / strip_floats))) {}
+    Range block(const fastattn_gemm &p, int64_t index) const { return {index * kDepth, smaller((index + 1) * kDepth, p.k)}; }
+};
+
+// One thread's rows.
+class Worker {
   public:
-    Part(const fastattn_gemm &p, Range rows, Range columns)
-        : p_(p),
-          rows_(rows),
-          columns_(columns),
-          blocks_(larger(1, (p.k + kDepth - 1) / kDepth)),
-          strip_floats_(larger(1, depth_of(p, p.k)) * kTileWidth),
-          chunk_strips_(larger(1, smaller((columns.size() + kTileWidth - 1) / kTileWidth, kChunkFloats / strip_floats_))),
-          scratch_(Scratch::padded(chunk_strips_ * strip_floats_) + Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
+    Worker(const fastattn_gemm &p, const Packing &packing)
+        : p_(p), packing_(packing), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
         if (scratch_.failed()) return;
-        packed_ = scratch_.take(chunk_strips_ * strip_floats_);
         left_ = scratch_.take(left_floats());
         sums_ = scratch_.take(sum_floats());
     }
+    bool failed() const { return scratch_.failed(); }
 
-    int run() {
-        if (scratch_.failed()) return FASTATTN_OUT_OF_MEMORY;
-        if (few_rows(p_, rows_)) {
-            dots();
-            return FASTATTN_OK;
-        }
+    // C(rows, columns); `packed` begins with the strip of the first column.
+    void run(Range rows, Range columns, const float *packed) {
         const MatrixUnit unit;
-        const int64_t chunk = chunk_strips_ * kTileWidth;
-        for (int64_t c = columns_.begin; c < columns_.end; c += chunk)
-            for (int64_t r = rows_.begin; r < rows_.end; r += kBlockRows)
-                block({r, smaller(r + kBlockRows, rows_.end)}, {c, smaller(c + chunk, columns_.end)}, r == rows_.begin);
-        return FASTATTN_OK;
+        for (int64_t r = rows.begin; r < rows.end; r += kBlockRows) block({r, smaller(r + kBlockRows, rows.end)}, columns, packed);
     }
 
   private:
     int64_t left_floats() const { return kBlockRows * round_up(smaller(kDepth, p_.k), 16); }
-    int64_t sum_floats() const { return kBlockRows * kTileWidth * (blocks_ > 1 ? chunk_strips_ : 1); }
-
-    void dots() {
-        const float *a = (const float *)p_.a.data + rows_.begin * p_.a.stride[0];
-        for (int64_t c = columns_.begin; c < columns_.end; c += kTileWidth) {
-            const Range strip{c, smaller(c + kTileWidth, columns_.end)};
-            const float *b = (const float *)p_.b.data + c * p_.b.stride[1];
-            multiply_dots(rows_.size(), strip.size(), p_.k, a, p_.a.stride[0], b, p_.b.stride[1], sums_, kTileWidth);
-            finish(p_, sums_, kTileWidth, rows_, strip, p_.bias);
-        }
-    }
+    int64_t sum_floats() const { return kBlockRows * kTileWidth * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
 
     // Sums over k in blocks are kept for a whole block of rows.
-    void block(Range rows, Range columns, bool pack) {
-        for (int64_t d = 0; d < blocks_; d++) {
-            const Range k{d * kDepth, smaller((d + 1) * kDepth, p_.k)};
+    void block(Range rows, Range columns, const float *packed) {
+        for (int64_t d = 0; d < packing_.blocks; d++) {
+            const Range k = packing_.block(p_, d);
             const Left left = pack_left(p_, rows, k, left_);
             for (int64_t c = columns.begin; c < columns.end; c += kTileWidth) {
                 const Range strip{c, smaller(c + kTileWidth, columns.end)};
                 const int64_t index = (c - columns.begin) / kTileWidth;
-                float *packed = packed_ + index * strip_floats_ + depth_of(p_, k.begin) * kTileWidth;
-                if (pack) pack_strip(p_, k, c, packed);
-                if (blocks_ == 1) {
-                    tiles(left, k, packed, rows, strip);
+                const float *b = packed + index * packing_.strip_floats + depth_of(p_, k.begin) * kTileWidth;
+                if (packing_.blocks == 1) {
+                    tiles(left, k, b, rows, strip);
                     continue;
                 }
                 float *sums = sums_ + index * kBlockRows * kTileWidth;
-                multiply(rows.size(), vectors(strip), depth_of(p_, k.size()), left, packed, kTileWidth, sums, kTileWidth, d > 0);
-                if (d + 1 == blocks_) finish(p_, sums, kTileWidth, rows, strip, p_.bias);
+                multiply(rows.size(), vectors(strip), depth_of(p_, k.size()), left, b, kTileWidth, sums, kTileWidth, d > 0);
+                if (d + 1 == packing_.blocks) finish(p_, sums, kTileWidth, rows, strip, p_.bias);
             }
         }
     }
@@ -185,22 +188,20 @@ class Part {
     static int64_t vectors(Range strip) { return (strip.size() + kLanes - 1) / kLanes; }
 
     const fastattn_gemm &p_;
-    Range rows_, columns_;
-    int64_t blocks_, strip_floats_, chunk_strips_;
+    const Packing &packing_;
     Scratch scratch_;
-    float *packed_ = nullptr, *left_ = nullptr, *sums_ = nullptr;
+    float *left_ = nullptr, *sums_ = nullptr;
 };
 
-// How many of the threads split the columns: the least work for the busiest one. Its rows of A cost as much to bring in as a strip does to
-// multiply, its strips as much to pack as some rows.
-int64_t column_parts(int64_t m, int64_t n, int64_t threads) {
-    constexpr int64_t kPackingInRows = 32;
-    const int64_t tiles = (m + kTileRows - 1) / kTileRows, strips = (n + kTileWidth - 1) / kTileWidth;
+// How many of the threads split the columns: the least work for the busiest one, whose rows of A cost as much to bring in as a strip does to
+// multiply.
+int64_t column_parts(int64_t m, int64_t columns, int64_t threads) {
+    const int64_t tiles = (m + kTileRows - 1) / kTileRows, strips = (columns + kTileWidth - 1) / kTileWidth;
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t parts = 1; parts <= threads; parts++) {
         if (threads % parts) continue;
-        const int64_t rows = (tiles + threads / parts - 1) / (threads / parts) * kTileRows, mine = (strips + parts - 1) / parts;
-        const int64_t cost = rows * (mine + 1) + kPackingInRows * mine;
+        const int64_t rows = (tiles + threads / parts - 1) / (threads / parts) * kTileRows;
+        const int64_t cost = rows * ((strips + parts - 1) / parts + 1);
         if (cost < best_cost) best = parts, best_cost = cost;
     }
     return best;
@@ -210,16 +211,34 @@ int64_t column_parts(int64_t m, int64_t n, int64_t threads) {
 
 int gemm(const fastattn_gemm &p) {
     if (p.m == 0 || p.n == 0) return FASTATTN_OK;
-    const int64_t across = column_parts(p.m, p.n, p.n_threads), down = p.n_threads / across;
+    if (few_rows(p)) return few_rows_product(p);
+    const Packing packing(p);
+    const int64_t chunk_columns = packing.chunk_strips * kTileWidth;
+    Scratch scratch(packing.chunk_strips * packing.strip_floats);
+    if (scratch.failed()) return FASTATTN_OUT_OF_MEMORY;
+    float *packed = scratch.take(0);
     int status = FASTATTN_OK;
-#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
-    for (int64_t index = 0; index < across * down; index++) {
-        const Range rows = part(p.m, kTileRows, down, index / across), columns = part(p.n, kTileWidth, across, index % across);
-        if (rows.size() == 0 || columns.size() == 0) continue;
-        const int result = Part(p, rows, columns).run();
-        if (result != FASTATTN_OK) {
+#pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
+    {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        Worker worker(p, packing);
+        if (worker.failed()) {
 #pragma omp atomic write
-            status = result;
+            status = FASTATTN_OUT_OF_MEMORY;
+        }
+        for (int64_t first = 0; first < p.n; first += chunk_columns) {
+            const int64_t columns = smaller(chunk_columns, p.n - first), strips = (columns + kTileWidth - 1) / kTileWidth;
+#pragma omp for schedule(static)
+            for (int64_t item = 0; item < strips * packing.blocks; item++) {
+                const int64_t strip = item / packing.blocks;
+                const Range k = packing.block(p, item % packing.blocks);
+                pack_strip(p, k, first + strip * kTileWidth, packed + strip * packing.strip_floats + depth_of(p, k.begin) * kTileWidth);
+            }
+            const int64_t across = column_parts(p.m, columns, threads);
+            const Range rows = part(p.m, kTileRows, threads / across, thread / across), mine = part(columns, kTileWidth, across, thread % across);
+            if (!worker.failed() && rows.size() > 0 && mine.size() > 0)
+                worker.run(rows, {first + mine.begin, first + mine.end}, packed + mine.begin / kTileWidth * packing.strip_floats);
+#pragma omp barrier
         }
     }
     return status;
