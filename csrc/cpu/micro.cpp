@@ -173,38 +173,55 @@ void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int
     both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
 }
 
+namespace {
+
 // Vectors run along k, so a tile has as many accumulators as a vector has lanes and one reduction leaves them all in one vector.
 constexpr int kDotColumns = kLanes >= 8 ? 4 : 2;
 constexpr int kDotRows = kLanes / kDotColumns;
 
+struct DotOperands {
+    const float *left[kDotRows], *right[kDotColumns];
+};
+
+template <bool whole>
+FASTATTN_INLINE void dot_step(vfloat (&acc)[kLanes], const DotOperands &operands, int64_t at, int width) {
+    vfloat b[kDotColumns];
+#pragma GCC unroll 4
+    for (int i = 0; i < kDotColumns; i++) b[i] = whole ? load(operands.right[i] + at) : load_part(operands.right[i] + at, width);
+#pragma GCC unroll 4
+    for (int r = 0; r < kDotRows; r++) {
+        const vfloat a = whole ? load(operands.left[r] + at) : load_part(operands.left[r] + at, width);
+#pragma GCC unroll 4
+        for (int i = 0; i < kDotColumns; i++) acc[r * kDotColumns + i] += a * b[i];
+    }
+}
+
+// B is read once and from far: with `ahead` its next rows are fetched meanwhile.
+template <bool ahead>
+FASTATTN_INLINE vfloat dot_tile(const DotOperands &operands, int64_t k, int64_t ldb) {
+    vfloat acc[kLanes] = {};
+    int64_t at = 0;
+    for (; at + kLanes <= k; at += kLanes) {
+        if constexpr (ahead)
+#pragma GCC unroll 4
+            for (int i = 0; i < kDotColumns; i++) __builtin_prefetch(operands.right[i] + kDotColumns * ldb + at);
+        dot_step<true>(acc, operands, at, kLanes);
+    }
+    if (at < k) dot_step<false>(acc, operands, at, (int)(k - at));
+    return sums(acc);
+}
+
+}  // namespace
+
 void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc) {
     for (int64_t column = 0; column < n; column += kDotColumns)
         for (int64_t row = 0; row < m; row += kDotRows) {
-            const float *left[kDotRows], *right[kDotColumns];  // past the end the last row is repeated, its result dropped
-            const bool ahead = row == 0 && column + 2 * kDotColumns <= n;  // B is read once and from far: fetch the next rows meanwhile
-            for (int r = 0; r < kDotRows; r++) left[r] = a + smaller(row + r, m - 1) * lda;
-            for (int i = 0; i < kDotColumns; i++) right[i] = b + smaller(column + i, n - 1) * ldb;
-            vfloat acc[kLanes] = {};
-            const auto step = [&](auto &&load_at) {
-                vfloat bv[kDotColumns];
-#pragma GCC unroll 4
-                for (int i = 0; i < kDotColumns; i++) bv[i] = load_at(right[i]);
-#pragma GCC unroll 4
-                for (int r = 0; r < kDotRows; r++) {
-                    const vfloat av = load_at(left[r]);
-#pragma GCC unroll 4
-                    for (int i = 0; i < kDotColumns; i++) acc[r * kDotColumns + i] += av * bv[i];
-                }
-            };
-            int64_t at = 0;
-            for (; at + kLanes <= k; at += kLanes) {
-                if (ahead)
-                    for (int i = 0; i < kDotColumns; i++) __builtin_prefetch(right[i] + kDotColumns * ldb + at);
-                step([&](const float *p) { return load(p + at); });
-            }
-            if (at < k) step([&](const float *p) { return load_part(p + at, (int)(k - at)); });
+            DotOperands operands;  // past the end the last row is repeated, its result dropped
+            for (int r = 0; r < kDotRows; r++) operands.left[r] = a + smaller(row + r, m - 1) * lda;
+            for (int i = 0; i < kDotColumns; i++) operands.right[i] = b + smaller(column + i, n - 1) * ldb;
             float result[kLanes];
-            store(result, sums(acc));
+            if (row == 0 && column + 2 * kDotColumns <= n) store(result, dot_tile<true>(operands, k, ldb));
+            else store(result, dot_tile<false>(operands, k, ldb));
             // Whole groups are stored, past n too: C has room for them.
             for (int r = 0; r < kDotRows && row + r < m; r++)
                 __builtin_memcpy(c + (row + r) * ldc + column, result + r * kDotColumns, kDotColumns * 4);
