@@ -11,13 +11,15 @@
 #include "kernels.h"
 #include "micro.h"
 #include "pack.h"
+#include "pairs.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
 constexpr int64_t kDepth = 512;            // k in one block, even
-constexpr int64_t kBlockRows = 96;         // rows of A in one block, a multiple of every tile's
+constexpr int64_t kBlockRows = 192;         // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
+constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
 
 struct Range {
     int64_t begin, end;
@@ -29,45 +31,75 @@ Range part(int64_t total, int64_t step, int64_t parts, int64_t index) {
     return {smaller(total, units * index / parts * step), smaller(total, units * (index + 1) / parts * step)};
 }
 
-bool in_pairs(const fastattn_gemm &p) { return kHasPairs && p.dtype == FASTATTN_BFLOAT16; }
+// How the operands of one product are held.
+struct Form {
+    int parts;  // as in Left
 
-// Elements of the micro-kernel along k: words of two in pairs.
-int64_t depth_of(const fastattn_gemm &p, int64_t k) { return in_pairs(p) ? round_up((k + 1) / 2, kPairDepth) : k; }
+    // Elements of the micro-kernel along k, and those of all parts.
+    int64_t depth(int64_t k) const { return parts ? round_up((k + 1) / 2, kWordDepth) : k; }
+    int64_t elements(int64_t k) const { return depth(k) * larger(1, parts); }
+    int64_t tile_rows() const { return parts ? kWordRows : kTileRows; }
+};
 
-// A strip of B: k x (up to kTileWidth) columns, lanes beyond p.n zero.
-void pack_strip(const fastattn_gemm &p, Range k, int64_t column, float *target) {
-    const int64_t columns = smaller(kTileWidth, p.n - column), vectors = (columns + kLanes - 1) / kLanes;
-    const void *start = offset(p.b.data, p.dtype, k.begin * p.b.stride[0] + column * p.b.stride[1]);
-    if (p.b.stride[0] == 1) {
-        const Rows columns_of_b{start, p.dtype, p.b.stride[1]};
-        if (in_pairs(p)) pack_pairs_transposed(columns_of_b, columns, k.size(), target, kTileWidth, vectors, depth_of(p, k.size()));
-        else pack_transposed(columns_of_b, columns, k.size(), 1.0f, target, kTileWidth, vectors);
-    } else {
-        const Rows rows_of_b{start, p.dtype, p.b.stride[0]};
-        if (in_pairs(p)) pack_pairs_of_rows(rows_of_b, k.size(), columns, target, kTileWidth, depth_of(p, k.size()));
-        else pack_rows(rows_of_b, k.size(), columns, 1.0f, target, kTileWidth);
+// Calls f.template operator()<parts>() for words.
+template <class F>
+bool with_parts(int parts, F &&f) {
+    if constexpr (kFloat32Parts > 0) {
+        if (parts == 3) return f.template operator()<3>();
     }
+    if constexpr (kBfloat16Parts > 0) return f.template operator()<1>();
+    return false;
 }
 
-// A block of A for the micro-kernel: in place when possible, else copied into `scratch`.
-Left pack_left(const fastattn_gemm &p, Range rows, Range k, float *scratch) {
+// A strip of B: k x (up to kTileWidth) columns, lanes beyond p.n zero. True when an element does not split.
+bool pack_strip(const fastattn_gemm &p, [[maybe_unused]] Form form, Range k, int64_t column, float *target) {
+    const int64_t columns = smaller(kTileWidth, p.n - column);
+    const void *start = offset(p.b.data, p.dtype, k.begin * p.b.stride[0] + column * p.b.stride[1]);
+    const bool transposed = p.b.stride[0] == 1;
+    const Rows source{start, p.dtype, p.b.stride[transposed ? 1 : 0]};
+#if defined(__AVX512BF16__)
+    if (form.parts)
+        return with_parts(form.parts, [&]<int parts>() {
+            const int64_t depth = form.depth(k.size());
+            const WordsTarget words = kWordBlocks ? WordsTarget{target, 16, parts * kTileVectors * 256, 256, kTileVectors * 256}
+                                                  : WordsTarget{target, kTileWidth, 16 * kTileWidth, 16, 0};
+            return transposed ? pack_words_transposed<parts>(source, columns, k.size(), words, depth)
+                              : pack_words_of_row_pairs<parts>(source, k.size(), columns, words, depth);
+        });
+#endif
+    if (transposed) pack_transposed(source, columns, k.size(), 1.0f, target, kTileWidth, (columns + kLanes - 1) / kLanes);
+    else pack_rows(source, k.size(), columns, 1.0f, target, kTileWidth);
+    return false;
+}
+
+// A block of A for the micro-kernel: in place when possible, else copied into `scratch`. `nonfinite` is set when an element does not split.
+Left pack_left(const fastattn_gemm &p, [[maybe_unused]] Form form, Range rows, Range k, float *scratch, [[maybe_unused]] bool &nonfinite) {
     const void *start = offset(p.a.data, p.dtype, rows.begin * p.a.stride[0] + k.begin * p.a.stride[1]);
     const bool by_rows = p.a.stride[1] == 1;
     const Rows source{start, p.dtype, p.a.stride[by_rows ? 0 : 1]};
-    const int64_t depth = depth_of(p, k.size()), wide_rows = round_up(rows.size(), kLanes), wide_depth = round_up(depth, kLanes);
-    if (by_rows) {
-        if (p.dtype == FASTATTN_FLOAT32) return {(const float *)start, p.a.stride[0], Layout::rows};
-        if (in_pairs(p)) pack_pairs_in_rows(source, rows.size(), k.size(), scratch, wide_depth);
-        else pack_rows(source, rows.size(), k.size(), 1.0f, scratch, wide_depth);
-        return {scratch, wide_depth, Layout::rows, in_pairs(p)};
+    const int64_t wide_rows = round_up(rows.size(), kLanes);
+#if defined(__AVX512BF16__)
+    if (form.parts) {
+        const int64_t depth = form.depth(k.size());
+        const bool columns_kept = !by_rows && !kWordBlocks;
+        const int64_t ld = columns_kept ? wide_rows : round_up(depth, kLanes), row_block = form.elements(k.size()) * 16;
+        const WordsTarget words =
+            kWordBlocks ? WordsTarget{scratch, 16, row_block, form.parts * 256, 256} : WordsTarget{scratch, ld, 16 * ld, 16, 0};
+        nonfinite |= with_parts(form.parts, [&]<int parts>() {
+            if (by_rows) return pack_words_in_rows<parts>(source, rows.size(), k.size(), words, depth);
+            if (columns_kept) return pack_words_of_row_pairs<parts>(source, k.size(), rows.size(), words, depth);
+            return pack_words_of_columns<parts>(source, k.size(), rows.size(), words, depth);
+        });
+        return {scratch, kWordBlocks ? row_block : ld, columns_kept ? Layout::columns : Layout::rows, form.parts};
     }
-    if (in_pairs(p) && !kPairColumns) {
-        pack_pairs_of_columns(source, k.size(), rows.size(), scratch, wide_depth);
-        return {scratch, wide_depth, Layout::rows, true};
+#endif
+    if (!by_rows) {
+        pack_rows(source, k.size(), rows.size(), 1.0f, scratch, wide_rows);
+        return {scratch, wide_rows, Layout::columns};
     }
-    if (in_pairs(p)) pack_pairs_of_rows(source, k.size(), rows.size(), scratch, wide_rows, depth);
-    else pack_rows(source, k.size(), rows.size(), 1.0f, scratch, wide_rows);
-    return {scratch, wide_rows, Layout::columns, in_pairs(p)};
+    if (p.dtype == FASTATTN_FLOAT32) return {(const float *)start, p.a.stride[0], Layout::rows};
+    pack_rows(source, rows.size(), k.size(), 1.0f, scratch, round_up(k.size(), kLanes));
+    return {scratch, round_up(k.size(), kLanes), Layout::rows};
 }
 
 // Finished sums into C, by whole vectors and the last part of a row. `added` is the bias where the sums do not hold it yet.
@@ -121,23 +153,25 @@ struct Packing {
     int64_t strip_floats;  // in all of k
     int64_t chunk_strips;  // packed at a time
 
-    explicit Packing(const fastattn_gemm &p)
+    Packing(const fastattn_gemm &p, Form form)
         : blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
-          strip_floats(larger(1, depth_of(p, p.k)) * kTileWidth),
-          chunk_strips(larger(1, smaller((p.n + kTileWidth - 1) / kTileWidth, kChunkFloats / strip_floats))) {}
+          strip_floats(larger(1, form.elements(p.k)) * kTileWidth),
+          chunk_strips(larger(1, smaller((p.n + kTileWidth - 1) / kTileWidth, (form.parts == 3 ? kSplitChunkFloats : kChunkFloats) / strip_floats))) {}
     Range block(const fastattn_gemm &p, int64_t index) const { return {index * kDepth, smaller((index + 1) * kDepth, p.k)}; }
 };
 
 // One thread's rows.
 class Worker {
   public:
-    Worker(const fastattn_gemm &p, const Packing &packing)
-        : p_(p), packing_(packing), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
+    Worker(const fastattn_gemm &p, Form form, const Packing &packing)
+        : p_(p), form_(form), packing_(packing), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
         if (scratch_.failed()) return;
         left_ = scratch_.take(left_floats());
         sums_ = scratch_.take(sum_floats());
     }
     bool failed() const { return scratch_.failed(); }
+    // Whether words could not hold an element of A.
+    bool nonfinite() const { return nonfinite_; }
 
     // C(rows, columns); `packed` begins with the strip of the first column.
     void run(Range rows, Range columns, const float *packed) {
@@ -146,24 +180,24 @@ class Worker {
     }
 
   private:
-    int64_t left_floats() const { return kBlockRows * round_up(smaller(kDepth, p_.k), 16); }
+    int64_t left_floats() const { return kBlockRows * larger(1, form_.parts) * round_up(form_.depth(smaller(kDepth, p_.k)), 16); }
     int64_t sum_floats() const { return kBlockRows * kTileWidth * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
 
     // Sums over k in blocks are kept for a whole block of rows.
     void block(Range rows, Range columns, const float *packed) {
         for (int64_t d = 0; d < packing_.blocks; d++) {
             const Range k = packing_.block(p_, d);
-            const Left left = pack_left(p_, rows, k, left_);
+            const Left left = pack_left(p_, form_, rows, k, left_, nonfinite_);
             for (int64_t c = columns.begin; c < columns.end; c += kTileWidth) {
                 const Range strip{c, smaller(c + kTileWidth, columns.end)};
                 const int64_t index = (c - columns.begin) / kTileWidth;
-                const float *b = packed + index * packing_.strip_floats + depth_of(p_, k.begin) * kTileWidth;
+                const float *b = packed + index * packing_.strip_floats + form_.elements(k.begin) * kTileWidth;
                 if (packing_.blocks == 1) {
                     tiles(left, k, b, rows, strip);
                     continue;
                 }
                 float *sums = sums_ + index * kBlockRows * kTileWidth;
-                multiply(rows.size(), vectors(strip), depth_of(p_, k.size()), left, b, kTileWidth, sums, kTileWidth, d > 0);
+                multiply(rows.size(), vectors(strip), form_.depth(k.size()), left, b, kTileWidth, sums, kTileWidth, d > 0);
                 if (d + 1 == packing_.blocks) finish(p_, sums, kTileWidth, rows, strip, p_.bias);
             }
         }
@@ -171,26 +205,35 @@ class Worker {
 
     // With a single block of k each tile is finished while it is hot. Whole vectors of float32 go to C at once, where they may be all there is to do.
     void tiles(Left left, Range k, const float *packed, Range rows, Range strip) {
-        const int64_t step = in_pairs(p_) ? kPairRows : kTileRows;
-        const bool straight = p_.dtype == FASTATTN_FLOAT32 && strip.size() % kLanes == 0 && (!p_.bias || p_.bias_dtype == FASTATTN_FLOAT32);
+        const int64_t step = form_.tile_rows();
+        const bool straight = p_.dtype == FASTATTN_FLOAT32 && !form_.parts && strip.size() % kLanes == 0 && (!p_.bias || p_.bias_dtype == FASTATTN_FLOAT32);
         const bool done = straight && p_.activation == FASTATTN_ACT_NONE && !p_.pre.data && !p_.multiplier.data;
         const float *bias = straight && p_.bias ? (const float *)p_.bias + strip.begin : nullptr;
         for (int64_t r = rows.begin; r < rows.end; r += step) {
             const Range tile{r, smaller(r + step, rows.end)};
+            if (!straight) fetch(tile, strip);
             float *sums = straight ? (float *)p_.c.data + r * p_.c.stride[0] + strip.begin : sums_;
             const int64_t ld = straight ? p_.c.stride[0] : kTileWidth;
-            multiply(tile.size(), vectors(strip), depth_of(p_, k.size()), left, packed, kTileWidth, sums, ld, false, bias);
+            multiply(tile.size(), vectors(strip), form_.depth(k.size()), left, packed, kTileWidth, sums, ld, false, bias);
             if (!done) finish(p_, sums, ld, tile, strip, straight ? nullptr : p_.bias);
-            left.data += step * (left.layout == Layout::rows ? left.stride : 1);
+            left.data += left.parts && kWordBlocks ? step / 16 * left.stride : left.layout == Layout::rows ? step * left.stride : step;
         }
+    }
+
+    // The lines of C are on their way while the sums are formed.
+    void fetch(Range tile, Range strip) const {
+        for (int64_t r = tile.begin; r < tile.end; r++)
+            for (int64_t c = strip.begin; c < strip.end; c += 64 / size_of(p_.dtype)) __builtin_prefetch(offset(p_.c.data, p_.dtype, r * p_.c.stride[0] + c), 1);
     }
 
     static int64_t vectors(Range strip) { return (strip.size() + kLanes - 1) / kLanes; }
 
     const fastattn_gemm &p_;
+    Form form_;
     const Packing &packing_;
     Scratch scratch_;
     float *left_ = nullptr, *sums_ = nullptr;
+    bool nonfinite_ = false;
 };
 
 // How many of the threads split the columns: the least work for the busiest one, whose rows of A cost as much to bring in as a strip does to
@@ -207,41 +250,57 @@ int64_t column_parts(int64_t m, int64_t columns, int64_t threads) {
     return best;
 }
 
-}  // namespace
-
-int gemm(const fastattn_gemm &p) {
-    if (p.m == 0 || p.n == 0) return FASTATTN_OK;
-    if (few_rows(p)) return few_rows_product(p);
-    const Packing packing(p);
-    const int64_t chunk_columns = packing.chunk_strips * kTileWidth;
-    Scratch scratch(packing.chunk_strips * packing.strip_floats);
-    if (scratch.failed()) return FASTATTN_OUT_OF_MEMORY;
-    float *packed = scratch.take(0);
+struct Outcome {
     int status = FASTATTN_OK;
+    bool nonfinite = false;
+};
+
+Outcome packed_product(const fastattn_gemm &p, Form form) {
+    const Packing packing(p, form);
+    const int64_t chunk_columns = packing.chunk_strips * kTileWidth;
+    Outcome outcome;
+    Scratch scratch(packing.chunk_strips * packing.strip_floats);
+    if (scratch.failed()) return {FASTATTN_OUT_OF_MEMORY};
+    float *packed = scratch.take(0);
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        Worker worker(p, packing);
-        if (worker.failed()) {
-#pragma omp atomic write
-            status = FASTATTN_OUT_OF_MEMORY;
-        }
+        Worker worker(p, form, packing);
+        bool nonfinite = false;
         for (int64_t first = 0; first < p.n; first += chunk_columns) {
             const int64_t columns = smaller(chunk_columns, p.n - first), strips = (columns + kTileWidth - 1) / kTileWidth;
 #pragma omp for schedule(static)
             for (int64_t item = 0; item < strips * packing.blocks; item++) {
                 const int64_t strip = item / packing.blocks;
                 const Range k = packing.block(p, item % packing.blocks);
-                pack_strip(p, k, first + strip * kTileWidth, packed + strip * packing.strip_floats + depth_of(p, k.begin) * kTileWidth);
+                float *target = packed + strip * packing.strip_floats + form.elements(k.begin) * kTileWidth;
+                nonfinite |= pack_strip(p, form, k, first + strip * kTileWidth, target);
             }
             const int64_t across = column_parts(p.m, columns, threads);
-            const Range rows = part(p.m, kTileRows, threads / across, thread / across), mine = part(columns, kTileWidth, across, thread % across);
+            const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across), mine = part(columns, kTileWidth, across, thread % across);
             if (!worker.failed() && rows.size() > 0 && mine.size() > 0)
                 worker.run(rows, {first + mine.begin, first + mine.end}, packed + mine.begin / kTileWidth * packing.strip_floats);
 #pragma omp barrier
         }
+#pragma omp critical
+        {
+            if (worker.failed()) outcome.status = FASTATTN_OUT_OF_MEMORY;
+            outcome.nonfinite |= nonfinite || worker.nonfinite();
+        }
     }
-    return status;
+    return outcome;
+}
+
+}  // namespace
+
+int gemm(const fastattn_gemm &p) {
+    if (p.m == 0 || p.n == 0) return FASTATTN_OK;
+    if (few_rows(p)) return few_rows_product(p);
+    const Form form{p.dtype == FASTATTN_FLOAT32 ? kFloat32Parts : p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : 0};
+    const Outcome outcome = packed_product(p, form);
+    // Infinity and NaN do not split into parts: such a product, rare as it is, is made again without.
+    if (outcome.nonfinite && form.parts == 3) return packed_product(p, Form{0}).status;
+    return outcome.status;
 }
 
 FASTATTN_NAMESPACE_END

@@ -81,10 +81,76 @@ void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) 
     else fixed_tile<Operation, layout, Rows, 3>(t, k, accumulate);
 }
 
+#if defined(__AMX_BF16__)
+// Accumulators in tiles 0 to 2 (rows 0 to 15) and 3 to 5 (rows 16 to 31), A in tile 6, B in tile 7. B is loaded once for either half, the second
+// time from the level-1 cache. A macro because the intrinsics take tile numbers as literals.
+#define FASTATTN_MATRIX_ROWS(c0, c1, c2, a, b)       \
+    _tile_loadd(6, a, 64);                           \
+    _tile_loadd(7, b, 64);                           \
+    _tile_dpbf16ps(c0, 6, 7);                        \
+    if constexpr (Vectors > 1) {                     \
+        _tile_loadd(7, b + kBlock, 64);              \
+        _tile_dpbf16ps(c1, 6, 7);                    \
+    }                                                \
+    if constexpr (Vectors > 2) {                     \
+        _tile_loadd(7, b + 2 * kBlock, 64);          \
+        _tile_dpbf16ps(c2, 6, 7);                    \
+    }
+
+template <int Vectors, int parts>
+void matrix_tile(const float *upper, const float *lower, const float *b, int64_t k, float *c, int64_t ldc, bool accumulate) {
+    constexpr int64_t kBlock = 256;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int64_t i = 0; i < k; i += kWordDepth) {
+#pragma GCC unroll 3
+        for (int part_b = 0; part_b < parts; part_b++)
+#pragma GCC unroll 3
+            for (int part_a = 0; part_a < parts - part_b; part_a++) {
+                FASTATTN_MATRIX_ROWS(0, 1, 2, upper + part_a * kBlock, b + part_b * kTileVectors * kBlock)
+                FASTATTN_MATRIX_ROWS(3, 4, 5, lower + part_a * kBlock, b + part_b * kTileVectors * kBlock)
+            }
+        upper += parts * kBlock;
+        lower += parts * kBlock;
+        b += parts * kTileVectors * kBlock;
+    }
+    float sums[kWordRows * kTileWidth];
+    float *target = accumulate ? sums : c;
+    const int64_t ld = accumulate ? kTileWidth : ldc;
+    _tile_stored(0, target, ld * 4);
+    _tile_stored(3, target + 16 * ld, ld * 4);
+    if constexpr (Vectors > 1) {
+        _tile_stored(1, target + kLanes, ld * 4);
+        _tile_stored(4, target + 16 * ld + kLanes, ld * 4);
+    }
+    if constexpr (Vectors > 2) {
+        _tile_stored(2, target + 2 * kLanes, ld * 4);
+        _tile_stored(5, target + 16 * ld + 2 * kLanes, ld * 4);
+    }
+    for (int r = 0; accumulate && r < kWordRows; r++)
+        for (int v = 0; v < Vectors; v++) add_to(c + r * ldc + v * kLanes, load(sums + r * kTileWidth + v * kLanes));
+}
+
+template <int parts>
+void matrix_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, int64_t ldc, bool accumulate) {
+    for (int64_t row = 0; row < m; row += kWordRows) {
+        // The lower half may lie past m: it is then computed from the upper one, into rows that nobody reads.
+        const float *upper = a.data + row / 16 * a.stride, *lower = row + 16 < m ? upper + a.stride : upper;
+        float *target = c + row * ldc;
+        if (vectors == 1) matrix_tile<1, parts>(upper, lower, b, k, target, ldc, accumulate);
+        else if (vectors == 2) matrix_tile<2, parts>(upper, lower, b, k, target, ldc, accumulate);
+        else matrix_tile<3, parts>(upper, lower, b, k, target, ldc, accumulate);
+    }
+}
+#endif
+
 // Columns outermost: one strip of B serves all rows of A before the next is touched.
 template <class Operation, Layout layout>
-void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
-               const float *bias) {
+void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias) {
     for (int64_t v = 0; v < vectors; v += kTileVectors)
         for (int64_t row = 0; row < m; row += kTileRows) {
             const float *left = a.data + (layout == Layout::rows ? row * a.stride : row);
@@ -94,59 +160,10 @@ void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, in
 }
 
 template <class Operation>
-void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
-                  const float *bias) {
+void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias) {
     if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
     else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
 }
-
-#if defined(__AMX_BF16__)
-// C in tiles 0 to 2, A in tile 3, B in tiles 4 to 6.
-template <int Vectors>
-void matrix_tile(const Tile &t, int64_t k, bool accumulate) {
-    _tile_zero(0);
-    if constexpr (Vectors > 1) _tile_zero(1);
-    if constexpr (Vectors > 2) _tile_zero(2);
-    for (int64_t i = 0; i < k; i += kPairDepth) {
-        const float *b = t.b + i * t.ldb;
-        _tile_loadd(3, t.a + i, t.lda * 4);
-        _tile_loadd(4, b, t.ldb * 4);
-        _tile_dpbf16ps(0, 3, 4);
-        if constexpr (Vectors > 1) {
-            _tile_loadd(5, b + kLanes, t.ldb * 4);
-            _tile_dpbf16ps(1, 3, 5);
-        }
-        if constexpr (Vectors > 2) {
-            _tile_loadd(6, b + 2 * kLanes, t.ldb * 4);
-            _tile_dpbf16ps(2, 3, 6);
-        }
-    }
-    float sums[kPairRows * kTileWidth];
-    float *target = accumulate ? sums : t.c;
-    const int64_t ld = accumulate ? kTileWidth : t.ldc;
-    _tile_stored(0, target, ld * 4);
-    if constexpr (Vectors > 1) _tile_stored(1, target + kLanes, ld * 4);
-    if constexpr (Vectors > 2) _tile_stored(2, target + 2 * kLanes, ld * 4);
-    for (int r = 0; accumulate && r < kPairRows; r++)
-        for (int v = 0; v < Vectors; v++) add_to(t.c + r * t.ldc + v * kLanes, load(sums + r * kTileWidth + v * kLanes));
-}
-
-void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
-    for (int64_t v = 0; v < vectors; v += kTileVectors)
-        for (int64_t row = 0; row < m; row += kPairRows) {
-            const Tile tile{a.data + row * a.stride, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, nullptr};
-            if (vectors - v == 1) matrix_tile<1>(tile, k, accumulate);
-            else if (vectors - v == 2) matrix_tile<2>(tile, k, accumulate);
-            else matrix_tile<3>(tile, k, accumulate);
-        }
-}
-#elif defined(__AVX512BF16__)
-void multiply_pairs(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate) {
-    both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr);
-}
-#else
-void multiply_pairs(int64_t, int64_t, int64_t, Left, const float *, int64_t, float *, int64_t, bool) {}  // kHasPairs is false
-#endif
 
 }  // namespace
 
@@ -167,9 +184,13 @@ MatrixUnit::MatrixUnit() {}
 MatrixUnit::~MatrixUnit() {}
 #endif
 
-void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
-              const float *bias) {
-    if (a.pairs) return multiply_pairs(m, vectors, k, a, b, ldb, c, ldc, accumulate);
+void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias) {
+#if defined(__AMX_BF16__)
+    if (a.parts == 1) return matrix_tiles<1>(m, vectors, k, a, b, c, ldc, accumulate);
+    if (a.parts == 3) return matrix_tiles<3>(m, vectors, k, a, b, c, ldc, accumulate);
+#elif defined(__AVX512BF16__)
+    if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr);
+#endif
     both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
 }
 

@@ -21,13 +21,14 @@ struct Left {
     const float *data;
     int64_t stride;  // between rows, or between columns
     Layout layout;
-    bool pairs = false;
+    int parts = 0;  // 0: float32; 1 or 3: words of bfloat16 pairs (pairs.h), in so many parts
 };
 
 // C(m, vectors * kLanes) = A B, or += with accumulate, plus a row of `bias` if given; any m, any number of vectors.
 //
-// With `pairs` (bfloat16 units only) every element of A and B is a 32-bit word that holds two bfloat16 of consecutive k, low half first, and k
-// counts words; k must be a multiple of kPairDepth, A and C must have room for m rounded up to kPairRows, and there is no bias.
+// With words, k counts words and is a multiple of kWordDepth, C has room for m rounded up to kWordRows, vectors is at most kTileVectors, and there
+// is no bias. kWordBlocks: A and B lie in blocks of 16 x 16 words, one after the other: A by row block, k block, part; B by k block, part,
+// vector. Otherwise as float32.
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
               const float *bias = nullptr);
 
@@ -36,22 +37,22 @@ void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int
 void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
 
 #if defined(__AMX_BF16__)
-// AMX: tiles of 16 x 16 words, A by rows only; 16 x 48 of C in three accumulator tiles.
-constexpr bool kHasPairs = true;
-constexpr bool kPairColumns = false;
-constexpr int kPairRows = 16, kPairDepth = 16;
+// AMX: blocks of 16 x 16 words; 32 x 48 of C in six accumulator tiles. Fast enough to make float32 of six products.
+constexpr int kBfloat16Parts = 1, kFloat32Parts = 3;
+constexpr bool kWordBlocks = true;
+constexpr int kWordRows = 32, kWordDepth = 16;
 #elif defined(__AVX512BF16__)
 // vdpbf16ps: the same tiles as float32.
-constexpr bool kHasPairs = true;
-constexpr bool kPairColumns = true;
-constexpr int kPairRows = kTileRows, kPairDepth = 1;
+constexpr int kBfloat16Parts = 1, kFloat32Parts = 0;
+constexpr bool kWordBlocks = false;
+constexpr int kWordRows = kTileRows, kWordDepth = 1;
 #else
-constexpr bool kHasPairs = false;
-constexpr bool kPairColumns = true;
-constexpr int kPairRows = kTileRows, kPairDepth = 1;
+constexpr int kBfloat16Parts = 0, kFloat32Parts = 0;
+constexpr bool kWordBlocks = false;
+constexpr int kWordRows = kTileRows, kWordDepth = 1;
 #endif
 
-// Sets up the matrix unit of the calling thread for multiply() with pairs, and gives it back; free where there is nothing to set up.
+// Sets up the matrix unit of the calling thread for multiply() with words, and gives it back; free where there is nothing to set up.
 struct MatrixUnit {
     MatrixUnit();
     ~MatrixUnit();

@@ -78,6 +78,12 @@ FASTATTN_INLINE float sum(vfloat v) {
     return total;
 }
 
+FASTATTN_INLINE bool any(vint mask) {
+    int32_t seen = 0;
+    for (int lane = 0; lane < kLanes; lane++) seen |= mask[lane];
+    return seen != 0;
+}
+
 // ---- Partial vectors: the first n lanes, 0 <= n <= kLanes; the other lanes read 0 and are not written. -----------------------------
 FASTATTN_INLINE vfloat load_part(const float *p, int n) {
 #if defined(__AVX512F__)

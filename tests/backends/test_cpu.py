@@ -159,6 +159,18 @@ def test_two_intervals_of_keys_are_a_union(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38])
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_values_that_do_not_split_into_bfloat16(isa: str, where: str, value: float) -> None:
+    """AMX multiplies float32 as three bfloat16 parts, which infinity, NaN and the largest numbers do not have."""
+    x, weight = torch.rand(70, 90) + 0.5, torch.rand(100, 90) + 0.5
+    (x if where == "x" else weight)[33, 44] = value
+    with cpu.use_isa(isa):
+        y, _ = cpu.linear_act_forward(x, weight, None, "none", False)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), equal_nan=True, rtol=1e-5, atol=1e-4)
+
+
 def test_refusals_name_what_is_not_supported() -> None:
     attention = AttentionProblem("cpu", torch.float64, 1, 1, 1, 4, 4, 8, 8, bias=torch.float32, bias_requires_grad=True)
     assert cpu.not_supported_reasons(attention) == [

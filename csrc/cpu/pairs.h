@@ -1,0 +1,169 @@
+// Operands of the bfloat16 units: 32-bit words that hold two bfloat16 of consecutive k, low half first.
+//
+// A bfloat16 tensor is one part. A float32 tensor is three, x = x0 + x1 + x2 exactly: x0 is x rounded to bfloat16, x1 what is left of it
+// rounded, x2 the rest (24 bits of significand are 3 times 8). The six products x_i y_j with i + j <= 2 then give x y to 2^-23, about what one
+// float32 product gives, from a unit that is an order of magnitude faster (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial
+// intelligence datatype for higher-precision computations", ARITH 2019). Infinity and NaN do not split: the packing functions report
+// them and the caller takes the plain float32 path.
+#pragma once
+#include "micro.h"
+#include "pack.h"
+
+FASTATTN_NAMESPACE_BEGIN
+
+#if defined(__AVX512BF16__)
+
+template <int parts>
+struct Words {
+    vfloat part[parts];
+};
+
+// Where packed words go, in blocks of 16 x 16: word (i, j) of part p. Rows of one matrix are {ld, 16 ld, 16}; AMX wants every block on its own,
+// so that it is read as one stream.
+struct WordsTarget {
+    float *data;
+    int64_t stride, block_down, block_across, part_stride;
+
+    float *block(int part, int64_t i, int64_t j) const { return data + part * part_stride + i / 16 * block_down + j / 16 * block_across; }
+    float *row(int part, int64_t i, int64_t j) const { return block(part, i, j) + i % 16 * stride; }
+};
+
+FASTATTN_INLINE vuint narrow(vfloat v) { return __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)v), vuint); }
+
+// The parts of one vector as bfloat16 in the low halves of words. `poison` turns NaN where a value or its first part is not finite.
+FASTATTN_INLINE void split(vfloat v, vuint (&part)[3], vfloat &poison) {
+    part[0] = narrow(v);
+    const vfloat rest = v - (vfloat)(part[0] << 16);
+    poison += rest * 0.0f;
+    part[1] = narrow(rest);
+    part[2] = narrow(rest - (vfloat)(part[1] << 16));
+}
+
+// Words of rows (r, r + 1) for up to kLanes columns; 0 past the end.
+template <int parts>
+FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
+    Words<parts> result;
+    const int width = lanes_left(c, columns);
+    if constexpr (parts == 1) {
+        const auto row = [&](int64_t i) {
+            vhalf h = {};
+            if (i < rows) __builtin_memcpy(&h, source.at(i, c), (size_t)width * 2);
+            return __builtin_convertvector(h, vuint);
+        };
+        result.part[0] = (vfloat)(row(r) | row(r + 1) << 16);
+    } else {
+        vuint low[3], high[3];
+        split(r < rows ? load_any(source.at(r, c), FASTATTN_FLOAT32, width) : zero(), low, poison);
+        split(r + 1 < rows ? load_any(source.at(r + 1, c), FASTATTN_FLOAT32, width) : zero(), high, poison);
+        for (int p = 0; p < 3; p++) result.part[p] = (vfloat)(low[p] | high[p] << 16);
+    }
+    return result;
+}
+
+// Two vectors as bfloat16 in natural order, and back.
+FASTATTN_INLINE vfloat narrow_two(vfloat first, vfloat second) { return (vfloat)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+FASTATTN_INLINE void widen_two(vfloat words, vfloat &first, vfloat &second) {
+    first = from_bfloat16((vhalf)_mm512_castsi512_si256((__m512i)words));
+    second = from_bfloat16((vhalf)_mm512_maskz_extracti64x4_epi64(0xff, (__m512i)words, 1));
+}
+
+// kLanes words of one row, from element c on; 0 past the end.
+template <int parts>
+FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
+    Words<parts> result;
+    const int64_t count = larger(0, smaller(2 * kLanes, columns - c));
+    if constexpr (parts == 1) {
+        vuint words = {};
+        __builtin_memcpy(&words, source.at(r, c), (size_t)count * 2);
+        result.part[0] = (vfloat)words;
+    } else {
+        vfloat first = load_any(source.at(r, c), FASTATTN_FLOAT32, (int)smaller(kLanes, count));
+        vfloat second = load_any(source.at(r, c + kLanes), FASTATTN_FLOAT32, (int)larger(0, count - kLanes));
+        for (int p = 0; p < 3; p++) {
+            result.part[p] = narrow_two(first, second);
+            if (p == 2) break;
+            vfloat first_part, second_part;
+            widen_two(result.part[p], first_part, second_part);
+            first -= first_part;
+            second -= second_part;
+            if (p == 0) poison += (first + second) * 0.0f;
+        }
+    }
+    return result;
+}
+
+// The four ways a matrix becomes words. `depth` words along k, zeros past the matrix. True when an element is not finite.
+
+// target(word of c, r), whole vectors of r.
+template <int parts>
+static bool pack_words_transposed(Rows source, int64_t rows, int64_t columns, WordsTarget target, int64_t depth) {
+    vfloat poison = zero();
+    for (int64_t first = 0; first < rows; first += kLanes)
+        for (int64_t word = 0; word < depth; word += kLanes) {
+            vfloat block[parts][kLanes];
+            for (int64_t r = 0; r < kLanes; r++) {
+                Words<parts> words = {};
+                if (first + r < rows) {
+                    __builtin_prefetch(source.at(first + kLanes + r, 2 * word));
+                    words = words_of_row<parts>(source, columns, first + r, 2 * word, poison);
+                }
+                for (int p = 0; p < parts; p++) block[p][r] = words.part[p];
+            }
+            for (int p = 0; p < parts; p++) {
+                transpose(block[p]);
+                float *start = target.block(p, word, first);
+                for (int64_t i = 0; i < smaller(kLanes, depth - word); i++) store(start + i * target.stride, block[p][i]);
+            }
+        }
+    return any((vint)(poison != poison));
+}
+
+// target(word of r, c), whole vectors of c.
+template <int parts>
+static bool pack_words_of_row_pairs(Rows source, int64_t rows, int64_t columns, WordsTarget target, int64_t depth) {
+    vfloat poison = zero();
+    for (int64_t word = 0; word < depth; word++)
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            const Words<parts> words = words_of_row_pair<parts>(source, rows, columns, 2 * word, c, poison);
+            for (int p = 0; p < parts; p++) store(target.row(p, word, c), words.part[p]);
+        }
+    return any((vint)(poison != poison));
+}
+
+// target(r, word of c).
+template <int parts>
+static bool pack_words_in_rows(Rows source, int64_t rows, int64_t columns, WordsTarget target, int64_t depth) {
+    vfloat poison = zero();
+    // A block of the target at a time, so that its lines are written one after the other.
+    for (int64_t first = 0; first < rows; first += 16)
+        for (int64_t word = 0; word < depth; word += kLanes)
+            for (int64_t r = first; r < smaller(first + 16, rows); r++) {
+                const Words<parts> words = words_of_row<parts>(source, columns, r, 2 * word, poison);
+                for (int p = 0; p < parts; p++) store(target.row(p, r, word), words.part[p]);
+            }
+    return any((vint)(poison != poison));
+}
+
+// target(c, word of r).
+template <int parts>
+static bool pack_words_of_columns(Rows source, int64_t rows, int64_t columns, WordsTarget target, int64_t depth) {
+    vfloat poison = zero();
+    for (int64_t c = 0; c < columns; c += kLanes)
+        for (int64_t word = 0; word < depth; word += kLanes) {
+            vfloat block[parts][kLanes];
+            for (int64_t i = 0; i < kLanes; i++) {
+                const Words<parts> words = words_of_row_pair<parts>(source, rows, columns, 2 * (word + i), c, poison);
+                for (int p = 0; p < parts; p++) block[p][i] = words.part[p];
+            }
+            for (int p = 0; p < parts; p++) {
+                transpose(block[p]);
+                float *start = target.block(p, c, word);
+                for (int64_t i = 0; i < lanes_left(c, columns); i++) store(start + i * target.stride, block[p][i]);
+            }
+        }
+    return any((vint)(poison != poison));
+}
+
+#endif
+
+FASTATTN_NAMESPACE_END
