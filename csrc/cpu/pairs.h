@@ -63,8 +63,10 @@ FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_
 // Two vectors as bfloat16 in natural order, and back.
 FASTATTN_INLINE vfloat narrow_two(vfloat first, vfloat second) { return (vfloat)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 FASTATTN_INLINE void widen_two(vfloat words, vfloat &first, vfloat &second) {
-    first = from_bfloat16((vhalf)_mm512_castsi512_si256((__m512i)words));
-    second = from_bfloat16((vhalf)_mm512_maskz_extracti64x4_epi64(0xff, (__m512i)words, 1));
+    vhalf halves[2];
+    __builtin_memcpy(halves, &words, sizeof halves);
+    first = from_bfloat16(halves[0]);
+    second = from_bfloat16(halves[1]);
 }
 
 // kLanes words of one row, from element c on; 0 past the end.

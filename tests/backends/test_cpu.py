@@ -16,6 +16,7 @@ from torch import Tensor
 import fastattn
 from fastattn.backends import cpu
 from fastattn.masks.lowered import LoweredMask
+from fastattn.parity.rule import check_linear_act, failures
 from fastattn.parity.run import verify
 from fastattn.problems import AttentionProblem, LinearProblem
 
@@ -159,12 +160,23 @@ def test_two_intervals_of_keys_are_a_union(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(450, 96, 100), (1000, 520, 49), (401, 1, 7)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_products_keep_the_parity_rule(isa: str, shape: tuple[int, int, int]) -> None:
+    """From 400 rows on AMX multiplies float32 in three parts; every transpose of it is in the gradients."""
+    rows, inner, columns = shape
+    x, weight, bias = torch.randn(rows, inner), torch.randn(columns, inner) * inner**-0.5, torch.randn(columns)
+    with cpu.use_isa(isa):
+        checked = check_linear_act(x, weight, bias, "gelu", backend="cpu")
+    assert not failures(checked), failures(checked)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38])
 @pytest.mark.parametrize("where", ["x", "weight"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_values_that_do_not_split_into_bfloat16(isa: str, where: str, value: float) -> None:
     """AMX multiplies float32 as three bfloat16 parts, which infinity, NaN and the largest numbers do not have."""
-    x, weight = torch.rand(70, 90) + 0.5, torch.rand(100, 90) + 0.5
+    x, weight = torch.rand(450, 90) + 0.5, torch.rand(100, 90) + 0.5
     (x if where == "x" else weight)[33, 44] = value
     with cpu.use_isa(isa):
         y, _ = cpu.linear_act_forward(x, weight, None, "none", False)
