@@ -196,57 +196,72 @@ void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int
 
 namespace {
 
-// Vectors run along k, so a tile has as many accumulators as a vector has lanes and one reduction leaves them all in one vector.
-constexpr int kDotColumns = kLanes >= 8 ? 4 : 2;
-constexpr int kDotRows = kLanes / kDotColumns;
+// Rows x Columns dot products at a time. Vectors run along k; one reduction turns as many accumulators as a vector has lanes into one vector.
+template <int Rows, int Columns>
+struct DotTile {
+    static constexpr int kDots = Rows * Columns, kVectors = (kDots + kLanes - 1) / kLanes;
+    const float *left[Rows], *right[Columns];
 
-struct DotOperands {
-    const float *left[kDotRows], *right[kDotColumns];
+    template <bool whole>
+    FASTATTN_INLINE void step(const DotTile &t, vfloat (&acc)[kDots], int64_t at, int width) {
+        vfloat b[Columns];
+#pragma GCC unroll 4
+        for (int i = 0; i < Columns; i++) b[i] = whole ? load(t.right[i] + at) : load_part(t.right[i] + at, width);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) {
+            const vfloat a = whole ? load(t.left[r] + at) : load_part(t.left[r] + at, width);
+#pragma GCC unroll 4
+            for (int i = 0; i < Columns; i++) acc[r * Columns + i] += a * b[i];
+        }
+    }
+
+    // result[r * Columns + i]. B is read once and from far: with `ahead` its next rows are fetched meanwhile.
+    template <bool ahead>
+    void run(int64_t k, int64_t ldb, float *result) const {
+        vfloat acc[kDots] = {};
+        int64_t at = 0;
+        for (; at + kLanes <= k; at += kLanes) {
+            if constexpr (ahead)
+#pragma GCC unroll 4
+                for (int i = 0; i < Columns; i++) __builtin_prefetch(right[i] + Columns * ldb + at);
+            step<true>(*this, acc, at, kLanes);
+        }
+        if (at < k) step<false>(*this, acc, at, (int)(k - at));
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; v++) {
+            vfloat block[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; i++) block[i] = v * kLanes + i < kDots ? acc[v * kLanes + i] : zero();
+            store(result + v * kLanes, sums(block));
+        }
+    }
 };
 
-template <bool whole>
-FASTATTN_INLINE void dot_step(vfloat (&acc)[kLanes], const DotOperands &operands, int64_t at, int width) {
-    vfloat b[kDotColumns];
-#pragma GCC unroll 4
-    for (int i = 0; i < kDotColumns; i++) b[i] = whole ? load(operands.right[i] + at) : load_part(operands.right[i] + at, width);
-#pragma GCC unroll 4
-    for (int r = 0; r < kDotRows; r++) {
-        const vfloat a = whole ? load(operands.left[r] + at) : load_part(operands.left[r] + at, width);
-#pragma GCC unroll 4
-        for (int i = 0; i < kDotColumns; i++) acc[r * kDotColumns + i] += a * b[i];
-    }
-}
-
-// B is read once and from far: with `ahead` its next rows are fetched meanwhile.
-template <bool ahead>
-FASTATTN_INLINE vfloat dot_tile(const DotOperands &operands, int64_t k, int64_t ldb) {
-    vfloat acc[kLanes] = {};
-    int64_t at = 0;
-    for (; at + kLanes <= k; at += kLanes) {
-        if constexpr (ahead)
-#pragma GCC unroll 4
-            for (int i = 0; i < kDotColumns; i++) __builtin_prefetch(operands.right[i] + kDotColumns * ldb + at);
-        dot_step<true>(acc, operands, at, kLanes);
-    }
-    if (at < k) dot_step<false>(acc, operands, at, (int)(k - at));
-    return sums(acc);
+template <int Rows, int Columns>
+void all_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc) {
+    using Dots = DotTile<Rows, Columns>;
+    for (int64_t column = 0; column < n; column += Columns)
+        for (int64_t row = 0; row < m; row += Rows) {
+            Dots tile;  // past the end the last row is repeated, its result dropped
+            for (int r = 0; r < Rows; r++) tile.left[r] = a + smaller(row + r, m - 1) * lda;
+            for (int i = 0; i < Columns; i++) tile.right[i] = b + smaller(column + i, n - 1) * ldb;
+            float result[Dots::kVectors * kLanes];
+            if (row == 0 && column + 2 * Columns <= n) tile.template run<true>(k, ldb, result);
+            else tile.template run<false>(k, ldb, result);
+            // Whole groups are stored, past n too: C has room for them.
+            for (int r = 0; r < Rows && row + r < m; r++) __builtin_memcpy(c + (row + r) * ldc + column, result + r * Columns, Columns * 4);
+        }
 }
 
 }  // namespace
 
 void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc) {
-    for (int64_t column = 0; column < n; column += kDotColumns)
-        for (int64_t row = 0; row < m; row += kDotRows) {
-            DotOperands operands;  // past the end the last row is repeated, its result dropped
-            for (int r = 0; r < kDotRows; r++) operands.left[r] = a + smaller(row + r, m - 1) * lda;
-            for (int i = 0; i < kDotColumns; i++) operands.right[i] = b + smaller(column + i, n - 1) * ldb;
-            float result[kLanes];
-            if (row == 0 && column + 2 * kDotColumns <= n) store(result, dot_tile<true>(operands, k, ldb));
-            else store(result, dot_tile<false>(operands, k, ldb));
-            // Whole groups are stored, past n too: C has room for them.
-            for (int r = 0; r < kDotRows && row + r < m; r++)
-                __builtin_memcpy(c + (row + r) * ldc + column, result + r * kDotColumns, kDotColumns * 4);
-        }
+    if constexpr (kLanes == 16) {
+        if (m > 4) all_dots<8, 3>(m, n, k, a, lda, b, ldb, c, ldc);  // 24 of 32 registers
+        else all_dots<4, 4>(m, n, k, a, lda, b, ldb, c, ldc);
+    } else {
+        all_dots<2, kLanes / 2>(m, n, k, a, lda, b, ldb, c, ldc);
+    }
 }
 
 FASTATTN_NAMESPACE_END
