@@ -1,7 +1,8 @@
 // C = act(A B + bias) * multiplier: the matrix product behind linear_act, ffn and gated_ffn, forward and backward.
 //
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
-//   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums.
+//   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums. With AMX
+//   float32 is, too, from kSplitRows rows on, as three bfloat16 parts (pairs.h): half to two thirds of the error of one chain of float32.
 // Algorithm: C is made in chunks of columns whose packed B fits the level-2 cache. The threads pack a chunk together, in strips of kTileWidth
 //   columns, then share out the chunk's C as a grid; each walks its part in blocks of rows, blocks of k and tiles of the micro-kernel. A is
 //   read in place when it is float32 by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
@@ -24,7 +25,7 @@ FASTATTN_NAMESPACE_BEGIN
 namespace {
 
 constexpr int64_t kDepth = 512;            // k in one block, even
-constexpr int64_t kBlockRows = 192;         // rows of A in one block, a multiple of every tile's
+constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
 
@@ -135,9 +136,10 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
     });
 }
 
+constexpr int64_t kFewRows = 32;
+
 // Whether packing B would not pay for itself.
 bool few_rows(const fastattn_gemm &p) {
-    constexpr int64_t kFewRows = 32;
     return p.m <= kFewRows && p.dtype == FASTATTN_FLOAT32 && p.a.stride[1] == 1 && p.b.stride[0] == 1;
 }
 
@@ -145,7 +147,7 @@ int few_rows_product(const fastattn_gemm &p) {
     const int64_t strips = (p.n + kTileWidth - 1) / kTileWidth;
 #pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
     for (int64_t index = 0; index < strips; index++) {
-        alignas(64) float sums[kBlockRows * kTileWidth];
+        alignas(64) float sums[kFewRows * kTileWidth];
         const Range strip{index * kTileWidth, smaller((index + 1) * kTileWidth, p.n)};
         const float *b = (const float *)p.b.data + strip.begin * p.b.stride[1];
         multiply_dots(p.m, strip.size(), p.k, (const float *)p.a.data, p.a.stride[0], b, p.b.stride[1], sums, kTileWidth);

@@ -67,10 +67,6 @@ FASTATTN_INLINE vfloat max(vfloat a, vfloat b) {
 }
 FASTATTN_INLINE vfloat min(vfloat a, vfloat b) { return -max(-a, -b); }
 FASTATTN_INLINE vfloat abs(vfloat v) { return from_bits(bits(v) & 0x7fffffff); }
-FASTATTN_INLINE vfloat sqrt(vfloat v) {
-    for (int lane = 0; lane < kLanes; lane++) v[lane] = __builtin_sqrtf(v[lane]);
-    return v;
-}
 
 FASTATTN_INLINE float sum(vfloat v) {
     float total = 0;
