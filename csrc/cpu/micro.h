@@ -19,7 +19,7 @@ enum class Layout { rows, columns };
 
 struct Left {
     const float *data;
-    int64_t stride;  // between rows, or between columns
+    int64_t stride;  // between rows, or between columns; of blocked words between row blocks
     Layout layout;
     int parts = 0;  // 0: float32; 1 or 3: words of bfloat16 pairs (pairs.h), in so many parts
 };
