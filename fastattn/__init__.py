@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastattn import biases, integrations, masks, reference
+    from fastattn import biases, integrations, masks, nn, reference
     from fastattn.dispatch import backends, use_backend
     from fastattn.errors import NotSupported
     from fastattn.functional.attention import attention, explain
@@ -33,7 +33,7 @@ _HOMES = {
     "swap": "fastattn.swap",
     "use_backend": "fastattn.dispatch",
 }
-_MODULES = ("biases", "integrations", "masks", "reference")
+_MODULES = ("biases", "integrations", "masks", "nn", "reference")
 
 __all__ = [
     "NotSupported",
@@ -47,6 +47,7 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "masks",
+    "nn",
     "plan",
     "reference",
     "rms_norm",

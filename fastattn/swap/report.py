@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastattn.errors import NotSupported
-from fastattn.swap.counting import Tally, start, stop
+from fastattn.nn.counting import Tally, start, stop
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn.swap import counting
+from fastattn.nn import counting
 
 VOCABULARY = 64
 

@@ -11,9 +11,10 @@ import torch.nn.modules.module as torch_module
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear
+from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap import SwapReport, swap
-from fastattn.swap.checks import why_not_dropout, why_not_input, why_not_linear
-from fastattn.swap.recipes.torch_nn import LayerNorm, why_not_layer_norm
+from fastattn.swap.recipes.torch_nn import LayerNorm
 
 Change = Callable[[nn.Module], nn.Module]
 

@@ -24,10 +24,10 @@ from transformers.models.bert import modeling_bert
 
 from fastattn.functional import layer_norm, linear_act
 from fastattn.integrations import transformers as interface
-from fastattn.swap.checks import why_not_dropout, why_not_input, why_not_linear, why_not_unwatched
-from fastattn.swap.counting import note_call, note_fallback
+from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear, why_not_unwatched
+from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes.torch_nn import why_not_layer_norm
 from fastattn.swap.swapped import Swapped
 
 interface.register()

@@ -1,87 +1,27 @@
-"""torch.nn: LayerNorm and RMSNorm."""
+"""torch.nn: LayerNorm and RMSNorm. The forwards are those of fastattn.nn."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastattn.functional import layer_norm, rms_norm
-from fastattn.swap.checks import full_name, why_not_input, why_not_parameter, why_not_unwatched
-from fastattn.swap.counting import note_call, note_fallback
+from fastattn.nn import norm
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.swapped import Swapped
 
 
-class LayerNorm(Swapped, nn.LayerNorm):
-    """nn.LayerNorm on fastattn.layer_norm. Any normalized_shape; x (..., *normalized_shape)."""
+class LayerNorm(Swapped, norm.LayerNorm):
+    """A swapped nn.LayerNorm."""
 
     fastattn_original = nn.LayerNorm
 
-    def forward(self, input: Tensor) -> Tensor:
-        note_call(self)
-        weight, bias = self.weight, self.bias
-        reason = why_not_input(input) or _why_not_tensor(weight) or _why_not_tensor(bias)
-        if reason is not None:
-            note_fallback(self, reason)
-            return super().forward(input)
-        x, weight, bias = _as_one_dim(self.normalized_shape, input, weight, bias)
-        y = layer_norm(x, weight, bias, self.eps, backend=self.fastattn_backend)
-        return y.reshape(input.shape)
 
-
-class RMSNorm(Swapped, nn.RMSNorm):
-    """nn.RMSNorm on fastattn.rms_norm. Any normalized_shape; eps=None is the machine epsilon of x's dtype."""
+class RMSNorm(Swapped, norm.RMSNorm):
+    """A swapped nn.RMSNorm."""
 
     fastattn_original = nn.RMSNorm
 
-    def forward(self, x: Tensor) -> Tensor:
-        note_call(self)
-        weight = self.weight
-        reason = why_not_input(x) or _why_not_tensor(weight)
-        if reason is not None:
-            note_fallback(self, reason)
-            return super().forward(x)
-        flat, weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
-        return rms_norm(flat, weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
-
-
-def why_not_layer_norm(child: nn.Module) -> str | None:
-    """None where a parent may read the child's tensors: it is nn.LayerNorm, or its swap, over the last dimension."""
-    if type(child) is not nn.LayerNorm and type(child) is not LayerNorm:
-        return f"is a {full_name(child)}"
-    if len(child.normalized_shape) != 1:
-        return f"normalises over {len(child.normalized_shape)} dimensions"
-    return (
-        why_not_unwatched(child)
-        or why_not_parameter(child, "weight", optional=True)
-        or why_not_parameter(child, "bias", optional=True)
-    )
-
-
-def _why_not_tensor(weight: Tensor | None) -> str | None:
-    """A norm's own weight, read as an attribute: pruning and parametrisation have already made it what it should be."""
-    if weight is None:
-        return None
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"its weight or bias is a {type(weight).__name__}"
-    return "its weight or bias is on the meta device" if weight.is_meta else None
-
-
-def _as_one_dim(
-    shape: tuple[int, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x, weight and bias with the dimensions that normalized_shape spans flattened into one."""
-    dims = len(shape)
-    if dims == 1:
-        return x, weight, bias
-    if tuple(x.shape[-dims:]) != tuple(shape):
-        raise ValueError(
-            f"input: expected shape (*, {', '.join(map(str, shape))}), as normalized_shape says, got {tuple(x.shape)}"
-        )
-    weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
-    return x.flatten(-dims), weight, bias
-
 
 RECIPES = {
-    LayerNorm.fastattn_original: Recipe(LayerNorm, kernels={"norms": "layer_norm"}, takes=("self", "input")),
-    RMSNorm.fastattn_original: Recipe(RMSNorm, kernels={"norms": "rms_norm"}, takes=("self", "x")),
+    nn.LayerNorm: Recipe(LayerNorm, kernels={"norms": "layer_norm"}, takes=("self", "input")),
+    nn.RMSNorm: Recipe(RMSNorm, kernels={"norms": "rms_norm"}, takes=("self", "x")),
 }

@@ -1,0 +1,7 @@
+"""Drop-in modules: the constructors, signatures and state_dict keys of torch.nn, on fastattn's kernels."""
+
+from __future__ import annotations
+
+from fastattn.nn.norm import LayerNorm, RMSNorm
+
+__all__ = ["LayerNorm", "RMSNorm"]

@@ -1,0 +1,30 @@
+"""What every module of fastattn.nn, and every swapped module, has in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+
+class Fused(nn.Module):
+    """Base of the modules that run fastattn's kernels in place of another class's forward. It holds no state.
+
+    The two attributes are set on an instance where other than the defaults are wanted, so that they follow the module
+    through deepcopy and torch.save.
+    """
+
+    fastattn_original: ClassVar[type[nn.Module]]
+    """The class whose forward this one stands for. Set by each class itself: a subclass does not inherit the claim
+    (see `stands_for`)."""
+    fastattn_off: frozenset[str] = frozenset()
+    """Parts ("attention", "norms", "ffns", "linears") that run the original code in this module."""
+    fastattn_backend: str | None = None
+    """The backend that this module's calls are forced to; None leaves the choice to dispatch."""
+
+
+def stands_for(module: nn.Module, original: type[nn.Module]) -> bool:
+    """Whether the module's class is exactly `original`, or exactly a class that computes the same from the same
+    tensors."""
+    module_class = type(module)
+    return module_class is original or vars(module_class).get("fastattn_original") is original

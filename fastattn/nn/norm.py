@@ -1,0 +1,81 @@
+"""LayerNorm and RMSNorm: torch.nn's, on fastattn.layer_norm and fastattn.rms_norm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastattn.functional import layer_norm, rms_norm
+from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_unwatched
+from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.fused import Fused, stands_for
+
+
+class LayerNorm(Fused, nn.LayerNorm):
+    """nn.LayerNorm on fastattn.layer_norm. Any normalized_shape; x (..., *normalized_shape)."""
+
+    fastattn_original = nn.LayerNorm
+
+    def forward(self, input: Tensor) -> Tensor:
+        note_call(self)
+        weight, bias = self.weight, self.bias
+        reason = why_not_input(input) or _why_not_tensor(weight) or _why_not_tensor(bias)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(input)
+        x, weight, bias = _as_one_dim(self.normalized_shape, input, weight, bias)
+        y = layer_norm(x, weight, bias, self.eps, backend=self.fastattn_backend)
+        return y.reshape(input.shape)
+
+
+class RMSNorm(Fused, nn.RMSNorm):
+    """nn.RMSNorm on fastattn.rms_norm. Any normalized_shape; eps=None is the machine epsilon of x's dtype."""
+
+    fastattn_original = nn.RMSNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        note_call(self)
+        weight = self.weight
+        reason = why_not_input(x) or _why_not_tensor(weight)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x)
+        flat, weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
+        return rms_norm(flat, weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
+
+
+def why_not_layer_norm(child: nn.Module) -> str | None:
+    """None where a parent may read the child's tensors: it is nn.LayerNorm, or stands for it, over the last
+    dimension."""
+    if not stands_for(child, nn.LayerNorm):
+        return f"is a {full_name(child)}"
+    if len(child.normalized_shape) != 1:
+        return f"normalises over {len(child.normalized_shape)} dimensions"
+    return (
+        why_not_unwatched(child)
+        or why_not_parameter(child, "weight", optional=True)
+        or why_not_parameter(child, "bias", optional=True)
+    )
+
+
+def _why_not_tensor(weight: Tensor | None) -> str | None:
+    """A norm's own weight, read as an attribute: pruning and parametrisation have already made it what it should be."""
+    if weight is None:
+        return None
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return f"its weight or bias is a {type(weight).__name__}"
+    return "its weight or bias is on the meta device" if weight.is_meta else None
+
+
+def _as_one_dim(
+    shape: tuple[int, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, weight and bias with the dimensions that normalized_shape spans flattened into one."""
+    dims = len(shape)
+    if dims == 1:
+        return x, weight, bias
+    if tuple(x.shape[-dims:]) != tuple(shape):
+        raise ValueError(
+            f"input: expected shape (*, {', '.join(map(str, shape))}), as normalized_shape says, got {tuple(x.shape)}"
+        )
+    weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
+    return x.flatten(-dims), weight, bias
