@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastattn.functional.attention import attention, explain
     from fastattn.functional.ffn import ffn, gated_ffn, linear_act
     from fastattn.functional.norm import layer_norm, rms_norm
+    from fastattn.functional.sdpa import scaled_dot_product_attention
     from fastattn.swap import plan, swap
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "NotSupported": "fastattn.errors",
     "plan": "fastattn.swap",
     "rms_norm": "fastattn.functional",
+    "scaled_dot_product_attention": "fastattn.functional",
     "swap": "fastattn.swap",
     "use_backend": "fastattn.dispatch",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "plan",
     "reference",
     "rms_norm",
+    "scaled_dot_product_attention",
     "swap",
     "use_backend",
 ]
