@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch import backends, use_backend
     from fastattn.errors import NotSupported
     from fastattn.functional.attention import attention, explain
+    from fastattn.functional.decode import attention_decode
     from fastattn.functional.ffn import ffn, gated_ffn, linear_act
     from fastattn.functional.norm import layer_norm, rms_norm
     from fastattn.functional.sdpa import scaled_dot_product_attention
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attention": "fastattn.functional",
+    "attention_decode": "fastattn.functional",
     "backends": "fastattn.dispatch",
     "explain": "fastattn.functional",
     "ffn": "fastattn.functional",
@@ -40,6 +42,7 @@ _MODULES = ("biases", "integrations", "masks", "nn", "reference")
 __all__ = [
     "NotSupported",
     "attention",
+    "attention_decode",
     "backends",
     "biases",
     "explain",

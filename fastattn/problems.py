@@ -44,6 +44,30 @@ class AttentionProblem:
 
 
 @dataclass(frozen=True)
+class DecodeProblem:
+    """One attention call over a key-value cache; `bias` is its dtype, `intervals` their number per query."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    heads_q: int
+    len_q: int
+    dim_qk: int
+    heads_kv: int
+    dim_v: int
+    paged: bool = False
+    band: bool = False
+    intervals: int = 0
+    bias: torch.dtype | None = None
+    softcap: bool = False
+    sinks: bool = False
+
+    @property
+    def op(self) -> str:
+        return "attention_decode"
+
+
+@dataclass(frozen=True)
 class NormProblem:
     """One layer or RMS norm over `rows` rows of `width` elements; a dtype of None means that the tensor is absent."""
 
@@ -79,4 +103,4 @@ class LinearProblem:
     requires_grad: bool = False
 
 
-Problem = AttentionProblem | NormProblem | LinearProblem
+Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem

@@ -95,6 +95,37 @@ void attention_backward(int dtype, int n_threads, const Sizes &sizes, const View
     check(fastattn_cpu_attention_backward(&p));
 }
 
+// batch, heads_q, heads_kv, len_q, dim_qk, dim_v, max_length
+using DecodeSizes = std::array<int64_t, 7>;
+using Band = std::tuple<std::optional<int64_t>, std::optional<int64_t>>;    // left, right
+using Pages = std::tuple<int64_t, int64_t, int64_t>;                       // block_table, its row stride, page size
+
+void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
+                      int64_t cache_lengths, const Pages &pages, const Band &band, const View &intervals, int64_t n_intervals, const View &bias,
+                      int bias_dtype, int64_t sinks, float scale, float softcap) {
+    fastattn_decode p{};
+    p.dtype = dtype;
+    p.n_threads = n_threads;
+    p.batch = sizes[0], p.heads_q = sizes[1], p.heads_kv = sizes[2], p.len_q = sizes[3], p.dim_qk = sizes[4], p.dim_v = sizes[5];
+    p.max_length = sizes[6];
+    p.q = tensor(q), p.k = tensor(k), p.v = tensor(v), p.out = tensor(out);
+    p.lse = pointer<float>(lse);
+    p.cache_lengths = pointer<int32_t>(cache_lengths);
+    p.block_table = pointer<int32_t>(std::get<0>(pages));
+    p.block_table_stride = std::get<1>(pages), p.page_size = std::get<2>(pages);
+    const auto &[left, right] = band;
+    p.band_left = left.value_or(0), p.band_right = right.value_or(0);
+    p.band_has_left = left.has_value(), p.band_has_right = right.has_value();
+    p.intervals = tensor(intervals);
+    p.n_intervals = n_intervals;
+    p.bias = tensor(bias);
+    p.bias_dtype = bias_dtype;
+    p.sinks = pointer<float>(sinks);
+    p.scale = scale;
+    p.softcap = softcap;
+    check(fastattn_cpu_attention_decode(&p));
+}
+
 void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View &a, const View &b, const View &c, int64_t bias, int bias_dtype,
           int activation, const View &pre, const View &multiplier) {
     fastattn_gemm p{};
@@ -174,6 +205,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("set_isa", [](const std::string &name) { return fastattn_cpu_set_isa(name.c_str()); });
     module.def("attention_forward", attention_forward, release);
     module.def("attention_backward", attention_backward, release);
+    module.def("attention_decode", attention_decode, release);
     module.def("gemm", gemm, release);
     module.def("activation_backward", activation_backward, release);
     module.def("norm_forward", norm_forward, release);

@@ -68,6 +68,29 @@ typedef struct {
     float *grad_sinks;      // (Hq) or null
 } fastattn_attention;
 
+// Attention of few queries over a key-value cache. Contiguous: k (B,Hkv,S,D) by stride[0..2]; in pages: k (pages, page_size, Hkv, D) by
+// stride[0..2] and page n of sequence b at block_table[b * block_table_stride + n].
+typedef struct {
+    int32_t dtype;
+    int32_t n_threads;
+    int64_t batch, heads_q, heads_kv, len_q, dim_qk, dim_v;
+    int64_t max_length;  // keys that the cache has room for, per sequence
+    fastattn_tensor q, k, v, out;
+    float *lse;                    // (B,Hq,Sq) contiguous
+    const int32_t *cache_lengths;  // (B)
+    const int32_t *block_table;    // or null: contiguous
+    int64_t block_table_stride, page_size;
+    int64_t band_left, band_right;  // about position cache_length - Sq + i; either may be negative
+    int32_t band_has_left, band_has_right;
+    fastattn_tensor intervals;  // int32 (R,B,Hq,Sq,2) as in fastattn_mask
+    int64_t n_intervals;
+    fastattn_tensor bias;  // additive (B,Hq,Sq,max_length), or null
+    int32_t bias_dtype;
+    const float *sinks;  // (Hq) or null
+    float scale;
+    float softcap;  // 0: off
+} fastattn_decode;
+
 // C = act(A B + bias) * multiplier over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.
 // Either stride of A and of B may be 1 (so that transposes cost nothing); C, pre and multiplier are row-major.
 typedef struct {

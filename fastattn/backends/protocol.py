@@ -76,6 +76,25 @@ class Backend(Protocol):
         """dq, dk, dv as `torch.empty_like` lays them out; dbias of bias' shape and dsinks (Hq,) in the accumulate
         dtype."""
 
+    def attention_decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_lengths: Tensor,
+        block_table: Tensor | None,
+        mask: LoweredMask,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse as attention_forward, for query i at position cache_lengths[b] - Sq + i; inference only.
+
+        k_cache (B, Hkv, S, D), or with block_table (B, n) pages (pages, page size, Hkv, D); v_cache likewise. Of the
+        mask only band_left, band_right (about that position) and intervals are given; bias' last dimension is 1 or S.
+        """
+
     def norm_forward(
         self,
         x: Tensor,

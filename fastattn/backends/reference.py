@@ -25,6 +25,7 @@ from fastattn.reference.attention import (
     repeat_heads,
     softmax,
 )
+from fastattn.reference.decode import gather_pages
 from fastattn.reference.ffn import activate, activation_gradient, linear
 from fastattn.reference.norm import add_residual, dropout_factor, normalise
 
@@ -140,6 +141,46 @@ def attention_backward(
     dq = _like((dscores @ keys) * scale, q)
     dk = _like(_sum_groups((dscores.transpose(-1, -2) @ queries) * scale, k.shape[1]), k)
     return dq, dk, _like(_sum_groups(dvalues, v.shape[1]), v), dbias, dsinks
+
+
+@_plain
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See the protocol."""
+    keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+    len_q, room = q.shape[2], keys.shape[2]
+    key = torch.arange(room, device=q.device)
+    end = cache_lengths.view(-1, 1, 1, 1)
+    position = end - len_q + torch.arange(len_q, device=q.device).view(-1, 1)
+    seen = key < end
+    if mask.band_left is not None:
+        seen = seen & (key >= position - mask.band_left)
+    if mask.band_right is not None:
+        seen = seen & (key <= position + mask.band_right)
+    among = visible(LoweredMask(intervals=mask.intervals), len_q, room, q.device)
+    seen = seen if among is None else seen & among
+    result, lse = attention(
+        q,
+        keys,
+        values,
+        mask=seen.expand(q.shape[0], q.shape[1], len_q, room),
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=True,
+    )
+    return result.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
 @_plain

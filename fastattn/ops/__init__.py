@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastattn.ops.attention import Attention, attention_backward, attention_forward
+from fastattn.ops.decode import attention_decode_forward
 from fastattn.ops.ffn import (
     Ffn,
     GatedFfn,
@@ -23,6 +24,7 @@ __all__ = [
     "LinearAct",
     "Norm",
     "attention_backward",
+    "attention_decode_forward",
     "attention_forward",
     "ffn_backward",
     "ffn_forward",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.parity.attention_cases import AttentionCase
+from fastattn.parity.decode_cases import DecodeCase
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
 from fastattn.parity.rule import Conditions, ParityRow, check_ffn, check_gated_ffn, check_linear_act, check_norm
 
@@ -210,6 +211,7 @@ def _add_linear(draw: Draw, tensors: dict[str, Tensor], weight: str, bias: str, 
 
 OPERATIONS: dict[str, Any] = {
     "attention": AttentionCase,
+    "attention_decode": DecodeCase,
     "norm": NormCase,
     "linear_act": LinearActCase,
     "ffn": FfnCase,
