@@ -76,6 +76,7 @@ class LinearProblem:
     in_features: int
     hidden_features: int
     out_features: int
+    dropout: bool = False
     requires_grad: bool = False
 
 

@@ -96,7 +96,7 @@ void attention_backward(int dtype, int n_threads, const Sizes &sizes, const View
 }
 
 void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View &a, const View &b, const View &c, int64_t bias, int bias_dtype,
-          int activation, const View &pre, const View &multiplier) {
+          int activation, const View &pre, const View &multiplier, const Dropout &d) {
     fastattn_gemm p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -107,11 +107,12 @@ void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View 
     p.activation = activation;
     p.pre = tensor(pre);
     p.multiplier = tensor(multiplier);
+    p.dropout = dropout(d);
     check(fastattn_cpu_gemm(&p));
 }
 
 void activation_backward(int dtype, int n_threads, int activation, int64_t rows, int64_t cols, int64_t grad_h, int64_t gate, int64_t up,
-                         int64_t grad_gate, int64_t grad_up, int64_t h, int64_t grad_gate_sum, int64_t grad_up_sum) {
+                         int64_t grad_gate, int64_t grad_up, int64_t h, int64_t grad_gate_sum, int64_t grad_up_sum, const Dropout &d) {
     fastattn_activation_backward p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -120,6 +121,7 @@ void activation_backward(int dtype, int n_threads, int activation, int64_t rows,
     p.grad_h = pointer<void>(grad_h), p.gate = pointer<void>(gate), p.up = pointer<void>(up);
     p.grad_gate = pointer<void>(grad_gate), p.grad_up = pointer<void>(grad_up), p.h = pointer<void>(h);
     p.grad_gate_sum = pointer<float>(grad_gate_sum), p.grad_up_sum = pointer<float>(grad_up_sum);
+    p.dropout = dropout(d);
     check(fastattn_cpu_activation_backward(&p));
 }
 

@@ -68,7 +68,7 @@ typedef struct {
     float *grad_sinks;      // (Hq) or null
 } fastattn_attention;
 
-// C = act(A B + bias) * multiplier over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.
+// C = dropout(act(A B + bias) * multiplier) over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.
 // Either stride of A and of B may be 1 (so that transposes cost nothing); C, pre and multiplier are row-major.
 typedef struct {
     int32_t dtype;
@@ -82,9 +82,10 @@ typedef struct {
     int32_t activation;
     fastattn_tensor pre;         // receives A B + bias before the activation, or null
     fastattn_tensor multiplier;  // multiplied after the activation, or null
+    fastattn_dropout dropout;    // of C, by row and column
 } fastattn_gemm;
 
-// Elementwise backward of h = act(gate) * up (up null: h = act(gate)), rows x cols, all contiguous, one dtype.
+// Elementwise backward of h = dropout(act(gate) * up) (up null: 1), rows x cols, all contiguous, one dtype.
 typedef struct {
     int32_t dtype;
     int32_t n_threads;
@@ -96,6 +97,7 @@ typedef struct {
     void *h;               // recomputed h, or null
     float *grad_gate_sum;  // (cols) sum over the rows of grad_gate, or null
     float *grad_up_sum;    // (cols), or null
+    fastattn_dropout dropout;
 } fastattn_activation_backward;
 
 // y = norm(z) with z = dropout(x) + residual; rows x width, rows contiguous.

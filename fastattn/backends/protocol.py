@@ -138,11 +138,13 @@ class Backend(Protocol):
         b1: Tensor | None,
         w2: Tensor,
         b2: Tensor | None,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         save_pre: bool,
     ) -> tuple[Tensor, Tensor]:
-        """y = act(x w1^T + b1) w2^T + b2 (..., N), and pre (..., H), empty unless save_pre (for activation none
-        too)."""
+        """y = dropout(act(x w1^T + b1)) w2^T + b2 (..., N), and pre (..., H) before the activation, empty unless
+        save_pre (for activation none too). Dropout counts rows over all leading dimensions."""
 
     def ffn_backward(
         self,
@@ -151,7 +153,9 @@ class Backend(Protocol):
         w1: Tensor,
         w2: Tensor,
         pre: Tensor,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         x_requires_grad: bool,
         w1_requires_grad: bool,
         b1_requires_grad: bool,
@@ -169,10 +173,12 @@ class Backend(Protocol):
         b_up: Tensor | None,
         w_down: Tensor,
         b_down: Tensor | None,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         save_pre: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y = (act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
+        """y = dropout(act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
 
     def gated_ffn_backward(
         self,
@@ -183,7 +189,9 @@ class Backend(Protocol):
         w_down: Tensor,
         gate: Tensor,
         up: Tensor,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         x_requires_grad: bool,
         w_gate_requires_grad: bool,
         b_gate_requires_grad: bool,

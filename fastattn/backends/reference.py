@@ -25,7 +25,7 @@ from fastattn.reference.attention import (
     repeat_heads,
     softmax,
 )
-from fastattn.reference.ffn import activate, activation_gradient, linear
+from fastattn.reference.ffn import activate, activation_gradient, drop_hidden, linear
 from fastattn.reference.norm import add_residual, dropout_factor, normalise
 
 NAME = "reference"
@@ -232,11 +232,19 @@ def linear_act_backward(
 
 @_plain
 def ffn_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout_seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
     pre = linear(x, w1, b1)
-    y = linear(activate(pre, activation), w2, b2).to(x.dtype)
+    y = linear(drop_hidden(activate(pre, activation), dropout_p, dropout_seed), w2, b2).to(x.dtype)
     return y, pre.to(x.dtype) if save_pre else x.new_empty(0)
 
 
@@ -247,7 +255,9 @@ def ffn_backward(
     w1: Tensor,
     w2: Tensor,
     pre: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -257,9 +267,9 @@ def ffn_backward(
     """See the protocol."""
     wide = pre.to(accumulate_dtype(x.dtype))
     grads = grad_y.to(wide.dtype)
-    hidden = activate(wide, activation)
+    hidden = drop_hidden(activate(wide, activation), dropout_p, dropout_seed)
     dhidden, dw2, db2 = _linear_gradients(grads, hidden, w2, True, w2_requires_grad, b2_requires_grad, x.dtype)
-    dpre = dhidden * activation_gradient(wide, activation)
+    dpre = drop_hidden(dhidden, dropout_p, dropout_seed) * activation_gradient(wide, activation)
     dx, dw1, db1 = _linear_gradients(dpre, x, w1, x_requires_grad, w1_requires_grad, b1_requires_grad, x.dtype)
     return dx, dw1, db1, dw2, db2
 
@@ -273,12 +283,14 @@ def gated_ffn_forward(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the protocol."""
     gate, up = linear(x, w_gate, b_gate), linear(x, w_up, b_up)
-    y = linear(activate(gate, activation) * up, w_down, b_down).to(x.dtype)
+    y = linear(drop_hidden(activate(gate, activation) * up, dropout_p, dropout_seed), w_down, b_down).to(x.dtype)
     if not save_pre:
         return y, x.new_empty(0), x.new_empty(0)
     return y, gate.to(x.dtype), up.to(x.dtype)
@@ -293,7 +305,9 @@ def gated_ffn_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,
@@ -306,9 +320,11 @@ def gated_ffn_backward(
     dtype, compute = x.dtype, accumulate_dtype(x.dtype)
     wide_gate, wide_up = gate.to(compute), up.to(compute)
     active = activate(wide_gate, activation)
+    hidden = drop_hidden(active * wide_up, dropout_p, dropout_seed)
     dhidden, dwd, dbd = _linear_gradients(
-        grad_y.to(compute), active * wide_up, w_down, True, w_down_requires_grad, b_down_requires_grad, dtype
+        grad_y.to(compute), hidden, w_down, True, w_down_requires_grad, b_down_requires_grad, dtype
     )
+    dhidden = drop_hidden(dhidden, dropout_p, dropout_seed)
     dgate = dhidden * wide_up * activation_gradient(wide_gate, activation)
     dx_gate, dwg, dbg = _linear_gradients(
         dgate, x.to(compute), w_gate, x_requires_grad, w_gate_requires_grad, b_gate_requires_grad, dtype
