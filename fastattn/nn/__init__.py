@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "MultiheadAttention", "RMSNorm"]

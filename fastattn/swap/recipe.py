@@ -28,6 +28,7 @@ class Recipe:
     children    (name, part, check): children whose tensors the swapped forward reads for that part, where check
                 allows it.
     refuse      why a module must be left alone; empty when it need not.
+    core        the part without which the original forward runs whole; None where each part stands alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
     """
 
@@ -36,11 +37,17 @@ class Recipe:
     takes: tuple[str, ...]
     children: tuple[tuple[str, str, Check], ...] = ()
     refuse: Callable[[nn.Module], list[str]] = _nothing
+    core: str | None = None
     interface: bool = False
 
     @property
     def original(self) -> type[nn.Module]:
         return self.swapped.fastattn_original
+
+    def parts(self, asked: frozenset[str]) -> frozenset[str]:
+        """What the swapped forward takes over of the parts asked for."""
+        taken = asked & frozenset(self.kernels)
+        return taken if self.core is None or self.core in taken else frozenset()
 
     def reasons_to_leave(self, module: nn.Module) -> list[str]:
         """Why this module, of the recipe's class, cannot be swapped; empty when it can."""
