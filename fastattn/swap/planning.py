@@ -74,7 +74,7 @@ def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> D
         row.reason = "; ".join(reasons)
         return Decision(row, module)
     row.action = "swap"
-    row.kernel = " + ".join(kernel for part, kernel in recipe.kernels.items() if part in parts)
+    row.kernel = " + ".join(dict.fromkeys(kernel for part, kernel in recipe.kernels.items() if part in parts))
     remarks = recipe.children_called(module, parts)
     if len(paths) > 1:
         remarks.append("also at " + ", ".join(paths[1:]))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fastattn.swap.swapped import Swapped
 
 PARTS = ("attention", "norms", "ffns", "linears")
-Check = Callable[[nn.Module], "str | None"]
+Check = Callable[[Any], "str | None"]
 
 
 def _nothing(module: nn.Module) -> list[str]:
@@ -26,7 +27,7 @@ class Recipe:
     takes       parameter names of the original forward that the swapped one stands for; another version of the
                 library may have others, and is left alone.
     children    (name, part, check): children whose tensors the swapped forward reads for that part, where check
-                allows it.
+                allows it. An activation may be a function.
     refuse      why a module must be left alone; empty when it need not.
     core        the part without which the original forward runs whole; None where each part stands alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
@@ -64,6 +65,6 @@ class Recipe:
         found = [(name, check(getattr(module, name))) for name, part, check in self.children if part in parts]
         return [f"{name} {reason}" for name, reason in found if reason is not None]
 
-    def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[nn.Module]:
+    def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[Any]:
         """Children whose work the swapped forward does itself."""
         return [getattr(module, name) for name, part, _ in self.children if part in parts]

@@ -15,18 +15,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import activations
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
 
-from fastattn.functional import layer_norm, linear_act
+from fastattn.functional import linear_act
 from fastattn.integrations import transformers as interface
+from fastattn.nn.activations import activation_name as torch_activation_name
 from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.norm import why_not_layer_norm
+from fastattn.nn.sublayers import add_and_normalise, child_reason
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.swapped import Swapped
 
@@ -92,7 +93,8 @@ class BertSelfOutput(Swapped, modeling_bert.BertSelfOutput):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         note_call(self)
-        return _dropout_add_norm(self, _linear(self, "dense", hidden_states, "linears"), input_tensor)
+        x = _linear(self, "dense", hidden_states, "linears")
+        return add_and_normalise(self, x, input_tensor, "dropout", "LayerNorm")[0]
 
 
 class BertOutput(Swapped, modeling_bert.BertOutput):
@@ -102,7 +104,8 @@ class BertOutput(Swapped, modeling_bert.BertOutput):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         note_call(self)
-        return _dropout_add_norm(self, _linear(self, "dense", hidden_states, "ffns"), input_tensor)
+        x = _linear(self, "dense", hidden_states, "ffns")
+        return add_and_normalise(self, x, input_tensor, "dropout", "LayerNorm")[0]
 
 
 class BertIntermediate(Swapped, modeling_bert.BertIntermediate):
@@ -113,7 +116,7 @@ class BertIntermediate(Swapped, modeling_bert.BertIntermediate):
     def forward(self, hidden_states: Tensor) -> Tensor:
         note_call(self)
         activation = activation_name(self.intermediate_act_fn)
-        reason = why_not_input(hidden_states) or _child_reason("dense", why_not_linear(self.dense))
+        reason = why_not_input(hidden_states) or child_reason("dense", why_not_linear(self.dense))
         if activation is None:
             reason = reason or "intermediate_act_fn has no kernel"
         if reason is not None:
@@ -131,44 +134,11 @@ def _linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
     child = getattr(module, name)
     if part in module.fastattn_off:
         return child(x)
-    reason = why_not_input(x) or _child_reason(name, why_not_linear(child))
+    reason = why_not_input(x) or child_reason(name, why_not_linear(child))
     if reason is not None:
         note_fallback(module, reason)
         return child(x)
     return linear_act(x, child.weight, child.bias, backend=module.fastattn_backend)
-
-
-def _dropout_add_norm(module: Swapped, x: Tensor, residual: Tensor) -> Tensor:
-    """LayerNorm(dropout(x) + residual) in one kernel where both children are plain."""
-    norm, dropout = module.LayerNorm, module.dropout
-    if "norms" in module.fastattn_off:
-        return norm(dropout(x) + residual)
-    reason = (
-        why_not_input(x)
-        or why_not_input(residual)
-        or _child_reason("LayerNorm", why_not_layer_norm(norm))
-        or _child_reason("dropout", why_not_dropout(dropout))
-    )
-    if reason is not None:
-        note_fallback(module, reason)
-        return norm(dropout(x) + residual)
-    if x.dtype != residual.dtype:
-        # The sum, and with it the norm's output, has the wider dtype (half activations beside a float32 residual stream
-        # under autocast); the kernel's output has x's.
-        x = x.to(torch.promote_types(x.dtype, residual.dtype))
-    return layer_norm(
-        x,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        residual=residual,
-        dropout_p=dropout.p if dropout.training else 0.0,
-        backend=module.fastattn_backend,
-    )
-
-
-def _child_reason(name: str, reason: str | None) -> str | None:
-    return None if reason is None else f"{name} {reason}"
 
 
 def _note_interface(module: Swapped) -> None:
@@ -183,12 +153,12 @@ def activation_name(function: object) -> str | None:
     if not isinstance(function, nn.Module) or why_not_unwatched(function) is not None:
         return None
     kind = type(function)
+    if kind.__module__.startswith("torch."):
+        return torch_activation_name(function)
     if kind is activations.GELUActivation:
         return "gelu" if function.act in (nn.functional.gelu, function._gelu_python) else None
     if kind is activations.GELUTanh:
         return "gelu_tanh" if _is_gelu_tanh(function) else None
-    if kind is nn.GELU:
-        return _GELU_APPROXIMATIONS.get(function.approximate)
     return _ACTIVATION_MODULES.get(kind)
 
 
@@ -199,14 +169,11 @@ def _is_gelu_tanh(function: activations.GELUTanh) -> bool:
     return act == function._gelu_tanh_python
 
 
-_GELU_APPROXIMATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
 _ACTIVATION_MODULES: dict[type, str] = {
     activations.NewGELUActivation: "gelu_tanh",
     activations.QuickGELUActivation: "quick_gelu",
     activations.ReLUSquaredActivation: "relu2",
     activations.SiLUActivation: "silu",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
 }
 
 
