@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from fastattn.functional import attention, linear_act
 from fastattn.functional.attention import MAX_HEAD_DIM
-from fastattn.nn.attention_masks import AttentionMasks, read_masks, why_not_masks
+from fastattn.nn.attention_masks import read_masks, why_not_masks
+from fastattn.nn.attention_weights import attention_by_weights, kernel_and_weights
 from fastattn.nn.checks import why_not_input, why_not_tensor
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused
+from fastattn.ops.library import tracks_gradients
 
 
 class MultiheadAttention(Fused, nn.MultiheadAttention):
@@ -84,27 +86,18 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         masks = read_masks(attn_mask, key_padding_mask, batch=batch, causal=causal, extra_keys=k.shape[2] - len_k)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
-        if need_weights and dropout_p > 0.0:
-            note_fallback(self, "need_weights=True asks for the weights after dropout")
-            context, weights = _attention_and_weights(q, k, v, masks, dropout_p)
-        else:
-            context, lse = attention(
-                q,
-                k,
-                v,
-                mask=masks.visible(),
-                bias=masks.bias,
-                dropout_p=dropout_p,
-                return_lse=True,
-                backend=self.fastattn_backend,
+        if not need_weights:
+            context = attention(
+                q, k, v, mask=masks.visible(), bias=masks.bias, dropout_p=dropout_p, backend=self.fastattn_backend
             )
-            if need_weights:
-                weights = _weights_from_lse(q, k, lse, masks)
+        elif dropout_p == 0.0 and tracks_gradients(q, k, v, masks.bias):
+            context, weights = kernel_and_weights(q, k, v, masks, average_attn_weights, self.fastattn_backend)
+        else:
+            note_fallback(self, "the attention weights are asked for (need_weights=True)")
+            context, weights = attention_by_weights(q, k, v, masks, average_attn_weights, dropout_p)
         output = self._linear(self._joined(context, query), self.out_proj.weight, self.out_proj.bias)
-        if weights is not None:
-            weights = weights.to(_weights_dtype(context))
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights.squeeze(0) if query.dim() == 2 else weights
+        if weights is not None and query.dim() == 2:
+            weights = weights.squeeze(0)
         return output, weights
 
     # ---- projections -------------------------------------------------------------------------------------------------
@@ -238,55 +231,3 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
 def _split(tensor: Tensor, counts: list[int], rows: int) -> Sequence[Tensor]:
     """Consecutive blocks of counts[i] * rows rows, views; the tensor itself where there is one."""
     return [tensor] if len(counts) == 1 else tensor.split([count * rows for count in counts])
-
-
-# ---- attention weights -----------------------------------------------------------------------------------------------
-#
-# The kernels never form the weights. Without dropout they follow from the log-sum-exp that the kernel returns, by one
-# more product: the output still comes from the kernel, so do all gradients where nobody differentiates the weights, and
-# gradients through the weights reach the kernel by its lse. With dropout the weights that were used are wanted. Their
-# mask could be drawn again from the kernel's seed, but in torch operations that takes longer than the whole module; so
-# there all of the attention is torch operations.
-
-
-def _weights_from_lse(q: Tensor, k: Tensor, lse: Tensor, masks: AttentionMasks) -> Tensor:
-    """exp(scores - lse), float32 (B, H, L, S); 0 for a query that sees no key."""
-    seen = lse.masked_fill(lse == float("-inf"), 0.0)
-    return _scores(q, k, masks, -seen.unsqueeze(-1)).exp_()
-
-
-def _attention_and_weights(
-    q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """(B, H, L, D) and the weights (B, H, L, S) after dropout that were used; both 0 for a query that sees no key."""
-    scores = _scores(q, k, masks, None)
-    if masks.any:
-        blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
-        weights = scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
-    else:
-        weights = scores.softmax(dim=-1)
-    weights = F.dropout(weights.to(q.dtype), dropout_p)
-    return weights @ v, weights
-
-
-def _scores(q: Tensor, k: Tensor, masks: AttentionMasks, shift: Tensor | None) -> Tensor:
-    """q k^T / sqrt(D) + bias + shift, -inf where hidden: float32 (B, H, L, S). shift: float32 (B, H, L, 1)."""
-    batch, heads, len_q, dim = q.shape
-    scale = dim**-0.5
-    with torch.autocast(q.device.type, enabled=False):
-        rows, columns = q.float().flatten(0, 1), k.float().flatten(0, 1).transpose(1, 2)
-        added = shift if masks.bias is None else masks.bias.float() if shift is None else masks.bias.float() + shift
-        if added is None:
-            scores = torch.bmm(rows * scale, columns)
-        else:
-            added = added.expand(batch, heads, -1, -1).flatten(0, 1)
-            scores = torch.baddbmm(added, rows, columns, alpha=scale)
-        scores = scores.view(batch, heads, len_q, -1)
-        hidden = masks.hidden()
-        return scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))
-
-
-def _weights_dtype(context: Tensor) -> torch.dtype:
-    """The attention's own dtype, but float32 under autocast on CUDA, where torch takes the softmax in float32."""
-    device = context.device.type
-    return torch.float32 if device == "cuda" and torch.is_autocast_enabled(device) else context.dtype

@@ -49,11 +49,6 @@ class AttentionMasks:
             return keys if self.hidden_pairs is None else self.hidden_pairs
         return self.hidden_pairs | keys
 
-    @property
-    def any(self) -> bool:
-        """Whether anything may be hidden."""
-        return self.causal or any(t is not None for t in (self.hidden_pairs, self.hidden_keys, self.bias))
-
 
 def why_not_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, key_shape: tuple[int, int], heads: int
