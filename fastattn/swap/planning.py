@@ -65,16 +65,17 @@ def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> D
         row.reason = _why_no_recipe(module_class, asked)
         return Decision(row, module) if row.reason else None
     parts = asked & frozenset(recipe.kernels)
-    if not parts:
+    off = [f"{part}=False" for part in recipe.kernels if part not in parts]
+    if not parts or (recipe.whole and off):
         row.asked = False
-        row.reason = "turned off: " + ", ".join(f"{part}=False" for part in recipe.kernels)
+        row.reason = "turned off: " + ", ".join(off)
         return Decision(row, module)
     reasons = recipe.reasons_to_leave(module)
     if reasons:
         row.reason = "; ".join(reasons)
         return Decision(row, module)
     row.action = "swap"
-    row.kernel = " + ".join(kernel for part, kernel in recipe.kernels.items() if part in parts)
+    row.kernel = " + ".join(dict.fromkeys(kernel for part, kernel in recipe.kernels.items() if part in parts))
     remarks = recipe.children_called(module, parts)
     if len(paths) > 1:
         remarks.append("also at " + ", ".join(paths[1:]))

@@ -28,6 +28,7 @@ class Recipe:
     children    (name, part, check): children whose tensors the swapped forward reads for that part, where check
                 allows it.
     refuse      why a module must be left alone; empty when it need not.
+    whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     takes: tuple[str, ...]
     children: tuple[tuple[str, str, Check], ...] = ()
     refuse: Callable[[nn.Module], list[str]] = _nothing
+    whole: bool = False
     interface: bool = False
 
     @property
