@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastattn.dispatch import backends, use_backend
     from fastattn.errors import NotSupported
     from fastattn.functional.attention import attention, explain
+    from fastattn.functional.encoder_layer import encoder_layer
     from fastattn.functional.ffn import ffn, gated_ffn, linear_act
     from fastattn.functional.norm import layer_norm, rms_norm
     from fastattn.swap import plan, swap
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": "fastattn.functional",
     "backends": "fastattn.dispatch",
+    "encoder_layer": "fastattn.functional",
     "explain": "fastattn.functional",
     "ffn": "fastattn.functional",
     "gated_ffn": "fastattn.functional",
@@ -40,6 +42,7 @@ __all__ = [
     "attention",
     "backends",
     "biases",
+    "encoder_layer",
     "explain",
     "ffn",
     "gated_ffn",

@@ -80,4 +80,28 @@ class LinearProblem:
     requires_grad: bool = False
 
 
-Problem = AttentionProblem | NormProblem | LinearProblem
+@dataclass(frozen=True)
+class EncoderLayerProblem:
+    """One transformer encoder layer in inference; `packed` rows count as one batch entry of length `len`."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    len: int
+    heads: int
+    features: int
+    hidden_features: int
+    activation: str
+    norm_first: bool = False
+    packed: bool = False
+    key_range: bool = False
+    band: bool = False
+    intervals: int = 0
+    dense_mask: bool = False
+
+    @property
+    def op(self) -> str:
+        return "encoder_layer"
+
+
+Problem = AttentionProblem | NormProblem | LinearProblem | EncoderLayerProblem

@@ -160,6 +160,36 @@ void norm_backward(bool is_rms, int n_threads, int64_t rows, int64_t width, cons
     check(fastattn_cpu_norm_backward(&p));
 }
 
+using Linear = std::array<int64_t, 2>;                        // weight, bias
+using LayerNorm = std::tuple<int64_t, int64_t, int, int, float>;  // weight, bias, their dtypes, eps
+
+fastattn_linear linear(const Linear &l) { return {pointer<void>(l[0]), pointer<void>(l[1])}; }
+
+fastattn_layer_norm layer_norm(const LayerNorm &n) {
+    const auto &[weight, bias, weight_dtype, bias_dtype, eps] = n;
+    return {pointer<void>(weight), pointer<void>(bias), weight_dtype, bias_dtype, eps};
+}
+
+using LayerSizes = std::array<int64_t, 6>;  // batch, len, rows, heads, embed, hidden
+
+void encoder_layer_forward(int dtype, int n_threads, int activation, bool norm_first, const LayerSizes &sizes, int64_t cu_seqlens, int64_t x, int64_t y,
+                           const std::array<Linear, 6> &linears, const LayerNorm &norm1, const LayerNorm &norm2, float scale, const Mask &m) {
+    fastattn_encoder_layer p{};
+    p.dtype = dtype;
+    p.n_threads = n_threads;
+    p.activation = activation;
+    p.norm_first = norm_first;
+    p.batch = sizes[0], p.len = sizes[1], p.rows = sizes[2], p.heads = sizes[3], p.embed = sizes[4], p.hidden = sizes[5];
+    p.cu_seqlens = pointer<int32_t>(cu_seqlens);
+    p.x = pointer<void>(x), p.y = pointer<void>(y);
+    p.q = linear(linears[0]), p.k = linear(linears[1]), p.v = linear(linears[2]);
+    p.out = linear(linears[3]), p.up = linear(linears[4]), p.down = linear(linears[5]);
+    p.norm1 = layer_norm(norm1), p.norm2 = layer_norm(norm2);
+    p.scale = scale;
+    p.mask = mask(m);
+    check(fastattn_cpu_encoder_layer_forward(&p));
+}
+
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
     for (int i = 0; const char *name = fastattn_cpu_available_isa(i); i++) names.push_back(name);
@@ -180,4 +210,5 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("activation_backward", activation_backward, release);
     module.def("norm_forward", norm_forward, release);
     module.def("norm_backward", norm_backward, release);
+    module.def("encoder_layer_forward", encoder_layer_forward, release);
 }

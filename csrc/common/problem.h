@@ -108,7 +108,7 @@ typedef struct {
     int32_t x_dtype, residual_dtype, z_dtype, weight_dtype, bias_dtype;
     const void *x, *residual, *weight, *bias;  // residual, weight, bias may be null
     void *z, *y;                               // z null: z is x
-    float *mean, *rstd;                        // (rows); mean null for RMS
+    float *mean, *rstd;                        // (rows); mean null for RMS, both may be null in forward
     float eps, offset;
     fastattn_dropout dropout;
     // Backward only.
@@ -118,6 +118,38 @@ typedef struct {
     void *grad_residual;  // residual_dtype; null: not wanted
     float *grad_weight, *grad_bias;  // (width) or null
 } fastattn_norm;
+
+// A linear layer of the call's dtype: weight (out, in) by rows, bias (out) or null.
+typedef struct {
+    const void *weight, *bias;
+} fastattn_linear;
+
+// The numbers of a LayerNorm; weight and bias (width) may be null.
+typedef struct {
+    const void *weight, *bias;
+    int32_t weight_dtype, bias_dtype;
+    float eps;
+} fastattn_layer_norm;
+
+// A transformer encoder layer in inference, on rows x (rows, embed), each row a token:
+//   norm last:  h = norm1(x + out(attend(x))),  y = norm2(h + down(act(up(h))))
+//   norm first: h = x + out(attend(norm1(x))),  y = h + down(act(up(norm2(h))))
+// attend() is multi-head attention among the rows of each sequence, heads side by side in q, k and v. The sequences follow each other: `batch`
+// of them, each of `len` rows, or sequence b of rows cu_seqlens[b] to cu_seqlens[b + 1] (then len is the longest, and there is no mask).
+typedef struct {
+    int32_t dtype;
+    int32_t n_threads;
+    int32_t activation;
+    int32_t norm_first;
+    int64_t batch, len, rows, heads, embed, hidden;
+    const int32_t *cu_seqlens;  // (batch + 1) or null
+    const void *x;              // (rows, embed) contiguous
+    void *y;                    // likewise, not x
+    fastattn_linear q, k, v, out, up, down;
+    fastattn_layer_norm norm1, norm2;
+    float scale;
+    fastattn_mask mask;
+} fastattn_encoder_layer;
 
 #ifdef __cplusplus
 }

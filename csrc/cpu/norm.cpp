@@ -66,7 +66,7 @@ void forward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
     const float mean = p.is_rms ? 0.0f : mean_of(buffers.row, p.width, 0.0f, false);
     const float rstd = 1.0f / __builtin_sqrtf(mean_of(buffers.row, p.width, mean, true) + p.eps);
     if (p.mean) p.mean[row] = mean;
-    p.rstd[row] = rstd;
+    if (p.rstd) p.rstd[row] = rstd;
     for (int64_t c = 0; c < p.width; c += kLanes) {
         const int width = lanes_left(c, p.width);
         vfloat y = (load(buffers.row + c) - mean) * rstd * scaled_weight(p, c, width);

@@ -25,6 +25,7 @@ from fastattn.reference.attention import (
     repeat_heads,
     softmax,
 )
+from fastattn.reference.encoder_layer import encoder_layer
 from fastattn.reference.ffn import activate, activation_gradient, drop_hidden, linear
 from fastattn.reference.norm import add_residual, dropout_factor, normalise
 
@@ -336,11 +337,73 @@ def gated_ffn_backward(
     return dx, dwg, dbg, dwu, dbu, dwd, dbd
 
 
+@_plain
+def encoder_layer_forward(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: LoweredMask,
+    heads: int,
+    scale: float,
+    activation: str,
+    norm_first: bool,
+    eps1: float,
+    eps2: float,
+) -> Tensor:
+    """See the protocol."""
+    seen = None if cu_seqlens is not None else _seen_by((x.shape[0], heads, x.shape[1], x.shape[1]), mask, x.device)
+    return encoder_layer(
+        x,
+        wq,
+        bq,
+        wk,
+        bk,
+        wv,
+        bv,
+        wo,
+        bo,
+        norm1_weight,
+        norm1_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        norm2_weight,
+        norm2_bias,
+        heads=heads,
+        activation=activation,
+        norm_first=norm_first,
+        eps1=eps1,
+        eps2=eps2,
+        mask=seen,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+    )
+
+
 def _seen(mask: LoweredMask, q: Tensor, k: Tensor) -> Tensor:
+    return _seen_by((*q.shape[:3], k.shape[2]), mask, q.device)
+
+
+def _seen_by(full: tuple[int, int, int, int], mask: LoweredMask, device: torch.device) -> Tensor:
     """The lowered mask as a bool tensor (B, Hq, Sq, Skv)."""
-    full = (*q.shape[:3], k.shape[2])
-    seen = visible(mask, full[2], full[3], q.device)
-    return torch.ones(full, dtype=torch.bool, device=q.device) if seen is None else seen.expand(full)
+    seen = visible(mask, full[2], full[3], device)
+    return torch.ones(full, dtype=torch.bool, device=device) if seen is None else seen.expand(full)
 
 
 def _without_sinks(soft: Softmax, sinks: Tensor | None) -> Tensor:

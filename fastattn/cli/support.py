@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, LinearProblem, NormProblem
 
 COLUMNS = ("cpu", "triton", "cuda", "reference")
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
 
+Problem = AttentionProblem | NormProblem | LinearProblem
 _ATTENTION = AttentionProblem("cpu", torch.float32, 2, 4, 4, 64, 64, 64, 64)
 _NORM = NormProblem("cpu", torch.float32, "layer", 64, 64, weight_dtype=torch.float32)
 _LINEAR = LinearProblem("linear_act", "cpu", torch.float32, torch.float32, "gelu", 64, 64, 0, 64)

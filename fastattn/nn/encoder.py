@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from fastattn.nn.attention import MultiheadAttention
+from fastattn.nn.attention_masks import read_masks, why_not_masks
+from fastattn.nn.checks import why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.nn.sublayers import add_and_normalise, feed_forward, normalise
+from fastattn.nn.whole_layer import WholeLayer, whole_layer
 from fastattn.ops.library import tracks_gradients
 
 
@@ -53,11 +56,20 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
     ) -> Tensor:
         note_call(self)
         if src.is_nested:
+            result = self._nested(src) if src_mask is None and src_key_padding_mask is None else None
+            if result is not None:
+                return result
             note_fallback(self, "the input is a nested tensor")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if not stands_for(self.self_attn, nn.MultiheadAttention):
             src_mask, src_key_padding_mask = additive_masks(src, src_mask, src_key_padding_mask, "src_mask")
-        if src_mask is None and not self.training and not tracks_gradients(src, *self.parameters()):
+        whole = whole_layer(self, src)
+        if whole is not None:
+            is_causal = is_causal and src_mask is not None
+            result = self._run(whole, src, src_mask, src_key_padding_mask, is_causal)
+            if result is not None:
+                return result
+        elif is_causal and src_mask is None and not self.training and not tracks_gradients(src, *self.parameters()):
             is_causal = False
         if self.norm_first:
             normal = normalise(self, src, "norm1")
@@ -67,6 +79,40 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
         attended = self._attend(src, src_mask, src_key_padding_mask, is_causal)
         hidden, _ = add_and_normalise(self, attended, src, "dropout1", "norm1")
         return add_and_normalise(self, feed_forward(self, hidden), hidden, "dropout2", "norm2")[0]
+
+    def _run(
+        self,
+        whole: WholeLayer,
+        src: Tensor,
+        src_mask: Tensor | None,
+        src_key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor | None:
+        """The layer as one operator; None for masks that it does not take: those that add to the scores."""
+        first = self.self_attn.batch_first
+        x = src.unsqueeze(0) if src.dim() == 2 else src if first else src.transpose(0, 1)
+        batch, length = x.shape[:2]
+        if why_not_masks(src_mask, src_key_padding_mask, src, (batch, length), self.self_attn.num_heads) is not None:
+            return None
+        causal = is_causal and src_key_padding_mask is None
+        masks = read_masks(src_mask, src_key_padding_mask, batch=batch, causal=causal, extra_keys=0)
+        if masks.bias is not None:
+            return None
+        out = whole.run(x, mask=masks.visible())
+        return out.squeeze(0) if src.dim() == 2 else out if first else out.transpose(0, 1)
+
+    def _nested(self, src: Tensor) -> Tensor | None:
+        """A strided nested tensor through the layer, its rows packed as they lie."""
+        if type(src) is not Tensor or src.layout is not torch.strided or src.requires_grad or not src.is_contiguous():
+            return None
+        sizes = src._nested_tensor_size()
+        rows = src.values().view(-1, self.self_attn.embed_dim)
+        whole = whole_layer(self, rows)
+        if whole is None:
+            return None
+        out = whole.run(rows, cu_seqlens=row_bounds(sizes[:, 0]))
+        strides, offsets = src._nested_tensor_strides(), src._nested_tensor_storage_offsets()
+        return torch._nested_view_from_buffer(out.view(-1), sizes, strides, offsets)
 
     def _attend(self, x: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor:
         output: Tensor = self.self_attn(
@@ -105,12 +151,30 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
             assert src_key_padding_mask is not None
             padding = _padding_behind(src_key_padding_mask)
             src_key_padding_mask = padding
-        output = src
-        for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
-        if padding is not None:
-            output = output.masked_fill(padding.unsqueeze(-1), 0.0)
+        output = None if padding is None else self._encode_rows(src, padding)
+        if output is None:
+            output = src
+            for layer in self.layers:
+                output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
+            if padding is not None:
+                output = output.masked_fill(padding.unsqueeze(-1), 0.0)
         return output if self.norm is None else self.norm(output)
+
+    def _encode_rows(self, src: Tensor, padding: Tensor) -> Tensor | None:
+        """All layers on the rows that are not padding, packed; None where a layer has to be called."""
+        if torch.compiler.is_compiling():  # the number of rows is a value, on which a graph would break
+            return None
+        layers = [None if why_not_unwatched(layer) else whole_layer(layer, src) for layer in self.layers]
+        if any(whole is None for whole in layers):
+            return None
+        kept = ~padding
+        index = kept.flatten().nonzero().squeeze(1)
+        rows, bounds = src.flatten(0, 1).index_select(0, index), row_bounds(kept.sum(dim=1))
+        for layer, whole in zip(self.layers, layers, strict=True):
+            assert whole is not None
+            note_call(layer)
+            rows = whole.run(rows, cu_seqlens=bounds)
+        return src.new_zeros(src.shape).flatten(0, 1).index_copy_(0, index, rows).view(src.shape)
 
     def _drops_padding(self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
         """Whether torch goes over to nested tensors here: the conditions of its forward, which are those of this
@@ -156,6 +220,11 @@ def additive_masks(
         mask=mask, mask_name=mask_name, other_type=None, other_name="", target_type=src.dtype, check_other=False
     )
     return mask, key_padding_mask
+
+
+def row_bounds(lengths: Tensor) -> Tensor:
+    """int32 (B + 1): where packed sequences of these lengths begin and end."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _padding_behind(key_padding_mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastattn.ops.attention import Attention, attention_backward, attention_forward
+from fastattn.ops.encoder_layer import encoder_layer_forward
 from fastattn.ops.ffn import (
     Ffn,
     GatedFfn,
@@ -24,6 +25,7 @@ __all__ = [
     "Norm",
     "attention_backward",
     "attention_forward",
+    "encoder_layer_forward",
     "ffn_backward",
     "ffn_forward",
     "gated_ffn_backward",

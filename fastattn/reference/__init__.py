@@ -4,7 +4,8 @@ it."""
 from __future__ import annotations
 
 from fastattn.reference.attention import attention
+from fastattn.reference.encoder_layer import encoder_layer
 from fastattn.reference.ffn import ffn, gated_ffn, linear_act
 from fastattn.reference.norm import norm
 
-__all__ = ["attention", "ffn", "gated_ffn", "linear_act", "norm"]
+__all__ = ["attention", "encoder_layer", "ffn", "gated_ffn", "linear_act", "norm"]

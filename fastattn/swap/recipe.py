@@ -30,6 +30,7 @@ class Recipe:
                 allows it. An activation may be a function.
     refuse      why a module must be left alone; empty when it need not.
     core        the part without which the original forward runs whole; None where each part stands alone.
+    whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
     """
 
@@ -39,6 +40,7 @@ class Recipe:
     children: tuple[tuple[str, str, Check], ...] = ()
     refuse: Callable[[nn.Module], list[str]] = _nothing
     core: str | None = None
+    whole: bool = False
     interface: bool = False
 
     @property
@@ -47,8 +49,10 @@ class Recipe:
 
     def parts(self, asked: frozenset[str]) -> frozenset[str]:
         """What the swapped forward takes over of the parts asked for."""
-        taken = asked & frozenset(self.kernels)
-        return taken if self.core is None or self.core in taken else frozenset()
+        known = frozenset(self.kernels)
+        taken = asked & known
+        lacks = (self.core is not None and self.core not in taken) or (self.whole and taken != known)
+        return frozenset() if lacks else taken
 
     def reasons_to_leave(self, module: nn.Module) -> list[str]:
         """Why this module, of the recipe's class, cannot be swapped; empty when it can."""
