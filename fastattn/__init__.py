@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastattn.errors import NotSupported
     from fastattn.functional.attention import attention, explain
     from fastattn.functional.decode import attention_decode
+    from fastattn.functional.encoder_layer import encoder_layer
     from fastattn.functional.ffn import ffn, gated_ffn, linear_act
     from fastattn.functional.norm import layer_norm, rms_norm
     from fastattn.functional.sdpa import scaled_dot_product_attention
@@ -25,6 +26,7 @@ _HOMES = {
     "attention": "fastattn.functional",
     "attention_decode": "fastattn.functional",
     "backends": "fastattn.dispatch",
+    "encoder_layer": "fastattn.functional",
     "explain": "fastattn.functional",
     "ffn": "fastattn.functional",
     "gated_ffn": "fastattn.functional",
@@ -45,6 +47,7 @@ __all__ = [
     "attention_decode",
     "backends",
     "biases",
+    "encoder_layer",
     "explain",
     "ffn",
     "gated_ffn",

@@ -100,7 +100,32 @@ class LinearProblem:
     in_features: int
     hidden_features: int
     out_features: int
+    dropout: bool = False
     requires_grad: bool = False
 
 
-Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem
+@dataclass(frozen=True)
+class EncoderLayerProblem:
+    """One transformer encoder layer in inference; `packed` rows count as one batch entry of length `len`."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    len: int
+    heads: int
+    features: int
+    hidden_features: int
+    activation: str
+    norm_first: bool = False
+    packed: bool = False
+    key_range: bool = False
+    band: bool = False
+    intervals: int = 0
+    dense_mask: bool = False
+
+    @property
+    def op(self) -> str:
+        return "encoder_layer"
+
+
+Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem | EncoderLayerProblem

@@ -127,7 +127,7 @@ void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const 
 }
 
 void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View &a, const View &b, const View &c, int64_t bias, int bias_dtype,
-          int activation, const View &pre, const View &multiplier) {
+          int activation, const View &pre, const View &multiplier, const Dropout &d) {
     fastattn_gemm p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -138,11 +138,12 @@ void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View 
     p.activation = activation;
     p.pre = tensor(pre);
     p.multiplier = tensor(multiplier);
+    p.dropout = dropout(d);
     check(fastattn_cpu_gemm(&p));
 }
 
 void activation_backward(int dtype, int n_threads, int activation, int64_t rows, int64_t cols, int64_t grad_h, int64_t gate, int64_t up,
-                         int64_t grad_gate, int64_t grad_up, int64_t h, int64_t grad_gate_sum, int64_t grad_up_sum) {
+                         int64_t grad_gate, int64_t grad_up, int64_t h, int64_t grad_gate_sum, int64_t grad_up_sum, const Dropout &d) {
     fastattn_activation_backward p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -151,6 +152,7 @@ void activation_backward(int dtype, int n_threads, int activation, int64_t rows,
     p.grad_h = pointer<void>(grad_h), p.gate = pointer<void>(gate), p.up = pointer<void>(up);
     p.grad_gate = pointer<void>(grad_gate), p.grad_up = pointer<void>(grad_up), p.h = pointer<void>(h);
     p.grad_gate_sum = pointer<float>(grad_gate_sum), p.grad_up_sum = pointer<float>(grad_up_sum);
+    p.dropout = dropout(d);
     check(fastattn_cpu_activation_backward(&p));
 }
 
@@ -189,6 +191,36 @@ void norm_backward(bool is_rms, int n_threads, int64_t rows, int64_t width, cons
     check(fastattn_cpu_norm_backward(&p));
 }
 
+using Linear = std::array<int64_t, 2>;                        // weight, bias
+using LayerNorm = std::tuple<int64_t, int64_t, int, int, float>;  // weight, bias, their dtypes, eps
+
+fastattn_linear linear(const Linear &l) { return {pointer<void>(l[0]), pointer<void>(l[1])}; }
+
+fastattn_layer_norm layer_norm(const LayerNorm &n) {
+    const auto &[weight, bias, weight_dtype, bias_dtype, eps] = n;
+    return {pointer<void>(weight), pointer<void>(bias), weight_dtype, bias_dtype, eps};
+}
+
+using LayerSizes = std::array<int64_t, 6>;  // batch, len, rows, heads, embed, hidden
+
+void encoder_layer_forward(int dtype, int n_threads, int activation, bool norm_first, const LayerSizes &sizes, int64_t cu_seqlens, int64_t x, int64_t y,
+                           const std::array<Linear, 6> &linears, const LayerNorm &norm1, const LayerNorm &norm2, float scale, const Mask &m) {
+    fastattn_encoder_layer p{};
+    p.dtype = dtype;
+    p.n_threads = n_threads;
+    p.activation = activation;
+    p.norm_first = norm_first;
+    p.batch = sizes[0], p.len = sizes[1], p.rows = sizes[2], p.heads = sizes[3], p.embed = sizes[4], p.hidden = sizes[5];
+    p.cu_seqlens = pointer<int32_t>(cu_seqlens);
+    p.x = pointer<void>(x), p.y = pointer<void>(y);
+    p.q = linear(linears[0]), p.k = linear(linears[1]), p.v = linear(linears[2]);
+    p.out = linear(linears[3]), p.up = linear(linears[4]), p.down = linear(linears[5]);
+    p.norm1 = layer_norm(norm1), p.norm2 = layer_norm(norm2);
+    p.scale = scale;
+    p.mask = mask(m);
+    check(fastattn_cpu_encoder_layer_forward(&p));
+}
+
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
     for (int i = 0; const char *name = fastattn_cpu_available_isa(i); i++) names.push_back(name);
@@ -210,4 +242,5 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("activation_backward", activation_backward, release);
     module.def("norm_forward", norm_forward, release);
     module.def("norm_backward", norm_backward, release);
+    module.def("encoder_layer_forward", encoder_layer_forward, release);
 }

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem
 
 COLUMNS = ("cpu", "triton", "cuda", "reference")
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
 
+Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem
 _ATTENTION = AttentionProblem("cpu", torch.float32, 2, 4, 4, 64, 64, 64, 64)
 _DECODE = DecodeProblem("cpu", torch.float32, 2, 4, 1, 64, 4, 64)
 _NORM = NormProblem("cpu", torch.float32, "layer", 64, 64, weight_dtype=torch.float32)

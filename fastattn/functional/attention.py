@@ -195,7 +195,7 @@ def prepare(
             raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
     lowered = _NOTHING_HIDDEN
     if mask is not None:
-        lowered, bias = _lower_mask(mask, bias, full, q)
+        lowered, bias = lower_mask(mask, bias, full, q)
     added = None if bias is None else _lower_bias("bias", bias, full, q)
     if sinks is not None:
         check_tensor("sinks", sinks)
@@ -264,7 +264,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return batch, heads_q, len_q, len_k
 
 
-def _lower_mask(
+def lower_mask(
     mask: Mask | Tensor, bias: biases.Dense | Tensor | None, full: tuple[int, int, int, int], q: Tensor
 ) -> tuple[LoweredMask, biases.Dense | Tensor | None]:
     """The lowered mask, and the bias with a float mask added to it."""

@@ -27,11 +27,13 @@ from fastattn.ops.library import (
 from fastattn.problems import AttentionProblem
 from fastattn.reference.attention import accumulate_dtype
 
-_MASK = (
+MASK_SCHEMA = (
     "Tensor? key_start, Tensor? key_end, SymInt band_offset, SymInt? band_left, SymInt? band_right, "
     "Tensor? intervals, Tensor? dense_mask"
 )
-_EXTRAS = f"{_MASK}, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
+_EXTRAS = (
+    f"{MASK_SCHEMA}, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
+)
 
 
 def problem_fields(
@@ -96,7 +98,8 @@ def _forward(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, q, k)
+    full = (*q.shape[:3], k.shape[2])
+    mask = lowered_mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, full)
     sinks = dense(sinks)
     fields = problem_fields(
         q, k, v, mask, bias, sinks, softcap, dropout_p, requires_grad, bias_requires_grad, deterministic
@@ -134,7 +137,8 @@ def _backward(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask = _mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, q, k)
+    full = (*q.shape[:3], k.shape[2])
+    mask = lowered_mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, full)
     sinks = dense(sinks)
     fields = problem_fields(q, k, v, mask, bias, sinks, softcap, dropout_p, True, bias_requires_grad, deterministic)
     chosen = dispatch.choose(AttentionProblem, fields, backend)
@@ -160,7 +164,7 @@ def _backward(
     return in_layout_of(dq, q), in_layout_of(dk, k), in_layout_of(dv, v), dbias, dsinks
 
 
-def _mask(
+def lowered_mask(
     key_start: Tensor | None,
     key_end: Tensor | None,
     offset: int,
@@ -168,12 +172,11 @@ def _mask(
     right: int | None,
     intervals: Tensor | None,
     dense_mask: Tensor | None,
-    q: Tensor,
-    k: Tensor,
+    full: tuple[int, int, int, int],
 ) -> LoweredMask:
-    """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0."""
+    """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0 to (B, Hq, Sq, Skv)."""
     if dense_mask is not None:
-        dense_mask = dense_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        dense_mask = dense_mask.expand(full)
     return LoweredMask(dense(key_start), dense(key_end), offset, left, right, dense(intervals), dense_mask)
 
 
@@ -194,7 +197,7 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
-def _fold_mask(size: int, batch: int, dims: InDims, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+def fold_mask(size: int, batch: int, dims: InDims, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """The mask's arguments, key_start to dense_mask, with the mapped dimension folded into their batch dimension."""
     key_start, key_end, offset, left, right, intervals, dense_mask = tensors
     if key_start is not None:
@@ -222,7 +225,7 @@ def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult 
         return None
     q, k, v = (fold_dim(args[i], dims[i], size) for i in range(3))
     batch = q.shape[0] // size
-    mask = _fold_mask(size, batch, dims[3:10], args[3:10])
+    mask = fold_mask(size, batch, dims[3:10], args[3:10])
     bias = None if args[10] is None else _fold_broadcast(args[10], dims[10], size, batch)
     results = attention_forward(q, k, v, *mask, bias, *args[11:])
     return tuple(t.unflatten(0, (size, batch)) for t in results), (0, 0)
@@ -235,7 +238,7 @@ def _fold_backward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult
     grad_lse = None if args[1] is None else fold_dim(args[1], dims[1], size)
     grad_out, *inputs = (fold_dim(args[i], dims[i], size) for i in (0, *range(2, 7)))
     batch = grad_out.shape[0] // size
-    mask = _fold_mask(size, batch, dims[7:14], args[7:14])
+    mask = fold_mask(size, batch, dims[7:14], args[7:14])
     rows, bias_dim = 0, dims[14]
     if bias is not None:
         if bias_requires_grad and bias_dim is None:

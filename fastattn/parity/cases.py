@@ -156,6 +156,7 @@ class FfnCase:
         _add_linear(draw, self.tensors, "w2", "b2", out, hidden)
         self.options = {"activation": draw.one_of(ACTIVATIONS)}
         self.conditions = _conditions(draw)
+        self.options |= _hidden_dropout(draw)
 
     def describe(self) -> str:
         return _text(self.tensors, self.options)
@@ -177,6 +178,7 @@ class GatedFfnCase:
         _add_linear(draw, self.tensors, "w_down", "b_down", out, hidden)
         self.options = {"activation": draw.one_of(ACTIVATIONS)}
         self.conditions = _conditions(draw)
+        self.options |= _hidden_dropout(draw)
 
     def describe(self) -> str:
         return _text(self.tensors, self.options)
@@ -207,6 +209,13 @@ def _add_linear(draw: Draw, tensors: dict[str, Tensor], weight: str, bias: str, 
         tensors[weight] = draw.laid_out(draw.normal((rows, columns), dtype, scale), ((0, 1),))
     if draw.chance(0.7):
         tensors[bias] = draw.normal((rows,), dtype)
+
+
+def _hidden_dropout(draw: Draw) -> dict[str, Any]:
+    if not draw.chance(0.3):
+        return {}
+    seed = torch.tensor([draw.integer(-(2**62), 2**62)], device=draw.device)
+    return {"dropout_p": draw.one_of((0.1, 0.5)), "dropout_seed": seed}
 
 
 OPERATIONS: dict[str, Any] = {

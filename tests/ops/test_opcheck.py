@@ -114,16 +114,18 @@ def test_linear_operators(backend, activation, with_biases):
     for flags in ((True, True, with_biases), (True, False, False), (False, True, False)):
         torch.library.opcheck(ops.linear_act_backward, (r(2, 3, 20), x, w1, pre, activation, *flags, backend))
 
-    torch.library.opcheck(ops.ffn_forward, (x, w1, b1, w2, b2, *tail))
-    _, pre = ops.ffn_forward(x, w1, b1, w2, b2, *tail)
-    for flags in ((True, True, with_biases, True, with_biases), (True, False, False, False, False)):
-        torch.library.opcheck(ops.ffn_backward, (grad, x, w1, w2, pre, activation, *flags, backend))
+    for options in ((None, activation, 0.0), (torch.tensor([3]), activation, 0.25)):
+        tail = (*options, True, backend)
+        torch.library.opcheck(ops.ffn_forward, (x, w1, b1, w2, b2, *tail))
+        _, pre = ops.ffn_forward(x, w1, b1, w2, b2, *tail)
+        for flags in ((True, True, with_biases, True, with_biases), (True, False, False, False, False)):
+            torch.library.opcheck(ops.ffn_backward, (grad, x, w1, w2, pre, *options, *flags, backend))
 
-    gated = (x, w1, b1, w3, b3, w2, b2)
-    torch.library.opcheck(ops.gated_ffn_forward, (*gated, *tail))
-    _, gate, up = ops.gated_ffn_forward(*gated, *tail)
-    for flags in ((True, *(True, with_biases) * 3), (False, True, *(False,) * 5)):
-        torch.library.opcheck(ops.gated_ffn_backward, (grad, x, w1, w3, w2, gate, up, activation, *flags, backend))
+        gated = (x, w1, b1, w3, b3, w2, b2)
+        torch.library.opcheck(ops.gated_ffn_forward, (*gated, *tail))
+        _, gate, up = ops.gated_ffn_forward(*gated, *tail)
+        for flags in ((True, *(True, with_biases) * 3), (False, True, *(False,) * 5)):
+            torch.library.opcheck(ops.gated_ffn_backward, (grad, x, w1, w3, w2, gate, up, *options, *flags, backend))
 
 
 @pytest.mark.parametrize("paged", [False, True])

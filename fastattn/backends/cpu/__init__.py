@@ -1,6 +1,7 @@
 """The native CPU backend: csrc/cpu compiled once per instruction set, on float32, bfloat16 and float16 tensors.
 
-Forward and backward of attention, norms and feed-forward layers; the protocol is `fastattn.backends.protocol`.
+Forward and backward of attention, norms and feed-forward layers, and the forward of whole encoder layers; the protocol
+is `fastattn.backends.protocol`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.attention import attention_backward, attention_forward
 from fastattn.backends.cpu.decode import attention_decode
+from fastattn.backends.cpu.encoder_layer import encoder_layer_forward
 from fastattn.backends.cpu.library import available_isas, isa, unavailable_reason, use_isa
 from fastattn.backends.cpu.linear import (
     ffn_backward,
@@ -28,6 +30,7 @@ __all__ = [
     "attention_decode",
     "attention_forward",
     "available_isas",
+    "encoder_layer_forward",
     "ffn_backward",
     "ffn_forward",
     "gated_ffn_backward",

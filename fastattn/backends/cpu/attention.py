@@ -98,7 +98,7 @@ def _call_arguments(
         view(v),
         view(out),
         lse.data_ptr(),
-        _mask_arguments(mask, batch, heads_q),
+        mask_arguments(mask, batch, heads_q),
         view(bias),
         0 if bias is None else DTYPES[bias.dtype],
         address(sinks),
@@ -108,7 +108,8 @@ def _call_arguments(
     )
 
 
-def _mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:
+def mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:
+    """The mask as the native functions take it."""
     intervals = mask.intervals
     if intervals is not None:
         intervals = intervals.expand(intervals.shape[0], batch, heads, -1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from fastattn.swap import swap
+from fastattn.swap import NotSwapped, plan, swap
 
 SHAPES = {"vector": (16,), "odd": (7,), "two dims": (3, 5), "one": (1,)}
 
@@ -99,21 +99,73 @@ def test_meta_weights_run_the_original_code() -> None:
 
 @pytest.mark.parametrize("training", (True, False))
 def test_inside_a_torch_encoder(training: bool) -> None:
-    """In eval torch's encoder layer reads the norms' weights and never calls them: the answer must be the same."""
+    """In eval torch's encoder hands nested tensors to layers that never call their children: encoder, layers and
+    attention are swapped, and the norms are part of the layers."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    original = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    original = nn.TransformerEncoder(layer, 2).train(training)
     swapped = copy.deepcopy(original)
-    report = swap(swapped)
-    assert sum(row.action == "swapped" for row in report.rows) == 4
+    report = swap(swapped, strict=True)
+    actions = {row.path: row.action for row in report.rows}
+    assert actions == {
+        "": "swapped",
+        **{f"layers.{i}": "swapped" for i in range(2)},
+        **{f"layers.{i}.self_attn": "swapped" for i in range(2)},
+        **{f"layers.{i}.norm{j}": "fused" for i in range(2) for j in (1, 2)},
+    }
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(7))
     hidden = torch.zeros(3, 5, dtype=torch.bool)
     hidden[1, 3:] = True
     with torch.set_grad_enabled(training), report.counting():
         found = swapped(x, src_key_padding_mask=hidden)
-    expected = original(x, src_key_padding_mask=hidden)
-    torch.testing.assert_close(found[~hidden], expected[~hidden], atol=1e-5, rtol=1e-5)
-    assert report.all_called == training
+        expected = original(x, src_key_padding_mask=hidden)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found[hidden] == 0).all() == (not training)
+    assert report.all_called
+
+
+@pytest.mark.parametrize(
+    "flags", [{"attention": False}, {"norms": False}, {"ffns": False}, {"linears": False}], ids=str
+)
+def test_a_torch_encoder_in_parts(flags: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    original = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    src, tgt = torch.randn(2, 5, 16), torch.randn(2, 4, 16)
+    hidden = torch.zeros(2, 5, dtype=torch.bool)
+    hidden[1, 3:] = True
+    swapped = copy.deepcopy(original)
+    report = swap(swapped, **flags)
+    for training in (True, False):
+        for model in (original, swapped):
+            model.train(training)
+        with torch.set_grad_enabled(training), report.counting():
+            found = swapped(src, tgt, src_key_padding_mask=hidden)
+            torch.testing.assert_close(found, original(src, tgt, src_key_padding_mask=hidden), atol=1e-5, rtol=1e-5)
+        assert report.all_called
+    report.undo()
+    assert torch.equal(swapped(src, tgt), original(src, tgt))
+
+
+def test_a_custom_activation_is_called_and_named() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation=torch.tanh, dropout=0.0)
+    report = swap(layer)
+    assert report.rows[0].reason == "activation is tanh, which has no kernel"
+    with report.counting():
+        layer(torch.randn(3, 2, 16))
+    assert report.rows[0].fallbacks == {"activation is tanh, which has no kernel": 1}
+    with pytest.raises(NotSwapped, match="tanh"):
+        swap(nn.TransformerEncoderLayer(16, 2, 32, activation=torch.tanh), strict=True)
+
+
+def test_subclasses_of_the_layers_are_left() -> None:
+    class MyLayer(nn.TransformerEncoderLayer):
+        pass
+
+    row = plan(MyLayer(16, 2, 32)).rows[0]
+    assert (row.action, row.reason) == (
+        "left",
+        "only the exact class TransformerEncoderLayer is swapped, this is a subclass of it",
+    )
 
 
 def test_compiles_whole() -> None:
