@@ -9,16 +9,42 @@ import torch
 from torch import Tensor
 
 
+class Blocks(NamedTuple):
+    """Form D: which keys are visible, in base blocks of 64 queries x 64 keys, nq x nk of them; sparse by rows (CSR).
+
+    row_ptr   int32 (1|B, 1|Hq, nq + 1): the blocks of block row r are entries row_ptr[r] to row_ptr[r + 1] of col, id.
+    col       int32 (n,): block column, ascending within a block row. A block that is not listed is empty.
+    id        int32 (n,): 0 where all of the block is visible, else the row of `bitmaps` that says what is.
+    bitmaps   int64 (m, 64), m >= 1, row 0 all ones: bit c of word r says that query r of the block sees its key c. What
+              lies past the last query or key does not matter.
+    col_ptr   int32 (1|B, 1|Hq, nk + 1): the transpose, for backward: the blocks of block column c.
+    row       int32 (n,): block row, ascending within a block column.
+    row_id    int32 (n,): `id` in that order.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+    id: Tensor
+    bitmaps: Tensor
+    col_ptr: Tensor
+    row: Tensor
+    row_id: Tensor
+
+
 class LoweredMask(NamedTuple):
-    """visible = keys and band and intervals and dense; a field left at its default hides nothing.
+    """visible = keys and band and intervals and blocks and dense; a field left at its default hides nothing.
 
     key_start    int32 (B,): first visible key. May be negative.
     key_end      int32 (B,): one past the last visible key. May exceed Skv.
     band_offset  query i sits at key position i + band_offset.
     band_left    keeps j >= i + band_offset - band_left; None is unbounded. May be negative.
     band_right   keeps j <= i + band_offset + band_right; None is unbounded. May be negative.
+    key_bits     int64 (B, ceil(Skv / 64)): bit j % 64 of word j // 64 says that key j is visible.
     intervals    int32 (R, 1|B, 1|Hq, Sq, 2): half-open key intervals per query, their union over R <= 4. Bounds may lie
                  outside [0, Skv]; start >= end is empty.
+    bounds       int32 (R, 1|B, 1|Hq, ceil(Sq / 64), 4) beside intervals: per 64 queries the least and greatest start and
+                 the least and greatest end. Comes with intervals, except with those a caller gave.
+    blocks       form D.
     dense        bool, True is visible, 4-D. Lowering leaves dimensions of size 1; a backend gets it expanded to
                  (B, Hq, Sq, Skv) with strides 0. Strides 0 over heads and queries make it a key mask.
     """
@@ -30,6 +56,9 @@ class LoweredMask(NamedTuple):
     band_right: int | None = None
     intervals: Tensor | None = None
     dense: Tensor | None = None
+    key_bits: Tensor | None = None
+    bounds: Tensor | None = None
+    blocks: Blocks | None = None
 
 
 def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
