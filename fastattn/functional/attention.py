@@ -20,7 +20,7 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import Dense, LoweredMask, Mask
-from fastattn.masks.keys import as_4d
+from fastattn.masks.arguments import as_4d
 from fastattn.ops.attention import Attention, attention_forward, problem_fields
 from fastattn.ops.library import apply, needs_gradient, tracks_gradients
 from fastattn.problems import AttentionProblem
