@@ -21,6 +21,7 @@ from fastattn.functional.checks import (
 )
 from fastattn.masks import Dense, LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
+from fastattn.masks.lowered import flatten, unflatten
 from fastattn.ops.attention import Attention, attention_forward, problem_fields
 from fastattn.ops.library import apply, needs_gradient, tracks_gradients
 from fastattn.problems import AttentionProblem
@@ -143,13 +144,13 @@ def explain(
     Raises what `attention` raises for a wrong argument.
     """
     _, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    q, k, v, *mask_fields = call[:10]
-    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[10:]
+    q, k, v = call[:3]
+    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[-10:]
     fields = problem_fields(
         q,
         k,
         v,
-        LoweredMask(*mask_fields),
+        unflatten(call[3:-10]),
         added,
         sinks,
         cap,
@@ -209,7 +210,7 @@ def prepare(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     name = resolve_backend(backend)
     numbers = (scale, softcap, dropout_p, tracked, bias_requires_grad, deterministic, name)
-    return tracked, (q, k, v, *lowered, added, sinks, seed, *numbers)
+    return tracked, (q, k, v, *flatten(lowered), added, sinks, seed, *numbers)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

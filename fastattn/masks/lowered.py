@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,23 @@ class LoweredMask(NamedTuple):
     key_bits: Tensor | None = None
     bounds: Tensor | None = None
     blocks: Blocks | None = None
+
+
+FLAT_FIELDS = len(LoweredMask._fields) - 1 + len(Blocks._fields)
+"""Length of the flat form of a lowered mask: its fields in order, those of its blocks in place of `blocks`, the last
+one."""
+
+
+def flatten(mask: LoweredMask) -> tuple[Any, ...]:
+    """The flat form, which operators take."""
+    blocks = (None,) * len(Blocks._fields) if mask.blocks is None else tuple(mask.blocks)
+    return (*mask[:-1], *blocks)
+
+
+def unflatten(flat: Sequence[Any]) -> LoweredMask:
+    """The lowered mask of a flat form."""
+    own, blocks = flat[: -len(Blocks._fields)], flat[-len(Blocks._fields) :]
+    return LoweredMask._make((*own, None if blocks[0] is None else Blocks._make(blocks)))
 
 
 def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
