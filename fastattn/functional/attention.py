@@ -20,7 +20,8 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import Dense, LoweredMask, Mask
-from fastattn.masks.keys import as_4d
+from fastattn.masks.arguments import as_4d
+from fastattn.masks.lowered import flatten, unflatten
 from fastattn.ops.attention import Attention, attention_forward, problem_fields
 from fastattn.ops.library import apply, needs_gradient, tracks_gradients
 from fastattn.problems import AttentionProblem
@@ -143,13 +144,13 @@ def explain(
     Raises what `attention` raises for a wrong argument.
     """
     _, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    q, k, v, *mask_fields = call[:10]
-    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[10:]
+    q, k, v = call[:3]
+    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[-10:]
     fields = problem_fields(
         q,
         k,
         v,
-        LoweredMask(*mask_fields),
+        unflatten(call[3:-10]),
         added,
         sinks,
         cap,
@@ -196,7 +197,7 @@ def prepare(
     lowered = _NOTHING_HIDDEN
     if mask is not None:
         lowered, bias = lower_mask(mask, bias, full, q)
-    added = None if bias is None else _lower_bias("bias", bias, full, q)
+    added = None if bias is None else lower_bias("bias", bias, full, q)
     if sinks is not None:
         check_tensor("sinks", sinks)
         check_device("sinks", sinks, "q", q)
@@ -209,7 +210,7 @@ def prepare(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     name = resolve_backend(backend)
     numbers = (scale, softcap, dropout_p, tracked, bias_requires_grad, deterministic, name)
-    return tracked, (q, k, v, *lowered, added, sinks, seed, *numbers)
+    return tracked, (q, k, v, *flatten(lowered), added, sinks, seed, *numbers)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -284,12 +285,12 @@ def lower_mask(
             f"mask has dtype {mask.dtype}: pass bool (True is visible), int32 key ranges (1|B, 1|Hq, Sq, 2), or a "
             "float tensor to add; mask.bool() makes a bool mask of zeros and ones"
         )
-    added = _lower_bias("mask", mask, full, q)
+    added = lower_bias("mask", mask, full, q)
     if bias is None:
         return _NOTHING_HIDDEN, added
     # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _NOTHING_HIDDEN, added.to(wide) + _lower_bias("bias", bias, full, q).to(wide)
+    return _NOTHING_HIDDEN, added.to(wide) + lower_bias("bias", bias, full, q).to(wide)
 
 
 def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
@@ -303,7 +304,7 @@ def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     return mask.unsqueeze(0)
 
 
-def _lower_bias(name: str, bias: biases.Dense | Tensor, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
+def lower_bias(name: str, bias: biases.Dense | Tensor, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
     """The bias with 4 dimensions, each 1 or full."""
     if isinstance(bias, Tensor):
         if not bias.is_floating_point():

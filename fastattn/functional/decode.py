@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastattn import biases
-from fastattn.functional.attention import MAX_HEAD_DIM, _lower_bias
+from fastattn.functional.attention import MAX_HEAD_DIM, lower_bias
 from fastattn.functional.checks import check_device, check_number, check_shape, check_tensor, resolve_backend
 from fastattn.masks import LoweredMask, Mask
-from fastattn.masks.keys import as_4d
+from fastattn.masks.arguments import as_4d
 from fastattn.ops.decode import attention_decode_forward
 from fastattn.ops.library import tracks_gradients
 
@@ -112,7 +112,7 @@ def attention_decode(
         check_tensor("sinks", sinks)
         check_device("sinks", sinks, "q", q)
         check_shape("sinks", sinks, (full[1],), "one logit per query head")
-    added = None if bias is None else _lower_bias("bias", bias, full, q)
+    added = None if bias is None else lower_bias("bias", bias, full, q)
     lowered = LoweredMask()
     if isinstance(mask, Tensor):
         added = _hide(mask, added, full, q)
@@ -223,7 +223,7 @@ def _lower_mask(
 def _is_about_positions(form: LoweredMask, offset: int) -> bool:
     """Whether nothing but a band about that offset and intervals hides keys."""
     has_band = form.band_left is not None or form.band_right is not None
-    rest = form._replace(band_offset=0, band_left=None, band_right=None, intervals=None)
+    rest = form._replace(band_offset=0, band_left=None, band_right=None, intervals=None, bounds=None)
     return rest == LoweredMask() and (not has_band or form.band_offset == offset)
 
 

@@ -19,6 +19,7 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import LoweredMask, Mask
+from fastattn.masks.lowered import flatten
 from fastattn.ops.encoder_layer import encoder_layer_forward
 from fastattn.ops.library import tracks_gradients
 
@@ -140,7 +141,7 @@ def encoder_layer(
         x,
         *weights,
         cu_seqlens,
-        *lowered,
+        *flatten(lowered),
         heads,
         scale,
         name,

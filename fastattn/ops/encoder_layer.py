@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.masks.lowered import LoweredMask
+from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask
 from fastattn.ops.attention import MASK_SCHEMA, fold_mask, lowered_mask
 from fastattn.ops.library import InDims, VmapResult, dense, fold_dim, is_mapped, register
 from fastattn.problems import EncoderLayerProblem
@@ -40,6 +40,8 @@ def problem_fields(
         mask.band_left is not None or mask.band_right is not None,
         0 if mask.intervals is None else mask.intervals.shape[0],
         mask.dense is not None,
+        mask.key_bits is not None,
+        mask.blocks is not None,
     )
 
 
@@ -62,27 +64,15 @@ def _forward(
     norm2_weight: Tensor | None,
     norm2_bias: Tensor | None,
     cu_seqlens: Tensor | None,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    band_offset: int,
-    band_left: int | None,
-    band_right: int | None,
-    intervals: Tensor | None,
-    dense_mask: Tensor | None,
-    heads: int,
-    scale: float,
-    activation: str,
-    norm_first: bool,
-    eps1: float,
-    eps2: float,
-    backend: str,
+    *rest: Any,
 ) -> Tensor:
+    heads, scale, activation, norm_first, eps1, eps2, backend = rest[FLAT_FIELDS:]
     if cu_seqlens is not None:
         _check_bounds(cu_seqlens, x.shape[0])
         mask = LoweredMask()
     else:
         full = (x.shape[0], heads, x.shape[1], x.shape[1])
-        mask = lowered_mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, full)
+        mask = lowered_mask(rest[:FLAT_FIELDS], full)
     fields = problem_fields(x, w1, mask, cu_seqlens is not None, heads, activation, norm_first)
     y: Tensor = dispatch.choose(EncoderLayerProblem, fields, backend).encoder_layer_forward(
         dense(x),
@@ -138,10 +128,12 @@ def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult 
     """x's mapped dimension joins its batch, unless a weight is mapped or the rows are packed."""
     if args[_TENSORS] is not None or is_mapped(dims, *range(1, _TENSORS)):
         return None
-    first, last = _TENSORS + 1, _TENSORS + 8
+    first, last = _TENSORS + 1, _TENSORS + 1 + FLAT_FIELDS
     x = fold_dim(args[0], dims[0], size)
     batch = x.shape[0] // size
     mask = fold_mask(size, batch, dims[first:last], args[first:last])
+    if mask is None:
+        return None
     y = encoder_layer_forward(x, *args[1:first], *mask, *args[last:])
     return y.unflatten(0, (size, batch)), 0
 

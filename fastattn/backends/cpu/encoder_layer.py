@@ -10,8 +10,6 @@ from fastattn.backends.cpu.attention import mask_arguments
 from fastattn.backends.cpu.library import address, native
 from fastattn.masks.lowered import LoweredMask
 
-_NO_MASK = (0, 0, 0, None, None, None, 0, None)
-
 
 def encoder_layer_forward(
     x: Tensor,
@@ -68,7 +66,7 @@ def encoder_layer_forward(
         _norm(norm1_weight, norm1_bias, eps1),
         _norm(norm2_weight, norm2_bias, eps2),
         scale,
-        _NO_MASK if cu_seqlens is not None else mask_arguments(mask, batch, heads),
+        mask_arguments(LoweredMask() if cu_seqlens is not None else mask, batch, heads),
     )
     return y
 
