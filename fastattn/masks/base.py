@@ -30,6 +30,9 @@ class Mask(ABC):
     def lower(self, batch: int, heads: int, len_q: int, len_k: int, device: torch.device) -> LoweredMask:
         """The lowered form for these shapes, its tensors on `device`; see `fastattn.masks.lowering` for its choice.
 
+        `attention` does this itself, and takes the result in the mask's place: a mask that needs blocks is lowered
+        before a graph that may not break, under torch.compile(fullgraph=True) or while a CUDA graph is captured.
+
         Raises ValueError where a tensor of the mask does not fit the shapes or lies on another device.
         """
         return lowering.lower(self, Size(batch, heads, len_q, len_k), device)
@@ -106,8 +109,12 @@ class Mask(ABC):
 
     def extent(self, size: Size, device: torch.device) -> tuple[int, int]:
         """(1|B, 1|Hq): over how many batch entries and heads the mask differs, from the shapes of its tensors."""
-        found = [part.extent(size, device) for part in self.parts() if isinstance(part, Mask)]
-        return max((b for b, _ in found), default=1), max((h for _, h in found), default=1)
+        batches, heads = 1, 1
+        for part in self.parts():
+            if isinstance(part, Mask):
+                own_batches, own_heads = part.extent(size, device)
+                batches, heads = max(batches, own_batches), max(heads, own_heads)
+        return batches, heads
 
     def at_head(self, head: int) -> Mask:
         """The mask that one head sees."""
@@ -117,6 +124,12 @@ class Mask(ABC):
 
     light = False
     """Lowers to keys, band or a tensor as it is, without work that would be worth remembering."""
+
+    @property
+    def by_distance(self) -> bool:
+        """Whether the rule knows nothing but the distance from the query's position to the key's."""
+        simpler = self.simpler()
+        return simpler is not None and simpler.by_distance
 
     def simpler(self) -> Mask | None:
         """The same mask in terms of others, if it has a name only for convenience."""
@@ -196,6 +209,10 @@ class And(Mask):
     def rule(self, at: Index) -> Tensor:
         return self.first.rule(at) & self.second.rule(at)
 
+    @property
+    def by_distance(self) -> bool:
+        return self.first.by_distance and self.second.by_distance
+
     def at_head(self, head: int) -> Mask:
         return And(self.first.at_head(head), self.second.at_head(head))
 
@@ -230,6 +247,10 @@ class Or(Mask):
     def rule(self, at: Index) -> Tensor:
         return self.first.rule(at) | self.second.rule(at)
 
+    @property
+    def by_distance(self) -> bool:
+        return self.first.by_distance and self.second.by_distance
+
     def at_head(self, head: int) -> Mask:
         return Or(self.first.at_head(head), self.second.at_head(head))
 
@@ -259,6 +280,10 @@ class Not(Mask):
 
     def rule(self, at: Index) -> Tensor:
         return ~self.operand.rule(at)
+
+    @property
+    def by_distance(self) -> bool:
+        return self.operand.by_distance
 
     def at_head(self, head: int) -> Mask:
         return Not(self.operand.at_head(head))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastattn.masks.arguments import Align, check_align, check_whole
 from fastattn.masks.base import Mask
-from fastattn.masks.intervals import HIGHEST, MOST, IntervalSet, interval
+from fastattn.masks.intervals import BLOCK, HIGHEST, IntervalSet, interval
 from fastattn.masks.lowered import Index, Size
 from fastattn.masks.positional import GlobalTokens, aligned, positions_of_queries
-from fastattn.masks.tiles import TileRule, rule_of_intervals
+from fastattn.masks.tiles import UNKNOWN, TileRule, tile_count
 
 
 class BigBird(Mask):
@@ -30,8 +30,7 @@ class BigBird(Mask):
     block: 1 or more. window_blocks: width of the window with the query's own block in its middle, odd. global_blocks,
     random_blocks: 0 or more. seed: 0 or more; what is drawn follows from it, P and the number of key blocks alone, so
     that every layer, head and device sees the same (`PerHead` gives each head a seed of its own). align: where queries
-    sit, see `SlidingWindow`. Up to two random blocks stay intervals, more become blocks of the lowered form.
-    Raises ValueError or TypeError for other values.
+    sit, see `SlidingWindow`. Raises ValueError or TypeError for other values.
     """
 
     def __init__(
@@ -124,34 +123,44 @@ class _RandomBlocks(Mask):
             seen = seen | (own[..., other] == key_block)
         return seen
 
-    def intervals(self, size: Size, device: torch.device) -> IntervalSet | None:
-        return self._as_intervals(size, device) if self.count <= MOST else None
-
     def tile_rule(self, size: Size, device: torch.device) -> TileRule:
-        return rule_of_intervals(self._as_intervals(size, device), size, device)
-
-    def _as_intervals(self, size: Size, device: torch.device) -> IntervalSet:
+        """Not by intervals: their bounds over 64 queries that drew different blocks would span what lies between."""
+        offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
+        columns, block = tile_count(size.len_k), self.block
         first, drawn = self._drawn(size, device)
-        own = drawn[positions_of_queries(size, self.align, device).long() // self.block - first]
-        start = (own * self.block).clamp(max=HIGHEST - 1).to(torch.int32)
-        end = (start + self.block).clamp(max=HIGHEST - 1)
-        return IntervalSet(tuple(edge[..., i] for i in range(self.count) for edge in (start, end)))
+        drawn = torch.cat([drawn, drawn.new_full((1, self.count), HIGHEST)])
+
+        def rule(batch: int, rows: Tensor) -> Tensor:
+            start = BLOCK * rows + offset
+            end = (start + BLOCK).clamp(max=size.len_q + offset)
+            low, high = start // block, (end - 1) // block
+            states = torch.zeros((rows.numel(), columns + 1), dtype=torch.int8, device=device)
+            for step in range((BLOCK - 2) // block + 2):  # query blocks in a row of tiles
+                own = drawn[torch.where(low + step <= high, low + step - first, -1)] * block
+                for across in range((block + BLOCK - 2) // BLOCK + 1):  # columns of tiles under a key block
+                    col = own // BLOCK + across
+                    touched = col * BLOCK < (own + block).clamp(max=size.len_k)
+                    covered = (own <= col * BLOCK) & ((col + 1) * BLOCK <= own + block) & (low == high)[:, None]
+                    states.scatter_reduce_(
+                        1, torch.where(touched, col, columns), UNKNOWN + covered.to(torch.int8), "amax"
+                    )
+            return states[:, :columns]
+
+        return rule
 
     def _drawn(self, size: Size, device: torch.device) -> tuple[int, Tensor]:
         """The first query block, and int64 (query blocks, count): the key blocks drawn for each, ascending."""
         offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
         first, last = offset // self.block, (offset + max(size.len_q, 1) - 1) // self.block
         drawn = _draw(first, last, -(-size.len_k // self.block), *self.parts()[1:5])
-        return first, torch.from_numpy(drawn).to(device)
+        return first, drawn.to(device)
 
     def __repr__(self) -> str:
         return f"RandomBlocks{self.parts()}"
 
 
 @functools.lru_cache(maxsize=64)
-def _draw(
-    first: int, last: int, key_blocks: int, reach: int, global_blocks: int, count: int, seed: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _draw(first: int, last: int, key_blocks: int, reach: int, global_blocks: int, count: int, seed: int) -> Tensor:
     """The key blocks drawn for query blocks first to last; a block beyond the last key stands for none."""
     rows = np.full((last - first + 1, count), HIGHEST, dtype=np.int64)
     for query_block in range(first, last + 1):
@@ -165,4 +174,4 @@ def _draw(
         chosen = numbers.choice(eligible, min(count, eligible), replace=False) + start
         chosen = np.sort(chosen + (chosen >= low) * (high - low))
         rows[query_block - first, : chosen.size] = chosen
-    return rows
+    return torch.from_numpy(rows)

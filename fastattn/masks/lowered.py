@@ -101,6 +101,37 @@ def unflatten(flat: Sequence[Any]) -> LoweredMask:
     return LoweredMask._make((*own, None if blocks[0] is None else Blocks._make(blocks)))
 
 
+def check_lowered(mask: LoweredMask, size: Size, device: torch.device) -> None:
+    """ValueError where a tensor of a lowered mask does not have the shape of a call of this size, or lies elsewhere."""
+    batch, heads, len_q, len_k = size
+    rows, columns = (len_q + 63) // 64, (len_k + 63) // 64
+    several = ((1, batch), (1, heads))
+    shapes: dict[str, tuple[Tensor | None, tuple[Any, ...]]] = {
+        "key_start": (mask.key_start, (batch,)),
+        "key_end": (mask.key_end, (batch,)),
+        "key_bits": (mask.key_bits, (batch, columns)),
+        "intervals": (mask.intervals, ((1, 2, 3, 4), *several, len_q, 2)),
+        "bounds": (mask.bounds, ((1, 2, 3, 4), *several, rows, 4)),
+        "dense": (mask.dense, (*several, (1, len_q), (1, len_k))),
+    }
+    if mask.blocks is not None:
+        shapes["blocks.row_ptr"] = (mask.blocks.row_ptr, (*several, rows + 1))
+        shapes["blocks.col_ptr"] = (mask.blocks.col_ptr, (*several, columns + 1))
+    for name, (tensor, wanted) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"mask.{name} lies on {tensor.device} but q on {device}: lower the mask for q's device")
+        fits = tensor.dim() == len(wanted) and all(
+            n in w if isinstance(w, tuple) else n == w for n, w in zip(tensor.shape, wanted, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"mask.{name} has shape {tuple(tensor.shape)}, which is not that of a call with "
+                f"(B, Hq, Sq, Skv) = {tuple(size)}: lower the mask for these shapes"
+            )
+
+
 def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
     """The mask as a bool tensor, True where visible, broadcastable to (B, Hq, Sq, Skv); None when nothing is hidden."""
     query = torch.arange(len_q, device=device).view(-1, 1)

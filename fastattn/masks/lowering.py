@@ -88,12 +88,17 @@ def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: t
     mask = functools.reduce(operator.and_, terms)
     limits = [m for m in others if not m.holds() and m.extent(size, device) == (1, 1)]
     within = functools.reduce(operator.and_, limits) if limits else None
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in mask.holds() if isinstance(x, Tensor)):
+        raise NotImplementedError(
+            f"{mask!r} holds a tensor that torch.func transforms and needs blocks, whose building reads values: build "
+            "the mask outside of the transform"
+        )
     named = (mask,) if within is None else (mask, within)
-    return _remember("blocks", named, size, device, lambda: _build(mask, size, device, within))
+    return _remember("blocks", named, size, device, lambda: _build_outside_the_graph(mask, size, device, within))
 
 
 @torch.compiler.disable
-def _build(mask: Mask, size: Size, device: torch.device, within: Mask | None) -> Blocks:
+def _build_outside_the_graph(mask: Mask, size: Size, device: torch.device, within: Mask | None) -> Blocks:
     return build_blocks(mask, size, device, within)
 
 
@@ -102,6 +107,8 @@ def _remember(what: str, masks: tuple[Mask, ...], size: Size, device: torch.devi
         return make()
     holds = tuple(x for mask in masks for x in mask.holds())
     key: tuple[Any, ...] = (what, size, device, *(mask.identity() for mask in masks))
-    if device.type == "cuda" and what != "blocks":
+    if device.type == "cuda" and what != "blocks":  # which are finished when they are built
+        if torch.cuda.is_current_stream_capturing():
+            return make()
         key = (*key, torch.cuda.current_stream(device))
     return remembered.get(key, holds, make)

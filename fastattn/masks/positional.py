@@ -38,6 +38,7 @@ class SlidingWindow(Mask):
     """
 
     light = True
+    by_distance = True
 
     def __init__(self, left: int | None, right: int | None, align: Align = "bottom-right") -> None:
         check_reach("left", left)

@@ -21,6 +21,8 @@ from fastattn.masks.tiles import EMPTY, FULL, UNKNOWN, TileRule, tile_count
 class _Multiples(Mask):
     """Keeps keys whose distance from the query's position is a multiple of `step`."""
 
+    by_distance = True
+
     def __init__(self, step: int, align: Align) -> None:
         self.step = step
         self.align = align

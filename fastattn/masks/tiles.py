@@ -131,26 +131,43 @@ def _settle(mask: Mask, batch: int, head: int, chunk: Tensor, states: Tensor, si
     row = chunk[row]
     height = (size.len_q - BLOCK * row).clamp(max=BLOCK)
     count = height * (size.len_k - BLOCK * col).clamp(max=BLOCK)
-    words = []
     open_tiles = (~full).nonzero().squeeze(1)
-    for part in open_tiles.split(_TILES_AT_ONCE):
-        bits = _evaluate(mask, batch, head, row[part], col[part], size)
-        seen = bits.sum(dim=(1, 2))
-        full[part] = seen == count[part]
-        count[part] = seen
-        words.append(pack_words(bits[(seen > 0) & ~full[part]]).squeeze(-1))
-    if not words:
-        return Strip(batch, head, row, col, full, row.new_empty((0, BLOCK)), count)
+    sample, like = _representatives(mask, row[open_tiles], col[open_tiles], size)
+    sample = open_tiles[sample]
+    parts = [_evaluate(mask, batch, head, row[part], col[part], size) for part in sample.split(_TILES_AT_ONCE)]
+    seen, words = (torch.cat(found)[like] for found in zip(*parts, strict=True))
+    full[open_tiles] = seen == count[open_tiles]
+    count[open_tiles] = seen
     keep = count > 0
-    return Strip(batch, head, row[keep], col[keep], full[keep], torch.cat(words), count[keep])
+    partial = keep[open_tiles] & ~full[open_tiles]
+    return Strip(batch, head, row[keep], col[keep], full[keep], words[partial], count[keep])
 
 
-def _evaluate(mask: Mask, batch: int, head: int, row: Tensor, col: Tensor, size: Size) -> Tensor:
-    """bool (n, 64, 64): the mask on these tiles; False past the last query and key."""
+def _representatives(mask: Mask, row: Tensor, col: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """Tiles that stand for all of these: which, and for each tile the number of its stand-in.
+
+    Every tile stands for itself; of a mask that knows nothing but distances, one stands for its whole diagonal, but for
+    tiles that reach past the last query or key.
+    """
+    if not mask.by_distance:
+        every = torch.arange(row.numel(), device=row.device)
+        return every, every
+    cut = 2 * ((row + 1) * BLOCK > size.len_q) + ((col + 1) * BLOCK > size.len_k).long()
+    kind = (col - row) * 4 + cut
+    _, like = torch.unique(kind, return_inverse=True)
+    sample = torch.empty(int(like.max()) + 1 if like.numel() else 0, dtype=torch.int64, device=row.device)
+    sample[like] = torch.arange(row.numel(), device=row.device)
+    return sample, like
+
+
+def _evaluate(mask: Mask, batch: int, head: int, row: Tensor, col: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """The visible pairs, int64 (n,), and the words, int64 (n, 64), of these tiles; nothing is visible past the last
+    query and key."""
     lane = torch.arange(BLOCK, device=row.device)
     query = (row * BLOCK).view(-1, 1, 1) + lane.view(-1, 1)
     key = (col * BLOCK).view(-1, 1, 1) + lane
     inside = (query < size.len_q) & (key < size.len_k)
     entry, number = (torch.full((row.numel(), 1, 1), n, device=row.device) for n in (batch, head))
     at = Index(entry, number, query.clamp(max=size.len_q - 1), key.clamp(max=size.len_k - 1), size)
-    return mask.rule(at) & inside
+    bits = (mask.rule(at) & inside).expand(row.numel(), BLOCK, BLOCK)
+    return bits.sum(dim=(1, 2)), pack_words(bits).squeeze(-1)
