@@ -92,10 +92,11 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
         first = self.self_attn.batch_first
         x = src.unsqueeze(0) if src.dim() == 2 else src if first else src.transpose(0, 1)
         batch, length = x.shape[:2]
-        if why_not_masks(src_mask, src_key_padding_mask, src, (batch, length), self.self_attn.num_heads) is not None:
+        heads = self.self_attn.num_heads
+        if why_not_masks(src_mask, src_key_padding_mask, src, (batch, heads, length, length)) is not None:
             return None
         causal = is_causal and src_key_padding_mask is None
-        masks = read_masks(src_mask, src_key_padding_mask, batch=batch, causal=causal, extra_keys=0)
+        masks = read_masks(src_mask, src_key_padding_mask, heads=heads, causal=causal, extra_keys=0)
         if masks.bias is not None:
             return None
         out = whole.run(x, mask=masks.visible())
