@@ -7,6 +7,7 @@ Raises fastattn.NotSupported where the backend refuses the call.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,18 @@ from torch import Tensor
 from fastattn import functional, reference
 from fastattn.masks import Mask
 from fastattn.parity.bound import ParityRow, parity, unit_roundoff
-from fastattn.parity.eager import eager_attention, eager_ffn, eager_gated_ffn, eager_linear_act, eager_norm
+from fastattn.parity.eager import (
+    eager_attention,
+    eager_encoder_layer,
+    eager_ffn,
+    eager_gated_ffn,
+    eager_linear_act,
+    eager_norm,
+)
 from fastattn.parity.histogram import check_mask_histogram
 from fastattn.parity.magnitude import (
     attention_magnitudes,
+    encoder_layer_magnitudes,
     ffn_magnitudes,
     gated_ffn_magnitudes,
     linear_act_magnitudes,
@@ -33,6 +42,7 @@ __all__ = [
     "Conditions",
     "ParityRow",
     "check_attention",
+    "check_encoder_layer",
     "check_ffn",
     "check_gated_ffn",
     "check_linear_act",
@@ -311,6 +321,66 @@ def check_gated_ffn(
     )
     tensors = _named(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
     return run_probe(probe, _differentiable(tensors), backend, conditions)
+
+
+def check_encoder_layer(
+    tensors: dict[str, Tensor],
+    *,
+    backend: str | None,
+    heads: int,
+    activation: str | None = "gelu",
+    norm_first: bool = False,
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+    mask: Mask | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    conditions: Conditions = DEFAULT,
+) -> list[ParityRow]:
+    """`fastattn.encoder_layer`: y; it has no gradients. tensors: x and the weights and biases there are, by name."""
+    x = tensors["x"]
+    numbers: dict[str, Any] = {
+        "heads": heads,
+        "activation": activation,
+        "norm_first": norm_first,
+        "eps1": eps1,
+        "eps2": eps2,
+        "scale": scale,
+    }
+    if cu_seqlens is None:
+        visible = dense_mask(mask, (x.size(0), heads, x.size(1), x.size(1)), x.device)
+    else:  # one sample, in which a token sees those of its own sequence
+        owner = torch.bucketize(torch.arange(x.size(0), device=x.device), cu_seqlens[1:].to(x.device), right=True)
+        visible = (owner[:, None] == owner).expand(1, heads, -1, -1)
+    extras = {"mask": mask} if isinstance(mask, Tensor) else {}
+    if cu_seqlens is not None:
+        extras["cu_seqlens"] = cu_seqlens
+
+    def batched(t: Tensors) -> dict[str, Tensor]:
+        return {**t, "x": t["x"] if cu_seqlens is None else t["x"][None]}
+
+    def flat(y: Tensor) -> dict[str, Tensor]:
+        return {"y": y if cu_seqlens is None else y[0]}
+
+    def arguments(t: Tensors) -> dict[str, Any]:
+        missing = dict.fromkeys(_LAYER_OPTIONAL - t.keys())
+        return {**missing, **t, "mask": t.get("mask", mask), **numbers}
+
+    probe = Probe(
+        dtype=x.dtype,
+        fused=lambda t: {"y": functional.encoder_layer(**arguments(t))},
+        truth=lambda t: {"y": reference.encoder_layer(**arguments(t))},
+        eager=lambda t: flat(eager_encoder_layer(batched(t), visible=visible, **numbers)),
+        magnitudes=lambda t, _: flat(encoder_layer_magnitudes(batched(t), visible=visible, **numbers)),
+        form=_dtype_of_x(x),
+    )
+    return run_probe(probe, {**tensors, **extras}, backend, replace(conditions, grad=False))
+
+
+_LAYER_OPTIONAL = frozenset(
+    [f"b{n}" for n in ("q", "k", "v", "o", "1", "2")]
+    + [f"norm{n}_{name}" for n in (1, 2) for name in ("weight", "bias")]
+)
 
 
 def _erase_rows(grads: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
