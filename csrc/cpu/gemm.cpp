@@ -17,99 +17,15 @@
 
 #include "activation.h"
 #include "kernels.h"
-#include "micro.h"
-#include "pack.h"
-#include "pairs.h"
+#include "operands.h"
 #include "philox.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t kDepth = 512;            // k in one block, even
 constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
-
-struct Range {
-    int64_t begin, end;
-    int64_t size() const { return end - begin; }
-};
-
-Range part(int64_t total, int64_t step, int64_t parts, int64_t index) {
-    const int64_t units = (total + step - 1) / step;
-    return {smaller(total, units * index / parts * step), smaller(total, units * (index + 1) / parts * step)};
-}
-
-// How the operands of one product are held.
-struct Form {
-    int parts;  // as in Left
-
-    // Elements of the micro-kernel along k, and those of all parts.
-    int64_t depth(int64_t k) const { return parts ? round_up((k + 1) / 2, kWordDepth) : k; }
-    int64_t elements(int64_t k) const { return depth(k) * larger(1, parts); }
-    int64_t tile_rows() const { return parts ? kWordRows : kTileRows; }
-};
-
-// Calls f.template operator()<parts>() for words.
-template <class F>
-bool with_parts(int parts, F &&f) {
-    if constexpr (kFloat32Parts > 0) {
-        if (parts == 3) return f.template operator()<3>();
-    }
-    if constexpr (kBfloat16Parts > 0) return f.template operator()<1>();
-    return false;
-}
-
-// A strip of B: k x (up to kTileWidth) columns, lanes beyond p.n zero. True when an element does not split.
-bool pack_strip(const fastattn_gemm &p, [[maybe_unused]] Form form, Range k, int64_t column, float *target) {
-    const int64_t columns = smaller(kTileWidth, p.n - column);
-    const void *start = offset(p.b.data, p.dtype, k.begin * p.b.stride[0] + column * p.b.stride[1]);
-    const bool transposed = p.b.stride[0] == 1;
-    const Rows source{start, p.dtype, p.b.stride[transposed ? 1 : 0]};
-#if defined(__AVX512BF16__)
-    if (form.parts)
-        return with_parts(form.parts, [&]<int parts>() {
-            const int64_t depth = form.depth(k.size());
-            const WordsTarget words = kWordBlocks ? WordsTarget{target, 16, parts * kTileVectors * 256, 256, kTileVectors * 256}
-                                                  : WordsTarget{target, kTileWidth, 16 * kTileWidth, 16, 0};
-            return transposed ? pack_words_transposed<parts>(source, columns, k.size(), words, depth)
-                              : pack_words_of_row_pairs<parts>(source, k.size(), columns, words, depth);
-        });
-#endif
-    if (transposed) pack_transposed(source, columns, k.size(), 1.0f, target, kTileWidth, (columns + kLanes - 1) / kLanes);
-    else pack_rows(source, k.size(), columns, 1.0f, target, kTileWidth);
-    return false;
-}
-
-// A block of A for the micro-kernel: in place when possible, else copied into `scratch`. `nonfinite` is set when an element does not split.
-Left pack_left(const fastattn_gemm &p, [[maybe_unused]] Form form, Range rows, Range k, float *scratch, [[maybe_unused]] bool &nonfinite) {
-    const void *start = offset(p.a.data, p.dtype, rows.begin * p.a.stride[0] + k.begin * p.a.stride[1]);
-    const bool by_rows = p.a.stride[1] == 1;
-    const Rows source{start, p.dtype, p.a.stride[by_rows ? 0 : 1]};
-    const int64_t wide_rows = round_up(rows.size(), kLanes);
-#if defined(__AVX512BF16__)
-    if (form.parts) {
-        const int64_t depth = form.depth(k.size());
-        const bool columns_kept = !by_rows && !kWordBlocks;
-        const int64_t ld = columns_kept ? wide_rows : round_up(depth, kLanes), row_block = form.elements(k.size()) * 16;
-        const WordsTarget words =
-            kWordBlocks ? WordsTarget{scratch, 16, row_block, form.parts * 256, 256} : WordsTarget{scratch, ld, 16 * ld, 16, 0};
-        nonfinite |= with_parts(form.parts, [&]<int parts>() {
-            if (by_rows) return pack_words_in_rows<parts>(source, rows.size(), k.size(), words, depth);
-            if (columns_kept) return pack_words_of_row_pairs<parts>(source, k.size(), rows.size(), words, depth);
-            return pack_words_of_columns<parts>(source, k.size(), rows.size(), words, depth);
-        });
-        return {scratch, kWordBlocks ? row_block : ld, columns_kept ? Layout::columns : Layout::rows, form.parts};
-    }
-#endif
-    if (!by_rows) {
-        pack_rows(source, k.size(), rows.size(), 1.0f, scratch, wide_rows);
-        return {scratch, wide_rows, Layout::columns};
-    }
-    if (p.dtype == FASTATTN_FLOAT32) return {(const float *)start, p.a.stride[0], Layout::rows};
-    pack_rows(source, rows.size(), k.size(), 1.0f, scratch, round_up(k.size(), kLanes));
-    return {scratch, round_up(k.size(), kLanes), Layout::rows};
-}
 
 // A strip and what lies before it in its first 32 columns is a strip of keep masks.
 static_assert(kTileWidth + 32 - (kTileWidth & -kTileWidth) <= kKeepStrip);
@@ -174,9 +90,8 @@ struct Packing {
 
     Packing(const fastattn_gemm &p, Form form)
         : blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
-          strip_floats(larger(1, form.elements(p.k)) * kTileWidth),
-          chunk_strips(larger(1, smaller((p.n + kTileWidth - 1) / kTileWidth, (form.parts == 3 ? kSplitChunkFloats : kChunkFloats) / strip_floats))) {}
-    Range block(const fastattn_gemm &p, int64_t index) const { return {index * kDepth, smaller((index + 1) * kDepth, p.k)}; }
+          strip_floats(larger(1, form.elements(p.k)) * form.strip_width()),
+          chunk_strips(larger(1, smaller(form.strips(p.n), (form.parts == 3 ? kSplitChunkFloats : kChunkFloats) / strip_floats))) {}
 };
 
 // One thread's rows.
@@ -200,31 +115,40 @@ class Worker {
 
   private:
     int64_t left_floats() const { return kBlockRows * larger(1, form_.parts) * round_up(form_.depth(smaller(kDepth, p_.k)), 16); }
-    int64_t sum_floats() const { return kBlockRows * kTileWidth * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
+    int64_t sum_floats() const { return kBlockRows * form_.strip_width() * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
 
     // Sums over k in blocks are kept for a whole block of rows.
     void block(Range rows, Range columns, const float *packed) {
+        const int64_t width = form_.strip_width();
+        const Operand a{p_.a.data, p_.dtype, p_.a.stride[0], p_.a.stride[1]};
         for (int64_t d = 0; d < packing_.blocks; d++) {
-            const Range k = packing_.block(p_, d);
-            const Left left = pack_left(p_, form_, rows, k, left_, nonfinite_);
-            for (int64_t c = columns.begin; c < columns.end; c += kTileWidth) {
-                const Range strip{c, smaller(c + kTileWidth, columns.end)};
-                const int64_t index = (c - columns.begin) / kTileWidth;
-                const float *b = packed + index * packing_.strip_floats + form_.elements(k.begin) * kTileWidth;
+            const Range k = depth_block(p_.k, d);
+            const Left left = pack_left(form_, a, rows, k, left_, nonfinite_);
+            for (int64_t c = columns.begin; c < columns.end; c += width) {
+                const Range strip{c, smaller(c + width, columns.end)};
+                const int64_t index = (c - columns.begin) / width;
+                const float *b = packed + index * packing_.strip_floats + form_.right_depth(k.begin);
+                const Ahead ahead = next_strip(c + width < columns.end ? b + packing_.strip_floats : nullptr, rows);
                 if (packing_.blocks == 1) {
-                    tiles(left, k, b, rows, strip);
+                    tiles(left, k, b, rows, strip, ahead);
                     continue;
                 }
-                float *sums = sums_ + index * kBlockRows * kTileWidth;
-                multiply(rows.size(), vectors(strip), form_.depth(k.size()), left, b, kTileWidth, sums, kTileWidth, d > 0);
-                if (d + 1 == packing_.blocks) finish(p_, sums, kTileWidth, rows, strip, p_.bias);
+                float *sums = sums_ + index * kBlockRows * width;
+                multiply(rows.size(), vectors(strip), form_.depth(k.size()), left, b, width, sums, width, d > 0, nullptr, ahead);
+                if (d + 1 == packing_.blocks) finish(p_, sums, width, rows, strip, p_.bias);
             }
         }
     }
 
+    // The next strip comes in while the rows of a block go through this one.
+    Ahead next_strip(const float *data, Range rows) const {
+        const int64_t lines = kWordDepth * larger(1, form_.parts) * kWordVectors, tiles = (rows.size() + kWordRows - 1) / kWordRows;
+        return {data, data ? (lines + tiles - 1) / tiles : 0};
+    }
+
     // With a single block of k each tile is finished while it is hot. Whole vectors of float32 go to C at once, where they may be all there is to do.
-    void tiles(Left left, Range k, const float *packed, Range rows, Range strip) {
-        const int64_t step = form_.tile_rows();
+    void tiles(Left left, Range k, const float *packed, Range rows, Range strip, Ahead ahead) {
+        const int64_t step = form_.tile_rows(), width = form_.strip_width(), depth = form_.depth(k.size());
         const bool straight = p_.dtype == FASTATTN_FLOAT32 && !form_.parts && strip.size() % kLanes == 0 && (!p_.bias || p_.bias_dtype == FASTATTN_FLOAT32);
         const bool done = straight && p_.activation == FASTATTN_ACT_NONE && !has_extras(p_);
         const float *bias = straight && p_.bias ? (const float *)p_.bias + strip.begin : nullptr;
@@ -232,10 +156,11 @@ class Worker {
             const Range tile{r, smaller(r + step, rows.end)};
             if (!straight) fetch(tile, strip);
             float *sums = straight ? (float *)p_.c.data + r * p_.c.stride[0] + strip.begin : sums_;
-            const int64_t ld = straight ? p_.c.stride[0] : kTileWidth;
-            multiply(tile.size(), vectors(strip), form_.depth(k.size()), left, packed, kTileWidth, sums, ld, false, bias);
+            const int64_t ld = straight ? p_.c.stride[0] : width;
+            multiply(tile.size(), vectors(strip), depth, left, packed, width, sums, ld, false, bias, ahead);
             if (!done) finish(p_, sums, ld, tile, strip, straight ? nullptr : p_.bias);
-            left.data += left.parts && kWordBlocks ? step / 16 * left.stride : left.layout == Layout::rows ? step * left.stride : step;
+            left.data += form_.left_rows(left, step);
+            ahead.data += depth / kWordDepth * ahead.lines * 16;
         }
     }
 
@@ -257,8 +182,8 @@ class Worker {
 
 // How many of the threads split the columns: the least work for the busiest one, whose rows of A cost as much to bring in as a strip does to
 // multiply.
-int64_t column_parts(int64_t m, int64_t columns, int64_t threads) {
-    const int64_t tiles = (m + kTileRows - 1) / kTileRows, strips = (columns + kTileWidth - 1) / kTileWidth;
+int64_t column_parts(Form form, int64_t m, int64_t columns, int64_t threads) {
+    const int64_t tiles = (m + kTileRows - 1) / kTileRows, strips = form.strips(columns);
     int64_t best = 1, best_cost = INT64_MAX;
     for (int64_t parts = 1; parts <= threads; parts++) {
         if (threads % parts) continue;
@@ -278,7 +203,8 @@ struct Outcome {
 
 Outcome packed_product(const fastattn_gemm &p, Form form) {
     const Packing packing(p, form);
-    const int64_t chunk_columns = packing.chunk_strips * kTileWidth;
+    const int64_t width = form.strip_width(), chunk_columns = packing.chunk_strips * width;
+    const Operand b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]};
     Outcome outcome;
     Scratch scratch(packing.chunk_strips * packing.strip_floats);
     if (scratch.failed()) return {FASTATTN_OUT_OF_MEMORY};
@@ -289,18 +215,18 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
         Worker worker(p, form, packing);
         bool nonfinite = false;
         for (int64_t first = 0; first < p.n; first += chunk_columns) {
-            const int64_t columns = smaller(chunk_columns, p.n - first), strips = (columns + kTileWidth - 1) / kTileWidth;
+            const int64_t columns = smaller(chunk_columns, p.n - first);
 #pragma omp for schedule(static)
-            for (int64_t item = 0; item < strips * packing.blocks; item++) {
-                const int64_t strip = item / packing.blocks;
-                const Range k = packing.block(p, item % packing.blocks);
-                float *target = packed + strip * packing.strip_floats + form.elements(k.begin) * kTileWidth;
-                nonfinite |= pack_strip(p, form, k, first + strip * kTileWidth, target);
+            for (int64_t item = 0; item < form.strips(columns) * packing.blocks; item++) {
+                const int64_t strip = item / packing.blocks, column = first + strip * width;
+                const Range k = depth_block(p.k, item % packing.blocks);
+                float *target = packed + strip * packing.strip_floats + form.right_depth(k.begin);
+                nonfinite |= pack_strip(form, b, k, {column, smaller(column + width, p.n)}, target);
             }
-            const int64_t across = column_parts(p.m, columns, threads);
-            const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across), mine = part(columns, kTileWidth, across, thread % across);
+            const int64_t across = column_parts(form, p.m, columns, threads);
+            const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across), mine = part(columns, width, across, thread % across);
             if (!worker.failed() && rows.size() > 0 && mine.size() > 0)
-                worker.run(rows, {first + mine.begin, first + mine.end}, packed + mine.begin / kTileWidth * packing.strip_floats);
+                worker.run(rows, {first + mine.begin, first + mine.end}, packed + mine.begin / width * packing.strip_floats);
 #pragma omp barrier
         }
 #pragma omp critical

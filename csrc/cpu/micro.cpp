@@ -82,68 +82,73 @@ void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) 
 }
 
 #if defined(__AMX_BF16__)
-// Accumulators in tiles 0 to 2 (rows 0 to 15) and 3 to 5 (rows 16 to 31), A in tile 6, B in tile 7. B is loaded once for either half, the second
-// time from the level-1 cache. A macro because the intrinsics take tile numbers as literals.
-#define FASTATTN_MATRIX_ROWS(c0, c1, c2, a, b)       \
-    _tile_loadd(6, a, 64);                           \
-    _tile_loadd(7, b, 64);                           \
-    _tile_dpbf16ps(c0, 6, 7);                        \
-    if constexpr (Vectors > 1) {                     \
-        _tile_loadd(7, b + kBlock, 64);              \
-        _tile_dpbf16ps(c1, 6, 7);                    \
-    }                                                \
-    if constexpr (Vectors > 2) {                     \
-        _tile_loadd(7, b + 2 * kBlock, 64);          \
-        _tile_dpbf16ps(c2, 6, 7);                    \
-    }
+// Tiles 0 to 3 are accumulators (upper rows left and right, lower rows left and right), 4 and 5 hold the two row blocks of A, 6 and 7 the two
+// column blocks of B. A macro because the intrinsics take tile numbers as literals; loads stand between the products that they do not wait for.
+#define FASTATTN_LOAD_LEFT(part)                    \
+    _tile_loadd(4, upper + (part) * kBlock, 64);    \
+    _tile_loadd(5, lower + (part) * kBlock, 64)
+#define FASTATTN_LOAD_RIGHT(part)                                   \
+    _tile_loadd(6, b + (part) * kWordVectors * kBlock, 64);         \
+    if constexpr (Vectors > 1) _tile_loadd(7, b + ((part) * kWordVectors + 1) * kBlock, 64)
+#define FASTATTN_MULTIPLY                              \
+    _tile_dpbf16ps(0, 4, 6);                           \
+    if constexpr (Vectors > 1) _tile_dpbf16ps(1, 4, 7); \
+    _tile_dpbf16ps(2, 5, 6);                           \
+    if constexpr (Vectors > 1) _tile_dpbf16ps(3, 5, 7)
 
 template <int Vectors, int parts>
-void matrix_tile(const float *upper, const float *lower, const float *b, int64_t k, float *c, int64_t ldc, bool accumulate) {
+void matrix_tile(const float *upper, const float *lower, const float *b, int64_t k, float *c, int64_t ldc, bool accumulate, Ahead ahead) {
     constexpr int64_t kBlock = 256;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
     for (int64_t i = 0; i < k; i += kWordDepth) {
-#pragma GCC unroll 3
-        for (int part_b = 0; part_b < parts; part_b++)
-#pragma GCC unroll 3
-            for (int part_a = 0; part_a < parts - part_b; part_a++) {
-                FASTATTN_MATRIX_ROWS(0, 1, 2, upper + part_a * kBlock, b + part_b * kTileVectors * kBlock)
-                FASTATTN_MATRIX_ROWS(3, 4, 5, lower + part_a * kBlock, b + part_b * kTileVectors * kBlock)
-            }
+        for (int64_t line = 0; line < ahead.lines; line++) __builtin_prefetch(ahead.data + line * 16, 0, 2);
+        ahead.data += ahead.lines * 16;
+        FASTATTN_LOAD_LEFT(0);
+        if constexpr (parts == 3) {  // the smallest products first, each with one operand of the one before
+            FASTATTN_LOAD_RIGHT(2);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_RIGHT(1);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_LEFT(1);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_RIGHT(0);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_LEFT(2);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_LEFT(0);
+            FASTATTN_MULTIPLY;
+        } else {
+            FASTATTN_LOAD_RIGHT(0);
+            FASTATTN_MULTIPLY;
+        }
         upper += parts * kBlock;
         lower += parts * kBlock;
-        b += parts * kTileVectors * kBlock;
+        b += parts * kWordVectors * kBlock;
     }
-    float sums[kWordRows * kTileWidth];
+    float sums[kWordRows * kWordVectors * kLanes];
     float *target = accumulate ? sums : c;
-    const int64_t ld = accumulate ? kTileWidth : ldc;
+    const int64_t ld = accumulate ? kWordVectors * kLanes : ldc;
     _tile_stored(0, target, ld * 4);
-    _tile_stored(3, target + 16 * ld, ld * 4);
+    _tile_stored(2, target + 16 * ld, ld * 4);
     if constexpr (Vectors > 1) {
         _tile_stored(1, target + kLanes, ld * 4);
-        _tile_stored(4, target + 16 * ld + kLanes, ld * 4);
-    }
-    if constexpr (Vectors > 2) {
-        _tile_stored(2, target + 2 * kLanes, ld * 4);
-        _tile_stored(5, target + 16 * ld + 2 * kLanes, ld * 4);
+        _tile_stored(3, target + 16 * ld + kLanes, ld * 4);
     }
     for (int r = 0; accumulate && r < kWordRows; r++)
-        for (int v = 0; v < Vectors; v++) add_to(c + r * ldc + v * kLanes, load(sums + r * kTileWidth + v * kLanes));
+        for (int v = 0; v < Vectors; v++) add_to(c + r * ldc + v * kLanes, load(sums + (r * kWordVectors + v) * kLanes));
 }
 
 template <int parts>
-void matrix_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, int64_t ldc, bool accumulate) {
+void matrix_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, int64_t ldc, bool accumulate, Ahead ahead) {
     for (int64_t row = 0; row < m; row += kWordRows) {
         // The lower half may lie past m: it is then computed from the upper one, into rows that nobody reads.
         const float *upper = a.data + row / 16 * a.stride, *lower = row + 16 < m ? upper + a.stride : upper;
-        float *target = c + row * ldc;
-        if (vectors == 1) matrix_tile<1, parts>(upper, lower, b, k, target, ldc, accumulate);
-        else if (vectors == 2) matrix_tile<2, parts>(upper, lower, b, k, target, ldc, accumulate);
-        else matrix_tile<3, parts>(upper, lower, b, k, target, ldc, accumulate);
+        if (vectors == 1) matrix_tile<1, parts>(upper, lower, b, k, c + row * ldc, ldc, accumulate, ahead);
+        else matrix_tile<2, parts>(upper, lower, b, k, c + row * ldc, ldc, accumulate, ahead);
+        ahead.data += k / kWordDepth * ahead.lines * 16;
     }
 }
 #endif
@@ -184,10 +189,11 @@ MatrixUnit::MatrixUnit() {}
 MatrixUnit::~MatrixUnit() {}
 #endif
 
-void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias) {
+void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias,
+              [[maybe_unused]] Ahead ahead) {
 #if defined(__AMX_BF16__)
-    if (a.parts == 1) return matrix_tiles<1>(m, vectors, k, a, b, c, ldc, accumulate);
-    if (a.parts == 3) return matrix_tiles<3>(m, vectors, k, a, b, c, ldc, accumulate);
+    if (a.parts == 1) return matrix_tiles<1>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
+    if (a.parts == 3) return matrix_tiles<3>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
 #elif defined(__AVX512BF16__)
     if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr);
 #endif

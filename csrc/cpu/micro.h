@@ -24,32 +24,38 @@ struct Left {
     int parts = 0;  // 0: float32; 1 or 3: words of bfloat16 pairs (pairs.h), in so many parts
 };
 
+// Memory to bring into the level-2 cache during a product: so many lines with every block of k of every kWordRows rows.
+struct Ahead {
+    const float *data = nullptr;
+    int64_t lines = 0;
+};
+
 // C(m, vectors * kLanes) = A B, or += with accumulate, plus a row of `bias` if given; any m, any number of vectors.
 //
-// With words, k counts words and is a multiple of kWordDepth, C has room for m rounded up to kWordRows, vectors is at most kTileVectors, and there
+// With words, k counts words and is a multiple of kWordDepth, C has room for m rounded up to kWordRows, vectors is at most kWordVectors, and there
 // is no bias. kWordBlocks: A and B lie in blocks of 16 x 16 words, one after the other: A by row block, k block, part; B by k block, part,
-// vector. Otherwise as float32.
+// vector (kWordVectors of them, whatever `vectors` is), and meanwhile `ahead` is fetched. Otherwise as float32.
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
-              const float *bias = nullptr);
+              const float *bias = nullptr, Ahead ahead = {});
 
 // C(m, n) = A B^T for float32 rows of A and of B, without packing either: for few rows of A, where packing B would cost as much as the product.
 // C has room for n rounded up to whole vectors.
 void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
 
 #if defined(__AMX_BF16__)
-// AMX: blocks of 16 x 16 words; 32 x 48 of C in six accumulator tiles. Fast enough to make float32 of six products.
+// AMX: blocks of 16 x 16 words; 32 x 32 of C in four accumulator tiles. Fast enough to make float32 of six products.
 constexpr int kBfloat16Parts = 1, kFloat32Parts = 3;
 constexpr bool kWordBlocks = true;
-constexpr int kWordRows = 32, kWordDepth = 16;
+constexpr int kWordRows = 32, kWordVectors = 2, kWordDepth = 16;
 #elif defined(__AVX512BF16__)
 // vdpbf16ps: the same tiles as float32.
 constexpr int kBfloat16Parts = 1, kFloat32Parts = 0;
 constexpr bool kWordBlocks = false;
-constexpr int kWordRows = kTileRows, kWordDepth = 1;
+constexpr int kWordRows = kTileRows, kWordVectors = kTileVectors, kWordDepth = 1;
 #else
 constexpr int kBfloat16Parts = 0, kFloat32Parts = 0;
 constexpr bool kWordBlocks = false;
-constexpr int kWordRows = kTileRows, kWordDepth = 1;
+constexpr int kWordRows = kTileRows, kWordVectors = kTileVectors, kWordDepth = 1;
 #endif
 
 // Sets up the matrix unit of the calling thread for multiply() with words, and gives it back; free where there is nothing to set up.

@@ -6,6 +6,7 @@
 //   grad_z' = rstd (g - mean(g) - h mean(g h)) + grad_z     (RMS: without mean(g))
 //   grad_x = dropout'(grad_z'), grad_residual = grad_z', grad_weight = sum over rows of grad_y h, grad_bias = sum over rows of grad_y
 #include "kernels.h"
+#include "norm.h"
 #include "philox.h"
 #include "rows.h"
 
@@ -28,9 +29,7 @@ struct RowBuffers {
     int16_t *keep;
 };
 
-vfloat scaled_weight(const fastattn_norm &p, int64_t c, int width) {
-    return p.weight ? load_any(offset(p.weight, p.weight_dtype, c), p.weight_dtype, width) + p.offset : broadcast(1.0f);
-}
+Affine affine_of(const fastattn_norm &p) { return {p.weight, p.bias, p.weight_dtype, p.bias_dtype, p.offset}; }
 
 // z of one row as float32, also written to p.z.
 void gather_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
@@ -49,41 +48,25 @@ void gather_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
     }
 }
 
-float mean_of(const float *row, int64_t width, float shift, bool squared) {
-    vfloat total[4] = {};
-    int64_t c = 0;
-    const auto term = [&](vfloat v) { return squared ? (v - shift) * (v - shift) : v; };
-    for (; c + 4 * kLanes <= width; c += 4 * kLanes)
-        for (int i = 0; i < 4; i++) total[i] += term(load(row + c + i * kLanes));
-    for (; c + kLanes <= width; c += kLanes) total[0] += term(load(row + c));
-    float result = sum((total[0] + total[1]) + (total[2] + total[3]));
-    for (; c < width; c++) result += squared ? (row[c] - shift) * (row[c] - shift) : row[c];
-    return result / (float)width;
-}
-
 void forward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
     gather_row(p, row, buffers);
     const float mean = p.is_rms ? 0.0f : mean_of(buffers.row, p.width, 0.0f, false);
-    const float rstd = 1.0f / __builtin_sqrtf(mean_of(buffers.row, p.width, mean, true) + p.eps);
+    const float rstd = rstd_of(buffers.row, p.width, mean, p.eps);
     if (p.mean) p.mean[row] = mean;
     if (p.rstd) p.rstd[row] = rstd;
-    for (int64_t c = 0; c < p.width; c += kLanes) {
-        const int width = lanes_left(c, p.width);
-        vfloat y = (load(buffers.row + c) - mean) * rstd * scaled_weight(p, c, width);
-        if (p.bias) y += load_any(offset(p.bias, p.bias_dtype, c), p.bias_dtype, width);
-        store_any(offset(p.y, p.x_dtype, row * p.width + c), p.x_dtype, y, width);
-    }
+    write_normal(buffers.row, p.width, mean, rstd, affine_of(p), offset(p.y, p.x_dtype, row * p.width), p.x_dtype);
 }
 
 void backward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers, float *weight_sum, float *bias_sum) {
     const float mean = p.is_rms ? 0.0f : p.mean[row], rstd = p.rstd[row];
+    const Affine affine = affine_of(p);
     vfloat g_total = zero(), gh_total = zero();
     for (int64_t c = 0; c < p.width; c += kLanes) {
         const int width = lanes_left(c, p.width);
         const int64_t at = row * p.width + c;
         const vfloat grad_y = load_any(offset(p.grad_y, p.x_dtype, at), p.x_dtype, width);
         const vfloat h = (load_any(offset((const void *)p.z, p.z_dtype, at), p.z_dtype, width) - mean) * rstd;
-        const vfloat g = grad_y * scaled_weight(p, c, width);  // 0 in the lanes past the row
+        const vfloat g = grad_y * affine.scale(c, width);  // 0 in the lanes past the row
         store(buffers.row + c, h);
         store(buffers.other + c, g);
         g_total += g;

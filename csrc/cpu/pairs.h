@@ -69,29 +69,34 @@ FASTATTN_INLINE void widen_two(vfloat words, vfloat &first, vfloat &second) {
     second = from_bfloat16(halves[1]);
 }
 
-// kLanes words of one row, from element c on; 0 past the end.
+// The words of 2 kLanes consecutive float32 of a row; of one part they are rounded.
 template <int parts>
-FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
+FASTATTN_INLINE Words<parts> words_of(vfloat first, vfloat second, vfloat &poison) {
     Words<parts> result;
-    const int64_t count = larger(0, smaller(2 * kLanes, columns - c));
-    if constexpr (parts == 1) {
-        vuint words = {};
-        __builtin_memcpy(&words, source.at(r, c), (size_t)count * 2);
-        result.part[0] = (vfloat)words;
-    } else {
-        vfloat first = load_any(source.at(r, c), FASTATTN_FLOAT32, (int)smaller(kLanes, count));
-        vfloat second = load_any(source.at(r, c + kLanes), FASTATTN_FLOAT32, (int)larger(0, count - kLanes));
-        for (int p = 0; p < 3; p++) {
-            result.part[p] = narrow_two(first, second);
-            if (p == 2) break;
-            vfloat first_part, second_part;
-            widen_two(result.part[p], first_part, second_part);
-            first -= first_part;
-            second -= second_part;
-            if (p == 0) poison += (first + second) * 0.0f;
-        }
+    result.part[0] = narrow_two(first, second);
+    for (int p = 1; p < parts; p++) {
+        vfloat first_part, second_part;
+        widen_two(result.part[p - 1], first_part, second_part);
+        first -= first_part;
+        second -= second_part;
+        if (p == 1) poison += (first + second) * 0.0f;
+        result.part[p] = narrow_two(first, second);
     }
     return result;
+}
+
+// kLanes words of one row, from element c on; 0 past the end. The source is bfloat16 or float32 for one part, float32 for three.
+template <int parts>
+FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
+    const int64_t count = larger(0, smaller(2 * kLanes, columns - c));
+    if (parts == 1 && source.dtype == FASTATTN_BFLOAT16) {
+        vuint words = {};
+        __builtin_memcpy(&words, source.at(r, c), (size_t)count * 2);
+        return {{(vfloat)words}};
+    }
+    const vfloat first = load_any(source.at(r, c), FASTATTN_FLOAT32, (int)smaller(kLanes, count));
+    const vfloat second = load_any(source.at(r, c + kLanes), FASTATTN_FLOAT32, (int)larger(0, count - kLanes));
+    return words_of<parts>(first, second, poison);
 }
 
 // The four ways a matrix becomes words. `depth` words along k, zeros past the matrix. True when an element is not finite.

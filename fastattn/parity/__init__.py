@@ -6,6 +6,7 @@ from fastattn.parity.bound import ParityRow, parity
 from fastattn.parity.rule import (
     Conditions,
     check_attention,
+    check_encoder_layer,
     check_ffn,
     check_gated_ffn,
     check_linear_act,
@@ -20,6 +21,7 @@ __all__ = [
     "ParityRow",
     "VerifyReport",
     "check_attention",
+    "check_encoder_layer",
     "check_ffn",
     "check_gated_ffn",
     "check_linear_act",

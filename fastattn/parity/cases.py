@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn.parity.attention_cases import AttentionCase
 from fastattn.parity.decode_cases import DecodeCase
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
+from fastattn.parity.encoder_layer_cases import EncoderLayerCase
 from fastattn.parity.rule import Conditions, ParityRow, check_ffn, check_gated_ffn, check_linear_act, check_norm
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2")
@@ -225,4 +226,5 @@ OPERATIONS: dict[str, Any] = {
     "linear_act": LinearActCase,
     "ffn": FfnCase,
     "gated_ffn": GatedFfnCase,
+    "encoder_layer": EncoderLayerCase,
 }

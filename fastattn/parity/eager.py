@@ -8,7 +8,8 @@ written truth that `fastattn.reference` is compared with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +150,46 @@ def eager_gated_ffn(
     """(activation(x Wg^T + bg) * (x Wu^T + bu) * keep) Wd^T + bd: x (..., K), w_gate and w_up (M, K), w_down (N, M)."""
     hidden = eager_linear_act(x, w_gate, b_gate, activation) * _linear(x, w_up, b_up)
     return _linear(_kept(hidden, keep), w_down, b_down)
+
+
+def eager_encoder_half(
+    t: Mapping[str, Tensor],
+    *,
+    visible: Tensor,
+    heads: int,
+    norm_first: bool,
+    eps1: float,
+    eps2: float,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An encoder layer up to its feed-forward block: the residual stream, and what goes into that block.
+
+    t: the tensors by the names of the arguments of `fastattn.encoder_layer`; x (B, S, E), visible (B, heads, S, S).
+    """
+
+    def attend(z: Tensor) -> Tensor:
+        q, k, v = (
+            _linear(z, t[f"w{n}"], t.get(f"b{n}")).unflatten(-1, (heads, -1)).transpose(1, 2) for n in ("q", "k", "v")
+        )
+        out, _ = eager_attention(q, k, v, visible=visible, scale=scale)
+        return _linear(out.transpose(1, 2).flatten(2), t["wo"], t.get("bo"))
+
+    x = t["x"]
+    if norm_first:
+        h = x + attend(_layer_norm(t, 1, x, eps1))
+        return h, _layer_norm(t, 2, h, eps2)
+    h = _layer_norm(t, 1, x + attend(x), eps1)
+    return h, h
+
+
+def eager_encoder_layer(
+    t: Mapping[str, Tensor], *, activation: str | None, norm_first: bool, eps2: float, **options: Any
+) -> Tensor:
+    """An encoder layer; arguments as in `eager_encoder_half`."""
+    h, inner = eager_encoder_half(t, norm_first=norm_first, eps2=eps2, **options)
+    y = h + eager_ffn(inner, t["w1"], t.get("b1"), t["w2"], t.get("b2"), activation)
+    return y if norm_first else _layer_norm(t, 2, y, eps2)
+
+
+def _layer_norm(t: Mapping[str, Tensor], number: int, z: Tensor, eps: float) -> Tensor:
+    return eager_norm(z, t.get(f"norm{number}_weight"), t.get(f"norm{number}_bias"), kind="layer", eps=eps)[0]

@@ -19,17 +19,20 @@ Norms, with r = rstd, g = |offset| + |weight|, T_x^ = (|z| + mean|z|) r for laye
 Linears, with pre-activation a and D(a) the activation's derivative with its terms made positive:
     T_a    = |x| |W|^T + |b|                       T_h   = T_a (relu2: T_a^2)
     T_da   = T_dh D(a) (a hidden layer: T_h m, T_dh m)    T_dx  = T_da |W|    T_dW = T_da^T |x|    T_db = sum T_da
+Encoder layers: T of the last product, residual sum and norm, with everything before them as it is. Composed over the
+    whole layer T would outgrow every error; what the first half does to the result, plain torch does too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.parity.eager import ACTIVATIONS, same_heads
+from fastattn.parity.eager import ACTIVATIONS, eager_encoder_half, eager_linear_act, same_heads
 
 
 def _sum_groups(per_query_head: Tensor, heads_kv: int) -> Tensor:
@@ -262,3 +265,20 @@ def near_kink(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
         return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     layer = _Linear(x.double(), x.double().abs(), weight, bias)
     return (layer.a.abs() <= 2.0**-20 * layer.t).any(dim=-1)
+
+
+def encoder_layer_magnitudes(
+    t: Mapping[str, Tensor], *, activation: str | None, norm_first: bool, eps2: float, **options: Any
+) -> Tensor:
+    """T of the result of `eager_encoder_layer`, with its arguments."""
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
+    h, inner = eager_encoder_half(wide, norm_first=norm_first, eps2=eps2, **options)
+    hidden = eager_linear_act(inner, wide["w1"], wide.get("b1"), activation)
+    last = _Linear(hidden, hidden.abs(), wide["w2"], wide.get("b2"))
+    z, t_z = h + last.a, h.abs() + last.t
+    if norm_first:
+        return t_z
+    rstd = ((z - z.mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True) + eps2).rsqrt()
+    weight, bias = wide.get("norm2_weight"), wide.get("norm2_bias")
+    t_y = (t_z + t_z.mean(dim=-1, keepdim=True)) * rstd * (1.0 if weight is None else weight.abs())
+    return t_y + (0.0 if bias is None else bias.abs())

@@ -8,6 +8,7 @@ Raises fastattn.NotSupported where the backend refuses the call.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,18 @@ from torch import Tensor
 from fastattn import functional, reference
 from fastattn.masks import Mask
 from fastattn.parity.bound import ParityRow, parity, unit_roundoff
-from fastattn.parity.eager import eager_attention, eager_ffn, eager_gated_ffn, eager_linear_act, eager_norm
+from fastattn.parity.eager import (
+    eager_attention,
+    eager_encoder_layer,
+    eager_ffn,
+    eager_gated_ffn,
+    eager_linear_act,
+    eager_norm,
+)
 from fastattn.parity.histogram import check_mask_histogram
 from fastattn.parity.magnitude import (
     attention_magnitudes,
+    encoder_layer_magnitudes,
     ffn_magnitudes,
     gated_ffn_magnitudes,
     linear_act_magnitudes,
@@ -34,6 +43,7 @@ __all__ = [
     "Conditions",
     "ParityRow",
     "check_attention",
+    "check_encoder_layer",
     "check_ffn",
     "check_gated_ffn",
     "check_linear_act",
@@ -324,6 +334,66 @@ def _kept_rows(x: Tensor, columns: int, dropout_p: float, dropout_seed: Tensor |
     assert dropout_seed is not None, "a check draws no seed of its own: pass dropout_seed"
     kept = keep_mask(dropout_seed, dropout_p, 1, math.prod(x.shape[:-1]), columns)
     return kept.view(*x.shape[:-1], columns).double() * dropout_scale(dropout_p)
+
+
+def check_encoder_layer(
+    tensors: dict[str, Tensor],
+    *,
+    backend: str | None,
+    heads: int,
+    activation: str | None = "gelu",
+    norm_first: bool = False,
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+    mask: Mask | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    conditions: Conditions = DEFAULT,
+) -> list[ParityRow]:
+    """`fastattn.encoder_layer`: y; it has no gradients. tensors: x and the weights and biases there are, by name."""
+    x = tensors["x"]
+    numbers: dict[str, Any] = {
+        "heads": heads,
+        "activation": activation,
+        "norm_first": norm_first,
+        "eps1": eps1,
+        "eps2": eps2,
+        "scale": scale,
+    }
+    if cu_seqlens is None:
+        visible = dense_mask(mask, (x.size(0), heads, x.size(1), x.size(1)), x.device)
+    else:  # one sample, in which a token sees those of its own sequence
+        owner = torch.bucketize(torch.arange(x.size(0), device=x.device), cu_seqlens[1:].to(x.device), right=True)
+        visible = (owner[:, None] == owner).expand(1, heads, -1, -1)
+    extras = {"mask": mask} if isinstance(mask, Tensor) else {}
+    if cu_seqlens is not None:
+        extras["cu_seqlens"] = cu_seqlens
+
+    def batched(t: Tensors) -> dict[str, Tensor]:
+        return {**t, "x": t["x"] if cu_seqlens is None else t["x"][None]}
+
+    def flat(y: Tensor) -> dict[str, Tensor]:
+        return {"y": y if cu_seqlens is None else y[0]}
+
+    def arguments(t: Tensors) -> dict[str, Any]:
+        missing = dict.fromkeys(_LAYER_OPTIONAL - t.keys())
+        return {**missing, **t, "mask": t.get("mask", mask), **numbers}
+
+    probe = Probe(
+        dtype=x.dtype,
+        fused=lambda t: {"y": functional.encoder_layer(**arguments(t))},
+        truth=lambda t: {"y": reference.encoder_layer(**arguments(t))},
+        eager=lambda t: flat(eager_encoder_layer(batched(t), visible=visible, **numbers)),
+        magnitudes=lambda t, _: flat(encoder_layer_magnitudes(batched(t), visible=visible, **numbers)),
+        form=_dtype_of_x(x),
+    )
+    return run_probe(probe, {**tensors, **extras}, backend, replace(conditions, grad=False))
+
+
+_LAYER_OPTIONAL = frozenset(
+    [f"b{n}" for n in ("q", "k", "v", "o", "1", "2")]
+    + [f"norm{n}_{name}" for n in (1, 2) for name in ("weight", "bias")]
+)
 
 
 def _erase_rows(grads: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,114 @@
+// The operands of a matrix product in the form the micro-kernel reads: B in packed strips of columns, A in blocks of rows.
+#pragma once
+#include "micro.h"
+#include "pack.h"
+#include "pairs.h"
+
+FASTATTN_NAMESPACE_BEGIN
+
+constexpr int64_t kDepth = 512;  // k in one block, a multiple of 32
+
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+};
+
+// Share `index` of `parts` of [0, total), cut at multiples of `step`.
+static inline Range part(int64_t total, int64_t step, int64_t parts, int64_t index) {
+    const int64_t units = (total + step - 1) / step;
+    return {smaller(total, units * index / parts * step), smaller(total, units * (index + 1) / parts * step)};
+}
+
+static inline Range depth_block(int64_t k, int64_t index) { return {index * kDepth, smaller((index + 1) * kDepth, k)}; }
+
+// How the operands of one product are held.
+struct Form {
+    int parts;  // as in Left
+
+    // Elements of the micro-kernel along k, and those of all parts.
+    int64_t depth(int64_t k) const { return parts ? round_up((k + 1) / 2, kWordDepth) : k; }
+    int64_t elements(int64_t k) const { return depth(k) * larger(1, parts); }
+    int64_t tile_rows() const { return parts ? kWordRows : kTileRows; }
+    int64_t strip_vectors() const { return parts ? kWordVectors : kTileVectors; }
+    int64_t strip_width() const { return strip_vectors() * kLanes; }
+    int64_t strips(int64_t n) const { return (n + strip_width() - 1) / strip_width(); }
+    // From one row of tiles of A to the next, and along k (a multiple of kDepth or of 32) within A and within a strip of B.
+    int64_t left_rows(const Left &left, int64_t rows) const { return left.layout == Layout::columns ? rows : left.stride * (parts && kWordBlocks ? rows / 16 : rows); }
+    int64_t left_depth(int64_t k) const { return parts && kWordBlocks ? elements(k) * 16 : depth(k); }
+    int64_t right_depth(int64_t k) const { return elements(k) * strip_width(); }
+};
+
+// Calls f.template operator()<parts>() for words.
+template <class F>
+static inline bool with_parts(int parts, F &&f) {
+    if constexpr (kFloat32Parts > 0) {
+        if (parts == 3) return f.template operator()<3>();
+    }
+    if constexpr (kBfloat16Parts > 0) return f.template operator()<1>();
+    return false;
+}
+
+// A matrix of a tensor with either stride 1.
+struct Operand {
+    const void *data;
+    int32_t dtype;
+    int64_t down, across;  // strides
+
+    const void *at(int64_t row, int64_t column) const { return offset(data, dtype, row * down + column * across); }
+};
+
+// A strip of B: rows k of it x (up to strip_width) columns, lanes beyond `columns` zero. True when an element does not split.
+static inline bool pack_strip([[maybe_unused]] Form form, const Operand &b, Range k, Range columns, float *target) {
+    const bool transposed = b.down == 1;
+    const Rows source{b.at(k.begin, columns.begin), b.dtype, transposed ? b.across : b.down};
+#if defined(__AVX512BF16__)
+    if (form.parts)
+        return with_parts(form.parts, [&]<int parts>() {
+            const int64_t depth = form.depth(k.size());
+            const WordsTarget words = kWordBlocks ? WordsTarget{target, 16, parts * kWordVectors * 256, 256, kWordVectors * 256}
+                                                  : WordsTarget{target, kTileWidth, 16 * kTileWidth, 16, 0};
+            return transposed ? pack_words_transposed<parts>(source, columns.size(), k.size(), words, depth)
+                              : pack_words_of_row_pairs<parts>(source, k.size(), columns.size(), words, depth);
+        });
+#endif
+    if (transposed) pack_transposed(source, columns.size(), k.size(), 1.0f, target, kTileWidth, (columns.size() + kLanes - 1) / kLanes);
+    else pack_rows(source, k.size(), columns.size(), 1.0f, target, kTileWidth);
+    return false;
+}
+
+#if defined(__AVX512BF16__)
+// Where words of A go, rows of `depth` words.
+static inline WordsTarget left_words(Form form, int64_t depth, float *target) {
+    const int64_t ld = round_up(depth, kLanes);
+    return kWordBlocks ? WordsTarget{target, 16, depth * form.parts * 16, form.parts * 256, 256} : WordsTarget{target, ld, 16 * ld, 16, 0};
+}
+#endif
+
+// A block of A for the micro-kernel: in place when possible, else copied into `scratch`. `nonfinite` is set when an element does not split.
+static inline Left pack_left([[maybe_unused]] Form form, const Operand &a, Range rows, Range k, float *scratch, [[maybe_unused]] bool &nonfinite) {
+    const bool by_rows = a.across == 1;
+    const Rows source{a.at(rows.begin, k.begin), a.dtype, by_rows ? a.down : a.across};
+    const int64_t wide_rows = round_up(rows.size(), kLanes);
+#if defined(__AVX512BF16__)
+    if (form.parts) {
+        const int64_t depth = form.depth(k.size());
+        const bool columns_kept = !by_rows && !kWordBlocks;
+        const WordsTarget words = columns_kept ? WordsTarget{scratch, wide_rows, 16 * wide_rows, 16, 0} : left_words(form, depth, scratch);
+        nonfinite |= with_parts(form.parts, [&]<int parts>() {
+            if (by_rows) return pack_words_in_rows<parts>(source, rows.size(), k.size(), words, depth);
+            if (columns_kept) return pack_words_of_row_pairs<parts>(source, k.size(), rows.size(), words, depth);
+            return pack_words_of_columns<parts>(source, k.size(), rows.size(), words, depth);
+        });
+        return {scratch, kWordBlocks ? words.block_down : words.stride, columns_kept ? Layout::columns : Layout::rows, form.parts};
+    }
+#endif
+    if (!by_rows) {
+        pack_rows(source, k.size(), rows.size(), 1.0f, scratch, wide_rows);
+        return {scratch, wide_rows, Layout::columns};
+    }
+    if (a.dtype == FASTATTN_FLOAT32) return {(const float *)source.data, a.down, Layout::rows};
+    pack_rows(source, rows.size(), k.size(), 1.0f, scratch, round_up(k.size(), kLanes));
+    return {scratch, round_up(k.size(), kLanes), Layout::rows};
+}
+
+FASTATTN_NAMESPACE_END
