@@ -81,9 +81,11 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = self._project(query, key, value)
-        batch, len_k = k.shape[0], k.shape[2]
+        len_k = k.shape[2]
         k, v = self._append(k, v)
-        masks = read_masks(attn_mask, key_padding_mask, batch=batch, causal=causal, extra_keys=k.shape[2] - len_k)
+        masks = read_masks(
+            attn_mask, key_padding_mask, heads=self.num_heads, causal=causal, extra_keys=k.shape[2] - len_k
+        )
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if not need_weights:
@@ -183,7 +185,9 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
             return "is_causal=True comes without an attn_mask"
         if self.training and self.dropout >= 1.0:
             return f"dropout is {self.dropout}"
-        return why_not_masks(attn_mask, key_padding_mask, query, self._batch_and_length(key), self.num_heads)
+        batch, len_q = self._batch_and_length(query)
+        sizes = (batch, self.num_heads, len_q, self._batch_and_length(key)[1])
+        return why_not_masks(attn_mask, key_padding_mask, query, sizes)
 
     def _why_not_weights(self, query: Tensor) -> str | None:
         """The tensors are read as attributes, as torch does: pruning and parametrisation have made them what they

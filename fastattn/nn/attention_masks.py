@@ -51,14 +51,13 @@ class AttentionMasks:
 
 
 def why_not_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, key_shape: tuple[int, int], heads: int
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, sizes: tuple[int, int, int, int]
 ) -> str | None:
     """None for masks of the shapes above that the kernels can take beside `query`, else the reason.
 
-    query: (L, E), or three dimensions in either order. key_shape: (B, S).
+    query: two dimensions where there is no batch, or three. sizes: B, H, L, S.
     """
-    batch, len_k = key_shape
-    len_q = query.numel() // max(batch * query.shape[-1], 1)
+    batch, heads, len_q, len_k = sizes
     if attn_mask is not None:
         reason = _why_not_mask("attn_mask", attn_mask, query)
         if reason is not None:
@@ -75,7 +74,7 @@ def why_not_masks(
 
 
 def read_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, batch: int, causal: bool, extra_keys: int
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, *, heads: int, causal: bool, extra_keys: int
 ) -> AttentionMasks:
     """The masks of a call that `why_not_masks` had nothing against.
 
@@ -85,9 +84,14 @@ def read_masks(
         return AttentionMasks(causal=True)
     if attn_mask is not None:
         attn_mask = _longer(attn_mask, extra_keys)
-        attn_mask = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, -1))
+        attn_mask = (
+            attn_mask[None, None]
+            if attn_mask.dim() == 2
+            else attn_mask.unflatten(0, (attn_mask.shape[0] // heads, heads))
+        )
     if key_padding_mask is not None:
-        key_padding_mask = _longer(key_padding_mask, extra_keys).view(batch, -1)
+        key_padding_mask = _longer(key_padding_mask, extra_keys)
+        key_padding_mask = key_padding_mask[None] if key_padding_mask.dim() == 1 else key_padding_mask
     pairs, keys, biases = None, None, []
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:

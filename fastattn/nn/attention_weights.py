@@ -94,7 +94,7 @@ def _additive(masks: AttentionMasks) -> tuple[Tensor | None, Tensor | None]:
 
 def _scores(q: Tensor, k: Tensor, added: Tensor | None) -> Tensor:
     """q k^T / sqrt(D) + added, float32 (B, H, L, S). added: float32, broadcasts to that."""
-    batch, heads, len_q, dim = q.shape
+    batch, heads, _, dim = q.shape
     scale = dim**-0.5
     with torch.autocast(q.device.type, enabled=False):
         rows, columns = q.float().flatten(0, 1), k.float().flatten(0, 1).transpose(1, 2)
@@ -102,7 +102,7 @@ def _scores(q: Tensor, k: Tensor, added: Tensor | None) -> Tensor:
             scores = torch.bmm(rows * scale, columns)
         else:
             scores = torch.baddbmm(added.expand(batch, heads, -1, -1).flatten(0, 1), rows, columns, alpha=scale)
-        return scores.view(batch, heads, len_q, -1)
+        return scores.unflatten(0, (batch, heads))
 
 
 def _averaged(weights: Tensor, average: bool) -> Tensor:
