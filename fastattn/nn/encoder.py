@@ -92,10 +92,11 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
         first = self.self_attn.batch_first
         x = src.unsqueeze(0) if src.dim() == 2 else src if first else src.transpose(0, 1)
         batch, length = x.shape[:2]
-        if why_not_masks(src_mask, src_key_padding_mask, src, (batch, length), self.self_attn.num_heads) is not None:
+        heads = self.self_attn.num_heads
+        if why_not_masks(src_mask, src_key_padding_mask, src, (batch, heads, length, length)) is not None:
             return None
         causal = is_causal and src_key_padding_mask is None
-        masks = read_masks(src_mask, src_key_padding_mask, batch=batch, causal=causal, extra_keys=0)
+        masks = read_masks(src_mask, src_key_padding_mask, heads=heads, causal=causal, extra_keys=0)
         if masks.bias is not None:
             return None
         out = whole.run(x, mask=masks.visible())
@@ -177,8 +178,8 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
         return src.new_zeros(src.shape).flatten(0, 1).index_copy_(0, index, rows).view(src.shape)
 
     def _drops_padding(self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
-        """Whether torch goes over to nested tensors here: the conditions of its forward, which are those of this
-        version and hold for padded rows of the output."""
+        """Whether torch goes over to nested tensors here, by the conditions of its forward; they show in the padded
+        rows of the output. Unlike torch's, a float mask that does more than hide keys is not taken for padding."""
         first = self.layers[0]
         if (
             key_padding_mask is None
@@ -195,6 +196,8 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
             torch.compiler.is_compiling()
             or not torch._nested_tensor_from_mask_left_aligned(src, key_padding_mask.logical_not())
         ):
+            return False
+        if key_padding_mask.is_floating_point() and not (key_padding_mask.isneginf() | (key_padding_mask == 0)).all():
             return False
         attention = first.self_attn
         modules = (attention.out_proj, first.norm1, first.norm2, first.linear1, first.linear2)

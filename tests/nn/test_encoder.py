@@ -25,6 +25,12 @@ from fastattn import swap
 from fastattn.nn import TransformerEncoder, TransformerEncoderLayer
 from fastattn.nn.counting import Tally, start, stop
 
+LAYER_MODES = [(dtype, mode) for dtype in (torch.float32, torch.bfloat16) for mode in ("train", "eval")]
+ENCODER_MODES = [
+    *((torch.float32, mode) for mode in ("train", "eval", "eval with gradients")),
+    (torch.bfloat16, "eval"),
+]
+RELUS = ("relu", F.relu)
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN = 3, 9, 24, 4, 40
 NEG_INF = float("-inf")
 
@@ -100,7 +106,7 @@ def layer_table() -> Iterator[Case]:
     paddings = ("", "bool", "bool scattered", "float", "random")
     for mask, padding in itertools.product(masks, paddings):
         yield Case("batch", mask, padding, {"activation": "gelu"})
-    activations = ("relu", F.gelu, torch.tanh, F.silu, nn.ReLU(), nn.GELU(), nn.GELU("tanh"))
+    activations = ("relu", F.relu, F.gelu, torch.tanh, F.silu, nn.GELU(), nn.GELU("tanh"))
     for activation, norm_first in itertools.product(activations, (True, False)):
         yield Case("batch", "", "bool", {"activation": activation, "norm_first": norm_first})
     for layout, norm_first, bias in itertools.product(("batch", "seq", "single"), (True, False), (True, False)):
@@ -110,11 +116,16 @@ def layer_table() -> Iterator[Case]:
     for layout, mask in itertools.product(("batch", "seq", "single"), ("causal", "causal float")):
         yield Case(layout, mask, "", {"activation": "gelu"}, {"is_causal": True})
     yield Case("batch", "causal", "bool", {"activation": "gelu"}, {"is_causal": True})
-    yield Case("batch", "", "", {"nhead": 3})
+    yield Case("batch", "", "", {"nhead": 3, "activation": "gelu"})
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "eval with gradients"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def away_from_the_kink(linear1: nn.Linear) -> None:
+    """Rounding alone decides the derivative of a relu at 0: every hidden feature is put clearly on one side of it."""
+    with torch.no_grad():
+        linear1.bias.copy_(torch.tensor([12.0, -12.0]).repeat(HIDDEN // 2))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), LAYER_MODES, ids=str)
 @pytest.mark.parametrize("case", list(layer_table()), ids=str)
 def test_layer(case: Case, dtype: torch.dtype, mode: str, against_torch, randomised) -> None:
     options = {"nhead": HEADS, "dim_feedforward": HIDDEN, "batch_first": case.layout == "batch", **case.options}
@@ -122,6 +133,8 @@ def test_layer(case: Case, dtype: torch.dtype, mode: str, against_torch, randomi
         options["dropout"] = 0.0
     ours = randomised(TransformerEncoderLayer(WIDTH, **options)).train(mode == "train")
     theirs = nn.TransformerEncoderLayer(WIDTH, **options).train(mode == "train")
+    if case.options.get("activation") in RELUS:
+        away_from_the_kink(ours.linear1)
     inputs, masks = {"src": case.inputs()}, case.masks()
     against_torch(ours, theirs, inputs, masks, dtype=dtype, grad=mode != "eval", torch_fast_path=case.torch_fast_path)
 
@@ -145,11 +158,14 @@ def encoder_table() -> Iterator[Case]:
         yield Case("seq", mask, "bool", {}, {"is_causal": is_causal})
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "eval with gradients"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "mode"), ENCODER_MODES, ids=str)
 @pytest.mark.parametrize("case", list(encoder_table()), ids=str)
 def test_encoder(case: Case, dtype: torch.dtype, mode: str, against_torch, randomised) -> None:
-    """Three layers; padded rows of the output are judged too, which torch sets to 0 or not by conditions of its own."""
+    """Three layers; padded rows of the output are judged too, which torch sets to 0 or not by conditions of its own.
+
+    Gradients in float32: in bfloat16 the errors of torch's own, through three layers, are no yardstick, their size is a
+    matter of luck. Those of a single layer are judged above.
+    """
     options = {"batch_first": case.layout == "batch", "activation": "gelu", **case.options}
     stack = {name: options.pop(name) for name in ("enable_nested_tensor", "mask_check") if name in options}
     norm = options.pop("norm", False)
@@ -275,9 +291,9 @@ def test_dropout_sites(site: str, norm_first: bool) -> None:
     if norm_first and site in ("dropout", "dropout2"):
         layer.train()
         with torch.no_grad():
-            mean = torch.stack([layer(x) for _ in range(4000)]).mean(dim=0)
-            spread = torch.stack([layer(x) for _ in range(200)]).std(dim=0)
-        assert ((mean - plain).abs() <= 5 * spread / 4000**0.5 + 1e-5).all()
+            draws = torch.stack([layer(x) for _ in range(400)])
+        mean, spread = draws.mean(dim=0), draws.std(dim=0)
+        assert ((mean - plain).abs() <= 5 * spread / len(draws) ** 0.5 + 1e-5).all()
 
 
 class OddNorm(nn.LayerNorm):

@@ -46,12 +46,16 @@ class TorchGatedFeedForward(nn.Module):
         return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
 
 
+def name_of(activation: object) -> str:
+    return activation if isinstance(activation, str) else getattr(activation, "__name__", str(activation))
+
+
 BLOCKS = [(FeedForward, TorchFeedForward), (GatedFeedForward, TorchGatedFeedForward)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", [*TORCH, F.gelu, nn.SiLU(), torch.tanh], ids=str)
+@pytest.mark.parametrize("activation", [*TORCH, F.gelu, nn.SiLU(), torch.tanh], ids=name_of)
 @pytest.mark.parametrize(("ours", "theirs"), BLOCKS, ids=["plain", "gated"])
 def test_equals_torch(ours, theirs, activation, bias: bool, dtype: torch.dtype, against_torch, randomised) -> None:
     module = randomised(ours(WIDTH, HIDDEN, activation, bias=bias))
