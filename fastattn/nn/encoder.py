@@ -178,8 +178,8 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
         return src.new_zeros(src.shape).flatten(0, 1).index_copy_(0, index, rows).view(src.shape)
 
     def _drops_padding(self, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
-        """Whether torch goes over to nested tensors here: the conditions of its forward, which are those of this
-        version and hold for padded rows of the output."""
+        """Whether torch goes over to nested tensors here, by the conditions of its forward; they show in the padded
+        rows of the output. Unlike torch's, a float mask that does more than hide keys is not taken for padding."""
         first = self.layers[0]
         if (
             key_padding_mask is None
@@ -196,6 +196,8 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
             torch.compiler.is_compiling()
             or not torch._nested_tensor_from_mask_left_aligned(src, key_padding_mask.logical_not())
         ):
+            return False
+        if key_padding_mask.is_floating_point() and not (key_padding_mask.isneginf() | (key_padding_mask == 0)).all():
             return False
         attention = first.self_attn
         modules = (attention.out_proj, first.norm1, first.norm2, first.linear1, first.linear2)
