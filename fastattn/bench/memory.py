@@ -39,11 +39,12 @@ def _cuda(call: Callable[[], object]) -> int:
 def _resident(call: Callable[[], object]) -> int | None:
     if not _STATUS.exists() or not _CLEAR.exists():
         return None
-    with _freed_blocks_are_given_back() as works:
-        if not works:
+    with _freed_blocks_are_given_back() as give_back:
+        if give_back is None:
             return None
         call()  # scratch space that a library keeps for good is not this call's
         gc.collect()
+        give_back(0)  # also the pages of free blocks between used ones
         before = _status("VmRSS")
         try:
             _CLEAR.write_text("5")  # sets the high-water mark back to what is resident now
@@ -59,17 +60,17 @@ def _status(field: str) -> int:
 
 
 @contextlib.contextmanager
-def _freed_blocks_are_given_back() -> Iterator[bool]:
-    """Sets glibc's thresholds inside, and outside to what they grow to by themselves; False without glibc."""
+def _freed_blocks_are_given_back() -> Iterator[Callable[[int], int] | None]:
+    """Sets glibc's thresholds inside, and outside to what they grow to by themselves. Gives malloc_trim; None without
+    glibc."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        yield False
+        yield None
         return
     libc.mallopt(_M_MMAP_THRESHOLD, _GIVE_BACK)
     libc.mallopt(_M_TRIM_THRESHOLD, _GIVE_BACK)
-    libc.malloc_trim(0)
     try:
-        yield True
+        yield libc.malloc_trim
     finally:
         libc.mallopt(_M_MMAP_THRESHOLD, _KEEP)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP)

@@ -64,7 +64,8 @@ class Row:
 
 @dataclass
 class Result:
-    """All rows of a run. failures: sentences; a run with any fails. quick: sizes and times are those of a trial."""
+    """All rows of a run. failures: sentences; a run with any fails. left_out: cases that the time budget did not reach.
+    quick: sizes and times are those of a trial."""
 
     rows: list[Row]
     limits: Limits
@@ -73,6 +74,7 @@ class Result:
     seconds: float
     quick: bool = False
     failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -88,6 +90,7 @@ class Result:
             "environment": self.environment,
             "limits": self.limits.to_json(),
             "failures": self.failures,
+            "left_out": self.left_out,
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -113,6 +116,7 @@ def read_result(source: Path) -> Result:
         seconds=found["seconds"],
         quick=found["quick"],
         failures=found["failures"],
+        left_out=found["left_out"],
     )
 
 
@@ -130,6 +134,7 @@ def merge(parts: Iterable[Result]) -> Result:
         seconds=sum(result.seconds for result in results),
         quick=any(result.quick for result in results),
         failures=[f for result in results for f in result.failures],
+        left_out=[name for result in results for name in result.left_out],
     )
 
 

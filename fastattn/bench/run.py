@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from fastattn.bench.cases.base import Case, OpCase, dtype_name
 from fastattn.bench.cases.model import ModelCase
@@ -34,7 +33,8 @@ Step = Callable[[str], object]
 @dataclass(frozen=True)
 class Options:
     """directions: a subset of those that the cases have; empty takes all of theirs. memory: measure peak memory.
-    compiled: let providers join that compile anew for every shape. only: providers by name, or None for all."""
+    compiled: let providers join that compile anew for every shape. only: providers by name, or None for all. budget:
+    seconds after which no further case is begun."""
 
     device: str = "cpu"
     directions: tuple[str, ...] = ()
@@ -43,6 +43,7 @@ class Options:
     quick: bool = False
     only: frozenset[str] | None = None
     effort: Effort = field(default_factory=Effort)
+    budget: float | None = None
 
 
 def questions(cases: Iterable[Case], options: Options) -> list[tuple[Case, str]]:
@@ -75,8 +76,12 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
         limits = measure_limits(options.device, dtypes, quick=options.quick)
         rows: list[Row] = []
         failures: list[str] = []
+        left_out: list[str] = []
         try:
             for case, direction in questions(cases, options):
+                if options.budget is not None and time.perf_counter() - began > options.budget:
+                    left_out.append(f"{case.suite}: {case.name}, {direction}")
+                    continue
                 step(f"{case.suite}: {case.name}, {direction}")
                 found, failed = _Question(case, direction, options, limits).answer()
                 rows += found
@@ -91,6 +96,7 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
         seconds=time.perf_counter() - began,
         quick=options.quick,
         failures=failures,
+        left_out=left_out,
     )
 
 
@@ -108,7 +114,7 @@ class _Question:
         ready = [p for p in providers if self._admit(p)]
         jobs: dict[str, Job] = {}
         if ready:
-            inputs, expected = self._inputs_and_truth()
+            inputs, expected = inputs_and_truth(self.case, self.direction)
             for provider in ready:
                 job = self._verified(provider, inputs, expected)
                 if job is not None:
@@ -155,46 +161,19 @@ class _Question:
             reason=reason,
         )
 
-    def _inputs_and_truth(self) -> tuple[Inputs, list[Expected]]:
-        backward = self.direction != "forward"
-        if isinstance(self.case, ModelCase):
-            return Inputs({}, ()), self.case.expected(backward=backward)
-        assert isinstance(self.case, OpCase)
-        tensors = self.case.tensors()
-        grads = self.case.output_gradients(tensors)
-        return Inputs(tensors, grads), self.case.expected(tensors, grads, backward=backward)
-
     def _verified(self, provider: Provider, inputs: Inputs, expected: list[Expected]) -> Job | None:
         """The provider's job once its results obey the parity rule; else None, with the reason in its row."""
-        name = provider.name
-        try:
-            with torch.set_grad_enabled(self.direction != "forward"):
-                job = provider.job(self.case, self.direction, inputs)  # type: ignore[arg-type]
-                found = dict(zip(job.names, (job.verify or job.call)(), strict=True))
-        except NotSupported as refusal:
-            why = "; ".join(dict.fromkeys(w for reasons in refusal.reasons.values() for w in reasons))
-            self.rows[name] = replace(self.rows[name], reason=why or str(refusal))
-            return None
-        except Exception as error:  # a compiler or another project's kernel may raise anything
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            self.rows[name] = replace(self.rows[name], reason=reason)
-            if provider.ours:
-                self._fail(name, reason)
-            return None
-        return self._judge(name, job, found, expected)
-
-    def _judge(self, name: str, job: Job, found: dict[str, Tensor], expected: list[Expected]) -> Job | None:
-        backward_alone = self.direction == "backward"  # returns gradients and no outputs
-        judged = [one.check(found) for one in expected if not backward_alone or one.name.startswith("d")]
-        worst = max((row.worst_ratio for row in judged), default=0.0)
-        failed = [row for row in judged if not row.passed]
-        shown = worst if math.isfinite(worst) else None
-        self.rows[name] = replace(self.rows[name], verified=not failed, worst=shown, note=job.note)
-        if not failed:
-            return job
-        self.rows[name] = replace(self.rows[name], reason=_mismatch(failed))
-        self._fail(name, _mismatch(failed))
-        return None
+        name, checked = provider.name, check_provider(provider, self.case, self.direction, inputs, expected)
+        self.rows[name] = replace(
+            self.rows[name],
+            verified=checked.verified,
+            worst=checked.worst if math.isfinite(checked.worst or 0.0) else None,
+            reason=checked.reason,
+            note=checked.job.note if checked.job is not None else "",
+        )
+        if checked.fails:
+            self._fail(name, checked.reason or "")
+        return checked.job
 
     def _fail(self, provider: str, reason: str) -> None:
         case = self.case
@@ -214,6 +193,48 @@ class _Question:
             share_of_limit=least / seconds,
             note="; ".join(filter(None, [job.note, timing.note])),
         )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of checking a provider: its job, or the reason why it has none, and whether that fails the run."""
+
+    job: Job | None = None
+    verified: bool | None = None
+    worst: float | None = None
+    reason: str | None = None
+    fails: bool = False
+
+
+def inputs_and_truth(case: Case, direction: str) -> tuple[Inputs, list[Expected]]:
+    """The tensors that every provider gets, and what their results are held to."""
+    backward = direction != "forward"
+    if isinstance(case, ModelCase):
+        return Inputs({}, ()), case.expected(backward=backward)
+    assert isinstance(case, OpCase)
+    tensors = case.tensors()
+    grads = case.output_gradients(tensors)
+    return Inputs(tensors, grads), case.expected(tensors, grads, backward=backward)
+
+
+def check_provider(provider: Provider, case: Case, direction: str, inputs: Inputs, expected: list[Expected]) -> Checked:
+    """Prepares a provider's job, runs it once, and holds what it returns to the parity rule."""
+    try:
+        with torch.set_grad_enabled(direction != "forward"):
+            job = provider.job(case, direction, inputs)  # type: ignore[arg-type]
+            found = dict(zip(job.names, (job.verify or job.call)(), strict=True))
+    except NotSupported as refusal:
+        why = "; ".join(dict.fromkeys(w for reasons in refusal.reasons.values() for w in reasons))
+        return Checked(reason=why or str(refusal))
+    except Exception as error:  # a compiler or another project's kernel may raise anything
+        return Checked(reason=f"{type(error).__name__}: {_first_line(error)}", fails=provider.ours)
+    # backward alone returns gradients and no outputs
+    judged = [one.check(found) for one in expected if direction != "backward" or one.name.startswith("d")]
+    worst = max((row.worst_ratio for row in judged), default=0.0)
+    failed = [row for row in judged if not row.passed]
+    if failed:
+        return Checked(verified=False, worst=worst, reason=_mismatch(failed), fails=True)
+    return Checked(job, verified=True, worst=worst)
 
 
 def _mismatch(failed: list[ParityRow]) -> str:

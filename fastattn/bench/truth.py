@@ -111,7 +111,8 @@ def attention_truth(case: AttentionCase, tensors: Mapping[str, Tensor], grad: Te
             ref, eager, size = (part[kind].get(name) for kind in _KINDS)
             found.append(Expected(name, ref, eager, size, _at(at), group_dims=2))
     if table:
-        found.append(Expected("dtable", *(table[kind] for kind in _KINDS), _at((slice(None), slice(-1, None)))))
+        ref, eager, size = (table[kind] for kind in _KINDS)
+        found.append(Expected("dtable", ref, eager, size, _at((slice(None), slice(-1, None)))))
     return found
 
 

@@ -76,6 +76,7 @@ def run(
     output: Annotated[Path | None, typer.Option("--json", help="Write every figure into this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.md, plots and results.json to this folder.")] = None,
     append: Annotated[bool, typer.Option("--append", help="Add to what --report or --json holds already.")] = False,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds after which no case is begun; 0: no limit.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, two rounds: a trial, no figures.")] = False,
 ) -> None:
     """Verify every provider on every case under the parity rule, then time them together. Exit code 1 on a mismatch.
@@ -95,7 +96,7 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     console = wide_console()
-    options = Options(where, directions, memory, compiled, quick, only)
+    options = Options(where, directions, memory, compiled, quick, only, budget=budget or None)
     wanted = cases(chosen, Choice(where, _DTYPES[named], picked, quick))
     wanted = [case for case in wanted if match in case.name]
     if not questions(wanted, options):

@@ -24,6 +24,8 @@ def report_text(result: Result, pictures: Sequence[str]) -> str:
     lines += [HOW_TO_READ, ""]
     if result.failures:
         lines += ["## Failures", "", *(f"- {failure}" for failure in result.failures), ""]
+    if result.left_out:
+        lines += [f"Left out, time was up: {'; '.join(result.left_out)}.", ""]
     lines += ["## Summary", "", *summary_table(result.rows), ""]
     if pictures:
         lines += ["## Plots", "", *(f"![{name.removesuffix('.png')}]({name})\n" for name in pictures)]

@@ -21,6 +21,8 @@ def print_result(result: Result, console: Console) -> None:
         console.print(absent, highlight=False)
     console.print(f"limits: {text.limits_line(result.limits)}", markup=False, highlight=False)
     console.print(text.where_line(result), markup=False, highlight=False)
+    if result.left_out:
+        console.print(f"left out, time was up: {'; '.join(result.left_out)}", markup=False, highlight=False)
     for failure in result.failures:
         console.print(f"FAILED {failure}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
@@ -33,7 +35,6 @@ def _question_table(rows: list[Row]) -> Table:
     table.add_column("provider")
     for name in ("ms, median (quartiles)", "rate", "x best other", "of limit", "peak MB"):
         table.add_column(name, justify="right")
-    table.add_column("note")
     fastest = min((row.median_ms for row in rows if row.median_ms is not None), default=None)
     for row in sorted(rows, key=lambda row: row.median_ms if row.median_ms is not None else float("inf")):
         if row.median_ms is None:
@@ -41,7 +42,10 @@ def _question_table(rows: list[Row]) -> Table:
         style = "bold" if row.median_ms == fastest else "cyan" if row.ours else ""
         cells = [text.time_text(row), text.rate_text(row), text.ratio_text(row)]
         cells += [text.share_text(row), text.memory_text(row)]
-        table.add_row(row.provider, *cells, escape(row.note), style=style)
+        table.add_row(row.provider, *cells, style=style)
+    notes = [f"{row.provider}: {row.note}" for row in rows if row.note]
+    if notes:
+        table.caption, table.caption_justify = escape("\n".join(notes)), "left"
     return table
 
 
