@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +23,8 @@ from fastattn.bench.report.table import print_result
 from fastattn.bench.rows import Result, merge, read_result
 from fastattn.bench.run import Options, questions, run_bench
 from fastattn.cli.console import wide_console
+from fastattn.dispatch import BackendWarning
+from fastattn.environment import device_environment
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -156,6 +161,32 @@ def compare(
     console.print(found.text(), markup=False, highlight=False, soft_wrap=True)
     if strict and any(change.row.ours and change.verdict == Change.SLOWER for change in found.changes):
         raise typer.Exit(1)
+
+
+@bench.command()
+def tune(
+    output: Annotated[Path | None, typer.Option(help="Also write the times of every choice to this JSON file.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; empty takes cuda where torch sees a GPU.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A few choices, two rounds: a trial, no figures.")] = False,
+) -> None:
+    """Time every choice of the backends' tile tables, each verified first. Changes no table."""
+    from fastattn.bench.tune import tune as run_tune
+
+    where = _device(device)
+    named = _one_of([dtype or ("bfloat16" if where == "cuda" else "float32")], _DTYPES, "--dtype")[0]
+    console = wide_console()
+    with console.status("tuning") as status, warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackendWarning)
+        found = run_tune(where, _DTYPES[named], quick=quick, step=lambda text: status.update(f"tuning {text}"))
+    if output is not None:
+        entries = [asdict(tuned) for tuned in found]
+        content = {"environment": device_environment(where), "dtype": named, "quick": quick, "entries": entries}
+        output.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    for tuned in found:
+        console.print(str(tuned), markup=False, highlight=False, soft_wrap=True)
+    if not found:
+        console.print("no backend that this machine can use has anything to tune", highlight=False)
 
 
 @bench.command()
