@@ -126,9 +126,8 @@ def build(check: Check, outcome: Outcome) -> None:
     prebuilt = os.environ.get("FASTATTN_PREBUILT") == "1"
     cuda = "1" if check.gpu and nvcc and not prebuilt else os.environ.get("FASTATTN_CUDA", "")
     began = time.monotonic()
-    code, output = check.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], **({"FASTATTN_CUDA": cuda} if cuda else {})
-    )
+    wanted = {"FASTATTN_CUDA": cuda} if cuda else {}
+    code, output = check.run([sys.executable, "setup.py", "build_ext", "--inplace"], **wanted)
     if code:
         outcome.fail(f"build: setup.py build_ext ended with {code}: {last_line(output)}")
         return
@@ -180,7 +179,7 @@ def verify(check: Check, outcome: Outcome) -> None:
 
 
 def _verify_one(check: Check, outcome: Outcome, backend: str, op: str) -> dict[str, object] | None:
-    cases = str(150 if check.gpu and not check.quick else 4)
+    cases = str(150 if check.gpu and not check.quick else 2)
     target = WORK / f"verify-{backend}-{op}.json"
     WORK.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
@@ -208,13 +207,8 @@ def sanitize(check: Check, outcome: Outcome) -> None:
         outcome.say("compute-sanitizer is not installed: nothing was sanitized")
         return
     backends = usable_backends(check) or {}
-    runs = [
-        (b, op, tool)
-        for b in ("cuda", "triton")
-        if backends.get(b) == "usable"
-        for op in OPERATIONS
-        for tool in SANITIZER_TOOLS
-    ]
+    usable = [name for name in ("cuda", "triton") if backends.get(name) == "usable"]
+    runs = [(backend, op, tool) for backend in usable for op in OPERATIONS for tool in SANITIZER_TOOLS]
     for number, (backend, op, tool) in enumerate(runs):
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fastattn.cli"]
         command += ["verify", "--op", op, "--backend", backend, "--cases", "3"]
@@ -236,18 +230,15 @@ def bench(check: Check, outcome: Outcome) -> None:
         arguments += ["--quick", "--no-compile", "--no-memory"]
     if not check.gpu:
         arguments += ["--device", "cpu"]
-        outcome.no_device(
-            "torch sees no GPU: a quick run on the CPU, Triton in the interpreter; its times mean nothing"
-        )
+        outcome.no_device("torch sees no GPU: a quick run on the CPU, Triton interpreted; its times mean nothing")
     if (check.results / "results.json").exists():
         (check.results / "results.json").unlink()
     peers = install_peers(check, outcome)
     for suite in SUITES:
         seconds = BENCH_SHARES[suite] * STAGE_SECONDS
         budget = [] if not check.gpu else ["--budget", f"{0.8 * seconds:.0f}"]
-        code, output = check.fastattn(
-            "bench", suite, *arguments, *budget, seconds=1.3 * seconds, **check.interpreted, **peers
-        )
+        command = ["bench", suite, *arguments, *budget]
+        code, output = check.fastattn(*command, seconds=1.3 * seconds, **check.interpreted, **peers)
         failures = [line for line in output.splitlines() if line.startswith("FAILED")]
         for failure in failures:
             outcome.fail(f"bench {failure.removeprefix('FAILED ')}")

@@ -1,13 +1,12 @@
 """Tunes tile tables: times every choice a backend offers for a kernel, and says which is fastest. Changes no table.
 
-A backend that has something to tune offers `tunables()` in a module `fastattn.backends.<name>.tuning`. New figures are proposals: a person
-puts them into the backend's table, with the device and the date.
+A backend that has something to tune offers `tunables()` in a module `fastattn.backends.<name>.tuning`. New figures are
+proposals: a person puts them into the backend's table, with the device and the date.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from fastattn.dispatch import NAMES
 @dataclass(frozen=True)
 class Tunable:
     """One entry of a table. name: what it is for. suite, sizes: a case that uses it, as the fields of the case's class.
-    choices: the values to try; now: the table's own, None where the table goes by more than the case says. use: makes calls inside the block take a value."""
+    choices: the values to try; now: the table's own, None where the table goes by more than the case says. use: makes
+    calls inside the block take a value."""
 
     name: str
     suite: str
@@ -66,8 +66,11 @@ def tunables(device: str) -> dict[str, list[Tunable]]:
         if Ours(name).unavailable_reason(device) is not None:
             continue
         home = f"fastattn.backends.{name}.tuning"
-        if importlib.util.find_spec(home) is not None:
+        try:
             found[name] = importlib.import_module(home).tunables()
+        except ModuleNotFoundError as error:
+            if error.name != home:
+                raise
     return found
 
 
