@@ -314,6 +314,8 @@ class BuildNative(build_ext):
     """Compiles with ninja in build/native, then copies the results beside the Python files."""
 
     def run(self) -> None:
+        if not self.extensions:
+            return
         ninja = NinjaFile()
         files: dict[str, Path] = {}
         for extension in self.extensions:

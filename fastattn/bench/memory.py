@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,7 +42,6 @@ def _resident(call: Callable[[], object]) -> int | None:
         if give_back is None:
             return None
         call()  # scratch space that a library keeps for good is not this call's
-        gc.collect()
         give_back(0)  # also the pages of free blocks between used ones
         before = _status("VmRSS")
         try:

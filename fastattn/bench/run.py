@@ -126,7 +126,8 @@ class _Question:
                 peak = peak_memory(job.call, self.options.device, grad=job.grad)
                 self.rows[name] = replace(self.rows[name], peak_memory=peak)
         jobs.clear()
-        gc.collect()
+        if not self.options.quick:  # what a failed provider's traceback still holds may be large
+            gc.collect()
         return with_ratios([self.rows[p.name] for p in providers]), self.failures
 
     def _chosen(self, provider: Provider) -> bool:

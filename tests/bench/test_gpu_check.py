@@ -16,9 +16,7 @@ import torch
 CHECKOUT = Path(os.environ.get("FASTATTN_CHECKOUT", Path(__file__).resolve().parents[2]))
 
 pytestmark = [
-    pytest.mark.skipif(
-        not (CHECKOUT / "bench" / "gpu_check.py").exists(), reason="FASTATTN_CHECKOUT names no checkout"
-    ),
+    pytest.mark.skipif(not (CHECKOUT / "bench" / "gpu_check.py").exists(), reason="no checkout is named"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: run make gpu-check"),
 ]
 
