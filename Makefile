@@ -7,12 +7,25 @@ WHEELS := build/wheels
 DEMO := build/demo
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test test-all wheel clean
+BENCH := build/bench
+STAGE ?= all
+
+.PHONY: demo test test-all bench gpu-check wheel clean
 
 # Embeds real text with a real BERT, before and after the swap. Leaves build/demo/demo.json and demo.png.
 demo: $(VENV)/.demo
 	mkdir -p $(DEMO)
 	$(VENV)/bin/fastattn demo --json $(DEMO)/demo.json --plot $(DEMO)/demo.png
+
+# Every suite beside everything that is installed, in minutes on two cores. Leaves a report with plots in build/bench.
+# bench/ holds the same cases for pytest-benchmark: $(VENV)/bin/pytest bench
+bench: $(VENV)/.bench
+	$(VENV)/bin/fastattn bench --report $(BENCH)
+
+# On a machine with a GPU, in its own Python and without a network: STAGE=build|verify|sanitize|bench|tune|all, each
+# within nine minutes; PEER_WHEELS=dir adds other projects' wheels. Leaves bench/results/<device>-<date>/.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(STAGE)
 
 $(VENV)/.pip: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +34,10 @@ $(VENV)/.pip: constraints.txt
 
 $(VENV)/.demo: $(VENV)/.pip pyproject.toml setup.py $(NATIVE)
 	$(VENV)/bin/python -m pip install -c constraints.txt --build-constraint constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.pip pyproject.toml setup.py $(NATIVE)
+	$(VENV)/bin/python -m pip install -c constraints.txt --build-constraint constraints.txt -e ".[bench]"
 	touch $@
 
 # What CI runs: linters, the native code built once into a wheel, and that wheel tested in a clean environment from a
@@ -44,5 +61,5 @@ wheel: $(VENV)/.pip
 	$(VENV)/bin/python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info fastattn/_lib fastattn/_cpu.*.so fastattn/_cuda.*.so $(VENV)/.demo
-	find fastattn kernels tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info fastattn/_lib fastattn/_cpu.*.so fastattn/_cuda.*.so $(VENV)/.demo $(VENV)/.bench
+	find bench fastattn kernels tests -name __pycache__ -prune -exec rm -rf {} +

@@ -8,7 +8,8 @@ csrc/bindings/cuda.cpp-> fastattn/_cuda.<abi>.so
 No torch here: the libraries take pointers, so one wheel serves every torch version.
 
 Environment: CXX names the compiler, FASTATTN_CUDA=0/1 turns the CUDA library off or insists on it, CUDA_HOME says
-where nvcc is, MAX_JOBS limits the jobs. Without a C++ compiler fastattn installs as pure Python.
+where nvcc is, MAX_JOBS limits the jobs. FASTATTN_PREBUILT=1 takes the libraries in fastattn/_lib as they are, built
+elsewhere, and compiles only the modules. Without a C++ compiler fastattn installs as pure Python.
 Objects stay in build/native, so a second build compiles only what changed.
 """
 
@@ -34,6 +35,7 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "native"
 MACOS = sys.platform == "darwin"
+PREBUILT = os.environ.get("FASTATTN_PREBUILT") == "1"
 
 COMMON_FLAGS = [
     "-std=c++20",
@@ -262,6 +264,14 @@ def add_cuda_library(ninja: NinjaFile) -> str:
     return ninja.build("nvlink", library, objects, ["-cudart", "static", "-Xlinker", f"-soname={library}"])
 
 
+def native_library(ninja: NinjaFile, backend: str) -> str:
+    return add_cpu_library(ninja) if backend == "cpu" else add_cuda_library(ninja)
+
+
+def prebuilt_library(backend: str) -> Path:
+    return ROOT / "fastattn" / "_lib" / f"libfastattn_{backend}.so"
+
+
 def add_module(ninja: NinjaFile, backend: str, library: str) -> str:
     import pybind11
 
@@ -284,7 +294,14 @@ def add_module(ninja: NinjaFile, backend: str, library: str) -> str:
 
 
 def backends() -> list[str]:
-    """The native backends that this machine can compile: [], ["cpu"] or ["cpu", "cuda"]."""
+    """The native backends that this machine can compile: [], ["cpu"] or ["cpu", "cuda"]; PREBUILT, those that lie
+    there."""
+    if PREBUILT:
+        found = [name for name in ("cpu", "cuda") if prebuilt_library(name).exists()]
+        if not found or not compiler():
+            lacking = "a C++20 compiler" if found else f"a library built elsewhere in {prebuilt_library('cpu').parent}"
+            raise SetupError(f"FASTATTN_PREBUILT=1 needs {lacking}; put one there, or leave the variable unset")
+        return found
     if not compiler():
         if os.environ.get("FASTATTN_CUDA") == "1":
             raise SetupError("FASTATTN_CUDA=1, but there is no C++20 compiler with OpenMP; install g++ or set CXX")
@@ -297,20 +314,22 @@ class BuildNative(build_ext):
     """Compiles with ninja in build/native, then copies the results beside the Python files."""
 
     def run(self) -> None:
+        if not self.extensions:
+            return
         ninja = NinjaFile()
-        files: dict[str, str] = {}
+        files: dict[str, Path] = {}
         for extension in self.extensions:
             backend = extension.name.removeprefix("fastattn._")
-            library = add_cpu_library(ninja) if backend == "cpu" else add_cuda_library(ninja)
+            library = str(prebuilt_library(backend)) if PREBUILT else native_library(ninja, backend)
             module = add_module(ninja, backend, library)
-            ninja.targets += [library, module]
-            files[f"_lib/{library}"] = library
-            files[Path(module).name] = module
+            ninja.targets.append(module)
+            files[f"_lib/{Path(library).name}"] = BUILD / library  # an absolute path stays what it is
+            files[Path(module).name] = BUILD / module
         ninja.run(verbose=self.verbose > 1)
         package = (ROOT if self.inplace else Path(self.build_lib)) / "fastattn"
         self.forget_stale(package, keep=set(files))
         for target, built in files.items():
-            self.replace_file(BUILD / built, package / target)
+            self.replace_file(built, package / target)
 
     @staticmethod
     def forget_stale(package: Path, keep: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: info, explain, verify and demo."""
+"""The command line: info, explain, verify, demo and bench."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from fastattn.cli.bench import bench
 from fastattn.cli.demo.command import demo
 from fastattn.cli.explain import explain
 from fastattn.cli.info import info
@@ -18,3 +19,4 @@ app = typer.Typer(
 )
 for command in (info, demo, verify, explain):
     app.command()(command)
+app.add_typer(bench, name="bench")

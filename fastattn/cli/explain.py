@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.table import Table
 
-from fastattn.cli.environment import wide_console
+from fastattn.cli.console import wide_console
 from fastattn.dispatch import Explanation, check_backend_name, explain_problem
 from fastattn.problems import AttentionProblem
 

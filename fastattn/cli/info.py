@@ -9,9 +9,10 @@ import torch
 import typer
 from rich.table import Table
 
-from fastattn.cli.environment import environment, instruction_sets, version_of, wide_console
+from fastattn.cli.console import wide_console
 from fastattn.cli.support import support_table
 from fastattn.dispatch import ORDER, backends
+from fastattn.environment import environment, instruction_sets, version_of
 
 
 def _accelerators() -> list[str]:

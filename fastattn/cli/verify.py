@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastattn.cli.environment import wide_console
+from fastattn.cli.console import wide_console
 from fastattn.dispatch import backends
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
 from fastattn.parity.run import VerifyReport
@@ -82,7 +83,7 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(f"{op} on {backend}", total=total)
-        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
         return run_verify(
             op, backend, cases, seed, only=only, isa=isa, device=device, progress=lambda: progress.advance(task)
         )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fastattn.cli.console import wide_console
 from fastattn.cli.demo.check import Agreement, compare, difference
 from fastattn.cli.demo.memory import measure_apart
 from fastattn.cli.demo.model import (
@@ -29,7 +30,7 @@ from fastattn.cli.demo.model import (
 )
 from fastattn.cli.demo.plot import draw
 from fastattn.cli.demo.timing import SETTINGS, Effort, Timing, time_setting
-from fastattn.cli.environment import environment, wide_console
+from fastattn.environment import environment
 
 TOLERANCE = 1e-5
 _CORPUS_BATCH, _LONGEST = 32, 512

@@ -1,0 +1,9 @@
+"""The attention suite under pytest-benchmark; see conftest.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def test_attention(timed: Callable[[], None]) -> None:
+    timed()

@@ -1,0 +1,9 @@
+"""The norm suite under pytest-benchmark; see conftest.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def test_norm(timed: Callable[[], None]) -> None:
+    timed()

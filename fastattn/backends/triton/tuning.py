@@ -1,0 +1,86 @@
+"""What of the Triton backend can be tuned: warps of the norms, and tiles of the attention kernels where they exist.
+
+Read by `fastattn bench tune`. A choice replaces, inside a with block, the function that looks the table up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from fastattn.backends.triton import interpreting, norm
+from fastattn.bench.tune import Tunable
+
+_NORM_WIDTHS = (768, 1024, 4096, 8192)
+_NORM_WARPS = (1, 2, 4, 8, 16)
+_HEAD_DIMS = (64, 128, 256)
+_BLOCKS = ((16, 32), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128))
+_WARPS, _STAGES = (4, 8), (1, 2, 3)
+
+
+def tunables() -> list[Tunable]:
+    """Every entry; under the interpreter with sizes that it gets through."""
+    return [*_norms(), *_attention()]
+
+
+def _norms() -> list[Tunable]:
+    rows = 4 if interpreting() else 8192
+    return [
+        Tunable(
+            name=f"norm, width {width}: warps",
+            suite="norm",
+            sizes={"kind": "layer", "rows": rows, "width": width, "residual": True},
+            choices=_NORM_WARPS,
+            now=norm._block(width)[1],
+            use=_norm_warps,
+        )
+        for width in _NORM_WIDTHS
+    ]
+
+
+@contextlib.contextmanager
+def _norm_warps(warps: int) -> Iterator[None]:
+    look_up = norm._block
+    norm._block = lambda width: (look_up(width)[0], warps)
+    try:
+        yield
+    finally:
+        norm._block = look_up
+
+
+def _attention() -> list[Tunable]:
+    """An entry per kernel and head dim; [] in a version without attention kernels."""
+    if importlib.util.find_spec("fastattn.kernels.tiles") is None:
+        return []
+    tiles: Any = importlib.import_module("fastattn.kernels.tiles")
+    length, heads = (64, 1) if interpreting() else (4096, 16)
+    found = []
+    for kernel in ("forward", "queries", "keys"):
+        for dim in _HEAD_DIMS:
+            sizes = {"batch": 1, "heads_q": heads, "heads_kv": heads, "len_q": length, "len_k": length, "dim": dim}
+            choices = [tiles.Tile(q, k, w, s) for q, k in _BLOCKS for w in _WARPS for s in _STAGES]
+            found.append(
+                Tunable(f"attention {kernel}, head dim {dim}: tile", "attention", sizes, choices, None, _tile(kernel))
+            )
+    return found
+
+
+def _tile(kernel: str) -> Any:
+    @contextlib.contextmanager
+    def use(tile: Any) -> Iterator[None]:
+        tiles: Any = importlib.import_module("fastattn.kernels.tiles")
+        look_up = tiles.attention_tile
+
+        def chosen(asked: str, *arguments: Any) -> Any:
+            return tile if asked == kernel else look_up(asked, *arguments)
+
+        tiles.attention_tile = chosen
+        try:
+            yield
+        finally:
+            tiles.attention_tile = look_up
+
+    return use

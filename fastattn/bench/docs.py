@@ -1,0 +1,58 @@
+"""docs/performance.md, made from the result folders that are committed under bench/results."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastattn.bench.report import text
+from fastattn.bench.report.markdown import HOW_TO_READ, summary_table
+from fastattn.bench.rows import Result, Row, read_result
+
+_OPENING = """# Performance
+
+Written by `fastattn bench docs` from the results in `bench/results`; do not edit. Each section is one machine on one
+day, with every case that was timed there: fastattn's fastest backend beside the fastest of everything else that was
+installed, slower or faster. The reports behind the tables hold every provider, its quartiles, memory, and why absent
+ones are absent.
+"""
+
+
+def performance_page(results: Path, folder: Path) -> str:
+    """The page for a file in `folder`. ValueError where there are no results, or only a quick trial's."""
+    found = [(source.parent, read_result(source)) for source in sorted(results.glob("*/results.json"), reverse=True)]
+    if not found:
+        raise ValueError(f"{results}: no result folders there; make one with fastattn bench --report")
+    quick = [str(place) for place, result in found if result.quick]
+    if quick:
+        raise ValueError(f"{', '.join(quick)}: a quick trial; its times are no figures")
+    sections = [_section(result, Path(os.path.relpath(place, folder)), place) for place, result in found]
+    return "\n".join([_OPENING, HOW_TO_READ, "", *sections])
+
+
+def _section(result: Result, link: Path, place: Path) -> str:
+    lines = [f"## {result.environment['device']}, {result.date}", "", text.where_line(result) + ".", ""]
+    lines += [
+        f"Limits: {text.limits_line(result.limits)}.",
+        "",
+        f"All rows: [report]({link.as_posix()}/report.md).",
+        "",
+    ]
+    lines += [_score(result.rows), ""]
+    for suite in dict.fromkeys(row.suite for row in result.rows):
+        lines += [f"### {suite.capitalize()}", ""]
+        lines += [*summary_table([row for row in result.rows if row.suite == suite]), ""]
+    pictures = sorted(place.glob("*.png"))
+    lines += [f"![{picture.stem}]({link.as_posix()}/{picture.name})\n" for picture in pictures]
+    return "\n".join(lines)
+
+
+def _score(rows: list[Row]) -> str:
+    """How many questions fastattn wins and loses."""
+    ratios = []
+    for group in text.by_question(rows).values():
+        ours, other = text.best_ours(group), text.best_other(group)
+        if ours is not None and other is not None and ours.median_ms and other.median_ms:
+            ratios.append(other.median_ms / ours.median_ms)
+    ahead = sum(ratio >= 1 for ratio in ratios)
+    return f"Of {len(ratios)} cases fastattn is the fastest in {ahead} and slower than the fastest other in the rest."

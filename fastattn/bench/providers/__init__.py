@@ -1,0 +1,29 @@
+"""The table of providers. To add one: a small class with a name, its suites and `prepare`, and a line here."""
+
+from __future__ import annotations
+
+from fastattn.bench.providers.base import Provider
+from fastattn.bench.providers.compiled import Compiled, Flex
+from fastattn.bench.providers.models import MODEL_PROVIDERS
+from fastattn.bench.providers.ours import OurDecode, Ours
+from fastattn.bench.providers.peers import FlashAttention3, Liger
+from fastattn.bench.providers.torch_eager import Eager, Sdpa, TorchNorm
+from fastattn.dispatch import NAMES
+
+PROVIDERS: tuple[Provider, ...] = (
+    *(Ours(backend) for backend in NAMES),
+    *(OurDecode(backend) for backend in NAMES),
+    Eager(),
+    TorchNorm(),
+    Sdpa("math", "math"),
+    Sdpa("flash", "flash"),
+    Sdpa("mem_efficient", "memory-efficient"),
+    Sdpa("cudnn", "cuDNN"),
+    Compiled(),
+    Flex(),
+    FlashAttention3(),
+    Liger(),
+    *MODEL_PROVIDERS,
+)
+
+__all__ = ["PROVIDERS", "Provider"]

@@ -1,0 +1,118 @@
+"""fastattn's own backends, each by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import biases
+from fastattn.bench.cases.attention import T5_MAX_DISTANCE, AttentionCase
+from fastattn.bench.cases.base import Case, OpCase
+from fastattn.bench.cases.ffn import FfnCase
+from fastattn.bench.cases.norm import NormCase
+from fastattn.bench.cases.visible import BLOCK
+from fastattn.bench.providers.base import Provider, Run
+from fastattn.bench.providers.formulas import gathered_bias
+from fastattn.bench.providers.torch_eager import scores_do_not_fit
+from fastattn.dispatch import ORDER
+
+
+class Ours(Provider):
+    """The public functions with backend= set. A refusal is raised as NotSupported by the call itself."""
+
+    suites = frozenset({"attention", "decode", "norm", "ffn"})
+    ours = True
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.name = f"fastattn {backend}"
+
+    def unavailable_reason(self, device: str) -> str | None:
+        reason = fastattn.backends()[self.backend]
+        if reason is None and self.backend not in ORDER[device]:
+            return f"the {self.backend} backend is not for {device} tensors"
+        return reason
+
+    def refuses(self, case: Case, direction: str) -> str | None:
+        return scores_do_not_fit(case, direction) if self.backend == "reference" else None
+
+    def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
+        if isinstance(case, AttentionCase):
+            return self._attention(case, tensors)
+        if isinstance(case, NormCase):
+            return self._norm(case, tensors)
+        assert isinstance(case, FfnCase)
+        return self._ffn(case, tensors)
+
+    def note(self, case: Case) -> str:
+        if isinstance(case, AttentionCase) and case.t5_bias and not hasattr(biases, "T5Bias"):
+            return "bias gathered from its table into a tensor: biases.T5Bias does not exist in this version"
+        if isinstance(case, AttentionCase) and case.visible.density is not None:
+            return f"blocks given as masks.{type(case.visible.mask(BLOCK, BLOCK, 'cpu')).__name__}"
+        return ""
+
+    def _attention(self, case: AttentionCase, tensors: Mapping[str, Tensor]) -> Run:
+        q, k, v = (tensors[n] for n in "qkv")
+        options: dict[str, Any] = {
+            "mask": case.visible.mask(case.len_q, case.len_k, case.device),
+            "scale": case.scale,
+            "backend": self.backend,
+        }
+        if not case.t5_bias:
+            return lambda: (fastattn.attention(q, k, v, **options),)
+        table = tensors["table"]
+        named = getattr(biases, "T5Bias", None)
+        if named is not None:
+            return lambda: (fastattn.attention(q, k, v, bias=named(table, True, T5_MAX_DISTANCE), **options),)
+        buckets = case.buckets()
+        return lambda: (fastattn.attention(q, k, v, bias=gathered_bias(table, buckets), **options),)
+
+    def _norm(self, case: NormCase, tensors: Mapping[str, Tensor]) -> Run:
+        x, weight, bias, residual = (tensors.get(n) for n in ("x", "weight", "bias", "residual"))
+        assert x is not None
+        options: dict[str, Any] = {"residual": residual, "return_residual": case.residual, "backend": self.backend}
+
+        def run() -> tuple[Tensor, ...]:
+            if case.kind == "layer":
+                found: Any = fastattn.layer_norm(x, weight, bias, case.eps, **options)
+            else:
+                found = fastattn.rms_norm(x, weight, case.eps, **options)
+            return found if case.residual else (found,)
+
+        return run
+
+    def _ffn(self, case: FfnCase, tensors: Mapping[str, Tensor]) -> Run:
+        t = tensors
+        options: dict[str, Any] = {"activation": case.activation, "backend": self.backend}
+        if case.gated:
+            return lambda: (fastattn.gated_ffn(t["x"], t["w_gate"], t["w_up"], t["w_down"], **options),)
+        return lambda: (fastattn.ffn(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2"), **options),)
+
+
+class OurDecode(Provider):
+    """fastattn.attention_decode, where this version has it."""
+
+    suites = frozenset({"decode"})
+    ours = True
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.name = f"fastattn {backend} attention_decode"
+
+    def unavailable_reason(self, device: str) -> str | None:
+        if not hasattr(fastattn, "attention_decode"):
+            return "fastattn.attention_decode does not exist in this version"
+        return Ours(self.backend).unavailable_reason(device)
+
+    def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
+        assert isinstance(case, AttentionCase)
+        q, k, v = (tensors[n] for n in "qkv")
+        ends = case.visible.lengths or (case.len_k,) * case.batch
+        lengths = torch.tensor(ends, dtype=torch.int32, device=case.device)
+        options = {"scale": case.scale, "backend": self.backend}
+        decode = getattr(fastattn, "attention_decode")  # noqa: B009  the type checker may not know the name yet
+        return lambda: (decode(q, k, v, lengths, **options),)

@@ -1,0 +1,155 @@
+"""What a run leaves: a row per provider, case and direction, the limits and the environment; and its JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastattn.bench.limits import Limits, limits_from_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one case in one direction.
+
+    verified: the results obey the parity rule; None where it did not run. worst: error / bound where that is largest.
+    median_ms, iqr_ms: per call; iqr_ms holds the first and third quartile. work, work_unit: what counts as done, FLOP
+    of visible work or bytes moved once. rate: work per second (FLOP/s or B/s). ratio: the fastest other provider's
+    median over this one's (above 1: this one is faster); for a backend of fastattn, the others are those that are not.
+    share_of_limit: the least time that the limits of this run allow, over the median. peak_memory: bytes above the
+    inputs. reason: why there are no times.
+    """
+
+    suite: str
+    case: str
+    group: str
+    axis: str | None
+    x: float
+    direction: str
+    dtype: str
+    device: str
+    provider: str
+    ours: bool
+    parameters: dict[str, Any]
+    verified: bool | None = None
+    worst: float | None = None
+    median_ms: float | None = None
+    iqr_ms: tuple[float, float] | None = None
+    samples: int = 0
+    work: float = 0.0
+    work_unit: str = "FLOP"
+    rate: float | None = None
+    ratio: float | None = None
+    ratio_to: str | None = None
+    share_of_limit: float | None = None
+    peak_memory: int | None = None
+    note: str = ""
+    reason: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What names a row across runs."""
+        return self.suite, self.case, self.direction, self.dtype, self.provider
+
+    @property
+    def question(self) -> tuple[str, str, str, str]:
+        """What the row is one provider's answer to."""
+        return self.key[:-1]
+
+
+@dataclass
+class Result:
+    """All rows of a run. failures: sentences; a run with any fails. left_out: cases that the time budget did not reach.
+    quick: sizes and times are those of a trial."""
+
+    rows: list[Row]
+    limits: Limits
+    environment: dict[str, Any]
+    date: str
+    seconds: float
+    quick: bool = False
+    failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and strings."""
+        return {
+            "format": FORMAT,
+            "date": self.date,
+            "quick": self.quick,
+            "seconds": round(self.seconds, 1),
+            "environment": self.environment,
+            "limits": self.limits.to_json(),
+            "failures": self.failures,
+            "left_out": self.left_out,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def write(self, target: Path) -> None:
+        target.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+
+def read_result(source: Path) -> Result:
+    """A result from its JSON file, or from a folder that holds results.json. ValueError for anything else."""
+    file = source / "results.json" if source.is_dir() else source
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{source}: no results there ({error}); pass a JSON file that fastattn bench wrote") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{source}: not a JSON file that this version of fastattn bench wrote (format {FORMAT})")
+    rows = [Row(**{**row, "iqr_ms": row["iqr_ms"] and tuple(row["iqr_ms"])}) for row in found["rows"]]
+    return Result(
+        rows=rows,
+        limits=limits_from_json(found["limits"]),
+        environment=found["environment"],
+        date=found["date"],
+        seconds=found["seconds"],
+        quick=found["quick"],
+        failures=found["failures"],
+        left_out=found["left_out"],
+    )
+
+
+def merge(parts: Iterable[Result]) -> Result:
+    """Results of one machine measured in pieces, as one; a later row replaces an earlier one of the same key."""
+    results = list(parts)
+    last = results[-1]
+    rows = {row.key: row for result in results for row in result.rows}
+    product = {dtype: rate for result in results for dtype, rate in result.limits.product.items()}
+    return Result(
+        rows=list(rows.values()),
+        limits=replace(last.limits, product=product),
+        environment=last.environment,
+        date=last.date,
+        seconds=sum(result.seconds for result in results),
+        quick=any(result.quick for result in results),
+        failures=[f for result in results for f in result.failures],
+        left_out=[name for result in results for name in result.left_out],
+    )
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The rows of one question, each with its ratio to the fastest other provider."""
+    return [_with_ratio(row, rows) for row in rows]
+
+
+def _with_ratio(row: Row, rows: list[Row]) -> Row:
+    others = [
+        (other.median_ms, other.provider)
+        for other in rows
+        if other.median_ms is not None and other is not row and not (row.ours and other.ours)
+    ]
+    if row.median_ms is None or not others:
+        return row
+    fastest, name = min(others)
+    return replace(row, ratio=fastest / row.median_ms, ratio_to=name)

@@ -1,0 +1,247 @@
+"""Runs cases: every provider is verified, then all are timed together, then their memory is measured."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fastattn.bench.cases.base import Case, OpCase, dtype_name
+from fastattn.bench.cases.model import ModelCase
+from fastattn.bench.limits import Limits, measure_limits
+from fastattn.bench.memory import peak_memory
+from fastattn.bench.providers import PROVIDERS
+from fastattn.bench.providers.base import Inputs, Job, Provider
+from fastattn.bench.providers.torch_eager import Sdpa
+from fastattn.bench.rows import Result, Row, with_ratios
+from fastattn.bench.timing import QUICK, Effort, Timing, time_jobs
+from fastattn.bench.truth import Expected
+from fastattn.dispatch import BackendWarning
+from fastattn.environment import device_environment
+from fastattn.errors import NotSupported
+from fastattn.parity.bound import ParityRow
+
+Step = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Options:
+    """directions: a subset of those that the cases have; empty takes all of theirs. memory: measure peak memory.
+    compiled: let providers join that compile anew for every shape. only: providers by name, or None for all. budget:
+    seconds after which no further case is begun."""
+
+    device: str = "cpu"
+    directions: tuple[str, ...] = ()
+    memory: bool = True
+    compiled: bool = True
+    quick: bool = False
+    only: frozenset[str] | None = None
+    effort: Effort = field(default_factory=Effort)
+    budget: float | None = None
+
+
+def questions(cases: Iterable[Case], options: Options) -> list[tuple[Case, str]]:
+    """The (case, direction) pairs of a run, in order. A direction that is asked for and that a case lacks is skipped
+    for a case that has only others (a decode case has no backward)."""
+    pairs = []
+    for case in cases:
+        wanted = case.directions
+        if options.directions:
+            trained = "both" in case.directions
+            wanted = tuple(d for d in options.directions if d in case.directions or (trained and d == "backward"))
+        pairs += [(case, direction) for direction in wanted]
+    return pairs
+
+
+def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: None) -> Result:
+    """Runs the cases and returns all rows. `step` is told before each (case, direction) what comes next.
+
+    A result that breaks the parity rule, or one of our backends that fails other than by refusing, is a failure of the
+    run; so is an error of the truths themselves. A peer that fails is a row with its reason.
+    """
+    began = time.perf_counter()
+    if options.quick:
+        options = replace(options, effort=QUICK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BackendWarning)
+        warnings.filterwarnings("ignore", module="torch")
+        step("measuring the limits")
+        dtypes = list(dict.fromkeys(case.dtype for case in cases))
+        limits = measure_limits(options.device, dtypes, quick=options.quick)
+        rows: list[Row] = []
+        failures: list[str] = []
+        left_out: list[str] = []
+        try:
+            for case, direction in questions(cases, options):
+                if options.budget is not None and time.perf_counter() - began > options.budget:
+                    left_out.append(f"{case.suite}: {case.name}, {direction}")
+                    continue
+                step(f"{case.suite}: {case.name}, {direction}")
+                found, failed = _Question(case, direction, options, limits).answer()
+                rows += found
+                failures += failed
+        finally:
+            Sdpa.any()
+    return Result(
+        rows=rows,
+        limits=limits,
+        environment=device_environment(options.device),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        seconds=time.perf_counter() - began,
+        quick=options.quick,
+        failures=failures,
+        left_out=left_out,
+    )
+
+
+class _Question:
+    """One case in one direction, asked of every provider."""
+
+    def __init__(self, case: Case, direction: str, options: Options, limits: Limits) -> None:
+        self.case, self.direction, self.options, self.limits = case, direction, options, limits
+        self.rows: dict[str, Row] = {}
+        self.failures: list[str] = []
+
+    def answer(self) -> tuple[list[Row], list[str]]:
+        torch._dynamo.reset()
+        providers = [p for p in PROVIDERS if self._chosen(p)]
+        ready = [p for p in providers if self._admit(p)]
+        jobs: dict[str, Job] = {}
+        if ready:
+            inputs, expected = inputs_and_truth(self.case, self.direction)
+            for provider in ready:
+                job = self._verified(provider, inputs, expected)
+                if job is not None:
+                    jobs[provider.name] = job
+        for name, timing in time_jobs(jobs, self.options.device, self.options.effort).items():
+            self.rows[name] = self._timed(self.rows[name], jobs[name], timing)
+        if self.options.memory:
+            for name, job in jobs.items():
+                peak = peak_memory(job.call, self.options.device, grad=job.grad)
+                self.rows[name] = replace(self.rows[name], peak_memory=peak)
+        jobs.clear()
+        if not self.options.quick:  # what a failed provider's traceback still holds may be large
+            gc.collect()
+        return with_ratios([self.rows[p.name] for p in providers]), self.failures
+
+    def _chosen(self, provider: Provider) -> bool:
+        return provider.serves(self.case) and (self.options.only is None or provider.name in self.options.only)
+
+    def _admit(self, provider: Provider) -> bool:
+        """Enters a row for the provider; False, with the reason in it, where it does not take part."""
+        reason = provider.unavailable_reason(self.options.device)
+        if reason is None and provider.compiles and not (self.options.compiled and self.case.compiled):
+            reason = "left out: it compiles for seconds for every shape; --compile lets it join every case"
+        if reason is None:
+            reason = provider.refuses(self.case, self.direction)
+        self.rows[provider.name] = self._row(provider, reason)
+        return reason is None
+
+    def _row(self, provider: Provider, reason: str | None) -> Row:
+        case, work = self.case, self.case.work(self.direction)
+        return Row(
+            suite=case.suite,
+            case=case.name,
+            group=case.group,
+            axis=case.axis,
+            x=case.x,
+            direction=self.direction,
+            dtype=dtype_name(case.dtype),
+            device=case.device,
+            provider=provider.name,
+            ours=provider.ours,
+            parameters=case.parameters(),
+            work=work.amount,
+            work_unit=work.counted,
+            reason=reason,
+        )
+
+    def _verified(self, provider: Provider, inputs: Inputs, expected: list[Expected]) -> Job | None:
+        """The provider's job once its results obey the parity rule; else None, with the reason in its row."""
+        name, checked = provider.name, check_provider(provider, self.case, self.direction, inputs, expected)
+        self.rows[name] = replace(
+            self.rows[name],
+            verified=checked.verified,
+            worst=checked.worst if math.isfinite(checked.worst or 0.0) else None,
+            reason=checked.reason,
+            note=checked.job.note if checked.job is not None else "",
+        )
+        if checked.fails:
+            self._fail(name, checked.reason or "")
+        return checked.job
+
+    def _fail(self, provider: str, reason: str) -> None:
+        case = self.case
+        self.failures.append(
+            f"{case.suite}: {case.name}, {self.direction}, {dtype_name(case.dtype)}, {provider}: {reason}"
+        )
+
+    def _timed(self, row: Row, job: Job, timing: Timing) -> Row:
+        seconds = timing.median / 1e3
+        least = self.limits.seconds(self.case.work(self.direction), row.dtype)
+        return replace(
+            row,
+            median_ms=timing.median,
+            iqr_ms=timing.quartiles,
+            samples=len(timing.samples),
+            rate=row.work / seconds,
+            share_of_limit=least / seconds,
+            note="; ".join(filter(None, [job.note, timing.note])),
+        )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of checking a provider: its job, or the reason why it has none, and whether that fails the run."""
+
+    job: Job | None = None
+    verified: bool | None = None
+    worst: float | None = None
+    reason: str | None = None
+    fails: bool = False
+
+
+def inputs_and_truth(case: Case, direction: str) -> tuple[Inputs, list[Expected]]:
+    """The tensors that every provider gets, and what their results are held to."""
+    backward = direction != "forward"
+    if isinstance(case, ModelCase):
+        return Inputs({}, ()), case.expected(backward=backward)
+    assert isinstance(case, OpCase)
+    tensors = case.tensors()
+    grads = case.output_gradients(tensors)
+    return Inputs(tensors, grads), case.expected(tensors, grads, backward=backward)
+
+
+def check_provider(provider: Provider, case: Case, direction: str, inputs: Inputs, expected: list[Expected]) -> Checked:
+    """Prepares a provider's job, runs it once, and holds what it returns to the parity rule."""
+    try:
+        with torch.set_grad_enabled(direction != "forward"):
+            job = provider.job(case, direction, inputs)  # type: ignore[arg-type]
+            found = dict(zip(job.names, (job.verify or job.call)(), strict=True))
+    except NotSupported as refusal:
+        why = "; ".join(dict.fromkeys(w for reasons in refusal.reasons.values() for w in reasons))
+        return Checked(reason=why or str(refusal))
+    except Exception as error:  # a compiler or another project's kernel may raise anything
+        return Checked(reason=f"{type(error).__name__}: {_first_line(error)}", fails=provider.ours)
+    # backward alone returns gradients and no outputs
+    judged = [one.check(found) for one in expected if direction != "backward" or one.name.startswith("d")]
+    worst = max((row.worst_ratio for row in judged), default=0.0)
+    failed = [row for row in judged if not row.passed]
+    if failed:
+        return Checked(verified=False, worst=worst, reason=_mismatch(failed), fails=True)
+    return Checked(job, verified=True, worst=worst)
+
+
+def _mismatch(failed: list[ParityRow]) -> str:
+    return "breaks the parity rule: " + "; ".join(str(row) for row in failed)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0][:240] if lines else "no message"

@@ -1,0 +1,165 @@
+"""Interleaved timing: every round calls each provider, so that a slow minute of the machine hits all of them.
+
+On a CPU a sample is the mean of enough calls in a row to last about a millisecond, by the wall clock, with caches as
+the other providers left them. On a GPU a sample is one replay of a CUDA graph of the call between two events, after a
+kernel that overwrites twice the L2 cache. The flush runs long enough for the host to queue what follows it, so that
+the time between two launches is not counted; the work inside the graph keeps its own gaps. Nothing is subtracted: what
+this clock shows for a graph of one empty kernel is measured too and printed with the limits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fastattn.bench.providers.base import Job
+
+_SAMPLE_SECONDS = 1e-3
+_FLUSH_L2_TIMES = 2
+_LEAST_FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to time: at least `rounds` rounds, then on until `seconds` are over or `most` rounds are made.
+
+    few: the rounds after which a call that takes over a second stays out.
+    """
+
+    rounds: int = 5
+    seconds: float = 1.5
+    most: int = 200
+    warm_up: int = 2
+    few: int = 3
+
+
+QUICK = Effort(rounds=2, seconds=0.0, most=2, warm_up=1, few=1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples in ms per call, and what a reader should know about them."""
+
+    samples: list[float]
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.samples))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, high = np.percentile(self.samples, [25, 75])
+        return float(low), float(high)
+
+
+def time_jobs(jobs: Mapping[str, Job], device: str, effort: Effort) -> dict[str, Timing]:
+    """Times each job, interleaved. Jobs have run before and are known to work."""
+    if not jobs:
+        return {}
+    with torch.set_grad_enabled(any(job.grad for job in jobs.values())):
+        timer = _CudaTimer(effort) if device == "cuda" else _CpuTimer(effort)
+        return timer.time({name: job.call for name, job in jobs.items()})
+
+
+@dataclass
+class _CpuTimer:
+    effort: Effort
+    _calls: dict[str, int] = field(default_factory=dict)
+
+    def time(self, jobs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
+        samples: dict[str, list[float]] = {name: [] for name in jobs}
+        for name, call in jobs.items():
+            once = min(self._seconds(call, 1) for _ in range(self.effort.warm_up))
+            self._calls[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
+        names = list(jobs)
+        began = time.perf_counter()
+        for number in range(self.effort.most):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                slow = len(samples[name]) >= self.effort.few and min(samples[name]) > 1e3
+                if not slow:
+                    samples[name].append(1e3 * self._seconds(jobs[name], self._calls[name]))
+            if number + 1 >= self.effort.rounds and time.perf_counter() - began > self.effort.seconds:
+                break
+        return {name: Timing(found) for name, found in samples.items()}
+
+    @staticmethod
+    def _seconds(call: Callable[[], object], times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - began) / times
+
+
+class _CudaTimer:
+    """Replays of CUDA graphs between events, each after a flush of the L2 cache."""
+
+    _ROUNDS_QUEUED = 4
+
+    def __init__(self, effort: Effort) -> None:
+        self.effort = effort
+        l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.scratch = torch.empty(max(_LEAST_FLUSH_BYTES, _FLUSH_L2_TIMES * l2), dtype=torch.uint8, device="cuda")
+
+    def time(self, jobs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
+        replays, notes = {}, {}
+        for name, call in jobs.items():
+            replays[name], notes[name] = self._graph(call)
+        samples: dict[str, list[float]] = {name: [] for name in jobs}
+        names = list(jobs)
+        began = time.perf_counter()
+        for number in range(0, self.effort.most, self._ROUNDS_QUEUED):
+            queued = []
+            for turn in range(number, min(number + self._ROUNDS_QUEUED, self.effort.most)):
+                first = turn % len(names)
+                queued += [(name, self._queue(replays[name])) for name in names[first:] + names[:first]]
+            torch.cuda.synchronize()
+            for name, (start, end) in queued:
+                samples[name].append(start.elapsed_time(end))
+            enough = number + self._ROUNDS_QUEUED >= self.effort.rounds
+            if enough and time.perf_counter() - began > self.effort.seconds:
+                break
+        return {name: Timing(found, notes[name]) for name, found in samples.items()}
+
+    def _queue(self, replay: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.scratch.fill_(1)
+        start.record()
+        replay()
+        end.record()
+        return start, end
+
+    def _graph(self, call: Callable[[], object]) -> tuple[Callable[[], object], str]:
+        """The replay of a graph of the call; the call itself, and why, where it cannot be captured."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self.effort.warm_up):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                kept = call()
+        except Exception as error:  # whatever a kernel does that a capture forbids
+            torch.cuda.synchronize()
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            return call, f"launched, not replayed from a CUDA graph: {reason}"
+
+        def replay(_kept: object = kept) -> None:  # the graph writes into what the captured call returned
+            graph.replay()
+
+        return replay, ""
+
+
+def empty_graph_ms() -> float:
+    """What the GPU clock shows for a graph of one kernel that does next to nothing."""
+    one = torch.zeros(1, device="cuda")
+    timer = _CudaTimer(Effort(rounds=40, seconds=0.0, most=40))
+    return timer.time({"empty": lambda: one.add_(1)})["empty"].median

@@ -1,0 +1,165 @@
+"""Runs: the rows, what a mismatch does, what is absent, ratios, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch
+from fastattn.bench import run as run_module
+from fastattn.bench.providers import PROVIDERS
+from fastattn.bench.providers.base import Provider
+from fastattn.bench.rows import Row, merge, read_result, with_ratios
+
+from .conftest import LEFT_OUT, quick_cases, quick_run
+
+
+def test_rows_hold_what_was_promised(result) -> None:
+    assert result.passed and result.quick and result.limits.copy > 0
+    timed = [row for row in result.rows if row.median_ms is not None]
+    assert {row.suite for row in timed} == {"attention", "decode", "norm", "ffn"}
+    for row in timed:
+        assert row.verified is True and 0 <= row.worst <= 1 and row.reason is None
+        assert row.iqr_ms[0] <= row.median_ms <= row.iqr_ms[1] and row.samples >= 2
+        assert row.work > 0 and row.rate == pytest.approx(1e3 * row.work / row.median_ms)
+        assert row.share_of_limit > 0 and row.work_unit in ("FLOP", "B")
+        assert row.peak_memory is None or row.peak_memory >= 0
+    assert all(row.reason for row in result.rows if row.median_ms is None)
+    assert result.environment["torch"] == torch.__version__ and result.environment["threads"] == 1
+
+
+def test_absent_providers_are_listed_with_their_reason(result) -> None:
+    reasons = {row.provider: row.reason for row in result.rows if row.suite == "attention"}
+    assert reasons["FlashAttention-3"] == "it runs on GPUs only"
+    assert reasons["torch sdpa cuDNN"] == "torch has it for GPUs only"
+    for name, reason in dispatch.backends().items():
+        if reason is not None:
+            assert reasons[f"fastattn {name}"] == reason
+    if not hasattr(fastattn, "attention_decode"):
+        decode = {row.provider: row.reason for row in result.rows if row.suite == "decode"}
+        assert "does not exist in this version" in decode["fastattn reference attention_decode"]
+    for name in LEFT_OUT[:2]:
+        assert "--compile" in reasons[name]
+
+
+def test_ratios_compare_our_backends_with_others_only(result) -> None:
+    for rows in _questions(result.rows):
+        for row in rows:
+            others = [r for r in rows if r.median_ms is not None and r is not row and not (r.ours and row.ours)]
+            if row.median_ms is None or not others:
+                assert row.ratio is None
+                continue
+            fastest = min(others, key=lambda r: r.median_ms)
+            assert row.ratio == pytest.approx(fastest.median_ms / row.median_ms) and row.ratio_to == fastest.provider
+
+
+def _questions(rows):
+    found = {}
+    for row in rows:
+        found.setdefault(row.question, []).append(row)
+    return found.values()
+
+
+class _Wrong(Provider):
+    """Attention that is off by a percent, or raises."""
+
+    suites = frozenset({"norm"})
+
+    def __init__(self, name: str, ours: bool, error: Exception | None = None) -> None:
+        self.name, self.ours, self.error = name, ours, error
+
+    def prepare(self, case, tensors):
+        if self.error is not None:
+            raise self.error
+        return lambda: (1.01 * torch.nn.functional.layer_norm(tensors["x"], (case.width,)),) * len(case.outputs)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_mismatch_is_not_timed_and_fails_the_run(monkeypatch, ours) -> None:
+    monkeypatch.setattr(run_module, "PROVIDERS", (*PROVIDERS, _Wrong("wrong", ours)))
+    found = quick_run("norm", shapes=("bert-base",), directions=("forward",))
+    rows = [row for row in found.rows if row.provider == "wrong"]
+    assert rows and all(row.verified is False and row.median_ms is None for row in rows)
+    assert all("breaks the parity rule" in row.reason and "y: FAILED" in row.reason for row in rows)
+    assert not found.passed and len(found.failures) == len(rows)
+    assert all("wrong" in failure and "norm" in failure for failure in found.failures)
+    assert any(row.median_ms for row in found.rows if row.provider == "torch eager"), "the others are still timed"
+
+
+def test_a_peer_that_raises_is_absent_and_a_backend_that_raises_fails_the_run(monkeypatch) -> None:
+    both = (_Wrong("peer", False, RuntimeError("no kernel\nat all")), _Wrong("backend", True, RuntimeError("crash")))
+    monkeypatch.setattr(run_module, "PROVIDERS", both)
+    found = quick_run("norm", shapes=("bert-base",), directions=("forward",))
+    reasons = {row.provider: row.reason for row in found.rows}
+    assert reasons == {"peer": "RuntimeError: no kernel", "backend": "RuntimeError: crash"}
+    assert found.failures and all("backend" in failure for failure in found.failures)
+    refusal = fastattn.NotSupported("norm", "this problem", {"cpu": ["too wide"]})
+    monkeypatch.setattr(run_module, "PROVIDERS", (_Wrong("backend", True, refusal),))
+    found = quick_run("norm", shapes=("bert-base",), directions=("forward",))
+    assert found.passed and {row.reason for row in found.rows} == {"too wide"}
+
+
+def test_backward_alone_is_verified_too() -> None:
+    found = quick_run("norm", "ffn", shapes=("bert-base",), directions=("backward",), only=frozenset({"torch eager"}))
+    assert found.passed and {row.direction for row in found.rows} == {"backward"}
+    assert all(row.verified and row.median_ms for row in found.rows)
+
+
+def test_halves_are_verified_in_their_own_dtype() -> None:
+    wanted = [replace(case, dtype=torch.bfloat16) for case in quick_cases("attention", "norm", shapes=("gpt2",))]
+    options = run_module.Options(quick=True, compiled=False, memory=False)
+    found = run_module.run_bench(wanted, options)
+    assert found.passed and {row.dtype for row in found.rows} == {"bfloat16"} and "bfloat16" in found.limits.product
+
+
+def test_a_spent_budget_leaves_cases_out_and_says_so() -> None:
+    found = quick_run("norm", shapes=("bert-base",), budget=0.0)
+    assert not found.rows and found.left_out and "norm" in found.left_out[0] and found.passed
+
+
+def test_compiled_providers_join_when_asked() -> None:
+    found = quick_run("ffn", shapes=("bert-base",), directions=("forward",), compiled=True)
+    (row,) = [row for row in found.rows if row.provider == "torch.compile"]
+    assert row.verified or row.reason, row
+
+
+def test_json_round_trip(result, tmp_path) -> None:
+    file = tmp_path / "results.json"
+    result.write(file)
+    again = read_result(file)
+    assert again.rows == result.rows and again.limits == result.limits and again.to_json() == result.to_json()
+    held = json.loads(file.read_text())["rows"][0]
+    assert set(held) == {field.name for field in fields(Row)}
+    assert read_result(tmp_path).rows == result.rows, "a folder stands for its results.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="format"):
+        read_result(file)
+    with pytest.raises(ValueError, match="no results there"):
+        read_result(tmp_path / "missing")
+
+
+def test_merging_replaces_rows_of_the_same_key(result) -> None:
+    later = replace(result, rows=[replace(result.rows[0], note="later")], failures=["x"])
+    whole = merge([result, later])
+    assert len(whole.rows) == len(result.rows) and whole.rows[0].note == "later" and whole.failures == ["x"]
+
+
+def test_models_are_verified_and_say_what_was_swapped() -> None:
+    found = quick_run("model", only=frozenset({"torch as it is", "fastattn swap"}))
+    assert found.passed
+    rows = {(row.case, row.provider): row for row in found.rows}
+    for (case, provider), row in rows.items():
+        if row.reason == "transformers is not installed":
+            continue
+        assert row.verified and row.median_ms, (case, row.reason)
+        assert provider != "fastattn swap" or "swapped: " in row.note
+    assert any(row.direction == "both" for row in found.rows), "a training step is among them"
+
+
+def test_ratio_of_a_lone_provider_is_none(result) -> None:
+    lone = replace(result.rows[0], median_ms=1.0, ratio=None)
+    assert with_ratios([lone])[0].ratio is None

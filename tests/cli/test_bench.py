@@ -1,0 +1,113 @@
+"""`fastattn bench` called as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastattn.bench import run as run_module
+from fastattn.bench.providers import PROVIDERS
+from fastattn.bench.providers.base import Provider
+from fastattn.cli.app import app
+
+CHECKOUT = Path(os.environ.get("FASTATTN_CHECKOUT", Path(__file__).resolve().parents[2]))
+QUICK = ("--quick", "--no-compile", "--no-memory", "--threads", "1", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == code, f"fastattn bench {' '.join(arguments)}\n{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def test_attention_of_a_shape_as_json_and_compared_with_itself(tmp_path) -> None:
+    file = tmp_path / "f.json"
+    said = _run("attention", "--shapes", "bert-base", "--json", str(file), *QUICK)
+    assert "bert-base" in said and "x best other" in said and "why it has no times" in said
+    found = json.loads(file.read_text())
+    promised = {"provider", "case", "verified", "median_ms", "iqr_ms", "work", "rate", "ratio", "share_of_limit"}
+    assert all(promised | {"peak_memory", "reason"} <= set(row) for row in found["rows"])
+    assert {row["direction"] for row in found["rows"]} == {"forward", "both"}
+    assert "rows are the same within the noise" in _run("compare", str(file), str(file), "--strict")
+
+
+def test_runs_are_added_to_a_report(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    for suite in ("norm", "ffn"):
+        _run("run", suite, "--shapes", "gpt2", "--direction", "forward", "--report", str(tmp_path), "--append", *QUICK)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {row["suite"] for row in found["rows"]} == {"norm", "ffn"}
+    assert (tmp_path / "report.md").read_text().count("### ") >= 3
+
+
+class _Wrong(Provider):
+    name = "wrong"
+    suites = frozenset({"norm"})
+
+    def prepare(self, case, tensors):
+        return lambda: tuple(torch.zeros_like(tensors["x"]) for _ in case.outputs)
+
+
+def test_a_mismatch_ends_with_1_and_names_it(monkeypatch) -> None:
+    monkeypatch.setattr(run_module, "PROVIDERS", (*PROVIDERS, _Wrong()))
+    said = _run("norm", "--shapes", "gpt2", "--direction", "forward", *QUICK, code=1)
+    assert "FAILED norm: layer norm" in said and "wrong: breaks the parity rule" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("softmax",), "softmax"),
+        (("attention", "--shapes", "bert-huge"), "bert-huge"),
+        (("attention", "--dtype", "int8"), "int8"),
+        (("attention", "--direction", "sideways"), "sideways"),
+        (("attention", "--device", "tpu"), "tpu"),
+        (("attention", "--only", "nobody"), "nobody"),
+        (("attention", "--append"), "--json"),
+        (("attention", "--match", "no such case"), "no case is left"),
+        (("compare", "no/such.json", "no/such.json"), "no/such.json"),
+        (("docs", "no/such/folder"), "no result folders"),
+    ],
+)
+def test_wrong_options_are_answered_by_a_sentence(arguments, said) -> None:
+    text = _run(*arguments, code=2)
+    assert said in text and "Traceback" not in text
+
+
+def test_the_page_is_written(tmp_path) -> None:
+    results = CHECKOUT / "bench" / "results"
+    if not list(results.glob("*/results.json")):
+        pytest.skip("FASTATTN_CHECKOUT names no checkout with results")
+    _run("docs", str(results), "--target", str(tmp_path / "page.md"))
+    assert (tmp_path / "page.md").read_text().startswith("# Performance")
+
+
+def test_tune_times_choices_or_says_that_there_are_none() -> None:
+    text = _run("tune", "--quick", "--device", "cpu")
+    assert "nothing to tune" in text or "has anything to tune" in text or "norm, width" in text
+
+
+def test_pytest_benchmark_runs_the_same_cases() -> None:
+    pytest.importorskip("pytest_benchmark")
+    if not (CHECKOUT / "bench" / "conftest.py").exists():
+        pytest.skip("FASTATTN_CHECKOUT names no checkout")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--quick", "-k", "eager and forward"]
+    quick = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    run = subprocess.run(
+        [*command, *quick, "bench/test_norm.py"], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:]
