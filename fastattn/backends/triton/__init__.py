@@ -11,12 +11,13 @@ import os
 
 import torch
 
-from fastattn.backends.triton.attention import attention_forward, attention_reasons
+from fastattn.backends.triton.attention import attention_backward, attention_forward, attention_reasons
 from fastattn.backends.triton.norm import norm_backward, norm_forward, norm_reasons
 from fastattn.problems import AttentionProblem, NormProblem, Problem
 
 __all__ = [
     "NAME",
+    "attention_backward",
     "attention_forward",
     "norm_backward",
     "norm_forward",

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastattn.backends.triton.interpreter import patching_once
+
 
 class Launch(NamedTuple):
     """One launch: the kernel, its arguments by name (tensors, numbers, None, constants) and the compiler's options."""
@@ -49,7 +51,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
         return
     device = next(a.device for a in taken.values() if isinstance(a, torch.Tensor))
     # Triton launches on the current device's current stream; this makes it that of the arguments.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else patching_once():
         kernel[grid](**taken, **options)
 
 
