@@ -61,7 +61,7 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
         },
     },
 }
-INTERPRETED = Tile(64, 64, 4, 1, "for the interpreter: no speed is meant")
+INTERPRETED = Tile(128, 64, 4, 1, "for the interpreter: no speed is meant")
 
 
 def pieces(dim: int) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.mask import range_of_keys, visible_keys, visible_pairs
+from fastattn.kernels.attention.mask import VARYING, range_of_keys, visible_keys, visible_pairs
 from fastattn.kernels.attention.tile import (
     accumulate,
     exp_distance,
@@ -62,7 +62,7 @@ def _base_of(lse, unit, FOLDED: tl.constexpr):
     return base
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "section", "threshold", "band_low", "band_high"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_queries_kernel(
     q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, out_b, out_h, out_s, lse,
     grad_out, grad_out_b, grad_out_h, grad_out_s, grad_lse, grad_q, grad_q_b, grad_q_h, grad_q_s,
@@ -204,7 +204,7 @@ def attention_queries_kernel(
         tl.store(sink_terms + row, tl.where(norm > 0.0, -sink * norm * delta, 0.0), mask=within)
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "section", "threshold", "band_low", "band_high"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_keys_kernel(
     q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, lse, norm_out, centre_out,
     grad_out, grad_out_b, grad_out_h, grad_out_s,
@@ -307,7 +307,7 @@ def attention_keys_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "threshold", "band_low", "band_high", "pairs"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_bias_kernel(
     q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, lse, norm_out, centre_out,
     grad_out, grad_out_b, grad_out_h, grad_out_s, grad_bias, states,

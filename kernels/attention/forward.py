@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.mask import visible_keys, visible_pairs
+from fastattn.kernels.attention.mask import VARYING, visible_keys, visible_pairs
 from fastattn.kernels.attention.tile import (
     accumulate,
     exp_distance,
@@ -42,7 +42,7 @@ from fastattn.kernels.numerics import LOG2E
 from fastattn.kernels.philox import dropout_tile
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "section", "threshold", "band_low", "band_high"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
     q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, out_b, out_h, out_s, lse,
     key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,

@@ -19,6 +19,14 @@ import triton.language as tl
 
 FAR = tl.constexpr(1 << 30)
 
+# Arguments that follow from lengths and batches, of any kernel here: Triton would compile anew where one is 1 or becomes
+# or ceases to be a multiple of 16.
+VARYING = (
+    "len_q", "len_k", "batches", "section", "threshold", "band_low", "band_high", "words", "by_interval", "intervals_b",
+    "intervals_h", "ids_b", "ids_h", "ids_q", "plan_b", "plan_h", "plan_heads", "rows", "columns", "by_entry", "by_row",
+    "by_column", "bias_batches", "bias_len_q", "bias_len_k", "bias_tiles_q", "bias_tiles_k", "pairs",
+)  # fmt: skip
+
 
 @triton.jit
 def visible_keys(key_mask, batch, keys, len_k):
@@ -136,7 +144,7 @@ def _in_tiles(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
     return low, tl.where(has_full, full_low, high), tl.where(has_full, full_high, high), high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def block_ids_kernel(table, row_ptr, col, id, rows, columns, CHUNK: tl.constexpr):
     """table (entries, rows, columns), -1 so far: the ids of form D's blocks. One program per block row."""
     program = tl.program_id(0)
@@ -149,7 +157,7 @@ def block_ids_kernel(table, row_ptr, col, id, rows, columns, CHUNK: tl.constexpr
         tl.store(table + program.to(tl.int64) * columns + column, tl.load(id + entry, mask=listed), mask=listed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def classify_kernel(
     states, key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,
     intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
@@ -200,7 +208,7 @@ def classify_kernel(
     tl.store(states + tl.program_id(0).to(tl.int64) * tiles_k + tile_k, state.to(tl.uint8), mask=tile_k < tiles_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def classify_dense_kernel(
     states, dense, dense_b, dense_h, dense_q, dense_k, plan_heads, len_q, len_k,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -221,7 +229,7 @@ def classify_dense_kernel(
     tl.store(at_state, state.to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def compact_kernel(
     states, tiles, full_counts, partial_counts, rows, columns, by_entry, by_row, by_column, CHUNK: tl.constexpr
 ):  # fmt: skip
