@@ -393,7 +393,9 @@ def attention_bias_kernel(
                         grad_weight *= dropout_tile(seed, rows, entry, first_k, threshold, keep_scale, BLOCK_K)
                     total += e * (grad_weight * norm[:, None] - centre[:, None])
 
-    target = grad_bias + (tl.program_id(1).to(tl.int64) * bias_batches * bias_heads + bias_entry) * bias_len_q * bias_len_k
+    target = (
+        grad_bias + (tl.program_id(1).to(tl.int64) * bias_batches * bias_heads + bias_entry) * bias_len_q * bias_len_k
+    )
     rows = own_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = own_k * BLOCK_K + tl.arange(0, BLOCK_K)
     if SUMS_Q:

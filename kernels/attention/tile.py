@@ -29,7 +29,9 @@ def scheduled(entries, tiles, section):
 
 
 @triton.jit
-def load_piece(base, first_row, stride, within, ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr):
+def load_piece(
+    base, first_row, stride, within, ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
+):
     """(ROWS, WIDTH) from row first_row and column FROM on; 0 past column DIM and where `within` (ROWS,) is False."""
     rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
     at = base + first_row.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]

@@ -1,4 +1,5 @@
-"""The Triton backend: norms on a GPU, and on CPU tensors under TRITON_INTERPRET=1 (Triton's interpreter, for tests).
+"""The Triton backend: attention, norms and feed-forward layers on a GPU, and on CPU tensors under TRITON_INTERPRET=1
+(Triton's interpreter, for tests).
 
 The kernels are in fastattn.kernels, which this package imports at the first call: importing it needs no triton.
 """
@@ -12,6 +13,15 @@ import os
 import torch
 
 from fastattn.backends.triton.attention import attention_backward, attention_forward, attention_reasons
+from fastattn.backends.triton.linear import (
+    ffn_backward,
+    ffn_forward,
+    gated_ffn_backward,
+    gated_ffn_forward,
+    linear_act_backward,
+    linear_act_forward,
+    linear_reasons,
+)
 from fastattn.backends.triton.norm import norm_backward, norm_forward, norm_reasons
 from fastattn.problems import AttentionProblem, NormProblem, Problem
 
@@ -19,6 +29,12 @@ __all__ = [
     "NAME",
     "attention_backward",
     "attention_forward",
+    "ffn_backward",
+    "ffn_forward",
+    "gated_ffn_backward",
+    "gated_ffn_forward",
+    "linear_act_backward",
+    "linear_act_forward",
     "norm_backward",
     "norm_forward",
     "not_supported_reasons",
@@ -50,7 +66,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     elif isinstance(problem, NormProblem):
         reasons = norm_reasons(problem)
     else:
-        return [f"the Triton backend has no kernel for {problem.op}"]
+        reasons = linear_reasons(problem)
     if problem.device_type != "cuda" and not (problem.device_type == "cpu" and interpreting()):
         reasons.append(f"the Triton backend does not run on {problem.device_type} tensors")
     return reasons
