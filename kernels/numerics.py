@@ -37,7 +37,7 @@ def dot_add(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 x in DTYPE, to nearest, ties to even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)

@@ -1,1 +1,1 @@
-"""Attention in Triton: mask.py (the lowered mask on tiles), tile.py (what forward and backward share), forward, backward."""
+"""Attention in Triton: forward.py, backward.py, tile.py (what both share), mask.py (the lowered mask on tiles)."""

@@ -2,7 +2,8 @@
 
     p = softmax(s), with the sink in its denominator;  dp = dropout'(grad_out v^T);  delta = sum over keys of p dp
     ds = p (dp - delta) + grad_lse softmax(s), the last one without the sink
-    grad_q = scale ds k,  grad_k = scale ds^T q,  grad_v = dropout(p)^T grad_out,  grad_sink = - sum over queries of p_sink delta
+    grad_q = scale ds k,  grad_k = scale ds^T q,  grad_v = dropout(p)^T grad_out
+    grad_sink = - sum over queries of p_sink delta
 With a softcap ds is also multiplied by 1 - tanh^2, after grad_bias = ds was taken.
 
 Contract
@@ -10,19 +11,19 @@ Contract
     norm and centre, float32 (B, Hq, Sq), are written by the queries kernel and read by the two others, run after it.
 
 Numerics
-    With e = exp(s - lse) a row's terms are p = e norm and ds = e (dp norm - centre). From a float32 lse and a rounded out
-    alone, norm = 1 and centre = sum(grad_out out) would put errors of their own into p and ds: lse has lost log n where
-    every score is finfo.min, and a rounded out moves delta by more than ds itself where one key has all the weight. So the
-    queries kernel sums e and e dp over its keys, which gives both exactly. The product with k has by then been taken with
-    the estimates; a wrong norm is a factor of the row, corrected afterwards, and only where the estimated centre was off
-    by more than rounding ds costs anyway (half inputs, rows with one or two keys that matter, tile by tile) the tile is
-    walked a second time.
+    With e = exp(s - lse) a row's terms are p = e norm and ds = e (dp norm - centre). From a float32 lse and a rounded
+    out alone, norm = 1 and centre = sum(grad_out out) would put errors of their own into p and ds: lse has lost log n
+    where every score is finfo.min, and a rounded out moves delta by more than ds itself where one key has all the
+    weight. So the queries kernel sums e and e dp over its keys, which gives both exactly. The product with k has by then
+    been taken with the estimates; a wrong norm is a factor of the row, corrected afterwards, and only where the
+    estimated centre was off by more than rounding ds costs anyway (half inputs, rows with one or two keys that matter)
+    is the tile walked a second time.
 
 Algorithm
     queries: a program keeps a query tile and walks the key tiles it sees, three products each. keys: a program keeps a
-    key tile and walks the query tiles that see it, head after head of its group, four products each, transposed so that p
-    and ds are left operands as they stand. bias: a program keeps a tile of the bias and walks the batch entries, heads and
-    tiles that share it, two products each; where these are many and tiles few, several programs write parts that the
+    key tile and walks the query tiles that see it, head after head of its group, four products each, transposed so that
+    p and ds are left operands as they stand. bias: a program keeps a tile of the bias and walks the batch entries, heads
+    and tiles that share it, two products each; where these are many and tiles few, several programs write parts that the
     host adds.
 
 Measured
@@ -144,7 +145,7 @@ def attention_queries_kernel(
         moment = tl.zeros((BLOCK_Q,), tl.float32)
         size = tl.zeros((BLOCK_Q,), tl.float32)
         for PARTIAL in tl.static_range(2):
-            for i in range(0, partial if PARTIAL else full):
+            for i in range(partial if PARTIAL else full):
                 tile_k = tile_at(i, low, full_low, full_high, listed, tiles_k, PARTIAL, LISTED)
                 first_k = tile_k * BLOCK_K
                 keys = first_k + tl.arange(0, BLOCK_K)
@@ -250,7 +251,7 @@ def attention_keys_kernel(
     dv_two = dv_one
     if REST_V > 0:
         dv_two = tl.zeros((BLOCK_K, REST_V), tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = head_kv * group + member
         entry = batch * heads_q + head
         q_base = q + wide_batch * q_b + head.to(tl.int64) * q_h
@@ -259,7 +260,7 @@ def attention_keys_kernel(
             key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
         )  # fmt: skip
         for PARTIAL in tl.static_range(2):
-            for i in range(0, partial if PARTIAL else full):
+            for i in range(partial if PARTIAL else full):
                 first_q = tile_at(i, low, full_low, full_high, listed, tiles_q, PARTIAL, LISTED) * BLOCK_Q
                 rows = first_q + tl.arange(0, BLOCK_Q)
                 within = rows < len_q

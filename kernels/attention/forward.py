@@ -90,7 +90,7 @@ def attention_forward_kernel(
         key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
     )  # fmt: skip
     for PARTIAL in tl.static_range(2):
-        for i in range(0, partial if PARTIAL else full):
+        for i in range(partial if PARTIAL else full):
             tile_k = tile_at(i, low, full_low, full_high, listed, tiles_k, PARTIAL, LISTED)
             first_k = tile_k * BLOCK_K
             keys = first_k + tl.arange(0, BLOCK_K)

@@ -1,7 +1,7 @@
 """linear_act, ffn and gated_ffn: torch's matrix products around the kernels of fastattn.kernels.activation.
 
-Arguments and results: fastattn.backends.protocol. The hidden layer is kept as it was before the activation and activated
-again in backward, in the kernel that also makes its gradient and the sums for the bias gradients.
+Arguments and results: fastattn.backends.protocol. The hidden layer is kept as it was before the activation and
+activated again in backward, in the kernel that also makes its gradient and the sums for the bias gradients.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def _activation_backward(
     up_sums: bool = False,
     keep_h: bool = False,
 ) -> dict[str, Tensor]:
-    """grad_pre, and with `up` grad_up, like pre; h where kept; pre_sums and up_sums (columns,) in pre's dtype or empty."""
+    """grad_pre and, with `up`, grad_up like pre; h where kept; pre_sums and up_sums (columns,) in pre's dtype. What is
+    not asked for is empty."""
     from fastattn.kernels.activation import activation_backward_kernel
 
     rows, columns = _rows(pre).shape
