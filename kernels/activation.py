@@ -11,8 +11,8 @@ Numerics
     float32 throughout, one rounding per output; the sums add what was not yet rounded.
 
 Algorithm
-    Memory bound: every input is read once, every output written once, h is computed again and not kept. A fixed number of
-    backward programs per block of columns each write one partial row of the sums, which the host adds: the same bits
+    Memory bound: every input is read once, every output written once, h is computed again and not kept. A fixed number
+    of backward programs per block of columns each write one partial row of the sums, which the host adds: the same bits
     every run.
 
 Measured

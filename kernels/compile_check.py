@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time, without a GPU: python -m fastattn.kernels.compile_check
 
-The calls of VARIANTS run through the backend with meta tensors, and what it would launch is compiled for sm_80, sm_90 and
-sm_100: the same tiles, arguments and options as on a GPU. One line each: kernel, call, architecture, registers, stack
-bytes, shared memory, tensor-core instructions. Exit code 1 where
+The calls of VARIANTS run through the backend with meta tensors, and what it would launch is compiled for sm_80, sm_90
+and sm_100, some for sm_86: the same tiles, arguments and options as on a GPU. One line each: kernel, call, architecture, registers,
+stack bytes, shared memory, tensor-core instructions. Exit code 1 where
 - shared memory is over the architecture's limit,
 - a kernel that multiplies half-precision tiles has no tensor-core instruction,
 - a forward for half inputs of head dims up to 128 without options has a stack (spilled registers),
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 COMMITTED = Path(__file__).with_name("compiled.json")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
+SHARED_LIMIT = {86: 99 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 MULTIPLYING = (
     "attention_forward_kernel",
@@ -37,7 +37,8 @@ MULTIPLYING = (
 
 
 class Variant(NamedTuple):
-    """A call of the backend. options: bias, softcap, sinks, dropout and key lengths all at once."""
+    """A call of the backend. mask: of attention, or the name of another operation, whose width is dim. options: bias,
+    softcap, sinks and dropout of attention, all at once."""
 
     dtype: str
     dim: int
@@ -56,16 +57,20 @@ class Variant(NamedTuple):
 VARIANTS = [
     Variant("bfloat16", 64, 64, "causal"),
     Variant("bfloat16", 128, 128, "causal", short=True),
-    Variant("bfloat16", 256, 256, "causal"),
+    Variant("bfloat16", 256, 256, "causal", archs=(80, 86, 90, 100)),
     Variant("float16", 80, 80, "none"),
     Variant("float16", 192, 128, "none", archs=(90,)),
     Variant("float32", 64, 64, "causal"),
     Variant("float32", 128, 128, "causal", archs=(80, 90)),
-    Variant("float32", 256, 256, "none", archs=(90,)),
+    Variant("float32", 256, 256, "none", archs=(86, 90)),
     Variant("bfloat16", 64, 64, "dense", options=True),
     Variant("bfloat16", 128, 128, "keys", options=True, archs=(90,)),
     Variant("bfloat16", 64, 64, "blocks", archs=(80, 90)),
     Variant("bfloat16", 128, 128, "intervals", archs=(90,)),
+    Variant("bfloat16", 1024, 1024, "norm"),
+    Variant("bfloat16", 16384, 16384, "norm", archs=(90,)),
+    Variant("bfloat16", 1024, 1024, "linear_act", archs=(80, 90, 100)),
+    Variant("float32", 1024, 1024, "gated_ffn", archs=(90,)),
 ]
 
 
@@ -86,10 +91,39 @@ class Compiled(NamedTuple):
 
 
 def launches(variant: Variant, arch: int) -> list[Any]:
-    """What the backend launches for forward and backward of one call, but for the small kernels that plan tiles, of
-    which one of each name is enough."""
-    from fastattn.backends import triton as backend
+    """What the backend launches for forward and backward of one call, each kernel once."""
     from fastattn.backends.triton.launch import recording
+
+    with recording(arch) as found:
+        if variant.mask in ("norm", "linear_act", "gated_ffn"):
+            _call_layer(variant)
+        else:
+            _call_attention(variant)
+    return list({launch.kernel.__name__: launch for launch in found}.values())
+
+
+def _call_layer(variant: Variant) -> None:
+    """A norm with all options, or a feed-forward layer, of (64, dim) rows."""
+    from fastattn.backends import triton as backend
+
+    dtype, dim = getattr(torch, variant.dtype), variant.dim
+    x = torch.empty(64, dim, dtype=dtype, device="meta")
+    weight, bias = x.new_empty(dim, dim), x.new_empty(dim)
+    if variant.mask == "norm":
+        residual, seed = x.float(), torch.empty(1, dtype=torch.int64, device="meta")
+        y, z, mean, rstd = backend.norm_forward(x, bias, bias, residual, seed, "layer", 1e-5, 0.0, 0.1)
+        backend.norm_backward(y, z, z, bias, mean, rstd, seed, "layer", 0.0, 0.1, dtype, True, True)
+    elif variant.mask == "linear_act":
+        y, pre = backend.linear_act_forward(x, weight, bias, "gelu", True)
+        backend.linear_act_backward(y, x, weight, pre, "gelu", True, True, True)
+    else:
+        weights = (weight, bias, weight, bias, weight, bias)
+        y, gate, up = backend.gated_ffn_forward(x, *weights, "silu", True)
+        backend.gated_ffn_backward(y, x, weight, weight, weight, gate, up, "silu", *[True] * 7)
+
+
+def _call_attention(variant: Variant) -> None:
+    from fastattn.backends import triton as backend
     from fastattn.masks.lowered import Blocks, LoweredMask
 
     dtype, meta = getattr(torch, variant.dtype), torch.device("meta")
@@ -129,14 +163,11 @@ def launches(variant: Variant, arch: int) -> list[Any]:
     sinks = tensor(heads, dtype=torch.float32) if variant.options else None
     seed = tensor(1, dtype=torch.int64) if variant.options else None
     extras = (masks[variant.mask], bias, sinks, seed, 0.125, 30.0 * variant.options, 0.1 * variant.options)
-    with recording(arch) as found:
-        out, lse = backend.attention_forward(q, k, v, *extras)
-        grad_lse = lse if variant.options else None
-        backend.attention_backward(
-            out, grad_lse, q, k, v, out, lse, *extras, variant.options, variant.options, deterministic=True
-        )
-    once = {x.kernel.__name__: x for x in found}
-    return list(once.values())
+    out, lse = backend.attention_forward(q, k, v, *extras)
+    grad_lse = lse if variant.options else None
+    backend.attention_backward(
+        out, grad_lse, q, k, v, out, lse, *extras, variant.options, variant.options, deterministic=True
+    )
 
 
 def compile_launch(variant: Variant, arch: int, index: int) -> Compiled:
@@ -224,16 +255,12 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
 
-    jobs, seen = [], set()
+    jobs = []
     for variant in VARIANTS:
         if given.short and not variant.short:
             continue
         for arch in (90,) if given.short else variant.archs:
-            for index, launch in enumerate(launches(variant, arch)):
-                name = launch.kernel.__name__
-                if name in MULTIPLYING or (name, arch) not in seen:
-                    seen.add((name, arch))
-                    jobs.append((variant, arch, index))
+            jobs += [(variant, arch, index) for index in range(len(launches(variant, arch)))]
     committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
     context = multiprocessing.get_context("spawn")
     results, failed = {}, 0

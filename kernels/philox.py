@@ -28,7 +28,10 @@ def dropout_factor(seed, row, entry, first_column, threshold, keep_scale, BLOCK:
 
 @triton.jit
 def dropout_tile(seed, rows, entry, first_column, threshold, keep_scale, BLOCK: tl.constexpr):
-    """float32 (R, BLOCK): keep_scale where (rows[r], first_column + k) is kept, else 0. rows int32 (R,); else as above."""
+    """float32 (R, BLOCK): keep_scale where (rows[r], first_column + k) is kept, else 0.
+
+    rows int32 (R,); the others as in dropout_factor.
+    """
     calls = first_column // 8 + tl.arange(0, BLOCK // 8)
     zero = rows[:, None] * 0 + calls[None, :] * 0
     w0, w1, w2, w3 = tl.philox(seed, zero + rows[:, None], zero + calls[None, :], zero + entry, zero)

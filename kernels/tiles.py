@@ -21,6 +21,9 @@ class Tile(NamedTuple):
     measured: str = "unmeasured"
 
 
+# GPUs with 99 KiB of shared memory a block and mma.sync alone: their tiles are those of 86.
+_SMALL = (86, 89, 120, 121)
+
 # kernel -> architecture (compute capability; the newest not newer than the device's) -> bytes per element -> rows of
 # (greatest sum of pieces of the larger head dim, tile)
 TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
@@ -28,6 +31,10 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
         80: {
             2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3)), (256, Tile(64, 32, 8, 2))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 2)), (256, Tile(16, 32, 4, 2))],
+        },
+        86: {
+            2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 8, 2))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
         },
         90: {
             2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3)), (256, Tile(128, 32, 8, 2))],
@@ -39,6 +46,10 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
             2: [(64, Tile(128, 32, 8, 3)), (128, Tile(64, 32, 8, 3)), (256, Tile(64, 32, 8, 1))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
         },
+        86: {
+            2: [(64, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
+        },
         90: {
             2: [(64, Tile(128, 32, 8, 3)), (128, Tile(128, 32, 8, 3)), (256, Tile(64, 32, 8, 1))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
@@ -48,6 +59,10 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
         80: {
             2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 64, 8, 2)), (256, Tile(32, 64, 8, 1))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
+        },
+        86: {
+            2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 64, 8, 2)), (256, Tile(32, 32, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
         },
         90: {
             2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 128, 8, 2)), (256, Tile(32, 64, 8, 1))],
@@ -80,7 +95,8 @@ def attention_tile(kernel: str, arch: int, itemsize: int, dim_qk: int, dim_v: in
     tile = INTERPRETED
     if arch:
         by_arch = TABLE[kernel]
-        rows = by_arch[max(a for a in by_arch if a <= arch)][itemsize]
+        known = 86 if arch in _SMALL else arch
+        rows = by_arch[max(a for a in by_arch if a <= known)][itemsize]
         width = max(sum(pieces(dim_qk)), sum(pieces(dim_v)))
         tile = next(tile for limit, tile in rows if width <= limit)
     return tile._replace(block_k=min(tile.block_k, BASE_BLOCK)) if blocks else tile

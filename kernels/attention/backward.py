@@ -14,17 +14,17 @@ Numerics
     With e = exp(s - lse) a row's terms are p = e norm and ds = e (dp norm - centre). From a float32 lse and a rounded
     out alone, norm = 1 and centre = sum(grad_out out) would put errors of their own into p and ds: lse has lost log n
     where every score is finfo.min, and a rounded out moves delta by more than ds itself where one key has all the
-    weight. So the queries kernel sums e and e dp over its keys, which gives both exactly. The product with k has by then
-    been taken with the estimates; a wrong norm is a factor of the row, corrected afterwards, and only where the
+    weight. So the queries kernel sums e and e dp over its keys, which gives both exactly. The product with k has by
+    then been taken with the estimates; a wrong norm is a factor of the row, corrected afterwards, and only where the
     estimated centre was off by more than rounding ds costs anyway (half inputs, rows with one or two keys that matter)
     is the tile walked a second time.
 
 Algorithm
     queries: a program keeps a query tile and walks the key tiles it sees, three products each. keys: a program keeps a
     key tile and walks the query tiles that see it, head after head of its group, four products each, transposed so that
-    p and ds are left operands as they stand. bias: a program keeps a tile of the bias and walks the batch entries, heads
-    and tiles that share it, two products each; where these are many and tiles few, several programs write parts that the
-    host adds.
+    p and ds are left operands as they stand. bias: a program keeps a tile of the bias and walks the batch entries,
+    heads and tiles that share it, two products each; where these are many and tiles few, several programs write parts
+    that the host adds.
 
 Measured
     not yet on a GPU: compiled for sm_80, sm_90 and sm_100, checked on the CPU through Triton's interpreter.

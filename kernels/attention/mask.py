@@ -1,11 +1,11 @@
 """The lowered mask (fastattn.masks.lowered) on tiles of BLOCK_Q queries x BLOCK_K keys, and the tiles worth a visit.
 
 A kernel holds a mask in two tuples, of which absent parts are None:
-    key_mask   key_start, key_end (B,), key_bits (B, words), words, key_flags (bool, strides flags_b and flags_k), flags_b,
-               flags_k                                                        form A, and a dense mask of keys alone
-    pair_mask  band_low, band_high: band_low <= key - query <= band_high; intervals and strides by interval, batch, head;
-               block_ids (query blocks, key blocks), -1 where empty, strides by batch, head, query block; bitmaps; the
-               dense mask and its four strides                                forms B, C, D, and the dense mask
+    key_mask   form A and a dense mask of keys alone: key_start, key_end (B,); key_bits (B, words), words; key_flags
+               (bool) and its strides by batch and key
+    pair_mask  forms B, C, D and the dense mask: band_low <= key - query <= band_high; intervals and strides by
+               interval, batch, head; block_ids (query blocks, key blocks), -1 where empty, and strides by batch, head,
+               query block; bitmaps; the dense mask and its four strides
 Which keys a query tile visits follows from numbers alone for key_start, key_end and the band (`range_of_keys`,
 `range_of_queries`). Everything else is planned: classify_kernel and classify_dense_kernel find the state of every tile
 (0 empty, 1 partial, 2 full), and compact_kernel lists, per row or column of tiles, the full ones from the front and the
@@ -19,8 +19,8 @@ import triton.language as tl
 
 FAR = tl.constexpr(1 << 30)
 
-# Arguments that follow from lengths and batches, of any kernel here: Triton would compile anew where one is 1 or becomes
-# or ceases to be a multiple of 16.
+# Arguments that follow from lengths and batches, of any kernel here: Triton would compile anew where one is 1, or
+# becomes or ceases to be a multiple of 16.
 VARYING = (
     "len_q", "len_k", "batches", "section", "threshold", "band_low", "band_high", "words", "by_interval", "intervals_b",
     "intervals_h", "ids_b", "ids_h", "ids_q", "plan_b", "plan_h", "plan_heads", "rows", "columns", "by_entry", "by_row",
@@ -48,10 +48,11 @@ def visible_keys(key_mask, batch, keys, len_k):
 
 @triton.jit
 def visible_pairs(
-    seen, pair_mask, batch, head, queries, keys, key_block, len_q, len_k, HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr
+    seen, pair_mask, batch, head, queries, keys, key_block, len_q, len_k,
+    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
-    """`seen` (visible_keys) and forms B, C, D and the dense mask. queries and keys int32, one of them a row and the other
-    a column; key_block is what keys // 64 is for all keys of the tile, used by form D alone."""
+    """`seen` (visible_keys) and forms B, C, D and the dense mask. queries and keys int32, one of them a row and the
+    other a column; key_block is what keys // 64 is for all keys of the tile, used by form D alone."""
     (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q, bitmaps,
      dense, dense_b, dense_h, dense_q, dense_k) = pair_mask  # fmt: skip
     if HAS_BAND:
@@ -233,8 +234,8 @@ def classify_dense_kernel(
 def compact_kernel(
     states, tiles, full_counts, partial_counts, rows, columns, by_entry, by_row, by_column, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """tiles (entries, rows, columns) int32: of each row the full columns from the front, the partial ones from the back,
-    both ascending inwards; and how many of each. Transposed strides of states list by columns."""
+    """tiles (entries, rows, columns) int32: of each row the full columns from the front, the partial ones from the
+    back, both ascending inwards; and how many of each. Transposed strides of states list by columns."""
     entry, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     source = states + entry.to(tl.int64) * by_entry + row.to(tl.int64) * by_row
     target = tiles + tl.program_id(0).to(tl.int64) * columns

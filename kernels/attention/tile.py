@@ -61,7 +61,8 @@ def load_rows(
 
 @triton.jit
 def store_piece(
-    base, first_row, stride, within, value, ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
+    base, first_row, stride, within, value,
+    ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
     at = base + first_row.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]

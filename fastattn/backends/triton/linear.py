@@ -6,6 +6,7 @@ activated again in backward, in the kernel that also makes its gradient and the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -47,7 +48,8 @@ def _plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        has_autocast = torch.amp.is_autocast_available(device)
+        with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     return run
