@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time, without a GPU: python -m fastattn.kernels.compile_check
 
 The calls of VARIANTS run through the backend with meta tensors, and what it would launch is compiled for sm_80, sm_90
-and sm_100, some for sm_86: the same tiles, arguments and options as on a GPU. One line each: kernel, call, architecture, registers,
-stack bytes, shared memory, tensor-core instructions. Exit code 1 where
+and sm_100, some for sm_86: the same tiles, arguments and options as on a GPU. One line each: kernel, call,
+architecture, registers, stack bytes, shared memory, tensor-core instructions. Exit code 1 where
 - shared memory is over the architecture's limit,
 - a kernel that multiplies half-precision tiles has no tensor-core instruction,
 - a forward for half inputs of head dims up to 128 without options has a stack (spilled registers),
@@ -60,9 +60,9 @@ VARIANTS = [
     Variant("bfloat16", 256, 256, "causal", archs=(80, 86, 90, 100)),
     Variant("float16", 80, 80, "none"),
     Variant("float16", 192, 128, "none", archs=(90,)),
-    Variant("float32", 64, 64, "causal"),
-    Variant("float32", 128, 128, "causal", archs=(80, 90)),
-    Variant("float32", 256, 256, "none", archs=(86, 90)),
+    Variant("float32", 64, 64, "causal", archs=(80, 90)),
+    Variant("float32", 128, 128, "causal", archs=(90,)),
+    Variant("float32", 256, 256, "none", archs=(86,)),
     Variant("bfloat16", 64, 64, "dense", options=True),
     Variant("bfloat16", 128, 128, "keys", options=True, archs=(90,)),
     Variant("bfloat16", 64, 64, "blocks", archs=(80, 90)),

@@ -125,7 +125,7 @@ def attention_queries_kernel(
     if seed_pointer is not None:
         seed = tl.load(seed_pointer)
 
-    full, partial, low, full_low, full_high, listed = plan_keys(
+    full, partial, low, full_low, full_high, position = plan_keys(
         key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
     )  # fmt: skip
     one = tl.zeros((BLOCK_Q, WIDE), tl.float32)
@@ -146,7 +146,7 @@ def attention_queries_kernel(
         size = tl.zeros((BLOCK_Q,), tl.float32)
         for PARTIAL in tl.static_range(2):
             for i in range(partial if PARTIAL else full):
-                tile_k = tile_at(i, low, full_low, full_high, listed, tiles_k, PARTIAL, LISTED)
+                tile_k = tile_at(i, plan, low, full_low, full_high, position, tiles_k, PARTIAL, LISTED)
                 first_k = tile_k * BLOCK_K
                 keys = first_k + tl.arange(0, BLOCK_K)
                 seen = None
@@ -181,7 +181,7 @@ def attention_queries_kernel(
         exact_norm = tl.where(sees, 1.0 / (tl.where(sees, total, 1.0) + sink), 0.0)
         delta = exact_norm * moment
         exact_centre = exact_norm * delta - of_lse / tl.where(sees, total, 1.0)
-        factor = tl.where(norm > 0.0, exact_norm / norm, 1.0)
+        factor = tl.where(norm > 0.0, exact_norm / tl.where(norm > 0.0, norm, 1.0), 1.0)
         if CHECKED:
             gap = tl.max(tl.abs(exact_centre - factor * centre) * total, 0)
             is_off = gap > tolerance * tl.max(size * factor, 0)
@@ -256,12 +256,12 @@ def attention_keys_kernel(
         entry = batch * heads_q + head
         q_base = q + wide_batch * q_b + head.to(tl.int64) * q_h
         g_base = grad_out + wide_batch * grad_out_b + head.to(tl.int64) * grad_out_h
-        full, partial, low, full_low, full_high, listed = plan_queries(
+        full, partial, low, full_low, full_high, position = plan_queries(
             key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
         )  # fmt: skip
         for PARTIAL in tl.static_range(2):
             for i in range(partial if PARTIAL else full):
-                first_q = tile_at(i, low, full_low, full_high, listed, tiles_q, PARTIAL, LISTED) * BLOCK_Q
+                first_q = tile_at(i, plan, low, full_low, full_high, position, tiles_q, PARTIAL, LISTED) * BLOCK_Q
                 rows = first_q + tl.arange(0, BLOCK_Q)
                 within = rows < len_q
                 q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)

@@ -86,12 +86,12 @@ def attention_forward_kernel(
     two = one
     if REST_V > 0:
         two = tl.zeros((BLOCK_Q, REST_V), tl.float32)
-    full, partial, low, full_low, full_high, listed = plan_keys(
+    full, partial, low, full_low, full_high, position = plan_keys(
         key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
     )  # fmt: skip
     for PARTIAL in tl.static_range(2):
         for i in range(partial if PARTIAL else full):
-            tile_k = tile_at(i, low, full_low, full_high, listed, tiles_k, PARTIAL, LISTED)
+            tile_k = tile_at(i, plan, low, full_low, full_high, position, tiles_k, PARTIAL, LISTED)
             first_k = tile_k * BLOCK_K
             keys = first_k + tl.arange(0, BLOCK_K)
             seen = None
@@ -133,7 +133,7 @@ def attention_forward_kernel(
     divisor = total
     if sinks is not None:
         divisor += tl.exp2((tl.load(sinks + head) - natural) * LOG2E)
-    norm = tl.where(total == 0.0, 0.0, 1.0 / divisor)
+    norm = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, divisor))
     one *= norm[:, None]
     if REST_V > 0:
         two *= norm[:, None]

@@ -145,18 +145,18 @@ def plan_keys(
     key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k,
     LISTED: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(full, partial, low, full_low, full_high, row of tiles): how many key tiles of each kind a query tile visits, and
-    what tile_at needs to name them."""
+    """(full, partial, low, full_low, full_high, position in tiles): how many key tiles of each kind a query tile visits,
+    and what tile_at needs to name them."""
     tiles, full_counts, partial_counts, order, plan_b, plan_h = plan
     if LISTED:
         row = (batch * plan_b + head * plan_h) * tiles_q + tile_q
         full, partial = tl.load(full_counts + row), tl.load(partial_counts + row)
-        return full, partial, full, full, full, tiles + row.to(tl.int64) * tl.cdiv(len_k, BLOCK_K)
+        return full, partial, full, full, full, row.to(tl.int64) * tl.cdiv(len_k, BLOCK_K)
     else:
         low, full_low, full_high, high = range_of_keys(
             key_mask, pair_mask, batch, tile_q * BLOCK_Q, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K
         )  # fmt: skip
-        return full_high - full_low, full_low - low + high - full_high, low, full_low, full_high, tiles
+        return full_high - full_low, full_low - low + high - full_high, low, full_low, full_high, low.to(tl.int64) * 0
 
 
 @triton.jit
@@ -169,22 +169,22 @@ def plan_queries(
     if LISTED:
         row = (batch * plan_b + head * plan_h) * tiles_k + tile_k
         full, partial = tl.load(full_counts + row), tl.load(partial_counts + row)
-        return full, partial, full, full, full, tiles + row.to(tl.int64) * tl.cdiv(len_q, BLOCK_Q)
+        return full, partial, full, full, full, row.to(tl.int64) * tl.cdiv(len_q, BLOCK_Q)
     else:
         low, full_low, full_high, high = range_of_queries(
             key_mask, pair_mask, batch, tile_k * BLOCK_K, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K
         )  # fmt: skip
-        return full_high - full_low, full_low - low + high - full_high, low, full_low, full_high, tiles
+        return full_high - full_low, full_low - low + high - full_high, low, full_low, full_high, low.to(tl.int64) * 0
 
 
 @triton.jit
-def tile_at(i, low, full_low, full_high, tiles, columns, PARTIAL: tl.constexpr, LISTED: tl.constexpr):
-    """The i-th full or partial tile of a plan; `columns` is how many tiles a row of the list holds."""
+def tile_at(i, plan, low, full_low, full_high, position, columns, PARTIAL: tl.constexpr, LISTED: tl.constexpr):
+    """The i-th full or partial tile of a plan; a row of its list begins at `position` and has room for `columns`."""
     if LISTED:
         if PARTIAL:
-            return tl.load(tiles + columns - 1 - i)
+            return tl.load(plan[0] + position + columns - 1 - i)
         else:
-            return tl.load(tiles + i)
+            return tl.load(plan[0] + position + i)
     else:
         if PARTIAL:
             return tl.where(low + i < full_low, low + i, full_high + i - (full_low - low))
