@@ -364,7 +364,8 @@ class BuildPython(build_py):
     def finalize_options(self) -> None:
         super().finalize_options()
         if not self.editable_mode:
-            self.packages = [*self.packages, "fastattn.kernels"]
+            folders = sorted(file.parent for file in Path("kernels").rglob("__init__.py"))
+            self.packages = [*self.packages, *(".".join(["fastattn", *folder.parts]) for folder in folders)]
             self.package_dir = {**self.package_dir, "fastattn.kernels": "kernels"}
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:

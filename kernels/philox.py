@@ -24,3 +24,19 @@ def dropout_factor(seed, row, entry, first_column, threshold, keep_scale, BLOCK:
     lanes = tl.join(words & 0xFFFF, words >> 16)  # (group, pair, word, half)
     lanes = tl.reshape(tl.permute(lanes, (0, 2, 1, 3)), (BLOCK,)).to(tl.int32)
     return tl.where(lanes >= threshold, keep_scale, 0.0)
+
+
+@triton.jit
+def dropout_tile(seed, rows, entry, first_column, threshold, keep_scale, BLOCK: tl.constexpr):
+    """float32 (R, BLOCK): keep_scale where (rows[r], first_column + k) is kept, else 0.
+
+    rows int32 (R,); the others as in dropout_factor.
+    """
+    calls = first_column // 8 + tl.arange(0, BLOCK // 8)
+    zero = rows[:, None] * 0 + calls[None, :] * 0
+    w0, w1, w2, w3 = tl.philox(seed, zero + rows[:, None], zero + calls[None, :], zero + entry, zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    words = tl.reshape(words, (rows.shape[0], BLOCK // 32, 4, 4))  # (row, group, pair, word)
+    lanes = tl.join(words & 0xFFFF, words >> 16)
+    lanes = tl.reshape(tl.permute(lanes, (0, 1, 3, 2, 4)), (rows.shape[0], BLOCK)).to(tl.int32)
+    return tl.where(lanes >= threshold, keep_scale, 0.0)

@@ -1,4 +1,4 @@
-"""The Triton backend: its norms in Triton's interpreter, and what it refuses."""
+"""The Triton backend: its kernels in Triton's interpreter, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,18 +12,61 @@ import pytest
 import torch
 
 from fastattn.backends import triton as backend
-from fastattn.problems import LinearProblem, NormProblem
+from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
 
 PROBLEM = NormProblem("cuda", torch.bfloat16, "layer", rows=6, width=100)
 
 
-def test_norms_in_the_interpreter() -> None:
+ATTENTION = AttentionProblem("cuda", torch.bfloat16, 2, 4, 2, 100, 100, 64, 64)
+LINEAR = LinearProblem("ffn", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 4, 8, 16, 8)
+
+
+def interpreted(*command: str) -> str:
+    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported."""
     pytest.importorskip("triton", reason="triton is not installed")
-    file = Path(__file__).with_name("triton_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, f"TRITON_INTERPRET=1 pytest {file}\n{run.stdout[-6000:]}"
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, (
+        f"TRITON_INTERPRET=1 python {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
+    )
+    return run.stdout
+
+
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["triton_interpreted.py", "triton_attention_interpreted.py"])
+def test_kernels_in_the_interpreter(name: str, marks: str) -> None:
+    file = Path(__file__).with_name(name)
+    if name == "triton_interpreted.py" and marks == "slow":
+        pytest.skip("has no slow tests")
+    interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(file))
+
+
+VERIFY = """
+import sys
+from fastattn.parity.run import verify
+op, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+report = verify(op, "triton", seed=2, only=range(first, last))
+print(report.checked, report.refused, *report.failures, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("op", "cases"), [("attention", 6), ("norm", 8), ("linear_act", 20), ("ffn", 20), ("gated_ffn", 20)]
+)
+def test_random_cases(op: str, cases: int) -> None:
+    assert interpreted("-W", "ignore", "-c", VERIFY, op, "0", str(cases)) == f"{cases}\n0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 600, 50))
+def test_many_random_attention_cases(first: int) -> None:
+    assert interpreted("-W", "ignore", "-c", VERIFY, "attention", str(first), str(first + 50)) == "50\n0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["norm", "linear_act", "ffn", "gated_ffn"])
+def test_many_random_cases(op: str) -> None:
+    assert interpreted("-W", "ignore", "-c", VERIFY, op, "0", "150") == "150\n0\n"
 
 
 @pytest.mark.parametrize(
@@ -43,9 +86,25 @@ def test_refusals_say_why(changes: dict[str, object], words: str) -> None:
     assert words in reasons[0]
 
 
-def test_other_operations_are_refused() -> None:
-    problem = LinearProblem("ffn", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 4, 8, 16, 8)
-    assert backend.not_supported_reasons(problem) == ["the Triton backend has no kernel for ffn"]
+@pytest.mark.parametrize(
+    ("problem", "changes", "words"),
+    [
+        (ATTENTION, {"dtype": torch.float64}, "q is float64"),
+        (ATTENTION, {"bias": torch.float64}, "bias is float64"),
+        (ATTENTION, {"dim_qk": 257}, "D is 257"),
+        (ATTENTION, {"dim_v": 0}, "Dv is 0"),
+        (ATTENTION, {"len_k": 2**30, "batch": 1, "heads_q": 1}, "Skv is 1073741824"),
+        (ATTENTION, {"batch": 2**29}, "too many tiles"),
+        (LINEAR, {"dtype": torch.float64, "weight_dtype": torch.float64}, "x is float64"),
+        (LINEAR, {"weight_dtype": torch.float32}, "weight torch.float32"),
+        (LINEAR, {"hidden_features": 2**23}, "not 8388608"),
+    ],
+)
+def test_other_operations_say_why_too(problem: Problem, changes: dict[str, object], words: str) -> None:
+    assert backend.not_supported_reasons(problem) == []
+    reasons = backend.not_supported_reasons(dataclasses.replace(problem, **changes))
+    assert len(reasons) == 1
+    assert words in reasons[0]
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,3 +58,4 @@ def test_triton_kernels_are_installed() -> None:
     spec = importlib.util.find_spec("fastattn.kernels")
     assert spec is not None
     assert importlib.util.find_spec("fastattn.kernels.norm") is not None
+    assert importlib.util.find_spec("fastattn.kernels.attention.forward") is not None

@@ -53,7 +53,10 @@ def test_without_a_compiler_the_wheel_is_pure_python(source: Path) -> None:
     assert "no C++20 compiler with OpenMP was found, so it installs as pure Python" in output
     names = contents(wheel)
     assert not [name for name in names if name.endswith(".so")]
-    expected = ("__init__.py", "py.typed", "kernels/__init__.py", "kernels/norm.py", "kernels/philox.py")
+    expected = [
+        *("__init__.py", "py.typed", "kernels/__init__.py", "kernels/norm.py", "kernels/philox.py"),
+        *("kernels/attention/__init__.py", "kernels/attention/forward.py", "kernels/compiled.json"),
+    ]
     assert not [name for name in expected if f"fastattn/{name}" not in names]
     assert "fastattn/kernels.py" not in names  # the checkout's way to kernels/
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastattn"}

@@ -1,4 +1,5 @@
-"""The Triton backend: norms on a GPU, and on CPU tensors under TRITON_INTERPRET=1 (Triton's interpreter, for tests).
+"""The Triton backend: attention, norms and feed-forward layers on a GPU, and on CPU tensors under TRITON_INTERPRET=1
+(Triton's interpreter, for tests).
 
 The kernels are in fastattn.kernels, which this package imports at the first call: importing it needs no triton.
 """
@@ -11,10 +12,34 @@ import os
 
 import torch
 
+from fastattn.backends.triton.attention import attention_backward, attention_forward, attention_reasons
+from fastattn.backends.triton.linear import (
+    ffn_backward,
+    ffn_forward,
+    gated_ffn_backward,
+    gated_ffn_forward,
+    linear_act_backward,
+    linear_act_forward,
+    linear_reasons,
+)
 from fastattn.backends.triton.norm import norm_backward, norm_forward, norm_reasons
-from fastattn.problems import NormProblem, Problem
+from fastattn.problems import AttentionProblem, NormProblem, Problem
 
-__all__ = ["NAME", "norm_backward", "norm_forward", "not_supported_reasons", "unavailable_reason"]
+__all__ = [
+    "NAME",
+    "attention_backward",
+    "attention_forward",
+    "ffn_backward",
+    "ffn_forward",
+    "gated_ffn_backward",
+    "gated_ffn_forward",
+    "linear_act_backward",
+    "linear_act_forward",
+    "norm_backward",
+    "norm_forward",
+    "not_supported_reasons",
+    "unavailable_reason",
+]
 
 NAME = "triton"
 
@@ -35,10 +60,13 @@ def unavailable_reason() -> str | None:
 
 
 def not_supported_reasons(problem: Problem) -> list[str]:
-    """Why this problem is refused; empty for norms over float32, bfloat16 and float16 rows of at most 65,536."""
-    if not isinstance(problem, NormProblem):
-        return [f"the Triton backend has no kernel for {problem.op}"]
-    reasons = norm_reasons(problem)
+    """Why this problem is refused, one sentence each; empty when it runs."""
+    if isinstance(problem, AttentionProblem):
+        reasons = attention_reasons(problem)
+    elif isinstance(problem, NormProblem):
+        reasons = norm_reasons(problem)
+    else:
+        reasons = linear_reasons(problem)
     if problem.device_type != "cuda" and not (problem.device_type == "cpu" and interpreting()):
         reasons.append(f"the Triton backend does not run on {problem.device_type} tensors")
     return reasons

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from fastattn.backends.triton.launch import launch
 from fastattn.problems import NormProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_WIDTH = 65536
@@ -63,33 +58,30 @@ def norm_forward(
     rstd = x.new_empty(rows, dtype=torch.float32)
     threshold, scale = dropout_threshold(dropout_p), dropout_scale(dropout_p)
     block, warps = _block(width)
-    if rows == 0:
-        return y, z, mean, rstd
-    with _on_device(x):
-        norm_forward_kernel[(rows,)](
-            x,
-            residual,
-            weight,
-            bias,
-            dropout_seed,
-            z if z.numel() else x,
-            y,
-            mean,
-            rstd,
-            width,
-            eps,
-            offset,
-            threshold,
-            scale,
-            IS_RMS=kind == "rms",
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DROPOUT=dropout_p > 0.0,
-            ONE_BLOCK=width <= block,
-            BLOCK=block,
-            num_warps=warps,
-        )
+    arguments = {
+        "x": x,
+        "residual": residual,
+        "weight": weight,
+        "bias": bias,
+        "seed_pointer": dropout_seed,
+        "z_out": z if z.numel() else x,
+        "y": y,
+        "mean_out": mean,
+        "rstd_out": rstd,
+        "width": width,
+        "eps": eps,
+        "offset": offset,
+        "threshold": threshold,
+        "scale": scale,
+        "IS_RMS": kind == "rms",
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_DROPOUT": dropout_p > 0.0,
+        "ONE_BLOCK": width <= block,
+        "BLOCK": block,
+    }
+    launch(norm_forward_kernel, (rows,), arguments, num_warps=warps)
     return y, z, mean, rstd
 
 
@@ -124,38 +116,36 @@ def norm_backward(
     programs = min(rows, _program_count(z.device)) if fused else -(-rows // _ROWS_PER_SUM)
     weight_parts = rstd.new_empty(programs if weight_requires_grad else 0, width)
     bias_parts = rstd.new_empty(programs if bias_requires_grad else 0, width)
-    if rows > 0:
-        with _on_device(z):
-            norm_backward_kernel[(min(rows, _program_count(z.device)),)](
-                grad_y,
-                grad_z,
-                z,
-                weight,
-                mean,
-                rstd,
-                dropout_seed,
-                dx,
-                dresidual,
-                weight_parts,
-                bias_parts,
-                rows,
-                width,
-                offset,
-                threshold,
-                scale,
-                IS_RMS=kind == "rms",
-                HAS_GRAD_Z=grad_z is not None,
-                HAS_WEIGHT=weight is not None,
-                HAS_DROPOUT=dropout_p > 0.0,
-                STORES_RESIDUAL=separate,
-                SUMS_WEIGHT=fused and weight_requires_grad,
-                SUMS_BIAS=fused and bias_requires_grad,
-                ONE_BLOCK=fused,
-                BLOCK=block,
-                num_warps=warps,
-            )
-            if not fused and (weight_requires_grad or bias_requires_grad):
-                _column_sums(grad_y, z, mean, rstd, kind, weight_parts, bias_parts)
+    arguments = {
+        "grad_y": grad_y,
+        "grad_z": grad_z,
+        "z": z,
+        "weight": weight,
+        "mean_in": mean,
+        "rstd_in": rstd,
+        "seed_pointer": dropout_seed,
+        "dx": dx,
+        "dresidual": dresidual,
+        "weight_parts": weight_parts,
+        "bias_parts": bias_parts,
+        "rows": rows,
+        "width": width,
+        "offset": offset,
+        "threshold": threshold,
+        "scale": scale,
+        "IS_RMS": kind == "rms",
+        "HAS_GRAD_Z": grad_z is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_DROPOUT": dropout_p > 0.0,
+        "STORES_RESIDUAL": separate,
+        "SUMS_WEIGHT": fused and weight_requires_grad,
+        "SUMS_BIAS": fused and bias_requires_grad,
+        "ONE_BLOCK": fused,
+        "BLOCK": block,
+    }
+    launch(norm_backward_kernel, (min(rows, _program_count(z.device)),), arguments, num_warps=warps)
+    if not fused and (weight_requires_grad or bias_requires_grad):
+        _column_sums(grad_y, z, mean, rstd, kind, weight_parts, bias_parts)
     none = rstd.new_empty(0)
     dweight = weight_parts.sum(dim=0) if weight_requires_grad else none
     dbias = bias_parts.sum(dim=0) if bias_requires_grad else none.clone()
@@ -170,21 +160,21 @@ def _column_sums(
 
     rows, width = _rows(z)
     parts = max(weight_parts.shape[0], bias_parts.shape[0])
-    norm_column_sums_kernel[(-(-width // _COLUMNS_PER_SUM), parts)](
-        grad_y,
-        z,
-        mean,
-        rstd,
-        weight_parts,
-        bias_parts,
-        rows,
-        width,
-        IS_RMS=kind == "rms",
-        SUMS_WEIGHT=weight_parts.shape[0] > 0,
-        SUMS_BIAS=bias_parts.shape[0] > 0,
-        BLOCK=_COLUMNS_PER_SUM,
-        num_warps=4,
-    )
+    arguments = {
+        "grad_y": grad_y,
+        "z": z,
+        "mean_in": mean,
+        "rstd_in": rstd,
+        "weight_parts": weight_parts,
+        "bias_parts": bias_parts,
+        "rows": rows,
+        "width": width,
+        "IS_RMS": kind == "rms",
+        "SUMS_WEIGHT": weight_parts.shape[0] > 0,
+        "SUMS_BIAS": bias_parts.shape[0] > 0,
+        "BLOCK": _COLUMNS_PER_SUM,
+    }
+    launch(norm_column_sums_kernel, (-(-width // _COLUMNS_PER_SUM), parts), arguments, num_warps=4)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -203,11 +193,6 @@ def _program_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device's current stream; this makes it that of x and restores the one before."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _name(dtype: torch.dtype) -> str:

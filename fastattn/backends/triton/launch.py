@@ -1,0 +1,65 @@
+"""The one place where Triton kernels are launched, and where compile_check listens to what would be."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fastattn.backends.triton.interpreter import patching_once
+
+
+class Launch(NamedTuple):
+    """One launch: the kernel, its arguments by name (tensors, numbers, None, constants) and the compiler's options."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class Recorder(NamedTuple):
+    """What `recording` hands out: the architecture to plan for and the launches that would have been made."""
+
+    arch: int
+    launches: list[Launch]
+
+
+_recorder: Recorder | None = None
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Within the block nothing is launched: the backend's functions, called with meta tensors, leave their launches in
+    the list, planned for compute capability `arch` (90 for 9.0). Not for threads."""
+    global _recorder
+    before, _recorder = _recorder, Recorder(arch, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
+    """Runs a kernel with those of `arguments` that it names. An empty grid launches nothing."""
+    if 0 in grid:
+        return
+    taken = {name: arguments[name] for name in kernel.arg_names}
+    if _recorder is not None:
+        _recorder.launches.append(Launch(kernel, taken, options))
+        return
+    device = next(a.device for a in taken.values() if isinstance(a, torch.Tensor))
+    # Triton launches on the current device's current stream; this makes it that of the arguments.
+    with torch.cuda.device(device) if device.type == "cuda" else patching_once():
+        kernel[grid](**taken, **options)
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability to choose tiles by, as 90 for 9.0; 0 for the interpreter."""
+    if _recorder is not None:
+        return _recorder.arch
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,205 @@
+"""What forward and backward share: rows of a tile, scores, the order of tiles, and which of them to visit.
+
+A head dim that is no power of two is held as two pieces where that is less than the next power (kernels/tiles.py): 80
+as 64 + 16. A second piece of 0 columns stands for the first one and is never read.
+
+Scores are in natural units, where a finite bias stays finite, and exp2 takes their distance to the row's base times
+log2 e. With FOLDED (no bias, no softcap, a positive scale) they are products not yet scaled, bases hold scale log2 e
+already, and both are one multiply-add: p = exp2(product * unit - base).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.attention.mask import range_of_keys, range_of_queries
+from fastattn.kernels.numerics import LOG2E, LOWEST, dot, dot_add, narrow, tanh
+
+
+@triton.jit
+def scheduled(entries, tiles, section):
+    """(entry, rank) of this program: for `section` entries at a time, whose keys and values share the L2 cache, first
+    all tiles of rank 0, then of rank 1, and so on; the longest have the lowest rank."""
+    program = tl.program_id(0)
+    first = program // (section * tiles) * section
+    width = tl.minimum(section, entries - first)
+    rest = program - first * tiles
+    return first + rest % width, rest // width
+
+
+@triton.jit
+def load_piece(
+    base, first_row, stride, within, ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """(ROWS, WIDTH) from row first_row and column FROM on; 0 past column DIM and where `within` (ROWS,) is False."""
+    rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
+    at = base + first_row.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    if FROM + WIDTH > DIM:
+        if within is None:
+            return tl.load(at, mask=(columns < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(columns < DIM)[None, :] & within[:, None], other=0.0)
+    else:
+        if within is None:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=within[:, None], other=0.0)
+
+
+@triton.jit
+def load_rows(
+    base, first_row, stride, within, ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr
+):  # fmt: skip
+    """Both pieces of ROWS rows."""
+    one = load_piece(base, first_row, stride, within, ROWS, DIM, 0, WIDE)
+    two = one
+    if REST > 0:
+        two = load_piece(base, first_row, stride, within, ROWS, DIM, WIDE, REST)
+    return one, two
+
+
+@triton.jit
+def store_piece(
+    base, first_row, stride, within, value,
+    ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
+    at = base + first_row.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    mask = within[:, None] & (columns < DIM)[None, :]
+    tl.store(at, narrow(value, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows(
+    base, first_row, stride, within, one, two,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """float32 pieces, rounded once."""
+    store_piece(base, first_row, stride, within, one, ROWS, DIM, 0, WIDE)
+    if REST > 0:
+        store_piece(base, first_row, stride, within, two, ROWS, DIM, WIDE, REST)
+
+
+@triton.jit
+def products(a_one, a_two, b_one, b_two, REST: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over both pieces."""
+    total = dot(a_one, tl.trans(b_one), PRECISION)
+    if REST > 0:
+        total = dot_add(a_two, tl.trans(b_two), total, PRECISION)
+    return total
+
+
+@triton.jit
+def accumulate(one, two, a, b_one, b_two, REST: tl.constexpr, PRECISION: tl.constexpr):
+    """(one, two) + a b, a rounded to the dtype of b."""
+    left = narrow(a, b_one.dtype)
+    one = dot_add(left, b_one, one, PRECISION)
+    if REST > 0:
+        two = dot_add(left, b_two, two, PRECISION)
+    return one, two
+
+
+@triton.jit
+def scores_of(
+    product, bias_of, batch, head, queries, keys, len_q, len_k, scale, softcap,
+    FOLDED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Scores before the mask, and the softcap's derivative. queries and keys: one a row, the other a column."""
+    bias, bias_b, bias_h, bias_q, bias_k = bias_of
+    score, slope = product, product
+    if not FOLDED:
+        score = product * scale
+    if SOFTCAP:
+        bent = tanh(score / softcap)
+        score = bent * softcap
+        slope = 1.0 - bent * bent
+    if bias is not None:
+        at = bias + batch.to(tl.int64) * bias_b + head.to(tl.int64) * bias_h
+        at += queries.to(tl.int64) * bias_q + keys.to(tl.int64) * bias_k
+        added = tl.load(at, mask=(queries < len_q) & (keys < len_k), other=0.0).to(tl.float32)
+        score = tl.where(added == -float("inf"), added, tl.maximum(score + added, LOWEST))  # only -inf hides
+    return score, slope
+
+
+@triton.jit
+def unit_of(scale, FOLDED: tl.constexpr):
+    """What makes log2 units of scores."""
+    unit = scale * LOG2E
+    if not FOLDED:
+        unit = scale * 0.0 + LOG2E
+    return unit
+
+
+@triton.jit
+def exp_distance(score, base, unit, FOLDED: tl.constexpr):
+    """e^(score - base); with FOLDED the base is in log2 units."""
+    if FOLDED:
+        return tl.exp2(score * unit - base)
+    else:
+        return tl.exp2((score - base) * unit)
+
+
+@triton.jit
+def plan_keys(
+    key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k,
+    LISTED: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(full, partial, low, full_low, full_high, position in tiles): how many key tiles of each kind a query tile visits,
+    and what tile_at needs to name them."""
+    tiles, full_counts, partial_counts, order, plan_b, plan_h = plan
+    if LISTED:
+        row = (batch * plan_b + head * plan_h) * tiles_q + tile_q
+        full, partial = tl.load(full_counts + row), tl.load(partial_counts + row)
+        return full, partial, full, full, full, row.to(tl.int64) * tl.cdiv(len_k, BLOCK_K)
+    else:
+        low, full_low, full_high, high = range_of_keys(
+            key_mask, pair_mask, batch, tile_q * BLOCK_Q, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K
+        )  # fmt: skip
+        return full_high - full_low, full_low - low + high - full_high, low, full_low, full_high, low.to(tl.int64) * 0
+
+
+@triton.jit
+def plan_queries(
+    key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, len_q, len_k,
+    LISTED: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As plan_keys: the query tiles that a key tile visits."""
+    tiles, full_counts, partial_counts, order, plan_b, plan_h = plan
+    if LISTED:
+        row = (batch * plan_b + head * plan_h) * tiles_k + tile_k
+        full, partial = tl.load(full_counts + row), tl.load(partial_counts + row)
+        return full, partial, full, full, full, row.to(tl.int64) * tl.cdiv(len_q, BLOCK_Q)
+    else:
+        low, full_low, full_high, high = range_of_queries(
+            key_mask, pair_mask, batch, tile_k * BLOCK_K, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K
+        )  # fmt: skip
+        return full_high - full_low, full_low - low + high - full_high, low, full_low, full_high, low.to(tl.int64) * 0
+
+
+@triton.jit
+def tile_at(i, plan, low, full_low, full_high, position, columns, PARTIAL: tl.constexpr, LISTED: tl.constexpr):
+    """The i-th full or partial tile of a plan; a row of its list begins at `position` and has room for `columns`."""
+    if LISTED:
+        if PARTIAL:
+            return tl.load(plan[0] + position + columns - 1 - i)
+        else:
+            return tl.load(plan[0] + position + i)
+    else:
+        if PARTIAL:
+            return tl.where(low + i < full_low, low + i, full_high + i - (full_low - low))
+        else:
+            return full_low + i
+
+
+@triton.jit
+def tile_of_rank(rank, plan, batch, head, tiles, LISTED: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """The tile that a program works on: by the plan's order, else first or last ones first."""
+    order, plan_b, plan_h = plan[3], plan[4], plan[5]
+    if LISTED:
+        return tl.load(order + (batch * plan_b + head * plan_h).to(tl.int64) * tiles + rank)
+    else:
+        if LAST_FIRST:
+            return tiles - 1 - rank
+        else:
+            return rank

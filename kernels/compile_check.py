@@ -1,0 +1,287 @@
+"""Compiles the Triton kernels ahead of time, without a GPU: python -m fastattn.kernels.compile_check
+
+The calls of VARIANTS run through the backend with meta tensors, and what it would launch is compiled for sm_80, sm_90
+and sm_100, some for sm_86: the same tiles, arguments and options as on a GPU. One line each: kernel, call,
+architecture, registers, stack bytes, shared memory, tensor-core instructions. Exit code 1 where
+- shared memory is over the architecture's limit,
+- a kernel that multiplies half-precision tiles has no tensor-core instruction,
+- a forward for half inputs of head dims up to 128 without options has a stack (spilled registers),
+- a stack is larger than compiled.json, beside this file, says. --write writes that file anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+COMMITTED = Path(__file__).with_name("compiled.json")
+SHARED_LIMIT = {86: 99 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
+TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
+MULTIPLYING = (
+    "attention_forward_kernel",
+    "attention_queries_kernel",
+    "attention_keys_kernel",
+    "attention_bias_kernel",
+)
+
+
+class Variant(NamedTuple):
+    """A call of the backend. mask: of attention, or the name of another operation, whose width is dim. options: bias,
+    softcap, sinks and dropout of attention, all at once."""
+
+    dtype: str
+    dim: int
+    dim_v: int
+    mask: str
+    options: bool = False
+    archs: tuple[int, ...] = (80, 90, 100)
+    short: bool = False
+
+    @property
+    def name(self) -> str:
+        dims = f"d{self.dim}" if self.dim == self.dim_v else f"d{self.dim}/{self.dim_v}"
+        return " ".join([self.dtype, dims, self.mask, *(["options"] if self.options else [])])
+
+
+VARIANTS = [
+    Variant("bfloat16", 64, 64, "causal"),
+    Variant("bfloat16", 128, 128, "causal", short=True),
+    Variant("bfloat16", 256, 256, "causal", archs=(80, 86, 90, 100)),
+    Variant("float16", 80, 80, "none"),
+    Variant("float16", 192, 128, "none", archs=(90,)),
+    Variant("float32", 64, 64, "causal", archs=(80, 90)),
+    Variant("float32", 128, 128, "causal", archs=(90,)),
+    Variant("float32", 256, 256, "none", archs=(86,)),
+    Variant("bfloat16", 64, 64, "dense", options=True),
+    Variant("bfloat16", 128, 128, "keys", options=True, archs=(90,)),
+    Variant("bfloat16", 64, 64, "blocks", archs=(80, 90)),
+    Variant("bfloat16", 128, 128, "intervals", archs=(90,)),
+    Variant("bfloat16", 1024, 1024, "norm"),
+    Variant("bfloat16", 16384, 16384, "norm", archs=(90,)),
+    Variant("bfloat16", 1024, 1024, "linear_act", archs=(80, 90, 100)),
+    Variant("float32", 1024, 1024, "gated_ffn", archs=(90,)),
+]
+
+
+class Compiled(NamedTuple):
+    """What came of one kernel of one call on one architecture."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_core: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel}, {self.variant}, sm_{self.arch}"
+
+
+def launches(variant: Variant, arch: int) -> list[Any]:
+    """What the backend launches for forward and backward of one call, each kernel once."""
+    from fastattn.backends.triton.launch import recording
+
+    with recording(arch) as found:
+        if variant.mask in ("norm", "linear_act", "gated_ffn"):
+            _call_layer(variant)
+        else:
+            _call_attention(variant)
+    return list({launch.kernel.__name__: launch for launch in found}.values())
+
+
+def _call_layer(variant: Variant) -> None:
+    """A norm with all options, or a feed-forward layer, of (64, dim) rows."""
+    from fastattn.backends import triton as backend
+
+    dtype, dim = getattr(torch, variant.dtype), variant.dim
+    x = torch.empty(64, dim, dtype=dtype, device="meta")
+    weight, bias = x.new_empty(dim, dim), x.new_empty(dim)
+    if variant.mask == "norm":
+        residual, seed = x.float(), torch.empty(1, dtype=torch.int64, device="meta")
+        y, z, mean, rstd = backend.norm_forward(x, bias, bias, residual, seed, "layer", 1e-5, 0.0, 0.1)
+        backend.norm_backward(y, z, z, bias, mean, rstd, seed, "layer", 0.0, 0.1, dtype, True, True)
+    elif variant.mask == "linear_act":
+        y, pre = backend.linear_act_forward(x, weight, bias, "gelu", True)
+        backend.linear_act_backward(y, x, weight, pre, "gelu", True, True, True)
+    else:
+        weights = (weight, bias, weight, bias, weight, bias)
+        y, gate, up = backend.gated_ffn_forward(x, *weights, "silu", True)
+        backend.gated_ffn_backward(y, x, weight, weight, weight, gate, up, "silu", *[True] * 7)
+
+
+def _call_attention(variant: Variant) -> None:
+    from fastattn.backends import triton as backend
+    from fastattn.masks.lowered import Blocks, LoweredMask
+
+    dtype, meta = getattr(torch, variant.dtype), torch.device("meta")
+    batch, heads, heads_kv, length = 2, 8, 4, 1024
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=meta)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return tensor(*shape, dtype=torch.int32)
+
+    masks = {
+        "none": LoweredMask(),
+        "causal": LoweredMask(band_right=0),
+        "keys": LoweredMask(
+            key_start=numbers(batch), key_end=numbers(batch), key_bits=tensor(batch, length // 64, dtype=torch.int64)
+        ),
+        "dense": LoweredMask(dense=tensor(batch, heads, length, length, dtype=torch.bool)),
+        "intervals": LoweredMask(intervals=numbers(3, 1, heads, length, 2)),
+        "blocks": LoweredMask(
+            blocks=Blocks(
+                row_ptr=numbers(1, heads, 17),
+                col=numbers(99),
+                id=numbers(99),
+                bitmaps=tensor(5, 64, dtype=torch.int64),
+                col_ptr=numbers(1, heads, 17),
+                row=numbers(99),
+                row_id=numbers(99),
+            )
+        ),
+    }
+    # (B, S, H, D) in memory, as projections leave them
+    q = tensor(batch, length, heads, variant.dim).transpose(1, 2)
+    k = tensor(batch, length, heads_kv, variant.dim).transpose(1, 2)
+    v = tensor(batch, length, heads_kv, variant.dim_v).transpose(1, 2)
+    bias = tensor(1, heads, length, length) if variant.options else None
+    sinks = tensor(heads, dtype=torch.float32) if variant.options else None
+    seed = tensor(1, dtype=torch.int64) if variant.options else None
+    extras = (masks[variant.mask], bias, sinks, seed, 0.125, 30.0 * variant.options, 0.1 * variant.options)
+    out, lse = backend.attention_forward(q, k, v, *extras)
+    grad_lse = lse if variant.options else None
+    backend.attention_backward(
+        out, grad_lse, q, k, v, out, lse, *extras, variant.options, variant.options, deterministic=True
+    )
+
+
+def compile_launch(variant: Variant, arch: int, index: int) -> Compiled:
+    """Compiles one launch for one architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arguments, options = launches(variant, arch)[index]
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[Any]] = {}
+    for at, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        kind, aligned = argument_type(value, parameter.is_constexpr, not parameter.do_not_specialize)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(at,)] = value
+        elif aligned:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    registers, stack = resources(compiled.asm["cubin"])
+    kinds = sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))
+    name, shared = kernel.__name__, compiled.metadata.shared
+    return Compiled(name, variant.name, arch, registers, stack, shared, "+".join(kinds) or "-")
+
+
+def argument_type(value: Any, is_constant: bool, specialises: bool) -> tuple[str, bool]:
+    """What a launch makes of an argument: its type in a signature, and whether it is known to be a multiple of 16."""
+    if is_constant or value is None or (specialises and isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        names = {
+            torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.uint8: "u8",
+            torch.int32: "i32", torch.int64: "i64",
+        }  # fmt: skip
+        return "*" + names[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialises and value % 16 == 0
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes (of which spills are a part) of the kernel in a cubin, by Triton's own cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers:\n{text}")
+    return int(found[1]), int(found[2])
+
+
+def troubles(found: Compiled, variant: Variant, committed: dict[str, int]) -> list[str]:
+    """What is wrong with a compiled kernel, by the rules of this module."""
+    wrong = []
+    half = variant.dtype != "float32"
+    if found.shared > SHARED_LIMIT[found.arch]:
+        wrong.append(f"{found.shared} bytes of shared memory, {SHARED_LIMIT[found.arch]} are there")
+    if half and found.kernel in MULTIPLYING and found.tensor_core == "-":
+        wrong.append("no tensor-core instruction")
+    plain = half and max(variant.dim, variant.dim_v) <= 128 and not variant.options
+    if plain and found.kernel == "attention_forward_kernel" and found.stack > 0:
+        wrong.append(f"a stack of {found.stack} bytes in a plain forward")
+    if found.key not in committed:
+        wrong.append("not in compiled.json: run with --write")
+    elif found.stack > committed[found.key]:
+        wrong.append(f"a stack of {found.stack} bytes, {committed[found.key]} in compiled.json")
+    return wrong
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compiles and prints; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and check what came of it.")
+    parser.add_argument("--short", action="store_true", help="only the variants marked short, for sm_90")
+    parser.add_argument("--write", action="store_true", help="write compiled.json from what was found")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many compile at a time")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+
+    jobs = []
+    for variant in VARIANTS:
+        if given.short and not variant.short:
+            continue
+        for arch in (90,) if given.short else variant.archs:
+            jobs += [(variant, arch, index) for index in range(len(launches(variant, arch)))]
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    context = multiprocessing.get_context("spawn")
+    results, failed = {}, 0
+    with concurrent.futures.ProcessPoolExecutor(given.processes, mp_context=context) as pool:
+        running = [(variant, pool.submit(compile_launch, variant, arch, i)) for variant, arch, i in jobs]
+        for variant, future in running:
+            found = future.result()
+            results[found.key] = found.stack
+            wrong = troubles(found, variant, results if given.write else committed)
+            failed += bool(wrong)
+            print(
+                f"{found.kernel:26s} {found.variant:32s} sm_{found.arch:<4d} {found.registers:4d} registers "
+                f"{found.stack:6d} stack {found.shared:7d} shared  {found.tensor_core}"
+                + "".join(f"\n    FAILED: {sentence}" for sentence in wrong),
+                flush=True,
+            )
+    if given.write:
+        COMMITTED.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+    print(f"{len(results)} kernels compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""How kernels are cut: pieces of head dims, and tile shapes per kernel, architecture, dtype and head dim.
+
+Every row of TABLE says on what it was measured. Those that say "unmeasured" were chosen by what the compiler reports
+(`python -m fastattn.kernels.compile_check`: registers, stack, shared memory) and by what is known of others' kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BASE_BLOCK = 64  # of form D, see fastattn.masks.lowered
+
+
+class Tile(NamedTuple):
+    """queries x keys of a tile, warps and pipeline stages of its kernel, and where and when that was measured."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    measured: str = "unmeasured"
+
+
+# GPUs with 99 KiB of shared memory a block and mma.sync alone: their tiles are those of 86.
+_SMALL = (86, 89, 120, 121)
+
+# kernel -> architecture (compute capability; the newest not newer than the device's) -> bytes per element -> rows of
+# (greatest sum of pieces of the larger head dim, tile)
+TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
+    "forward": {
+        80: {
+            2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3)), (256, Tile(64, 32, 8, 2))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2))],
+        },
+        86: {
+            2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 8, 2))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
+        },
+        90: {
+            2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3)), (256, Tile(128, 32, 8, 2))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2))],
+        },
+    },
+    "queries": {
+        80: {
+            2: [(64, Tile(128, 32, 8, 3)), (128, Tile(64, 32, 8, 3)), (256, Tile(64, 32, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
+        },
+        86: {
+            2: [(64, Tile(128, 32, 8, 2)), (128, Tile(64, 32, 8, 2)), (256, Tile(32, 32, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
+        },
+        90: {
+            2: [(64, Tile(128, 32, 8, 3)), (128, Tile(128, 32, 8, 3)), (256, Tile(64, 32, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
+        },
+    },
+    "keys": {
+        80: {
+            2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 64, 8, 2)), (256, Tile(32, 64, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
+        },
+        86: {
+            2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 64, 8, 2)), (256, Tile(32, 32, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
+        },
+        90: {
+            2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 128, 8, 2)), (256, Tile(32, 64, 8, 1))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
+        },
+    },
+    "bias": {
+        80: {
+            2: [(64, Tile(64, 64, 8, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 4, 1))],
+            4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
+        },
+    },
+}
+INTERPRETED = Tile(128, 64, 4, 1, "for the interpreter: no speed is meant")
+
+
+def pieces(dim: int) -> tuple[int, int]:
+    """Two powers of two, the second perhaps 0, of at least 16 each and together at least dim: 80 is 64 + 16."""
+    power = 1 << max(4, (dim - 1).bit_length())
+    half = power // 2
+    if half < 16:
+        return power, 0
+    rest = max(16, 1 << (dim - half - 1).bit_length())
+    return (half, rest) if half + rest < power else (power, 0)
+
+
+def attention_tile(kernel: str, arch: int, itemsize: int, dim_qk: int, dim_v: int, blocks: bool) -> Tile:
+    """The tile of an attention kernel. arch: compute capability as 90 for 9.0, 0 for the interpreter. With `blocks`
+    (form D) a tile has keys of one base block."""
+    tile = INTERPRETED
+    if arch:
+        by_arch = TABLE[kernel]
+        known = 86 if arch in _SMALL else arch
+        rows = by_arch[max(a for a in by_arch if a <= known)][itemsize]
+        width = max(sum(pieces(dim_qk)), sum(pieces(dim_v)))
+        tile = next(tile for limit, tile in rows if width <= limit)
+    return tile._replace(block_k=min(tile.block_k, BASE_BLOCK)) if blocks else tile

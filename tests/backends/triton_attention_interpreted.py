@@ -1,0 +1,265 @@
+"""The Triton backend's attention, on CPU tensors through Triton's interpreter: every form of a lowered mask, alone and
+together, against the reference backend, which is given the same mask as a dense one.
+
+test_triton.py runs this file in a process of its own: whether Triton interprets is decided when it is first imported.
+Tiles are made small, so that a few hundred positions hold empty, partial and full ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastattn.backends import reference
+from fastattn.backends import triton as backend
+from fastattn.backends.triton.plan import mask_arguments, plan_keys, plan_queries
+from fastattn.kernels import tiles
+from fastattn.masks.lowered import Blocks, LoweredMask, visible
+from fastattn.parity.bound import unit_roundoff
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+BATCH, HEADS, HEADS_KV, LEN_Q, LEN_K = 2, 2, 1, 90, 150
+QUERY_BLOCKS, KEY_BLOCKS = -(-LEN_Q // 64), -(-LEN_K // 64)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETED", tiles.Tile(32, 32, 4, 1))
+
+
+def key_bits(draw: torch.Generator) -> Tensor:
+    """Runs of visible and hidden keys, so that whole tiles are one or the other."""
+    seen = (torch.rand(BATCH, LEN_K // 20 + 1, generator=draw) < 0.5).repeat_interleave(20, dim=1)[:, :LEN_K]
+    padded = torch.zeros(BATCH, KEY_BLOCKS * 64, dtype=torch.int64)
+    padded[:, :LEN_K] = seen
+    shifts = torch.arange(64).expand(BATCH, KEY_BLOCKS, 64)
+    return (padded.view(BATCH, KEY_BLOCKS, 64) << shifts).sum(dim=2)
+
+
+def intervals(draw: torch.Generator, count: int, batch: int, heads: int) -> Tensor:
+    """Sorted disjoint intervals that move slowly with the query; some are empty, some reach past the keys."""
+    centre = torch.arange(LEN_Q) * LEN_K // LEN_Q
+    shift = torch.randint(-5, 5, (count, batch, heads, 1), generator=draw)
+    start = centre + shift + torch.arange(count).view(-1, 1, 1, 1) * 60 - 60
+    length = torch.randint(0, 50, (count, batch, heads, LEN_Q), generator=draw)
+    found = torch.stack([start, start + length], dim=-1)
+    found[:, :, :, :3] = 0
+    found[0, :, :, 64:] = torch.tensor([-5, 1 << 20])
+    return found.to(torch.int32)
+
+
+def blocks(draw: torch.Generator, batch: int, heads: int) -> tuple[Blocks, Tensor]:
+    """A random pattern of empty, full and partial base blocks, in form D and as a bool tensor."""
+    bitmaps = torch.randint(-(2**62), 2**62, (6, 64), generator=draw)
+    bitmaps[0] = -1
+    table = torch.randint(-2, 6, (batch, heads, QUERY_BLOCKS, KEY_BLOCKS), generator=draw).clamp(min=-1)
+    table[..., 0, :] = -1  # queries that see nothing
+    bits = (bitmaps[:, :, None] >> torch.arange(64)) & 1
+    dense = (
+        torch.where((table >= 0)[..., None, None], bits[table.clamp(min=0)], 0).transpose(3, 4).flatten(2, 3).flatten(3)
+    )
+    listed = table >= 0
+
+    def compressed(pattern: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ends = pattern.sum(dim=3).flatten().cumsum(0).view(batch, heads, -1)
+        starts = ends - pattern.sum(dim=3)
+        pointer = torch.cat([starts, ends[..., -1:]], dim=2).to(torch.int32)
+        return pointer, pattern.nonzero()[:, 3].to(torch.int32), ids[pattern].to(torch.int32)
+
+    rows = compressed(listed, table)
+    columns = compressed(listed.transpose(2, 3), table.transpose(2, 3))
+    return Blocks(*rows, bitmaps, *columns), dense[:, :, :LEN_Q, :LEN_K].bool()
+
+
+def random_mask(form: str, seed: int) -> tuple[LoweredMask, Tensor]:
+    """A lowered mask of the named forms and what it shows, bool (B, Hq, Sq, Skv)."""
+    draw = torch.Generator().manual_seed(seed)
+    fields: dict[str, Any] = {}
+    shown = torch.ones(BATCH, HEADS, LEN_Q, LEN_K, dtype=torch.bool)
+    if "range" in form:
+        fields |= {"key_start": torch.tensor([-3, 40], dtype=torch.int32)}
+        fields |= {"key_end": torch.tensor([LEN_K + 9, 120], dtype=torch.int32)}
+    if "bits" in form:
+        fields["key_bits"] = words = key_bits(draw)
+        bits = (words[:, :, None] >> torch.arange(64)) & 1
+        shown = shown & bits.flatten(1)[:, None, None, :LEN_K].bool()
+    if "band" in form:
+        fields |= {"band_offset": LEN_K - LEN_Q, "band_left": 40, "band_right": 10}
+    if "interval" in form:
+        fields["intervals"] = intervals(draw, 3 if "several" in form else 1, BATCH, 1 if "shared" in form else HEADS)
+    if "blocks" in form:
+        fields["blocks"], dense = blocks(draw, 1, 1 if "shared" in form else HEADS)
+        shown = shown & dense
+    if "dense" in form:
+        shape = (BATCH, 1, 1, LEN_K) if "key-dense" in form else (1, HEADS, LEN_Q, LEN_K)
+        fields["dense"] = (torch.rand(shape, generator=draw) < 0.4).expand(BATCH, HEADS, LEN_Q, LEN_K)
+    mask = LoweredMask(**fields)
+    rest = visible(mask, LEN_Q, LEN_K, torch.device("cpu"))
+    return mask, shown if rest is None else shown & rest
+
+
+FORMS = [
+    "range", "bits", "band", "range band", "interval", "several interval shared", "several interval", "blocks",
+    "blocks shared", "dense", "key-dense", "bits band several interval", "range bits band interval blocks dense",
+]  # fmt: skip
+
+
+def outputs(module: Any, mask: LoweredMask, dtype: torch.dtype, options: bool, seed: int = 5) -> dict[str, Tensor]:
+    """What forward and backward return; backward gets the module's own forward."""
+    draw = torch.Generator().manual_seed(seed)
+    dim, dim_v = (40, 24) if options else (32, 32)
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=draw).to(dtype)
+
+    q, k, v = (
+        tensor(BATCH, HEADS, LEN_Q, dim),
+        tensor(BATCH, HEADS_KV, LEN_K, dim),
+        tensor(BATCH, HEADS_KV, LEN_K, dim_v),
+    )
+    bias, sinks, dropout = None, None, torch.tensor([77])
+    numbers = (0.2, 0.0, 0.0)
+    if options:
+        bias, sinks, numbers = tensor(1, HEADS, LEN_Q, LEN_K), tensor(HEADS, dtype=F32), (0.2, 5.0, 0.3)
+    extras = (mask, bias, sinks, dropout, *numbers)
+    out, lse = module.attention_forward(q, k, v, *extras)
+    grad_out, grad_lse = tensor(BATCH, HEADS, LEN_Q, dim_v), tensor(BATCH, HEADS, LEN_Q, dtype=F32)
+    grads = module.attention_backward(
+        grad_out, grad_lse if options else None, q, k, v, out, lse, *extras, options, options, True
+    )
+    return dict(zip(("out", "lse", "dq", "dk", "dv", "dbias", "dsinks"), (out, lse, *grads), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "options"),
+    [
+        ("bits band several interval", F32, False),
+        (FORMS[-1], BF16, True),
+        *(pytest.param(form, F32, False, marks=pytest.mark.slow) for form in FORMS),
+        pytest.param("range band", F16, True, marks=pytest.mark.slow),
+    ],
+)
+def test_every_form_equals_its_dense_mask(form: str, dtype: torch.dtype, options: bool) -> None:
+    mask, shown = random_mask(form, seed=len(form))
+    got, want = outputs(backend, mask, dtype, options), outputs(reference, LoweredMask(dense=shown), dtype, options)
+    for name, expected in want.items():
+        found = got[name]
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
+        if expected.numel() == 0:
+            continue
+        hidden = expected.isinf()
+        assert torch.equal(found.isinf(), hidden), name
+        # Weights and score gradients are rounded to the dtype once each; the reference keeps them in float32.
+        scale = expected[~hidden].double().abs().max()
+        error = (found - expected)[~hidden].double().abs().max()
+        bound = (4 * unit_roundoff(dtype) + 2**-18) * scale
+        assert error <= bound, f"{name} of {form}: error {error:.3g} > {bound:.3g}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_are_what_the_mask_makes_them(form: str) -> None:
+    """Empty and full tiles are so in truth, listed ones are exactly those that are not empty, in both directions."""
+    mask, shown = random_mask(form, seed=len(form))
+    block_q, block_k = 64, 32
+    arguments = mask_arguments(mask, BATCH, HEADS, LEN_Q, LEN_K)
+    plan = plan_keys(arguments, LEN_Q, LEN_K, block_q, block_k)
+    if plan.states is None:
+        assert set(form.split()) <= {"range", "band"}
+        return
+    batches, heads = arguments.entries
+    states = plan.states.view(batches, heads, *plan.states.shape[1:]).expand(BATCH, HEADS, -1, -1)
+    some, every = torch.zeros_like(states, dtype=torch.bool), torch.ones_like(states, dtype=torch.bool)
+    for i in range(states.shape[2]):
+        for j in range(states.shape[3]):
+            tile = shown[:, :, i * block_q : (i + 1) * block_q, j * block_k : (j + 1) * block_k].flatten(2)
+            some[:, :, i, j] = tile.any(dim=2)
+            every[:, :, i, j] = tile.all(dim=2) & ((j + 1) * block_k <= LEN_K)
+    assert not (some & (states == 0)).any()
+    assert not (~every & (states == 2)).any()
+    if form in ("bits", "blocks", "dense", "key-dense", "interval"):  # one form alone is classified exactly
+        assert torch.equal(states > 0, some)
+        assert torch.equal(states == 2, every)
+    for listed, matrix in (
+        (plan.arguments, plan.states),
+        (plan_queries(arguments, LEN_Q, LEN_K, block_q, block_k).arguments, plan.states.transpose(1, 2)),
+    ):
+        for entry, row in ((e, r) for e in range(matrix.shape[0]) for r in range(matrix.shape[1])):
+            full, partial = int(listed["full_counts"][entry, row]), int(listed["partial_counts"][entry, row])
+            tiles_of_row = listed["tiles"][entry, row]
+            assert tiles_of_row[:full].tolist() == (matrix[entry, row] == 2).nonzero().flatten().tolist()
+            backwards = tiles_of_row[len(tiles_of_row) - partial :].flip(0)
+            assert backwards.tolist() == (matrix[entry, row] == 1).nonzero().flatten().tolist()
+        work = listed["full_counts"] + listed["partial_counts"]
+        assert (work.gather(1, listed["order"].long()).diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    "form", ["range", pytest.param("bits", marks=pytest.mark.slow), pytest.param("key-dense", marks=pytest.mark.slow)]
+)
+def test_what_lies_in_hidden_keys_does_not_matter(form: str) -> None:
+    mask, shown = random_mask(form, seed=3)
+    draw = torch.Generator().manual_seed(1)
+    q, k, v, grad = (torch.randn(BATCH, HEADS, n, 16, generator=draw) for n in (LEN_Q, LEN_K, LEN_K, LEN_Q))
+    unseen = ~shown.any(dim=2).any(dim=1)[:, None, :, None]
+    results = []
+    for filler in (0.0, math.nan):
+        keys, values = k.masked_fill(unseen, filler), v.masked_fill(unseen, filler)
+        extras = (mask, None, None, None, 0.25, 0.0, 0.0)
+        out, lse = backend.attention_forward(q, keys, values, *extras)
+        grads = backend.attention_backward(grad, None, q, keys, values, out, lse, *extras, False, False, True)
+        results.append((out, lse, *grads[:3]))
+    for clean, filled in zip(*results, strict=True):
+        assert torch.equal(clean, filled)
+
+
+def test_a_row_of_lowest_biases_is_a_uniform_one() -> None:
+    """finfo.min hides nothing: where it is all a row has, its keys share the weight, backward too."""
+    draw = torch.Generator().manual_seed(2)
+    q, k, v, grad = (torch.randn(1, 1, 40, 16, generator=draw) for _ in range(4))
+    bias = torch.full((1, 1, 40, 40), torch.finfo(F32).min)
+    extras = (LoweredMask(), bias, None, None, 0.25, 0.0, 0.0)
+    out, lse = backend.attention_forward(q, k, v, *extras)
+    assert torch.allclose(out, v.mean(dim=2, keepdim=True).expand_as(out), atol=1e-6)
+    dv = backend.attention_backward(grad, None, q, k, v, out, lse, *extras, True, False, True)[2]
+    assert torch.allclose(dv, grad.mean(dim=2, keepdim=True).expand_as(dv), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_one_visible_key_has_no_score_gradient(dtype: torch.dtype) -> None:
+    """ds = p (dp - delta) is 0 where p is 1: a delta from the rounded output would leave rounding errors."""
+    draw = torch.Generator().manual_seed(4)
+    q, k, v, grad = (torch.randn(1, 2, 40, 16, generator=draw).to(dtype) for _ in range(4))
+    extras = (LoweredMask(band_left=0, band_right=0), None, None, None, 0.25, 0.0, 0.0)
+    out, lse = backend.attention_forward(q, k, v, *extras)
+    dq, dk, dv, _, _ = backend.attention_backward(grad, None, q, k, v, out, lse, *extras, False, False, True)
+    assert max(float(dq.abs().max()), float(dk.abs().max())) < 1e-5
+    assert torch.equal(dv, grad)
+
+
+@pytest.mark.slow
+def test_backward_is_bitwise_repeatable() -> None:
+    mask, _ = random_mask(FORMS[-1], seed=9)
+    first, second = (outputs(backend, mask, F16, options=True) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, LEN_Q, LEN_K), (1, HEADS, 1, LEN_K), (BATCH, 1, LEN_Q, 1)])
+def test_gradients_of_broadcast_biases(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastattn.backends.triton.attention._BIAS_PROGRAMS", 20)  # so that some are summed in parts
+    draw = torch.Generator().manual_seed(6)
+    q, k, v, grad = (torch.randn(BATCH, HEADS, n, 16, generator=draw) for n in (LEN_Q, LEN_K, LEN_K, LEN_Q))
+    bias, sinks = torch.randn(shape, generator=draw), torch.zeros(HEADS)
+    mask, shown = random_mask("band dense", seed=1)
+    found = []
+    for module, given in ((backend, mask), (reference, LoweredMask(dense=shown))):
+        extras = (given, bias, sinks, None, 0.25, 0.0, 0.0)
+        out, lse = module.attention_forward(q, k, v, *extras)
+        found.append(module.attention_backward(grad, lse, q, k, v, out, lse, *extras, True, True, True)[3])
+    assert found[0].shape == bias.shape
+    assert (found[0] - found[1]).abs().max() <= 2**-17 * found[1].abs().max()
