@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeGuard, TypeVar
 
 from torch import nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Fused(nn.Module):
@@ -23,7 +25,7 @@ class Fused(nn.Module):
     """The backend that this module's calls are forced to; None leaves the choice to dispatch."""
 
 
-def stands_for(module: nn.Module, original: type[nn.Module]) -> bool:
+def stands_for(module: nn.Module, original: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Whether the module's class is exactly `original`, or exactly a class that computes the same from the same
     tensors."""
     module_class = type(module)

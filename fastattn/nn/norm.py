@@ -22,8 +22,8 @@ class LayerNorm(Fused, nn.LayerNorm):
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(input)
-        x, weight, bias = _as_one_dim(self.normalized_shape, input, weight, bias)
-        y = layer_norm(x, weight, bias, self.eps, backend=self.fastattn_backend)
+        x, flat_weight, flat_bias = _as_one_dim(self.normalized_shape, input, weight, bias)
+        y = layer_norm(x, flat_weight, flat_bias, self.eps, backend=self.fastattn_backend)
         return y.reshape(input.shape)
 
 
@@ -39,8 +39,8 @@ class RMSNorm(Fused, nn.RMSNorm):
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x)
-        flat, weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
-        return rms_norm(flat, weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
+        flat, flat_weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
+        return rms_norm(flat, flat_weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
 
 
 def why_not_layer_norm(child: nn.Module) -> str | None:
