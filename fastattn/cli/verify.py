@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastattn.backends import cuda
 from fastattn.cli.environment import wide_console
 from fastattn.dispatch import backends
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
@@ -82,10 +83,23 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(f"{op} on {backend}", total=total)
-        device = "cuda" if backend in ("cuda", "triton") else "cpu"
         return run_verify(
-            op, backend, cases, seed, only=only, isa=isa, device=device, progress=lambda: progress.advance(task)
+            op,
+            backend,
+            cases,
+            seed,
+            only=only,
+            isa=isa,
+            device=_device(backend),
+            progress=lambda: progress.advance(task),
         )
+
+
+def _device(backend: str) -> str:
+    """Where the cases are drawn: on a GPU for GPU kernels, unless they run in the emulation."""
+    if backend == "cuda":
+        return cuda.device_type()
+    return "cuda" if backend == "triton" else "cpu"
 
 
 def verify(
