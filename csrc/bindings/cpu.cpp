@@ -38,14 +38,21 @@ using Dropout = std::tuple<uint64_t, uint32_t, float>;  // seed, threshold, keep
 
 fastattn_dropout dropout(const Dropout &d) { return {std::get<0>(d), std::get<1>(d), std::get<2>(d)}; }
 
-// key_start, key_end, band_offset, band_left, band_right, intervals, their number, dense
-using Mask = std::tuple<int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>, View, int64_t, View>;
+using Blocks = std::tuple<View, int64_t, int64_t, int64_t>;  // row_ptr, col, id, bitmaps
+// key_start, key_end, key_bits, band_offset, band_left, band_right, intervals, their number, blocks, dense
+using Mask = std::tuple<int64_t, int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>, View, int64_t, std::optional<Blocks>, View>;
+
+fastattn_blocks blocks(const Blocks &b) {
+    const auto &[row_ptr, col, id, bitmaps] = b;
+    return {tensor(row_ptr), pointer<int32_t>(col), pointer<int32_t>(id), pointer<int64_t>(bitmaps)};
+}
 
 fastattn_mask mask(const Mask &m) {
-    const auto &[key_start, key_end, offset, left, right, intervals, n_intervals, dense] = m;
+    const auto &[key_start, key_end, key_bits, offset, left, right, intervals, n_intervals, block_rows, dense] = m;
     fastattn_mask result{};
     result.key_start = pointer<int32_t>(key_start);
     result.key_end = pointer<int32_t>(key_end);
+    result.key_bits = pointer<int64_t>(key_bits);
     result.band_offset = offset;
     result.band_left = left.value_or(0);
     result.band_right = right.value_or(0);
@@ -53,6 +60,7 @@ fastattn_mask mask(const Mask &m) {
     result.band_has_right = right.has_value();
     result.intervals = tensor(intervals);
     result.n_intervals = n_intervals;
+    if (block_rows) result.blocks = blocks(*block_rows);
     result.dense = tensor(dense);
     return result;
 }
@@ -86,12 +94,14 @@ void attention_forward(int dtype, int n_threads, const Sizes &sizes, const View 
 
 void attention_backward(int dtype, int n_threads, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
                         const Mask &m, const View &bias, int bias_dtype, int64_t sinks, float scale, float softcap, const Dropout &d,
-                        const View &grad_out, int64_t grad_lse, const View &grad_q, const View &grad_k, const View &grad_v, int64_t grad_sinks) {
+                        const View &grad_out, int64_t grad_lse, const View &grad_q, const View &grad_k, const View &grad_v, int64_t grad_sinks,
+                        const View &grad_bias) {
     fastattn_attention p = attention(dtype, n_threads, sizes, q, k, v, out, lse, m, bias, bias_dtype, sinks, scale, softcap, d);
     p.grad_out = tensor(grad_out);
     p.grad_lse = pointer<float>(grad_lse);
     p.grad_q = tensor(grad_q), p.grad_k = tensor(grad_k), p.grad_v = tensor(grad_v);
     p.grad_sinks = pointer<float>(grad_sinks);
+    p.grad_bias = tensor(grad_bias);
     check(fastattn_cpu_attention_backward(&p));
 }
 

@@ -29,10 +29,19 @@ typedef struct {
     int64_t stride[4];
 } fastattn_tensor;
 
-// visible = keys and band and intervals and dense (DESIGN: masks become a lowered form).
+// Blocks of 64 queries x 64 keys, sparse by rows: those of block row r are entries row_ptr[r] to row_ptr[r + 1] of col and id.
+typedef struct {
+    fastattn_tensor row_ptr;  // int32 (B,H,nq + 1): two strides, the last dimension contiguous; or null
+    const int32_t *col;       // block column, ascending within a row
+    const int32_t *id;        // 0: all visible, else the row of `bitmaps`
+    const int64_t *bitmaps;   // (m, 64): bit c of word r says that query r sees key c
+} fastattn_blocks;
+
+// visible = keys and band and intervals and blocks and dense (DESIGN: masks become a lowered form).
 typedef struct {
     const int32_t *key_start;  // (B) or null
     const int32_t *key_end;    // (B) or null
+    const int64_t *key_bits;   // (B, ceil(Skv / 64)) or null: bit j % 64 of word j / 64
     int64_t band_offset;       // query i sits at key position i + band_offset
     int64_t band_left;         // keeps j >= i + offset - left;  negative: unbounded
     int64_t band_right;        // keeps j <= i + offset + right; only when band_has_right
@@ -40,7 +49,8 @@ typedef struct {
     int32_t band_has_right;
     fastattn_tensor intervals;  // int32 (R,B,H,Sq,2): four strides, the last dimension contiguous
     int64_t n_intervals;        // R; 0 when there are none
-    fastattn_tensor dense;      // bool (B,H,Sq,Skv), 1 = visible
+    fastattn_blocks blocks;
+    fastattn_tensor dense;  // bool (B,H,Sq,Skv), 1 = visible
 } fastattn_mask;
 
 typedef struct {
@@ -66,6 +76,7 @@ typedef struct {
     fastattn_tensor grad_out, grad_q, grad_k, grad_v;
     const float *grad_lse;  // (B,Hq,Sq) contiguous or null
     float *grad_sinks;      // (Hq) or null
+    fastattn_tensor grad_bias;  // float32, zeroed, strides 0 in the dimensions that it is summed over; or null
 } fastattn_attention;
 
 // C = act(A B + bias) * multiplier over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.

@@ -76,15 +76,11 @@ static inline void unpack_rows(const float *source, int64_t ld, int64_t rows, in
     });
 }
 
-// ---- Scratch: one cache-aligned allocation a thread, cut into pieces ------------------------------------------------------------------
-class Scratch {
+// ---- Scratch: one cache-aligned allocation, cut into pieces -----------------------------------------------------------------------------
+class Pieces {
   public:
-    explicit Scratch(int64_t floats) : base_((float *)aligned_alloc(64, (size_t)round_up(floats * 4 + 64, 64))), next_(base_) {}
-    ~Scratch() { free(base_); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
+    explicit Pieces(float *memory) : next_(memory) {}
 
-    bool failed() const { return base_ == nullptr; }
     static int64_t padded(int64_t floats) { return round_up(floats, 16); }
     float *take(int64_t floats) {
         float *piece = next_;
@@ -93,7 +89,21 @@ class Scratch {
     }
 
   private:
-    float *base_, *next_;
+    float *next_;
+};
+
+class Scratch : public Pieces {
+  public:
+    explicit Scratch(int64_t floats) : Scratch((float *)aligned_alloc(64, (size_t)round_up(floats * 4 + 64, 64))) {}
+    ~Scratch() { free(base_); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+
+    bool failed() const { return base_ == nullptr; }
+
+  private:
+    explicit Scratch(float *base) : Pieces(base), base_(base) {}
+    float *base_;
 };
 
 FASTATTN_NAMESPACE_END

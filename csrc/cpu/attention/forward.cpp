@@ -42,7 +42,8 @@ struct Softmax {
     void step(float *scores, int64_t count, int64_t vectors, vfloat (&correction)[kMaxVectors]) {
         if (vectors == 1) step_vectors<1>(scores, count, correction);
         else if (vectors == 2) step_vectors<2>(scores, count, correction);
-        else step_vectors<3>(scores, count, correction);
+        else if (vectors == 3) step_vectors<3>(scores, count, correction);
+        else step_vectors<4>(scores, count, correction);
     }
 
   private:
@@ -50,17 +51,17 @@ struct Softmax {
     template <int Vectors>
     void step_vectors(float *scores, int64_t count, vfloat (&correction)[kMaxVectors]) {
         vfloat highest[2][Vectors], base[Vectors], block[Vectors];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) highest[0][v] = highest[1][v] = maximum[v], block[v] = zero();
         for (int64_t row = 0; row < count; row += 2) {
             const float *even = scores + row * Vectors * kLanes, *odd = row + 1 < count ? even + Vectors * kLanes : even;
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int v = 0; v < Vectors; v++) {
                 highest[0][v] = max(highest[0][v], load(even + v * kLanes));
                 highest[1][v] = max(highest[1][v], load(odd + v * kLanes));
             }
         }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) {
             const vfloat top = max(highest[0][v], highest[1][v]);
             base[v] = softmax_base(top);
@@ -68,14 +69,14 @@ struct Softmax {
             maximum[v] = top;
         }
         for (int64_t row = 0; row < count; row++)
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int v = 0; v < Vectors; v++) {
                 float *target = scores + (row * Vectors + v) * kLanes;
                 const vfloat probability = softmax_term(load(target), base[v]);
                 block[v] += probability;
                 store(target, probability);
             }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) total[v] = total[v] * correction[v] + block[v];
     }
 };
@@ -108,24 +109,22 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
     const Rows k = rows_of(p.k, p.dtype, tile.batch, head_kv), v = rows_of(p.v, p.dtype, tile.batch, head_kv);
     pack_transposed({q.at(tile.begin, 0), q.dtype, q.stride}, tile.count, p.dim_qk, p.scale, buffers.queries, lanes, tile.vectors);
 
-    TileMask mask(p.mask, tile, p.len_k);
+    TileMask mask(p, tile);
     Softmax softmax;
     bool started = false;
-    for (int64_t begin = mask.span().begin; begin < mask.span().end; begin += kKeyBlock) {
-        const int64_t count = smaller(kKeyBlock, mask.span().end - begin);
-        const Coverage coverage = mask.look(begin, count);
-        if (coverage == Coverage::empty) continue;
-        const Left keys = load_block(k, begin, count, p.dim_qk, mask.visible_rows(), Layout::rows, buffers.keys);
-        score_tile(p, tile, mask, coverage, keys, buffers.queries, begin, count, buffers.scores, nullptr);
+    while (mask.next()) {
+        const KeyBlock &block = mask.block();
+        const Left keys = load_block(k, block, p.dim_qk, Layout::rows, buffers.keys);
+        score_tile(p, tile, mask, keys, buffers.queries, buffers.scores, nullptr);
         vfloat correction[kMaxVectors];
-        softmax.step(buffers.scores, count, tile.vectors, correction);
+        softmax.step(buffers.scores, block.count, tile.vectors, correction);
         if (started) rescale(buffers.out, p.dim_v, tile.vectors, correction);
         if (p.dropout.threshold) {
-            keep_tile(p, tile, begin, count, buffers.keep);
-            for (int64_t at = 0; at < count * lanes; at += kLanes) store(buffers.scores + at, load(buffers.scores + at) * load(buffers.keep + at));
+            keep_tile(p, tile, block.begin, block.count, buffers.keep);
+            for (int64_t at = 0; at < block.count * lanes; at += kLanes) store(buffers.scores + at, load(buffers.scores + at) * load(buffers.keep + at));
         }
-        const Left values = load_block(v, begin, count, p.dim_v, mask.visible_rows(), Layout::columns, buffers.values);
-        multiply(p.dim_v, tile.vectors, count, values, buffers.scores, lanes, buffers.out, lanes, started);
+        const Left values = load_block(v, block, p.dim_v, Layout::columns, buffers.values);
+        multiply_lanes(p.dim_v, tile.vectors, block.count, values, buffers.scores, buffers.out, started);
         started = true;
     }
     if (!started) memset(buffers.out, 0, (size_t)(p.dim_v * lanes) * 4);
@@ -135,7 +134,7 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
 }  // namespace
 
 int attention_forward(const fastattn_attention &p) {
-    const QueryTiles tiles(p.len_q);
+    const QueryTiles tiles(p);
     const int64_t items = p.batch * p.heads_q * tiles.count;
     int status = FASTATTN_OK;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)

@@ -1,164 +1,218 @@
-// The lowered mask on one tile: a few queries (the lanes) against a block of keys (the rows).
+// The lowered mask on one tile of queries: a walk over the blocks of keys that some query of the tile sees.
+//
+// Where to look comes from the bounds of the forms: the key range, the band, the union of the tile's intervals (read lane by lane: 8 bytes each,
+// and tighter than bounds over 64 queries would be for a tile of another size) and the block row. What a block then shows comes from its words.
 #pragma once
-#include "../simd.h"
+#include "words.h"
 
 FASTATTN_NAMESPACE_BEGIN
 
-constexpr int64_t kKeyBlock = 64;
-constexpr int kMaxVectors = 3;  // query vectors in a tile: the width of the micro-kernel
-constexpr int64_t kMaxLanes = kMaxVectors * kLanes;
 constexpr int kMaxIntervals = 4;
-
-// Queries [begin, begin + count) of one head; lane l is query begin + l, lanes past `count` are padding.
-struct QueryTile {
-    int64_t batch, head;
-    int64_t begin, count;
-    int64_t vectors;
-
-    int64_t lanes() const { return vectors * kLanes; }
-    int64_t last() const { return begin + count - 1; }
-};
 
 struct KeySpan {
     int64_t begin, end;
 };
 
-enum class Coverage { empty, partial, full };
-
-FASTATTN_INLINE const uint8_t *bool_at(const fastattn_tensor &t, int64_t b, int64_t h, int64_t i, int64_t j) {
-    return (const uint8_t *)t.data + b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j * t.stride[3];
-}
+// Keys [begin, begin + count), count <= kKeyBlock; bit r of `seen` says that some query of the tile sees key begin + r. The first and last do.
+struct KeyBlock {
+    int64_t begin, count;
+    uint64_t seen;
+    int64_t row;  // of its first key where the tile's blocks are held one after the other
+};
 
 class TileMask {
   public:
-    TileMask(const fastattn_mask &mask, const QueryTile &tile, int64_t len_k) : mask_(mask), tile_(tile) {
-        span_ = {0, len_k};
-        if (mask.key_start) span_.begin = larger(span_.begin, mask.key_start[tile.batch]);
-        if (mask.key_end) span_.end = smaller(span_.end, mask.key_end[tile.batch]);
-        if (mask.band_has_left) span_.begin = larger(span_.begin, tile.begin + mask.band_offset - mask.band_left);
-        if (mask.band_has_right) span_.end = smaller(span_.end, tile.last() + mask.band_offset + mask.band_right + 1);
-        if (mask.n_intervals) read_intervals();
+    TileMask(const fastattn_attention &p, const QueryTile &tile) : p_(p), mask_(p.mask), tile_(tile), words_(tile.lanes()) {
+        KeySpan span = {0, p.len_k};
+        if (mask_.key_start) span.begin = larger(span.begin, mask_.key_start[tile.batch]);
+        if (mask_.key_end) span.end = smaller(span.end, mask_.key_end[tile.batch]);
+        if (mask_.band_has_left) span.begin = larger(span.begin, tile.begin + mask_.band_offset - mask_.band_left);
+        if (mask_.band_has_right) span.end = smaller(span.end, tile.last() + mask_.band_offset + mask_.band_right + 1);
+        if (mask_.n_intervals) read_intervals(span);
+        else if (span.begin < span.end) runs_[n_runs_++] = span;
+        if (mask_.blocks.row_ptr.data) {
+            const fastattn_tensor &t = mask_.blocks.row_ptr;
+            const int32_t *entries = (const int32_t *)t.data + tile.batch * t.stride[0] + tile.head * t.stride[1] + tile.begin / kKeyBlock;
+            entry_ = entries[0], last_entry_ = entries[1];
+        } else if (n_runs_) {
+            position_ = runs_[0].begin;
+        }
     }
 
-    // The keys that some query of the tile may see by everything but the dense mask.
-    KeySpan span() const { return span_; }
-
-    // Looks at keys [begin, begin + count), count <= kKeyBlock; apply() and hidden_rows() then speak of them.
-    Coverage look(int64_t begin, int64_t count) {
-        begin_ = begin;
-        count_ = count;
-        band_cuts_ = !band_covers();
-        intervals_cut_ = !interval_covers();
-        dense_ = mask_.dense.data ? look_dense() : Coverage::full;
-        if (dense_ == Coverage::empty) return Coverage::empty;
-        return band_cuts_ || intervals_cut_ || dense_ == Coverage::partial ? Coverage::partial : Coverage::full;
+    // Moves to the next block; false past the last.
+    bool next() {
+        while (advance())
+            if (look()) return true;
+        return false;
     }
 
-    // Rows of the block that no query sees by a key mask, as 1 = visible; null when there are none.
-    // What lies there in K and V may be NaN and must be read as 0.
-    const uint8_t *visible_rows() const { return is_key_mask() && dense_ == Coverage::partial ? row_visible_ : nullptr; }
+    const KeyBlock &block() const { return block_; }
 
     // scores(key, lane) = -inf where hidden.
     void apply(float *scores) const {
-        for (int64_t row = 0; row < count_; row++)
-            for (int64_t v = 0; v < tile_.vectors; v++) {
-                float *target = scores + row * tile_.lanes() + v * kLanes;
-                store(target, select(visible(row, v), load(target), broadcast(-kInf)));
-            }
+        if (partial_) words_.hide(scores, block_.count);
+    }
+
+    // No more keys than these are visited.
+    int64_t most_keys() const {
+        int64_t total = 0;
+        if (mask_.blocks.row_ptr.data) return smaller(p_.len_k, (last_entry_ - entry_) * kKeyBlock);
+        for (int r = 0; r < n_runs_; r++) total += runs_[r].end - runs_[r].begin;
+        return total;
     }
 
   private:
-    bool is_key_mask() const { return mask_.dense.stride[2] == 0; }
-
-    void read_intervals() {
+    // The tile's intervals by lanes, what every lane of interval r sees, and their union as disjoint ascending runs.
+    void read_intervals(KeySpan span) {
         const fastattn_tensor &t = mask_.intervals;
-        int64_t lowest = INT64_MAX, highest = 0;
         for (int64_t r = 0; r < mask_.n_intervals; r++) {
-            inner_[r] = {0, INT64_MAX};
+            const int32_t *bounds = (const int32_t *)t.data + r * t.stride[0] + tile_.batch * t.stride[1] + tile_.head * t.stride[2];
+            KeySpan inner = {INT32_MIN, INT32_MAX}, outer = {INT32_MAX, INT32_MIN};
             for (int64_t lane = 0; lane < tile_.lanes(); lane++) {
-                const int64_t i = tile_.begin + smaller(lane, tile_.count - 1);  // padding repeats the last query
-                const int32_t *bounds =
-                    (const int32_t *)t.data + r * t.stride[0] + tile_.batch * t.stride[1] + tile_.head * t.stride[2] + i * t.stride[3];
-                starts_[r][lane] = bounds[0];
-                ends_[r][lane] = bounds[1];
-                inner_[r] = {larger(inner_[r].begin, bounds[0]), smaller(inner_[r].end, bounds[1])};
-                if (bounds[0] >= bounds[1]) continue;  // an empty interval says nothing about the span
-                lowest = smaller(lowest, bounds[0]);
-                highest = larger(highest, bounds[1]);
+                const int32_t *bound = bounds + tile_.query(lane) * t.stride[3];
+                const int64_t start = bound[0], end = bound[1];
+                starts_[r][lane] = bound[0], ends_[r][lane] = bound[1];
+                inner = {larger(inner.begin, start), smaller(inner.end, end)};
+                const bool empty = start >= end;  // says nothing about the union
+                outer = {smaller(outer.begin, empty ? INT32_MAX : start), larger(outer.end, empty ? INT32_MIN : end)};
             }
+            inner_[r] = inner;
+            add_run({larger(span.begin, outer.begin), smaller(span.end, outer.end)});
         }
-        span_ = {larger(span_.begin, lowest), smaller(span_.end, highest)};
     }
 
-    bool band_covers() const {
-        if (mask_.band_has_left && begin_ < tile_.last() + mask_.band_offset - mask_.band_left) return false;
-        return !mask_.band_has_right || begin_ + count_ - 1 <= tile_.begin + mask_.band_offset + mask_.band_right;
+    // Keeps the runs disjoint and ascending.
+    void add_run(KeySpan run) {
+        if (run.begin >= run.end) return;
+        int kept = 0;
+        KeySpan others[kMaxIntervals];
+        for (int r = 0; r < n_runs_; r++) {
+            if (runs_[r].end < run.begin || run.end < runs_[r].begin) others[kept++] = runs_[r];
+            else run = {smaller(run.begin, runs_[r].begin), larger(run.end, runs_[r].end)};
+        }
+        n_runs_ = 0;
+        int from = 0;
+        while (from < kept && others[from].begin < run.begin) runs_[n_runs_++] = others[from++];
+        runs_[n_runs_++] = run;
+        while (from < kept) runs_[n_runs_++] = others[from++];
     }
 
-    bool interval_covers() const {
+    // The next keys to look at, as a whole block.
+    bool advance() {
+        bitmap_ = nullptr;
+        if (mask_.blocks.row_ptr.data) return advance_entry();
+        if (run_ < n_runs_ && position_ == runs_[run_].end && ++run_ < n_runs_) position_ = runs_[run_].begin;
+        if (run_ >= n_runs_) return false;
+        block_.begin = position_;
+        block_.count = smaller(kKeyBlock, runs_[run_].end - position_);
+        position_ += block_.count;
+        return true;
+    }
+
+    bool advance_entry() {
+        if (n_runs_ == 0) return false;
+        const KeySpan span = {runs_[0].begin, runs_[n_runs_ - 1].end};
+        for (; entry_ < last_entry_; entry_++) {
+            const int64_t column = mask_.blocks.col[entry_] * kKeyBlock, id = mask_.blocks.id[entry_];
+            const int64_t begin = larger(span.begin, column), end = smaller(span.end, column + kKeyBlock);
+            if (begin >= end) continue;
+            block_.begin = begin, block_.count = end - begin;
+            if (id) bitmap_ = (const uint64_t *)mask_.blocks.bitmaps + id * kKeyBlock;
+            entry_++;
+            return true;
+        }
+        return false;
+    }
+
+    // Forms the words of the block, cuts it to the keys that some query sees; false where there are none.
+    bool look() {
+        const int64_t begin = block_.begin, count = block_.count;
+        const uint64_t common = bits_below(count) & key_word(begin, count);
+        if (!common) return false;
+        words_.set(common);
+        if (bitmap_)
+            words_.keep([&](int64_t lane) { return bitmap_[tile_.query(lane) % kKeyBlock] >> (begin % kKeyBlock); });
+        if (!band_covers(begin, count))
+            words_.keep([&](int64_t lane) {
+                const int64_t position = tile_.query(lane) + mask_.band_offset - begin;
+                return bits_between(mask_.band_has_left ? position - mask_.band_left : 0, mask_.band_has_right ? position + mask_.band_right + 1 : count);
+            });
+        if (!intervals_cover(begin, count))
+            words_.keep([&](int64_t lane) {
+                uint64_t inside = 0;
+                for (int64_t r = 0; r < mask_.n_intervals; r++) inside |= bits_between(starts_[r][lane] - begin, ends_[r][lane] - begin);
+                return inside;
+            });
+        if (mask_.dense.data && !is_key_mask(mask_.dense))
+            words_.keep([&](int64_t lane) { return word_of_bools(dense_at(tile_.query(lane), begin), mask_.dense.stride[3], count); });
+        uint64_t some, every;
+        words_.reduce(some, every);
+        if (!some || bias_hides(begin, count)) return false;
+        const int64_t first = __builtin_ctzll(some), last = 63 - __builtin_clzll(some);
+        if (first) words_.skip(first);
+        block_ = {begin + first, last - first + 1, some >> first, 0};
+        partial_ = (every >> first & bits_below(block_.count)) != bits_below(block_.count);
+        return true;
+    }
+
+    static bool is_key_mask(const fastattn_tensor &t) { return t.stride[2] == 0; }
+
+    const uint8_t *dense_at(int64_t i, int64_t j) const {
+        const fastattn_tensor &t = mask_.dense;
+        return (const uint8_t *)t.data + tile_.batch * t.stride[0] + tile_.head * t.stride[1] + i * t.stride[2] + j * t.stride[3];
+    }
+
+    const void *bias_at(int64_t i, int64_t j) const {
+        const fastattn_tensor &t = p_.bias;
+        return offset((const void *)t.data, p_.bias_dtype, tile_.batch * t.stride[0] + tile_.head * t.stride[1] + i * t.stride[2] + j * t.stride[3]);
+    }
+
+    // What all queries see alike: key_bits, and bool or float masks that have no query dimension.
+    uint64_t key_word(int64_t begin, int64_t count) const {
+        uint64_t word = ~(uint64_t)0;
+        if (mask_.key_bits) {
+            const int64_t words = (p_.len_k + 63) / 64, at = begin / 64, shift = begin % 64;
+            const uint64_t *bits = (const uint64_t *)mask_.key_bits + tile_.batch * words;
+            word = bits[at] >> shift;
+            if (shift && at + 1 < words) word |= bits[at + 1] << (64 - shift);
+        }
+        if (mask_.dense.data && is_key_mask(mask_.dense)) word &= word_of_bools(dense_at(0, begin), mask_.dense.stride[3], count);
+        if (p_.bias.data && is_key_mask(p_.bias)) word &= word_of_finite(bias_at(0, begin), p_.bias_dtype, p_.bias.stride[3], count);
+        return word;
+    }
+
+    bool band_covers(int64_t begin, int64_t count) const {
+        if (mask_.band_has_left && begin < tile_.last() + mask_.band_offset - mask_.band_left) return false;
+        return !mask_.band_has_right || begin + count - 1 <= tile_.begin + mask_.band_offset + mask_.band_right;
+    }
+
+    bool intervals_cover(int64_t begin, int64_t count) const {
         for (int64_t r = 0; r < mask_.n_intervals; r++)
-            if (inner_[r].begin <= begin_ && begin_ + count_ <= inner_[r].end) return true;
+            if (inner_[r].begin <= begin && begin + count <= inner_[r].end) return true;
         return mask_.n_intervals == 0;
     }
 
-    Coverage look_dense() {
-        bool any_visible = false, all_visible = true;
-        if (is_key_mask()) {
-            for (int64_t row = 0; row < count_; row++) {
-                row_visible_[row] = *bool_at(mask_.dense, tile_.batch, tile_.head, 0, begin_ + row);
-                any_visible |= row_visible_[row] != 0;
-                all_visible &= row_visible_[row] != 0;
-            }
-        } else {
-            for (int64_t lane = 0; lane < tile_.lanes(); lane++) {
-                const int64_t i = tile_.begin + smaller(lane, tile_.count - 1);
-                const uint8_t *source = bool_at(mask_.dense, tile_.batch, tile_.head, i, begin_);
-                const int64_t stride = mask_.dense.stride[3];
-                for (int64_t row = 0; row < count_; row++) {
-                    const bool seen = source[row * stride] != 0;
-                    dense_tile_[row][lane] = seen ? -1 : 0;
-                    any_visible |= seen;
-                    all_visible &= seen;
-                }
-            }
-        }
-        return all_visible ? Coverage::full : any_visible ? Coverage::partial : Coverage::empty;
+    // Whether the bias is -inf for every query: mostly decided by its first numbers.
+    bool bias_hides(int64_t begin, int64_t count) const {
+        if (!p_.bias.data || is_key_mask(p_.bias)) return false;
+        for (int64_t i = tile_.begin; i <= tile_.last(); i++)
+            if (word_of_finite(bias_at(i, begin), p_.bias_dtype, p_.bias.stride[3], count)) return false;
+        return true;
     }
 
-    FASTATTN_INLINE vint in_range(vint lane, int64_t low, int64_t high) {  // low <= lane <= high, bounds brought into int32
-        const int32_t first = (int32_t)larger(-1, smaller(low, kMaxLanes)), last = (int32_t)larger(-1, smaller(high, kMaxLanes));
-        return (vint)(lane >= first) & (vint)(lane <= last);
-    }
-
-    vint visible(int64_t row, int64_t v) const {
-        const int64_t j = begin_ + row;
-        vint seen = broadcast_int(-1);
-        if (band_cuts_) {
-            const int64_t position = j - mask_.band_offset - tile_.begin;  // the lane whose own position key j has
-            const int64_t low = mask_.band_has_right ? position - mask_.band_right : -1;
-            const int64_t high = mask_.band_has_left ? position + mask_.band_left : kMaxLanes;
-            seen &= in_range(lane_index() + (int32_t)(v * kLanes), low, high);
-        }
-        if (intervals_cut_) {
-            vint inside = {};
-            for (int64_t r = 0; r < mask_.n_intervals; r++)
-                inside |= (vint)(load_int(starts_[r] + v * kLanes) <= (int32_t)j) & (vint)(load_int(ends_[r] + v * kLanes) > (int32_t)j);
-            seen &= inside;
-        }
-        if (dense_ == Coverage::partial) seen &= is_key_mask() ? broadcast_int(row_visible_[row] ? -1 : 0) : load_int(dense_tile_[row] + v * kLanes);
-        return seen;
-    }
-
+    const fastattn_attention &p_;
     const fastattn_mask &mask_;
     QueryTile tile_;
-    KeySpan span_;
-    KeySpan inner_[kMaxIntervals];  // keys inside interval r of every query of the tile
+    KeySpan runs_[kMaxIntervals] = {};
+    int n_runs_ = 0, run_ = 0;
+    int64_t position_ = 0;                 // in the runs
+    int64_t entry_ = 0, last_entry_ = 0;   // in the block row
+    const uint64_t *bitmap_ = nullptr;     // of the block, null: all visible
+    KeySpan inner_[kMaxIntervals];
     int32_t starts_[kMaxIntervals][kMaxLanes], ends_[kMaxIntervals][kMaxLanes];
-    int64_t begin_ = 0, count_ = 0;
-    bool band_cuts_ = false, intervals_cut_ = false;
-    Coverage dense_ = Coverage::full;
-    uint8_t row_visible_[kKeyBlock];
-    int32_t dense_tile_[kKeyBlock][kMaxLanes];
+    KeyBlock block_ = {};
+    bool partial_ = false;
+    LaneWords words_;
 };
 
 FASTATTN_NAMESPACE_END

@@ -16,24 +16,39 @@ FASTATTN_INLINE Rows rows_of(const fastattn_tensor &t, int32_t dtype, int64_t b,
     return {offset((const void *)t.data, dtype, b * t.stride[0] + h * t.stride[1]), dtype, t.stride[2]};
 }
 
-// Tiles of nearly equal size instead of full ones and a small rest.
+// Tiles of nearly equal size instead of full ones and a small rest. With block masks a tile lies within a row of blocks.
 struct QueryTiles {
     int64_t count, vectors;
-    explicit QueryTiles(int64_t len_q)
-        : count((len_q + kMaxLanes - 1) / kMaxLanes), vectors(count ? ((len_q + count - 1) / count + kLanes - 1) / kLanes : 0) {}
+    explicit QueryTiles(const fastattn_attention &p) {
+        const int64_t widest = p.mask.blocks.row_ptr.data ? kBlockVectors : kTileVectors;
+        count = (p.len_q + widest * kLanes - 1) / (widest * kLanes);
+        vectors = count ? ((p.len_q + count - 1) / count + kLanes - 1) / kLanes : 0;
+        if (!p.mask.blocks.row_ptr.data) return;
+        while (vectors & (vectors - 1)) vectors++;
+        count = (p.len_q + vectors * kLanes - 1) / larger(1, vectors * kLanes);
+    }
     QueryTile tile(int64_t b, int64_t h, int64_t index, int64_t len_q) const {
         const int64_t begin = index * vectors * kLanes;
         return {b, h, begin, smaller(vectors * kLanes, len_q - begin), vectors};
     }
+
+  private:
+    static constexpr int64_t kBlockVectors = 4;
 };
 
-// A block of K or V for the micro-kernel: in place for float32 rows, else converted; rows that a key mask hides are read as 0.
-static inline Left load_block(Rows source, int64_t begin, int64_t count, int64_t columns, const uint8_t *visible_rows, Layout layout, float *scratch) {
-    if (source.dtype == FASTATTN_FLOAT32 && !visible_rows) return {(const float *)source.at(begin, 0), source.stride, layout};
+// A block of K or V for the micro-kernel: in place for float32 rows, else converted; rows that no query of the tile sees are read as 0, because
+// what lies there may be NaN.
+static inline Left load_block(Rows source, const KeyBlock &block, int64_t columns, Layout layout, float *scratch) {
+    const bool all_seen = block.seen == bits_below(block.count);
+    if (source.dtype == FASTATTN_FLOAT32 && all_seen) return {(const float *)source.at(block.begin, 0), source.stride, layout};
     const int64_t ld = round_up(columns, kLanes);
-    for (int64_t row = 0; row < count; row++) {
-        if (visible_rows && !visible_rows[row]) memset(scratch + row * ld, 0, (size_t)ld * 4);
-        else pack_rows({source.at(begin + row, 0), source.dtype, 0}, 1, columns, 1.0f, scratch + row * ld, ld);
+    if (all_seen) {
+        pack_rows({source.at(block.begin, 0), source.dtype, source.stride}, block.count, columns, 1.0f, scratch, ld);
+        return {scratch, ld, layout};
+    }
+    for (int64_t row = 0; row < block.count; row++) {
+        if (block.seen >> row & 1) pack_rows({source.at(block.begin + row, 0), source.dtype, 0}, 1, columns, 1.0f, scratch + row * ld, ld);
+        else memset(scratch + row * ld, 0, (size_t)ld * 4);
     }
     return {scratch, ld, layout};
 }
@@ -96,21 +111,29 @@ static inline void keep_tile(const fastattn_attention &p, const QueryTile &tile,
             }
 }
 
-// Rows of A times B with sums over k in blocks: one chain of 256 additions would be less accurate than what it is measured against.
-static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, int64_t lanes, float *c) {
-    constexpr int64_t kDepth = 64;
-    multiply(m, vectors, smaller(k, kDepth), rows, b, lanes, c, lanes, false);
-    for (int64_t begin = kDepth; begin < k; begin += kDepth)
-        multiply(m, vectors, smaller(kDepth, k - begin), {rows.data + begin, rows.stride, rows.layout}, b + begin * lanes, lanes, c, lanes, true);
+// C(m, lanes) (+)= A B. Four vectors go as two and two: three and one would leave the micro-kernel with a narrow tile.
+static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, bool accumulate) {
+    const int64_t lanes = vectors * kLanes;
+    if (vectors != 4) return multiply(m, vectors, k, a, b, lanes, c, lanes, accumulate);
+    for (int64_t half = 0; half < lanes; half += 2 * kLanes) multiply(m, 2, k, a, b + half, lanes, c + half, lanes, accumulate);
 }
 
-// scores(key, lane) for keys [begin, begin + count), -inf where hidden. `queries` hold the scale already.
-static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Coverage coverage, Left keys,
-                              const float *queries, int64_t begin, int64_t count, float *scores, float *slope) {
-    multiply_blocked(count, tile.vectors, p.dim_qk, keys, queries, tile.lanes(), scores);
-    if (p.softcap > 0) apply_softcap(p, scores, count * tile.lanes(), slope);
-    if (p.bias.data) add_bias(p, tile, begin, count, scores);
-    if (coverage == Coverage::partial) mask.apply(scores);
+// Rows of A times B with sums over k in blocks: one chain of 256 additions would be less accurate than what it is measured against.
+static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, float *c) {
+    constexpr int64_t kDepth = 64;
+    multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false);
+    for (int64_t begin = kDepth; begin < k; begin += kDepth)
+        multiply_lanes(m, vectors, smaller(kDepth, k - begin), {rows.data + begin, rows.stride, rows.layout}, b + begin * vectors * kLanes, c, true);
+}
+
+// scores(key, lane) of the mask's block, -inf where hidden. `queries` hold the scale already.
+static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Left keys, const float *queries, float *scores,
+                              float *slope) {
+    const KeyBlock &block = mask.block();
+    multiply_blocked(block.count, tile.vectors, p.dim_qk, keys, queries, scores);
+    if (p.softcap > 0) apply_softcap(p, scores, block.count * tile.lanes(), slope);
+    if (p.bias.data) add_bias(p, tile, block.begin, block.count, scores);
+    mask.apply(scores);
 }
 
 FASTATTN_NAMESPACE_END

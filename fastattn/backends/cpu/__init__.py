@@ -51,8 +51,6 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     for dtype in _dtypes(problem):
         if dtype not in DTYPES:
             reasons.append(f"dtype {dtype} is not float32, bfloat16 or float16")
-    if isinstance(problem, AttentionProblem) and problem.bias_requires_grad:
-        reasons.append("the gradient of a bias is not implemented")
     if isinstance(problem, LinearProblem) and problem.weight_dtype != problem.dtype:
         reasons.append(f"weights are {problem.weight_dtype} and inputs {problem.dtype}, not one dtype")
     return reasons

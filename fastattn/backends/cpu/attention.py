@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import address, dropout_arguments, native, view
-from fastattn.masks.lowered import LoweredMask
+from fastattn.masks.lowered import Blocks, LoweredMask
 
 
 def attention_forward(
@@ -56,14 +56,20 @@ def attention_backward(
     wide = [_writable(grad) for grad in (dq, dk, dv)]
     sinks = None if sinks is None else sinks.float()
     dsinks = torch.empty(q.shape[1] if sinks_requires_grad else 0, dtype=torch.float32)
+    dbias = torch.zeros(bias.shape if bias is not None and bias_requires_grad else 0, dtype=torch.float32)
     call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
     native().attention_backward(
-        *call, view(grad_out), address(grad_lse), *map(view, wide), address(dsinks if sinks_requires_grad else None)
+        *call,
+        view(grad_out),
+        address(grad_lse),
+        *map(view, wide),
+        address(dsinks if sinks_requires_grad else None),
+        _broadcast_view(dbias if bias_requires_grad else None),
     )
     for grad, written in zip((dq, dk, dv), wide, strict=True):
         if written is not grad:
             grad.copy_(written)
-    return dq, dk, dv, torch.empty(0), dsinks
+    return dq, dk, dv, dbias, dsinks
 
 
 def _writable(grad: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def _call_arguments(
         view(out),
         lse.data_ptr(),
         _mask_arguments(mask, batch, heads_q),
-        view(bias),
+        _broadcast_view(bias),
         0 if bias is None else DTYPES[bias.dtype],
         address(sinks),
         scale,
@@ -109,24 +115,31 @@ def _call_arguments(
 
 
 def _mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:
-    intervals = mask.intervals
+    intervals, blocks = mask.intervals, mask.blocks
     if intervals is not None:
         intervals = intervals.expand(intervals.shape[0], batch, heads, -1, 2)
     return (
         address(mask.key_start),
         address(mask.key_end),
+        address(mask.key_bits),
         mask.band_offset,
         mask.band_left,
         mask.band_right,
         None if intervals is None else (intervals.data_ptr(), *intervals.stride()[:4]),
         0 if intervals is None else intervals.shape[0],
-        _dense_view(mask.dense),
+        None if blocks is None else _block_arguments(blocks),
+        _broadcast_view(mask.dense),
     )
 
 
-def _dense_view(dense: Tensor | None) -> tuple[int, ...] | None:
-    """Strides 0 in dimensions of one element too: by them the kernels know a key mask."""
-    if dense is None:
+def _block_arguments(blocks: Blocks) -> tuple[Any, ...]:
+    """Rows of blocks only: backward, too, walks along the keys of a tile of queries."""
+    return _broadcast_view(blocks.row_ptr), *map(address, (blocks.col, blocks.id, blocks.bitmaps))
+
+
+def _broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """As view, with strides 0 in dimensions of one element too: by them the kernels know what is broadcast."""
+    if tensor is None:
         return None
-    strides = (0 if size == 1 else stride for size, stride in zip(dense.shape, dense.stride(), strict=True))
-    return (dense.data_ptr(), *strides)
+    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.data_ptr(), *strides)
