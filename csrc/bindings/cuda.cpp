@@ -11,16 +11,12 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/library.h"
+#include "../cuda/library.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <typename T>
-T *pointer(std::uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
 
 void check(int error, const std::string &call) {
     if (error != 0) throw std::runtime_error(call + ": " + fastattn_cuda_error_text(error));
@@ -168,6 +164,34 @@ void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t 
     if (error != 0) check(error, call_of("norm_backward", rows, width, call.x_dtype, device));
 }
 
+void attention_forward(int dtype, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, std::uintptr_t lse, const Mask &m,
+                       std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype, std::uintptr_t sinks, float scale,
+                       float softcap, const Dropout &dropout, int device, std::uintptr_t stream) {
+    fastattn_cuda_attention call{};
+    call.device = device;
+    call.stream = pointer<void>(stream);
+    call.dtype = dtype;
+    std::tie(call.batch, call.heads_q, call.heads_kv, call.len_q, call.len_k, call.dim_qk, call.dim_v) = std::tuple_cat(sizes);
+    call.q = tensor(q), call.k = tensor(k), call.v = tensor(v), call.out = tensor(out);
+    call.lse = pointer<float>(lse);
+    call.mask = mask(m);
+    call.n_blocks = n_blocks;
+    call.n_bitmaps = n_bitmaps;
+    call.bias = tensor(bias);
+    call.bias_dtype = bias_dtype;
+    call.sinks = pointer<const float>(sinks);
+    call.scale = scale;
+    call.softcap = softcap;
+    call.dropout = dropout_of(dropout);
+    const py::gil_scoped_release unlocked;
+    const int error = fastattn_cuda_attention_forward(&call);
+    if (error == 0) return;
+    std::ostringstream name;
+    name << "attention_forward on cuda:" << device << " with q (" << call.batch << ", " << call.heads_q << ", " << call.len_q << ", " << call.dim_qk
+         << ") and v (" << call.batch << ", " << call.heads_kv << ", " << call.len_k << ", " << call.dim_v << ") (dtype " << dtype << ")";
+    check(error, name.str());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -191,4 +215,8 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("rstd"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight_parts"), py::arg("grad_bias_parts"),
                py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("parts"), py::arg("offset"), py::arg("dropout"),
                py::arg("device"), py::arg("stream"), "The gradients of norm_forward.");
+    module.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+               py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"), py::arg("bias_dtype"),
+               py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"), py::arg("device"), py::arg("stream"),
+               "out and lse of one attention call; sizes are batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v.");
 }

@@ -92,6 +92,23 @@ typedef struct {
     fastattn_cuda_dropout dropout;
 } fastattn_cuda_norm_gradient;
 
+// Scaled dot-product attention forward; what the fields mean: fastattn_attention in common/problem.h. Data is float16 or bfloat16.
+typedef struct {
+    int32_t device;
+    void *stream;
+    int32_t dtype;
+    int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+    fastattn_tensor q, k, v, out;  // last dimension contiguous, three strides
+    float *lse;                    // (B,Hq,Sq) contiguous
+    fastattn_mask mask;
+    int64_t n_blocks, n_bitmaps;  // extents of mask.blocks
+    fastattn_tensor bias;
+    int32_t bias_dtype;
+    const float *sinks;
+    float scale, softcap;
+    fastattn_cuda_dropout dropout;
+} fastattn_cuda_attention;
+
 FASTATTN_CUDA_API const char *fastattn_cuda_error_text(int error);
 // The architectures of the compiled kernels, comma-separated: "sm_80,compute_90" is machine code for 8.x and PTX for 9.0 on.
 FASTATTN_CUDA_API const char *fastattn_cuda_architectures(void);
@@ -100,6 +117,7 @@ FASTATTN_CUDA_API int fastattn_cuda_device_query(int index, fastattn_cuda_device
 FASTATTN_CUDA_API int fastattn_cuda_activation_forward(const fastattn_cuda_activation *call);
 FASTATTN_CUDA_API int64_t fastattn_cuda_activation_backward_parts(int64_t rows, int64_t cols);
 FASTATTN_CUDA_API int fastattn_cuda_activation_backward(const fastattn_cuda_activation_gradient *call);
+FASTATTN_CUDA_API int fastattn_cuda_attention_forward(const fastattn_cuda_attention *call);
 FASTATTN_CUDA_API int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call);
 FASTATTN_CUDA_API int64_t fastattn_cuda_norm_backward_parts(int64_t rows, int64_t width, int32_t multiprocessors);
 FASTATTN_CUDA_API int fastattn_cuda_norm_backward(const fastattn_cuda_norm_gradient *call);

@@ -57,6 +57,11 @@ public:
     __device__ __forceinline__ void store(int at, const Pack<T, N> &value) const {
         *reinterpret_cast<Pack<T, N> *>(base_ + at) = value;
     }
+    // The same memory in elements of another type.
+    template <typename U>
+    __device__ __forceinline__ Shared<U> as() const {
+        return Shared<U>(reinterpret_cast<U *>(base_), 0);
+    }
     // What instructions that name shared memory take.
     __device__ __forceinline__ uint32_t address(int at) const { return static_cast<uint32_t>(__cvta_generic_to_shared(base_ + at)); }
 

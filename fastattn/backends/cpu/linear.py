@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.library import address, native, view
+from fastattn.backends.cpu.library import native
+from fastattn.backends.views import address, view
 
 
 def linear_act_forward(

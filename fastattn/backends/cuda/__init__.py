@@ -1,10 +1,13 @@
-"""The CUDA backend: libfastattn_cuda.so, through the module fastattn._cuda. Norms and feed-forward layers, both ways.
+"""The CUDA backend: libfastattn_cuda.so, through the module fastattn._cuda.
+
+Norms and feed-forward layers both ways, attention forward.
 
 Without the library, a driver or a fitting device it is a sentence in `unavailable_reason`, never an import error.
 """
 
 from __future__ import annotations
 
+from fastattn.backends.cuda.attention import attention_forward, attention_reasons
 from fastattn.backends.cuda.library import architectures, device_type, devices, unavailable_reason
 from fastattn.backends.cuda.linear import (
     ffn_backward,
@@ -21,6 +24,7 @@ from fastattn.problems import LinearProblem, NormProblem, Problem
 __all__ = [
     "NAME",
     "architectures",
+    "attention_forward",
     "device_type",
     "devices",
     "ffn_backward",
@@ -39,9 +43,10 @@ NAME = "cuda"
 
 
 def not_supported_reasons(problem: Problem) -> list[str]:
-    """Why this problem is refused; empty for norms and linear layers in float32, bfloat16 and float16."""
+    """Why this problem is refused; empty for norms and linear layers in float32, bfloat16 and float16, and for
+    attention without gradients in the latter two."""
     if isinstance(problem, NormProblem):
         return norm_reasons(problem)
     if isinstance(problem, LinearProblem):
         return linear_reasons(problem)
-    return [f"the CUDA backend has no kernel for {problem.op}"]
+    return attention_reasons(problem)

@@ -19,6 +19,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from fastattn.reference.philox import dropout_scale, dropout_threshold
+
 _OLDEST_CAPABILITY = (8, 0)
 _EMULATION = "fastattn._cuda_emulation"
 
@@ -123,6 +125,6 @@ def multiprocessors(x: Tensor) -> int:
     return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
-def address(tensor: Tensor | None) -> int:
-    """The tensor's pointer; 0, which is "not given", for None and for empty tensors."""
-    return 0 if tensor is None else tensor.data_ptr()
+def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
+    """The seed's address (it is read on the device), 16-bit threshold and scale of kept elements."""
+    return (0, 0, 1.0) if seed is None or p == 0.0 else (seed.data_ptr(), dropout_threshold(p), dropout_scale(p))

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cuda.library import address, device_reasons, device_type, load, place
+from fastattn.backends.cuda.library import device_reasons, device_type, load, place
+from fastattn.backends.views import address
 from fastattn.problems import LinearProblem
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cuda.library import address, device_reasons, load, multiprocessors, place
+from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, multiprocessors, place
+from fastattn.backends.views import address
 from fastattn.problems import NormProblem
-from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 _MAX_WIDTH = 65536
 
@@ -67,7 +67,7 @@ def norm_forward(
         width=width,
         eps=eps,
         offset=offset,
-        dropout=_dropout(dropout_seed, dropout_p),
+        dropout=dropout_arguments(dropout_seed, dropout_p),
         **place(x),
     )
     return y, z, mean, rstd
@@ -116,7 +116,7 @@ def norm_backward(
         width=width,
         parts=parts,
         offset=offset,
-        dropout=_dropout(dropout_seed, dropout_p),
+        dropout=dropout_arguments(dropout_seed, dropout_p),
         **place(z),
     )
     dweight = weight_parts.sum(dim=0) if weight_requires_grad else rstd.new_empty(0)
@@ -126,7 +126,3 @@ def norm_backward(
 
 def _code(tensor: Tensor | None) -> int:
     return 0 if tensor is None else DTYPES[tensor.dtype]
-
-
-def _dropout(seed: Tensor | None, p: float) -> tuple[int, int, float]:
-    return (0, 0, 1.0) if p == 0.0 else (address(seed), dropout_threshold(p), dropout_scale(p))

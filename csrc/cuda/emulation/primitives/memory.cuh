@@ -80,6 +80,10 @@ public:
         std::memcpy(checked(at, N, sizeof value, true, where), &value, sizeof value);
     }
 
+    template <typename U>
+    Shared<U> as() const {
+        return Shared<U>(reinterpret_cast<U *>(base_), static_cast<int>(static_cast<size_t>(count_) * sizeof(T) / sizeof(U)));
+    }
     T *inside(int at, int elements, size_t alignment, const char *verb, const Where &where) const {
         if (at < 0 || at + elements > count_)
             emulation::block().fail(
