@@ -15,7 +15,7 @@ import torch
 @dataclass(frozen=True)
 class AttentionProblem:
     """One attention call. Lengths, heads and head dims in elements; `intervals` is the number of intervals per
-    query."""
+    query, 0 where there are none; the other fields of the mask say which parts its lowered form has."""
 
     device_type: str
     dtype: torch.dtype
@@ -30,6 +30,8 @@ class AttentionProblem:
     band: bool = False
     intervals: int = 0
     dense_mask: bool = False
+    key_bits: bool = False
+    blocks: bool = False
     bias: torch.dtype | None = None
     bias_requires_grad: bool = False
     softcap: bool = False

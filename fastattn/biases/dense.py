@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastattn.masks.keys import describe
+from fastattn.masks.arguments import describe
 
 
 class Dense:

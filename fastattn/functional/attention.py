@@ -20,7 +20,8 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import Dense, LoweredMask, Mask
-from fastattn.masks.keys import as_4d
+from fastattn.masks.arguments import as_4d
+from fastattn.masks.lowered import Size, check_lowered, flatten, unflatten
 from fastattn.ops.attention import Attention, attention_forward, problem_fields
 from fastattn.ops.library import apply, needs_gradient, tracks_gradients
 from fastattn.problems import AttentionProblem
@@ -35,7 +36,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Mask | Tensor | None = ...,
+    mask: Mask | LoweredMask | Tensor | None = ...,
     bias: biases.Dense | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -54,7 +55,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Mask | Tensor | None = ...,
+    mask: Mask | LoweredMask | Tensor | None = ...,
     bias: biases.Dense | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -72,7 +73,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Mask | Tensor | None = None,
+    mask: Mask | LoweredMask | Tensor | None = None,
     bias: biases.Dense | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -92,9 +93,9 @@ def attention(
         q, k, v: (B, Hq, Sq, D), (B, Hkv, Skv, D) and (B, Hkv, Skv, Dv) of one dtype (float32, bfloat16, float16;
             float64 on the reference backend) on one device; Hq % Hkv == 0, D and Dv from 1 to 256, any strides.
             Lengths may be 0.
-        mask: which keys a query sees. A mask object of `fastattn.masks`; a bool tensor, True is visible, that
-            broadcasts to (B, Hq, Sq, Skv); an int32 tensor (1|B, 1|Hq, Sq, 2) of one half-open key range per query; or
-            a float tensor, which is added to the scores as a bias is.
+        mask: which keys a query sees. A mask object of `fastattn.masks`, or what its `lower` gave for these shapes;
+            a bool tensor, True is visible, that broadcasts to (B, Hq, Sq, Skv); an int32 tensor (1|B, 1|Hq, Sq, 2) of
+            one half-open key range per query; or a float tensor, which is added to the scores as a bias is.
         bias: a float tensor that broadcasts to (B, Hq, Sq, Skv), of q's dtype or float32, or an object of
             `fastattn.biases`. -inf hides a key; every finite value stays finite.
         scale: factor of the scores, 1 / sqrt(D) by default.
@@ -127,7 +128,7 @@ def explain(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Mask | Tensor | None = None,
+    mask: Mask | LoweredMask | Tensor | None = None,
     bias: biases.Dense | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -143,13 +144,13 @@ def explain(
     Raises what `attention` raises for a wrong argument.
     """
     _, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    q, k, v, *mask_fields = call[:10]
-    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[10:]
+    q, k, v = call[:3]
+    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[-10:]
     fields = problem_fields(
         q,
         k,
         v,
-        LoweredMask(*mask_fields),
+        unflatten(call[3:-10]),
         added,
         sinks,
         cap,
@@ -165,7 +166,7 @@ def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | Tensor | None,
+    mask: Mask | LoweredMask | Tensor | None,
     bias: biases.Dense | Tensor | None,
     scale: float | None,
     softcap: float | None,
@@ -209,7 +210,7 @@ def prepare(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     name = resolve_backend(backend)
     numbers = (scale, softcap, dropout_p, tracked, bias_requires_grad, deterministic, name)
-    return tracked, (q, k, v, *lowered, added, sinks, seed, *numbers)
+    return tracked, (q, k, v, *flatten(lowered), added, sinks, seed, *numbers)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -265,11 +266,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
 
 
 def _lower_mask(
-    mask: Mask | Tensor, bias: biases.Dense | Tensor | None, full: tuple[int, int, int, int], q: Tensor
+    mask: Mask | LoweredMask | Tensor, bias: biases.Dense | Tensor | None, full: tuple[int, int, int, int], q: Tensor
 ) -> tuple[LoweredMask, biases.Dense | Tensor | None]:
     """The lowered mask, and the bias with a float mask added to it."""
     if isinstance(mask, Mask):
         return mask.lower(*full, q.device), bias
+    if isinstance(mask, LoweredMask):
+        check_lowered(mask, Size(*full), q.device)
+        return mask, bias
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"mask is a {type(mask).__name__}: pass an object of fastattn.masks, a bool, int32 or float tensor, or None"

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Size(NamedTuple):
+    """The shapes of a call that its mask has to fit: B, Hq, Sq, Skv."""
+
+    batch: int
+    heads: int
+    len_q: int
+    len_k: int
+
+
+class Index(NamedTuple):
+    """Where a mask is evaluated: int64 tensors that broadcast together, and the shapes of the call."""
+
+    batch: Tensor
+    head: Tensor
+    query: Tensor
+    key: Tensor
+    size: Size
+
+    def position(self, align: str) -> Tensor:
+        """The key position at which the query sits."""
+        return self.query + (self.size.len_k - self.size.len_q) if align == "bottom-right" else self.query
 
 
 class Blocks(NamedTuple):
@@ -42,8 +65,8 @@ class LoweredMask(NamedTuple):
     key_bits     int64 (B, ceil(Skv / 64)): bit j % 64 of word j // 64 says that key j is visible.
     intervals    int32 (R, 1|B, 1|Hq, Sq, 2): half-open key intervals per query, their union over R <= 4. Bounds may lie
                  outside [0, Skv]; start >= end is empty.
-    bounds       int32 (R, 1|B, 1|Hq, ceil(Sq / 64), 4) beside intervals: per 64 queries the least and greatest start and
-                 the least and greatest end. Comes with intervals, except with those a caller gave.
+    bounds       int32 (R, 1|B, 1|Hq, ceil(Sq / 64), 4) beside intervals: per 64 queries the least and greatest start
+                 and the least and greatest end. Comes with intervals, except with those a caller gave.
     blocks       form D.
     dense        bool, True is visible, 4-D. Lowering leaves dimensions of size 1; a backend gets it expanded to
                  (B, Hq, Sq, Skv) with strides 0. Strides 0 over heads and queries make it a key mask.
@@ -59,6 +82,54 @@ class LoweredMask(NamedTuple):
     key_bits: Tensor | None = None
     bounds: Tensor | None = None
     blocks: Blocks | None = None
+
+
+FLAT_FIELDS = len(LoweredMask._fields) - 1 + len(Blocks._fields)
+"""Length of the flat form of a lowered mask: its fields in order, those of its blocks in place of `blocks`, the last
+one."""
+
+
+def flatten(mask: LoweredMask) -> tuple[Any, ...]:
+    """The flat form, which operators take."""
+    blocks = (None,) * len(Blocks._fields) if mask.blocks is None else tuple(mask.blocks)
+    return (*mask[:-1], *blocks)
+
+
+def unflatten(flat: Sequence[Any]) -> LoweredMask:
+    """The lowered mask of a flat form."""
+    own, blocks = flat[: -len(Blocks._fields)], flat[-len(Blocks._fields) :]
+    return LoweredMask._make((*own, None if blocks[0] is None else Blocks._make(blocks)))
+
+
+def check_lowered(mask: LoweredMask, size: Size, device: torch.device) -> None:
+    """ValueError where a tensor of a lowered mask does not have the shape of a call of this size, or lies elsewhere."""
+    batch, heads, len_q, len_k = size
+    rows, columns = (len_q + 63) // 64, (len_k + 63) // 64
+    several = ((1, batch), (1, heads))
+    shapes: dict[str, tuple[Tensor | None, tuple[Any, ...]]] = {
+        "key_start": (mask.key_start, (batch,)),
+        "key_end": (mask.key_end, (batch,)),
+        "key_bits": (mask.key_bits, (batch, columns)),
+        "intervals": (mask.intervals, ((1, 2, 3, 4), *several, len_q, 2)),
+        "bounds": (mask.bounds, ((1, 2, 3, 4), *several, rows, 4)),
+        "dense": (mask.dense, (*several, (1, len_q), (1, len_k))),
+    }
+    if mask.blocks is not None:
+        shapes["blocks.row_ptr"] = (mask.blocks.row_ptr, (*several, rows + 1))
+        shapes["blocks.col_ptr"] = (mask.blocks.col_ptr, (*several, columns + 1))
+    for name, (tensor, wanted) in shapes.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"mask.{name} lies on {tensor.device} but q on {device}: lower the mask for q's device")
+        fits = tensor.dim() == len(wanted) and all(
+            n in w if isinstance(w, tuple) else n == w for n, w in zip(tensor.shape, wanted, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"mask.{name} has shape {tuple(tensor.shape)}, which is not that of a call with "
+                f"(B, Hq, Sq, Skv) = {tuple(size)}: lower the mask for these shapes"
+            )
 
 
 def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
@@ -78,6 +149,10 @@ def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> 
     if mask.intervals is not None:
         start, end = mask.intervals[..., 0:1], mask.intervals[..., 1:2]
         terms.append(((key >= start) & (key < end)).any(dim=0))
+    if mask.key_bits is not None:
+        terms.append(unpack_words(mask.key_bits)[:, None, None, :len_k])
+    if mask.blocks is not None:
+        terms.append(_visible_blocks(mask.blocks)[:, :, :len_q, :len_k])
     if mask.dense is not None:
         terms.append(mask.dense)
     if not terms:
@@ -88,8 +163,36 @@ def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> 
     return seen
 
 
+def unpack_words(words: Tensor) -> Tensor:
+    """int64 (..., n) to bool (..., 64 n): bit c of a word is element c of its group of 64."""
+    lane = torch.arange(64, device=words.device)
+    return ((words.unsqueeze(-1) >> lane) & 1).flatten(-2).bool()
+
+
+def block_lines(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Which line (batch entry, head, block row; counted in that order) each entry belongs to, and the entries, line by
+    line; a line may share its entries with another."""
+    start = blocks.row_ptr[..., :-1].flatten().long()
+    count = blocks.row_ptr[..., 1:].flatten().long() - start
+    line = torch.arange(start.numel(), device=start.device).repeat_interleave(count)
+    before = count.cumsum(0) - count
+    within = torch.arange(line.numel(), device=start.device) - before[line]
+    return line, start[line] + within
+
+
+def _visible_blocks(blocks: Blocks) -> Tensor:
+    """bool (1|B, 1|Hq, 64 nq, 64 nk) of the blocks."""
+    batches, heads = blocks.row_ptr.shape[:2]
+    rows, columns = blocks.row_ptr.shape[2] - 1, blocks.col_ptr.shape[2] - 1
+    line, entry = block_lines(blocks)
+    words = blocks.bitmaps.new_zeros((batches * heads * rows, columns, 64))
+    words[line, blocks.col[entry].long()] = blocks.bitmaps[blocks.id[entry].long()]
+    seen = words.view(batches, heads, rows, columns, 64).movedim(4, 3)
+    return unpack_words(seen.flatten(2, 3))
+
+
 def intersect(a: LoweredMask, b: LoweredMask) -> LoweredMask:
-    """The mask that keeps what both keep; of fields that mask objects lower to: keys, band and dense."""
+    """The mask that keeps what both keep, of fields that are numbers or of the keys alone: keys, band and dense."""
     offset = a.band_offset if _has_band(a) else b.band_offset
     lefts = [m.band_left + offset - m.band_offset for m in (a, b) if m.band_left is not None]
     rights = [m.band_right + m.band_offset - offset for m in (a, b) if m.band_right is not None]
@@ -100,6 +203,7 @@ def intersect(a: LoweredMask, b: LoweredMask) -> LoweredMask:
         band_left=min(lefts) if lefts else None,
         band_right=min(rights) if rights else None,
         dense=_meet(a.dense, b.dense, torch.logical_and),
+        key_bits=_meet(a.key_bits, b.key_bits, torch.bitwise_and),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.masks.lowered import LoweredMask
+from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask, flatten, unflatten
 from fastattn.ops.library import (
     InDims,
     VmapResult,
@@ -29,9 +29,15 @@ from fastattn.reference.attention import accumulate_dtype
 
 _MASK = (
     "Tensor? key_start, Tensor? key_end, SymInt band_offset, SymInt? band_left, SymInt? band_right, "
-    "Tensor? intervals, Tensor? dense_mask"
+    "Tensor? intervals, Tensor? dense_mask, Tensor? key_bits, Tensor? bounds, Tensor? row_ptr, Tensor? col, "
+    "Tensor? block_id, Tensor? bitmaps, Tensor? col_ptr, Tensor? row, Tensor? row_id"
 )
 _EXTRAS = f"{_MASK}, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
+_MASK_END = 3 + FLAT_FIELDS  # of the forward's arguments: q, k, v, the mask's, then bias and the rest
+_BAND = slice(2, 5)  # the numbers among the mask's arguments
+_DENSE = LoweredMask._fields.index("dense")
+_BLOCKS = LoweredMask._fields.index("blocks")
+_BACKWARD_MASK = 7  # of the backward's: grad_out, grad_lse, q, k, v, out, lse, then as in the forward
 
 
 def problem_fields(
@@ -64,6 +70,8 @@ def problem_fields(
         mask.band_left is not None or mask.band_right is not None,
         0 if mask.intervals is None else mask.intervals.shape[0],
         mask.dense is not None,
+        mask.key_bits is not None,
+        mask.blocks is not None,
         None if bias is None else bias.dtype,
         bias_requires_grad,
         softcap != 0.0,
@@ -74,36 +82,18 @@ def problem_fields(
     )
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    band_offset: int,
-    band_left: int | None,
-    band_right: int | None,
-    intervals: Tensor | None,
-    dense_mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    requires_grad: bool,
-    bias_requires_grad: bool,
-    deterministic: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    mask = _mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, q, k)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    mask = _mask(rest[:FLAT_FIELDS], q, k)
+    bias, sinks, seed, scale, softcap, dropout_p, requires_grad, bias_requires_grad, deterministic, backend = rest[
+        FLAT_FIELDS:
+    ]
     sinks = dense(sinks)
     fields = problem_fields(
         q, k, v, mask, bias, sinks, softcap, dropout_p, requires_grad, bias_requires_grad, deterministic
     )
     chosen = dispatch.choose(AttentionProblem, fields, backend)
     out, lse = chosen.attention_forward(
-        unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, sinks, dropout_seed, scale, softcap, dropout_p
+        unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, sinks, seed, scale, softcap, dropout_p
     )
     return out, lse
 
@@ -116,25 +106,12 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    band_offset: int,
-    band_left: int | None,
-    band_right: int | None,
-    intervals: Tensor | None,
-    dense_mask: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    bias_requires_grad: bool,
-    sinks_requires_grad: bool,
-    deterministic: bool,
-    backend: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask = _mask(key_start, key_end, band_offset, band_left, band_right, intervals, dense_mask, q, k)
+    mask = _mask(rest[:FLAT_FIELDS], q, k)
+    bias, sinks, seed, scale, softcap, dropout_p, bias_requires_grad, sinks_requires_grad, deterministic, backend = (
+        rest[FLAT_FIELDS:]
+    )
     sinks = dense(sinks)
     fields = problem_fields(q, k, v, mask, bias, sinks, softcap, dropout_p, True, bias_requires_grad, deterministic)
     chosen = dispatch.choose(AttentionProblem, fields, backend)
@@ -149,7 +126,7 @@ def _backward(
         mask,
         bias,
         sinks,
-        dropout_seed,
+        seed,
         scale,
         softcap,
         dropout_p,
@@ -160,21 +137,12 @@ def _backward(
     return in_layout_of(dq, q), in_layout_of(dk, k), in_layout_of(dv, v), dbias, dsinks
 
 
-def _mask(
-    key_start: Tensor | None,
-    key_end: Tensor | None,
-    offset: int,
-    left: int | None,
-    right: int | None,
-    intervals: Tensor | None,
-    dense_mask: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-) -> LoweredMask:
+def _mask(flat: tuple[Any, ...], q: Tensor, k: Tensor) -> LoweredMask:
     """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0."""
-    if dense_mask is not None:
-        dense_mask = dense_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return LoweredMask(dense(key_start), dense(key_end), offset, left, right, dense(intervals), dense_mask)
+    mask = unflatten([dense(x) if isinstance(x, Tensor) and i != _DENSE else x for i, x in enumerate(flat)])
+    if mask.dense is None:
+        return mask
+    return mask._replace(dense=mask.dense.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -186,26 +154,45 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, sinks = rest[9], rest[10]
-    bias_requires_grad, sinks_requires_grad = rest[15], rest[16]
+    bias, sinks, *_, bias_requires_grad, sinks_requires_grad, _, _ = rest[2 + FLAT_FIELDS :]
     compute = accumulate_dtype(q.dtype)
     dbias = q.new_empty(bias.shape if bias is not None and bias_requires_grad else (0,), dtype=compute)
     dsinks = q.new_empty(sinks.shape if sinks is not None and sinks_requires_grad else (0,), dtype=compute)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
-def _fold_mask(size: int, batch: int, dims: InDims, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The mask's arguments, key_start to dense_mask, with the mapped dimension folded into their batch dimension."""
-    key_start, key_end, offset, left, right, intervals, dense_mask = tensors
-    if key_start is not None:
-        key_start = fold_dim(key_start, dims[0], size)
-    if key_end is not None:
-        key_end = fold_dim(key_end, dims[1], size)
-    if intervals is not None:
-        intervals = _fold_broadcast(intervals, dims[5], size, batch, at=1)
-    if dense_mask is not None:
-        dense_mask = _fold_broadcast(dense_mask, dims[6], size, batch)
-    return key_start, key_end, offset, left, right, intervals, dense_mask
+def _fold_mask(size: int, batch: int, dims: InDims, flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The mask's arguments with the mapped dimension folded into their batch dimension; None where the blocks are
+    mapped, which have no such dimension."""
+    if is_mapped(dims, *range(_BLOCKS, FLAT_FIELDS)):
+        return None
+    mask = unflatten(flat)
+    at = dict(zip(LoweredMask._fields, dims, strict=False))
+
+    def per_entry(name: str) -> Tensor | None:
+        tensor = getattr(mask, name)
+        return None if tensor is None else fold_dim(tensor, at[name], size)
+
+    def broadcast(name: str, axis: int) -> Tensor | None:
+        tensor = getattr(mask, name)
+        return None if tensor is None else _fold_broadcast(tensor, at[name], size, batch, axis)
+
+    blocks = mask.blocks
+    if blocks is not None:  # further batch entries point at the blocks of the first
+        blocks = blocks._replace(
+            row_ptr=_fold_broadcast(blocks.row_ptr, None, size, batch),
+            col_ptr=_fold_broadcast(blocks.col_ptr, None, size, batch),
+        )
+    folded = mask._replace(
+        key_start=per_entry("key_start"),
+        key_end=per_entry("key_end"),
+        intervals=broadcast("intervals", 1),
+        dense=broadcast("dense", 0),
+        key_bits=per_entry("key_bits"),
+        bounds=broadcast("bounds", 1),
+        blocks=blocks,
+    )
+    return flatten(folded)
 
 
 def _fold_broadcast(tensor: Tensor, dim: int | None, size: int, batch: int, at: int = 0) -> Tensor:
@@ -218,31 +205,37 @@ def _fold_broadcast(tensor: Tensor, dim: int | None, size: int, batch: int, at: 
 
 
 def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-    if args[15] > 0.0 or is_mapped(dims, 11, 12):  # dropout counts batch entries; sinks and seeds have no batch
-        return None
+    bias, _, _, _, _, dropout_p, *_ = args[_MASK_END:]
+    if dropout_p > 0.0 or is_mapped(dims, _MASK_END + 1, _MASK_END + 2):
+        return None  # dropout counts batch entries; sinks and seeds have no batch
     q, k, v = (fold_dim(args[i], dims[i], size) for i in range(3))
     batch = q.shape[0] // size
-    mask = _fold_mask(size, batch, dims[3:10], args[3:10])
-    bias = None if args[10] is None else _fold_broadcast(args[10], dims[10], size, batch)
-    results = attention_forward(q, k, v, *mask, bias, *args[11:])
+    mask = _fold_mask(size, batch, dims[3:_MASK_END], args[3:_MASK_END])
+    if mask is None:
+        return None
+    bias = None if bias is None else _fold_broadcast(bias, dims[_MASK_END], size, batch)
+    results = attention_forward(q, k, v, *mask, bias, *args[_MASK_END + 1 :])
     return tuple(t.unflatten(0, (size, batch)) for t in results), (0, 0)
 
 
 def _fold_backward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-    bias, sinks_requires_grad, bias_requires_grad = args[14], args[21], args[20]
-    if args[19] > 0.0 or is_mapped(dims, 15, 16) or sinks_requires_grad:
+    end = _BACKWARD_MASK + FLAT_FIELDS
+    bias, _, _, _, _, dropout_p, bias_requires_grad, sinks_requires_grad, *_ = args[end:]
+    if dropout_p > 0.0 or is_mapped(dims, end + 1, end + 2) or sinks_requires_grad:
         return None
     grad_lse = None if args[1] is None else fold_dim(args[1], dims[1], size)
-    grad_out, *inputs = (fold_dim(args[i], dims[i], size) for i in (0, *range(2, 7)))
+    grad_out, *inputs = (fold_dim(args[i], dims[i], size) for i in (0, *range(2, _BACKWARD_MASK)))
     batch = grad_out.shape[0] // size
-    mask = _fold_mask(size, batch, dims[7:14], args[7:14])
-    rows, bias_dim = 0, dims[14]
+    mask = _fold_mask(size, batch, dims[_BACKWARD_MASK:end], args[_BACKWARD_MASK:end])
+    if mask is None:
+        return None
+    rows, bias_dim = 0, dims[end]
     if bias is not None:
         if bias_requires_grad and bias_dim is None:
             bias, bias_dim = bias.expand(size, *bias.shape), 0  # a gradient per entry
         rows = bias.shape[1 if bias_dim == 0 else 0]
         bias = _fold_broadcast(bias, bias_dim, size, batch)
-    results = attention_backward(grad_out, grad_lse, *inputs, *mask, bias, *args[15:])
+    results = attention_backward(grad_out, grad_lse, *inputs, *mask, bias, *args[end + 1 :])
     dq, dk, dv = (t.unflatten(0, (size, batch)) for t in results[:3])
     dbias, dsinks = results[3:]
     if not bias_requires_grad:
@@ -284,19 +277,22 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, key_start, key_end, offset, left, right, intervals, dense_mask, bias, sinks, seed = inputs[:13]
+        q, k, v = inputs[:3]
+        mask = inputs[3:_MASK_END]
+        bias, sinks, seed = inputs[_MASK_END : _MASK_END + 3]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *output, key_start, key_end, intervals, dense_mask, bias, sinks, seed)
-        ctx.band = (offset, left, right)
-        ctx.numbers = inputs[13:16]
-        ctx.deterministic, ctx.backend = inputs[18:20]
+        ctx.save_for_backward(q, k, v, *output, *mask[: _BAND.start], *mask[_BAND.stop :], bias, sinks, seed)
+        ctx.band = mask[_BAND]
+        ctx.numbers = inputs[_MASK_END + 3 : _MASK_END + 6]
+        ctx.deterministic, ctx.backend = inputs[_MASK_END + 8 :]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, key_start, key_end, intervals, dense_mask, bias, sinks, seed = ctx.saved_tensors
+        q, k, v, out, lse, *mask, bias, sinks, seed = ctx.saved_tensors
+        mask[_BAND.start : _BAND.start] = ctx.band
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        bias_requires_grad, sinks_requires_grad = ctx.needs_input_grad[10], ctx.needs_input_grad[11]
+        bias_requires_grad, sinks_requires_grad = ctx.needs_input_grad[_MASK_END : _MASK_END + 2]
         dq, dk, dv, dbias, dsinks = differentiate_once(
             attention_backward,
             grad_out,
@@ -306,11 +302,7 @@ class Attention(torch.autograd.Function):
             v,
             out,
             lse,
-            key_start,
-            key_end,
-            *ctx.band,
-            intervals,
-            dense_mask,
+            *mask,
             bias,
             sinks,
             seed,
@@ -324,7 +316,7 @@ class Attention(torch.autograd.Function):
             dq,
             dk,
             dv,
-            *(None,) * 7,
+            *(None,) * FLAT_FIELDS,
             dbias.to(bias.dtype) if bias_requires_grad else None,
             dsinks.to(sinks.dtype) if sinks_requires_grad else None,
             *(None,) * 8,

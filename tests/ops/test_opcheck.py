@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fastattn import ops
+from fastattn.masks import BigBird, Causal, Dilated, GlobalTokens, PerHead, SlidingWindow, Strided
+from fastattn.masks.lowered import flatten
 
 
 def r(*shape, dtype=torch.float32, grad=True):
@@ -25,6 +27,7 @@ def attention_arguments(dtype, **changes):
         "band_right": None,
         "intervals": None,
         "dense_mask": None,
+        **dict.fromkeys(("key_bits", "bounds", "row_ptr", "col", "block_id", "bitmaps", "col_ptr", "row", "row_id")),
         "bias": None,
         "sinks": None,
         "dropout_seed": None,
@@ -40,6 +43,12 @@ def attention_arguments(dtype, **changes):
     return {**arguments, **changes}
 
 
+def lowered(mask):
+    """The arguments of a mask's lowered form."""
+    flat = flatten(mask.lower(2, 4, 5, 7, torch.device("cpu")))
+    return dict(zip(list(attention_arguments(torch.float32))[3 : 3 + len(flat)], flat, strict=True))
+
+
 VARIANTS = {
     "plain": {},
     "keys and band": {
@@ -51,6 +60,9 @@ VARIANTS = {
     },
     "intervals": {"intervals": torch.tensor([[0, 3], [1, 7]] * 2 + [[5, 5]], dtype=torch.int32).view(1, 1, 1, 5, 2)},
     "dense": {"dense_mask": torch.ones(2, 1, 1, 7, dtype=torch.bool)},
+    "key bits": {"key_bits": torch.tensor([[0b1011011], [0b0111111]])},
+    "intervals and bounds": lowered(SlidingWindow(1, 1) | GlobalTokens(1)),
+    "blocks": lowered(PerHead([Strided(3), Dilated(2, 2), BigBird(2, 1, 1, 3), Causal()])),
     "bias and sinks": {"bias": r(1, 4, 1, 7), "bias_requires_grad": True, "sinks": r(4), "softcap": 3.0},
     "dropout": {"dropout_seed": torch.tensor([3]), "dropout_p": 0.25},
 }
@@ -64,7 +76,7 @@ def test_attention(backend, variant, dtype):
     forward = attention_arguments(dtype, **variant, backend=backend)
     torch.library.opcheck(ops.attention_forward, tuple(forward.values()))
     out, lse = ops.attention_forward(**forward)
-    shared = {name: forward[name] for name in list(forward)[3:16]}
+    shared = {name: forward[name] for name in list(forward)[3:25]}
     backward = {
         "grad_out": torch.randn_like(out).requires_grad_(),
         "grad_lse": torch.randn_like(lse),

@@ -1,0 +1,109 @@
+"""What lowering remembers: results that a mask's next call, in the next layer or the next step, takes as they are.
+
+Keys name tensors (and functions) by identity and version: writing to a tensor in place makes its results stale. The
+cache holds neither, only weak references, and drops what belonged to those that died. It is bounded in entries and in
+bytes, and may be used from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+T = TypeVar("T")
+
+
+class _Entry(NamedTuple):
+    value: Any
+    size: int
+    watched: tuple[weakref.ref[Any], ...]
+
+
+class Cache:
+    """A least-recently-used cache whose keys may depend on objects that it does not keep alive."""
+
+    def __init__(self, entries: int, size: int) -> None:
+        self._most_entries, self._most_bytes = entries, size
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._bytes = 0
+        self._dead: deque[Hashable] = deque()  # a collection may strike inside any call: it only appends here
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._bury()
+            return len(self._entries)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
+    def get(self, key: Hashable, watched: Sequence[Any], make: Callable[[], T]) -> T:
+        """The value remembered for `key` and these objects, or `make()`, remembered.
+
+        watched: tensors and functions whose identity is part of the key. A value made under a dispatch mode, as
+        torch.func's wrapper or from inference tensors, whose writes torch does not count, is not remembered.
+        """
+        if _get_current_dispatch_mode() is not None or any(_is_uncounted(x) for x in watched):
+            return make()
+        full = (key, tuple((id(x), x._version if isinstance(x, Tensor) else 0) for x in watched))
+        with self._lock:
+            self._bury()
+            entry = self._entries.get(full)
+            if entry is not None:
+                self._entries.move_to_end(full)
+                return entry.value
+        # Inference tensors could not be saved for the backward of a later call.
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        self._put(full, watched, value)
+        return value
+
+    def _put(self, key: Hashable, watched: Sequence[Any], value: Any) -> None:
+        found = tensors_in(value)
+        if any(_is_wrapped(t) for t in found):
+            return
+        bury = self._dead.append
+        references = tuple(weakref.ref(x, lambda _: bury(key)) for x in watched)
+        entry = _Entry(value, sum(t.nbytes for t in found), references)
+        with self._lock:
+            self._drop(key)
+            self._entries[key] = entry
+            self._bytes += entry.size
+            while len(self._entries) > 1 and (
+                len(self._entries) > self._most_entries or self._bytes > self._most_bytes
+            ):
+                self._drop(next(iter(self._entries)))
+
+    def _bury(self) -> None:
+        while self._dead:
+            self._drop(self._dead.popleft())
+
+    def _drop(self, key: Hashable) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= entry.size
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nest of tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in tensors_in(item)] if isinstance(value, tuple) else []
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor)) or type(tensor) is not Tensor
+
+
+def _is_uncounted(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_inference() or _is_wrapped(value))
