@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from fastattn.dispatch import backends, use_backend
     from fastattn.errors import NotSupported
     from fastattn.functional.attention import attention, explain
+    from fastattn.functional.decode import attention_decode
+    from fastattn.functional.encoder_layer import encoder_layer
     from fastattn.functional.ffn import ffn, gated_ffn, linear_act
     from fastattn.functional.norm import layer_norm, rms_norm
+    from fastattn.functional.sdpa import scaled_dot_product_attention
     from fastattn.swap import plan, swap
 
 _HOMES = {
     "attention": "fastattn.functional",
+    "attention_decode": "fastattn.functional",
     "backends": "fastattn.dispatch",
+    "encoder_layer": "fastattn.functional",
     "explain": "fastattn.functional",
     "ffn": "fastattn.functional",
     "gated_ffn": "fastattn.functional",
@@ -30,6 +35,7 @@ _HOMES = {
     "NotSupported": "fastattn.errors",
     "plan": "fastattn.swap",
     "rms_norm": "fastattn.functional",
+    "scaled_dot_product_attention": "fastattn.functional",
     "swap": "fastattn.swap",
     "use_backend": "fastattn.dispatch",
 }
@@ -38,8 +44,10 @@ _MODULES = ("biases", "integrations", "masks", "nn", "reference")
 __all__ = [
     "NotSupported",
     "attention",
+    "attention_decode",
     "backends",
     "biases",
+    "encoder_layer",
     "explain",
     "ffn",
     "gated_ffn",
@@ -51,6 +59,7 @@ __all__ = [
     "plan",
     "reference",
     "rms_norm",
+    "scaled_dot_product_attention",
     "swap",
     "use_backend",
 ]

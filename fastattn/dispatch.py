@@ -152,18 +152,26 @@ def _report(problem: Problem, chosen: str, passed: dict[str, list[str]]) -> tupl
         if name == first or _unavailable(name) is None
         for reason in why
     )
-    for fallback in found:
-        _, name, reason = fallback
-        if os.environ.get("FASTATTN_LOG") == "1":
-            _LOG.warning("%s: %s runs instead of %s: %s; %s", problem.op, chosen, name, reason, problem)
-        if fallback not in _warned:
-            _warned.add(fallback)
-            warnings.warn(
-                f"fastattn: {problem.op} falls back from backend {name!r} to {chosen!r}: {reason}",
-                BackendWarning,
-                stacklevel=2,
-            )
+    for op, name, reason in found:
+        _tell(op, name, chosen, reason, problem)
     return found
+
+
+def note_fallback(op: str, passed: str, chosen: str, reason: str) -> None:
+    """Counts a fallback that was decided above the backends, and warns of it once."""
+    fallbacks[(op, passed, reason)] += 1
+    _tell(op, passed, chosen, reason)
+
+
+def _tell(op: str, passed: str, chosen: str, reason: str, problem: Problem | None = None) -> None:
+    """The log line of a fallback, under FASTATTN_LOG=1, and its warning, once per reason."""
+    if os.environ.get("FASTATTN_LOG") == "1":
+        _LOG.warning("%s: %s runs instead of %s: %s; %s", op, chosen, passed, reason, problem or "")
+    if (op, passed, reason) not in _warned:
+        _warned.add((op, passed, reason))
+        warnings.warn(
+            f"fastattn: {op} falls back from backend {passed!r} to {chosen!r}: {reason}", BackendWarning, stacklevel=3
+        )
 
 
 def _unavailable(name: str) -> str | None:

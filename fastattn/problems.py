@@ -46,6 +46,30 @@ class AttentionProblem:
 
 
 @dataclass(frozen=True)
+class DecodeProblem:
+    """One attention call over a key-value cache; `bias` is its dtype, `intervals` their number per query."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    heads_q: int
+    len_q: int
+    dim_qk: int
+    heads_kv: int
+    dim_v: int
+    paged: bool = False
+    band: bool = False
+    intervals: int = 0
+    bias: torch.dtype | None = None
+    softcap: bool = False
+    sinks: bool = False
+
+    @property
+    def op(self) -> str:
+        return "attention_decode"
+
+
+@dataclass(frozen=True)
 class NormProblem:
     """One layer or RMS norm over `rows` rows of `width` elements; a dtype of None means that the tensor is absent."""
 
@@ -78,7 +102,34 @@ class LinearProblem:
     in_features: int
     hidden_features: int
     out_features: int
+    dropout: bool = False
     requires_grad: bool = False
 
 
-Problem = AttentionProblem | NormProblem | LinearProblem
+@dataclass(frozen=True)
+class EncoderLayerProblem:
+    """One transformer encoder layer in inference; `packed` rows count as one batch entry of length `len`."""
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    len: int
+    heads: int
+    features: int
+    hidden_features: int
+    activation: str
+    norm_first: bool = False
+    packed: bool = False
+    key_range: bool = False
+    band: bool = False
+    intervals: int = 0
+    dense_mask: bool = False
+    key_bits: bool = False
+    blocks: bool = False
+
+    @property
+    def op(self) -> str:
+        return "encoder_layer"
+
+
+Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem | EncoderLayerProblem

@@ -62,8 +62,39 @@ void attention_backward(int dtype, int n_threads, const Sizes &sizes, const View
     check(fastattn_cpu_attention_backward(&p));
 }
 
+// batch, heads_q, heads_kv, len_q, dim_qk, dim_v, max_length
+using DecodeSizes = std::array<int64_t, 7>;
+using Band = std::tuple<std::optional<int64_t>, std::optional<int64_t>>;    // left, right
+using Pages = std::tuple<int64_t, int64_t, int64_t>;                       // block_table, its row stride, page size
+
+void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
+                      int64_t cache_lengths, const Pages &pages, const Band &band, const View &intervals, int64_t n_intervals, const View &bias,
+                      int bias_dtype, int64_t sinks, float scale, float softcap) {
+    fastattn_decode p{};
+    p.dtype = dtype;
+    p.n_threads = n_threads;
+    p.batch = sizes[0], p.heads_q = sizes[1], p.heads_kv = sizes[2], p.len_q = sizes[3], p.dim_qk = sizes[4], p.dim_v = sizes[5];
+    p.max_length = sizes[6];
+    p.q = tensor(q), p.k = tensor(k), p.v = tensor(v), p.out = tensor(out);
+    p.lse = pointer<float>(lse);
+    p.cache_lengths = pointer<int32_t>(cache_lengths);
+    p.block_table = pointer<int32_t>(std::get<0>(pages));
+    p.block_table_stride = std::get<1>(pages), p.page_size = std::get<2>(pages);
+    const auto &[left, right] = band;
+    p.band_left = left.value_or(0), p.band_right = right.value_or(0);
+    p.band_has_left = left.has_value(), p.band_has_right = right.has_value();
+    p.intervals = tensor(intervals);
+    p.n_intervals = n_intervals;
+    p.bias = tensor(bias);
+    p.bias_dtype = bias_dtype;
+    p.sinks = pointer<float>(sinks);
+    p.scale = scale;
+    p.softcap = softcap;
+    check(fastattn_cpu_attention_decode(&p));
+}
+
 void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View &a, const View &b, const View &c, int64_t bias, int bias_dtype,
-          int activation, const View &pre, const View &multiplier) {
+          int activation, const View &pre, const View &multiplier, const Dropout &d) {
     fastattn_gemm p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -74,11 +105,12 @@ void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View 
     p.activation = activation;
     p.pre = tensor(pre);
     p.multiplier = tensor(multiplier);
+    p.dropout = dropout(d);
     check(fastattn_cpu_gemm(&p));
 }
 
 void activation_backward(int dtype, int n_threads, int activation, int64_t rows, int64_t cols, int64_t grad_h, int64_t gate, int64_t up,
-                         int64_t grad_gate, int64_t grad_up, int64_t h, int64_t grad_gate_sum, int64_t grad_up_sum) {
+                         int64_t grad_gate, int64_t grad_up, int64_t h, int64_t grad_gate_sum, int64_t grad_up_sum, const Dropout &d) {
     fastattn_activation_backward p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -87,6 +119,7 @@ void activation_backward(int dtype, int n_threads, int activation, int64_t rows,
     p.grad_h = pointer<void>(grad_h), p.gate = pointer<void>(gate), p.up = pointer<void>(up);
     p.grad_gate = pointer<void>(grad_gate), p.grad_up = pointer<void>(grad_up), p.h = pointer<void>(h);
     p.grad_gate_sum = pointer<float>(grad_gate_sum), p.grad_up_sum = pointer<float>(grad_up_sum);
+    p.dropout = dropout(d);
     check(fastattn_cpu_activation_backward(&p));
 }
 
@@ -125,6 +158,36 @@ void norm_backward(bool is_rms, int n_threads, int64_t rows, int64_t width, cons
     check(fastattn_cpu_norm_backward(&p));
 }
 
+using Linear = std::array<int64_t, 2>;                        // weight, bias
+using LayerNorm = std::tuple<int64_t, int64_t, int, int, float>;  // weight, bias, their dtypes, eps
+
+fastattn_linear linear(const Linear &l) { return {pointer<void>(l[0]), pointer<void>(l[1])}; }
+
+fastattn_layer_norm layer_norm(const LayerNorm &n) {
+    const auto &[weight, bias, weight_dtype, bias_dtype, eps] = n;
+    return {pointer<void>(weight), pointer<void>(bias), weight_dtype, bias_dtype, eps};
+}
+
+using LayerSizes = std::array<int64_t, 6>;  // batch, len, rows, heads, embed, hidden
+
+void encoder_layer_forward(int dtype, int n_threads, int activation, bool norm_first, const LayerSizes &sizes, int64_t cu_seqlens, int64_t x, int64_t y,
+                           const std::array<Linear, 6> &linears, const LayerNorm &norm1, const LayerNorm &norm2, float scale, const Mask &m) {
+    fastattn_encoder_layer p{};
+    p.dtype = dtype;
+    p.n_threads = n_threads;
+    p.activation = activation;
+    p.norm_first = norm_first;
+    p.batch = sizes[0], p.len = sizes[1], p.rows = sizes[2], p.heads = sizes[3], p.embed = sizes[4], p.hidden = sizes[5];
+    p.cu_seqlens = pointer<int32_t>(cu_seqlens);
+    p.x = pointer<void>(x), p.y = pointer<void>(y);
+    p.q = linear(linears[0]), p.k = linear(linears[1]), p.v = linear(linears[2]);
+    p.out = linear(linears[3]), p.up = linear(linears[4]), p.down = linear(linears[5]);
+    p.norm1 = layer_norm(norm1), p.norm2 = layer_norm(norm2);
+    p.scale = scale;
+    p.mask = mask(m);
+    check(fastattn_cpu_encoder_layer_forward(&p));
+}
+
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
     for (int i = 0; const char *name = fastattn_cpu_available_isa(i); i++) names.push_back(name);
@@ -141,8 +204,10 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("set_isa", [](const std::string &name) { return fastattn_cpu_set_isa(name.c_str()); });
     module.def("attention_forward", attention_forward, release);
     module.def("attention_backward", attention_backward, release);
+    module.def("attention_decode", attention_decode, release);
     module.def("gemm", gemm, release);
     module.def("activation_backward", activation_backward, release);
     module.def("norm_forward", norm_forward, release);
     module.def("norm_backward", norm_backward, release);
+    module.def("encoder_layer_forward", encoder_layer_forward, release);
 }

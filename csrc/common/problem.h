@@ -79,7 +79,30 @@ typedef struct {
     fastattn_tensor grad_bias;  // float32, zeroed, strides 0 in the dimensions that it is summed over; or null
 } fastattn_attention;
 
-// C = act(A B + bias) * multiplier over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.
+// Attention of few queries over a key-value cache. Contiguous: k (B,Hkv,S,D) by stride[0..2]; in pages: k (pages, page_size, Hkv, D) by
+// stride[0..2] and page n of sequence b at block_table[b * block_table_stride + n].
+typedef struct {
+    int32_t dtype;
+    int32_t n_threads;
+    int64_t batch, heads_q, heads_kv, len_q, dim_qk, dim_v;
+    int64_t max_length;  // keys that the cache has room for, per sequence
+    fastattn_tensor q, k, v, out;
+    float *lse;                    // (B,Hq,Sq) contiguous
+    const int32_t *cache_lengths;  // (B)
+    const int32_t *block_table;    // or null: contiguous
+    int64_t block_table_stride, page_size;
+    int64_t band_left, band_right;  // about position cache_length - Sq + i; either may be negative
+    int32_t band_has_left, band_has_right;
+    fastattn_tensor intervals;  // int32 (R,B,Hq,Sq,2) as in fastattn_mask
+    int64_t n_intervals;
+    fastattn_tensor bias;  // additive (B,Hq,Sq,max_length), or null
+    int32_t bias_dtype;
+    const float *sinks;  // (Hq) or null
+    float scale;
+    float softcap;  // 0: off
+} fastattn_decode;
+
+// C = dropout(act(A B + bias) * multiplier) over float32 accumulators; A (m,k), B (k,n), C (m,n), all of one dtype.
 // Either stride of A and of B may be 1 (so that transposes cost nothing); C, pre and multiplier are row-major.
 typedef struct {
     int32_t dtype;
@@ -93,9 +116,10 @@ typedef struct {
     int32_t activation;
     fastattn_tensor pre;         // receives A B + bias before the activation, or null
     fastattn_tensor multiplier;  // multiplied after the activation, or null
+    fastattn_dropout dropout;    // of C, by row and column
 } fastattn_gemm;
 
-// Elementwise backward of h = act(gate) * up (up null: h = act(gate)), rows x cols, all contiguous, one dtype.
+// Elementwise backward of h = dropout(act(gate) * up) (up null: 1), rows x cols, all contiguous, one dtype.
 typedef struct {
     int32_t dtype;
     int32_t n_threads;
@@ -107,6 +131,7 @@ typedef struct {
     void *h;               // recomputed h, or null
     float *grad_gate_sum;  // (cols) sum over the rows of grad_gate, or null
     float *grad_up_sum;    // (cols), or null
+    fastattn_dropout dropout;
 } fastattn_activation_backward;
 
 // y = norm(z) with z = dropout(x) + residual; rows x width, rows contiguous.
@@ -117,7 +142,7 @@ typedef struct {
     int32_t x_dtype, residual_dtype, z_dtype, weight_dtype, bias_dtype;
     const void *x, *residual, *weight, *bias;  // residual, weight, bias may be null
     void *z, *y;                               // z null: z is x
-    float *mean, *rstd;                        // (rows); mean null for RMS
+    float *mean, *rstd;                        // (rows); mean null for RMS, both may be null in forward
     float eps, offset;
     fastattn_dropout dropout;
     // Backward only.
@@ -127,6 +152,38 @@ typedef struct {
     void *grad_residual;  // residual_dtype; null: not wanted
     float *grad_weight, *grad_bias;  // (width) or null
 } fastattn_norm;
+
+// A linear layer of the call's dtype: weight (out, in) by rows, bias (out) or null.
+typedef struct {
+    const void *weight, *bias;
+} fastattn_linear;
+
+// The numbers of a LayerNorm; weight and bias (width) may be null.
+typedef struct {
+    const void *weight, *bias;
+    int32_t weight_dtype, bias_dtype;
+    float eps;
+} fastattn_layer_norm;
+
+// A transformer encoder layer in inference, on rows x (rows, embed), each row a token:
+//   norm last:  h = norm1(x + out(attend(x))),  y = norm2(h + down(act(up(h))))
+//   norm first: h = x + out(attend(norm1(x))),  y = h + down(act(up(norm2(h))))
+// attend() is multi-head attention among the rows of each sequence, heads side by side in q, k and v. The sequences follow each other: `batch`
+// of them, each of `len` rows, or sequence b of rows cu_seqlens[b] to cu_seqlens[b + 1] (then len is the longest, and there is no mask).
+typedef struct {
+    int32_t dtype;
+    int32_t n_threads;
+    int32_t activation;
+    int32_t norm_first;
+    int64_t batch, len, rows, heads, embed, hidden;
+    const int32_t *cu_seqlens;  // (batch + 1) or null
+    const void *x;              // (rows, embed) contiguous
+    void *y;                    // likewise, not x
+    fastattn_linear q, k, v, out, up, down;
+    fastattn_layer_norm norm1, norm2;
+    float scale;
+    fastattn_mask mask;
+} fastattn_encoder_layer;
 
 #ifdef __cplusplus
 }

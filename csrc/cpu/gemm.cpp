@@ -1,4 +1,4 @@
-// C = act(A B + bias) * multiplier: the matrix product behind linear_act, ffn and gated_ffn, forward and backward.
+// C = dropout(act(A B + bias) * multiplier): the matrix product behind linear_act, ffn and gated_ffn, forward and backward.
 //
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
 //   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums. With AMX
@@ -20,6 +20,7 @@
 #include "micro.h"
 #include "pack.h"
 #include "pairs.h"
+#include "philox.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
@@ -110,18 +111,27 @@ Left pack_left(const fastattn_gemm &p, [[maybe_unused]] Form form, Range rows, R
     return {scratch, round_up(k.size(), kLanes), Layout::rows};
 }
 
-// Finished sums into C, by whole vectors and the last part of a row. `added` is the bias where the sums do not hold it yet.
-template <int dtype, int activation, bool has_extras>
+// A strip and what lies before it in its first 32 columns is a strip of keep masks.
+static_assert(kTileWidth + 32 - (kTileWidth & -kTileWidth) <= kKeepStrip);
+
+bool has_extras(const fastattn_gemm &p) { return p.pre.data || p.multiplier.data || p.dropout.threshold; }
+
+// Finished sums of a strip into C, by whole vectors and the last part of a row. `added` is the bias where the sums do not hold it yet.
+template <int dtype, int activation, bool extras>
 void finish_rows(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, Range columns, const void *added) {
+    const int64_t kept_from = columns.begin / 32 * 32;
+    int16_t keep[extras ? (kBlockRows + 2) * kKeepStrip : 1];
+    if (extras && p.dropout.threshold) keep_strip(p.dropout, rows.begin, rows.size(), kept_from, keep);
     for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
         const int width = lanes_left(c, columns.end);
         const vfloat bias = added ? load_any(offset(added, p.bias_dtype, c), p.bias_dtype, width) : zero();
         const float *source = sums + (c - columns.begin);
         for (int64_t r = rows.begin; r < rows.end; r++, source += ld) {
             const vfloat pre = load_any(source, FASTATTN_FLOAT32, width) + bias;
-            if (has_extras && p.pre.data) store_any(offset(p.pre.data, dtype, r * p.pre.stride[0] + c), dtype, pre, width);
+            if (extras && p.pre.data) store_any(offset(p.pre.data, dtype, r * p.pre.stride[0] + c), dtype, pre, width);
             vfloat v = activate<activation>(pre);
-            if (has_extras && p.multiplier.data) v *= load_any(offset(p.multiplier.data, dtype, r * p.multiplier.stride[0] + c), dtype, width);
+            if (extras && p.multiplier.data) v *= load_any(offset(p.multiplier.data, dtype, r * p.multiplier.stride[0] + c), dtype, width);
+            if (extras && p.dropout.threshold) v = drop(v, p.dropout, keep + (r - rows.begin) * kKeepStrip + (c - kept_from));
             store_any(offset(p.c.data, dtype, r * p.c.stride[0] + c), dtype, v, width);
         }
     }
@@ -130,7 +140,7 @@ void finish_rows(const fastattn_gemm &p, const float *sums, int64_t ld, Range ro
 void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, Range columns, const void *added) {
     with_dtype(p.dtype, [&]<int dtype>() {
         with_activation(p.activation, [&]<int activation>() {
-            if (p.pre.data || p.multiplier.data) finish_rows<dtype, activation, true>(p, sums, ld, rows, columns, added);
+            if (has_extras(p)) finish_rows<dtype, activation, true>(p, sums, ld, rows, columns, added);
             else finish_rows<dtype, activation, false>(p, sums, ld, rows, columns, added);
         });
     });
@@ -216,7 +226,7 @@ class Worker {
     void tiles(Left left, Range k, const float *packed, Range rows, Range strip) {
         const int64_t step = form_.tile_rows();
         const bool straight = p_.dtype == FASTATTN_FLOAT32 && !form_.parts && strip.size() % kLanes == 0 && (!p_.bias || p_.bias_dtype == FASTATTN_FLOAT32);
-        const bool done = straight && p_.activation == FASTATTN_ACT_NONE && !p_.pre.data && !p_.multiplier.data;
+        const bool done = straight && p_.activation == FASTATTN_ACT_NONE && !has_extras(p_);
         const float *bias = straight && p_.bias ? (const float *)p_.bias + strip.begin : nullptr;
         for (int64_t r = rows.begin; r < rows.end; r += step) {
             const Range tile{r, smaller(r + step, rows.end)};

@@ -8,7 +8,9 @@
     apply(norm_forward, fastattn_norm)                       \
     apply(norm_backward, fastattn_norm)                      \
     apply(attention_forward, fastattn_attention)             \
-    apply(attention_backward, fastattn_attention)
+    apply(attention_backward, fastattn_attention)            \
+    apply(attention_decode, fastattn_decode)                 \
+    apply(encoder_layer_forward, fastattn_encoder_layer)
 
 #ifdef FASTATTN_ISA
 #define FASTATTN_DECLARE(name, Problem) int name(const Problem &problem);

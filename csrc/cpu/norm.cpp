@@ -18,13 +18,14 @@ bool drops(const fastattn_norm &p) { return p.dropout.threshold != 0; }
 struct RowBuffers {
     explicit RowBuffers(const fastattn_norm &p)
         : width(round_up(p.width, kLanes)),
-          scratch(2 * Scratch::padded(width) + Scratch::padded(round_up(p.width, kKeepPadding))),
+          scratch(2 * Scratch::padded(width) + Scratch::padded(round_up(p.width, kKeepPadding) / 2)),
           row(scratch.take(width)),
           other(scratch.take(width)),
-          keep(scratch.take(round_up(p.width, kKeepPadding))) {}
+          keep((int16_t *)scratch.take(round_up(p.width, kKeepPadding) / 2)) {}
     int64_t width;
     Scratch scratch;
-    float *row, *other, *keep;
+    float *row, *other;
+    int16_t *keep;
 };
 
 vfloat scaled_weight(const fastattn_norm &p, int64_t c, int width) {
@@ -38,8 +39,7 @@ void gather_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
         const int width = lanes_left(c, p.width);
         const int64_t at = row * p.width + c;
         vfloat z = load_any(offset(p.x, p.x_dtype, at), p.x_dtype, width);
-        // A dropped element is 0 whatever it was: NaN and infinity do not pass.
-        if (drops(p)) z = select((vint)(load(buffers.keep + c) == 0.0f), zero(), z * p.dropout.keep_scale);
+        if (drops(p)) z = drop(z, p.dropout, buffers.keep + c);
         if (p.residual) z += load_any(offset(p.residual, p.residual_dtype, at), p.residual_dtype, width);
         if (p.z) {
             store_any(offset(p.z, p.z_dtype, at), p.z_dtype, z, width);
@@ -66,7 +66,7 @@ void forward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
     const float mean = p.is_rms ? 0.0f : mean_of(buffers.row, p.width, 0.0f, false);
     const float rstd = 1.0f / __builtin_sqrtf(mean_of(buffers.row, p.width, mean, true) + p.eps);
     if (p.mean) p.mean[row] = mean;
-    p.rstd[row] = rstd;
+    if (p.rstd) p.rstd[row] = rstd;
     for (int64_t c = 0; c < p.width; c += kLanes) {
         const int width = lanes_left(c, p.width);
         vfloat y = (load(buffers.row + c) - mean) * rstd * scaled_weight(p, c, width);
@@ -99,7 +99,7 @@ void backward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers, floa
         vfloat grad = rstd * (load(buffers.other + c) - g_mean - load(buffers.row + c) * gh_mean);
         if (p.grad_z) grad += load_any(offset(p.grad_z, p.z_dtype, at), p.z_dtype, width);
         if (p.grad_residual) store_any(offset(p.grad_residual, p.residual_dtype, at), p.residual_dtype, grad, width);
-        if (drops(p)) grad *= load(buffers.keep + c);
+        if (drops(p)) grad = drop(grad, p.dropout, buffers.keep + c);
         store_any(offset(p.grad_x, p.x_dtype, at), p.x_dtype, grad, width);
     }
 }

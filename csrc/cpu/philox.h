@@ -39,18 +39,40 @@ FASTATTN_INLINE vfloat keep_factor(const PhiloxWords &words, int w, int half, co
     return select((vint)(lane >= dropout.threshold), broadcast(dropout.keep_scale), zero());
 }
 
-// Factors of one row: keep[j] for j < columns, `keep` padded to whole groups of 32 * kLanes / 4 columns.
-static inline void keep_row(const fastattn_dropout &dropout, int64_t row, int64_t columns, float *keep) {
-    for (int64_t group = 0; group * 8 < columns; group += kLanes) {  // a lane is one call, four calls are 32 columns
-        const PhiloxWords words = philox((uint32_t)row - vuint{}, (vuint)lane_index() + (uint32_t)group, 0, dropout.seed);
-        for (int w = 0; w < 4; w++)
-            for (int half = 0; half < 2; half++) {
-                const vfloat factor = keep_factor(words, w, half, dropout);
-                for (int lane = 0; lane < kLanes; lane++)
-                    keep[(group + lane) / 4 * 32 + 8 * w + (group + lane) % 4 * 2 + half] = factor[lane];
-            }
+// ---- Rows of a matrix, as norms and hidden layers drop them: keep masks of 16 bits, all ones where the element is kept ----------------
+
+// Every four lanes hold the calls of 32 columns: as 16-bit lanes in memory, word w of the four is columns 8 w to 8 w + 7. Writes 8 kLanes masks.
+FASTATTN_INLINE void kept_columns(const PhiloxWords &words, const fastattn_dropout &dropout, int16_t *keep) {
+    typedef uint16_t vlanes __attribute__((vector_size(kLanes * 4)));
+    for (int w = 0; w < 4; w++) {
+        const vlanes kept = (vlanes)((vlanes)words.word[w] >= (uint16_t)dropout.threshold);
+        for (int quad = 0; quad < kLanes / 4; quad++) __builtin_memcpy(keep + 32 * quad + 8 * w, (const char *)&kept + 16 * quad, 16);
     }
 }
-constexpr int64_t kKeepPadding = 8 * kLanes > 32 ? 8 * kLanes : 32;
+
+// Masks of one row: keep[j] for j < columns, `keep` padded to a multiple of kKeepPadding.
+constexpr int64_t kKeepPadding = 8 * kLanes;
+static inline void keep_row(const fastattn_dropout &dropout, int64_t row, int64_t columns, int16_t *keep) {
+    for (int64_t group = 0; group * 8 < columns; group += kLanes)
+        kept_columns(philox((uint32_t)row - vuint{}, (vuint)lane_index() + (uint32_t)group, 0, dropout.seed), dropout, keep + group * 8);
+}
+
+// Masks of kKeepStrip columns from `column`, a multiple of 32, for several rows: keep[(r - row) * kKeepStrip + j - column]; two rows more fit.
+constexpr int64_t kKeepStrip = 64;
+static inline void keep_strip(const fastattn_dropout &dropout, int64_t row, int64_t rows, int64_t column, int16_t *keep) {
+    const vuint lanes = (vuint)lane_index();
+    for (int64_t call = 0; call < 8 * rows; call += kLanes) {
+        const vuint index = lanes + (uint32_t)call;
+        kept_columns(philox((index >> 3) + (uint32_t)row, (index & 7u) + (uint32_t)(column / 8), 0, dropout.seed), dropout, keep + call * 8);
+    }
+}
+
+// kLanes elements after dropout; a dropped one is 0 whatever it was: NaN and infinity do not pass.
+FASTATTN_INLINE vfloat drop(vfloat v, const fastattn_dropout &dropout, const int16_t *keep) {
+    typedef int16_t vmask __attribute__((vector_size(kLanes * 2)));
+    vmask kept;
+    __builtin_memcpy(&kept, keep, sizeof kept);
+    return from_bits(__builtin_convertvector(kept, vint) & bits(v * dropout.keep_scale));
+}
 
 FASTATTN_NAMESPACE_END

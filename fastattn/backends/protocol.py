@@ -5,7 +5,7 @@ What the operators promise to a backend, and ask of it:
 - Attention: q, k, v, out and grad_out have a contiguous last dimension and any other strides, stride 0 included. bias
   is 4-D, each dimension 1 or full, with any strides. The dense mask is expanded to (B, Hq, Sq, Skv). key_start,
   key_end, intervals, sinks, lse and grad_lse are contiguous; sinks may have any float dtype.
-- Norm and linear functions get contiguous tensors only.
+- Norm and linear functions and the encoder layer get contiguous tensors only (but for a dense mask).
 - A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
   for is an empty (0,) tensor of the dtype it would have.
 - "Accumulate dtype" is float32, but float64 for float64 inputs.
@@ -76,6 +76,25 @@ class Backend(Protocol):
         """dq, dk, dv as `torch.empty_like` lays them out; dbias of bias' shape and dsinks (Hq,) in the accumulate
         dtype."""
 
+    def attention_decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cache_lengths: Tensor,
+        block_table: Tensor | None,
+        mask: LoweredMask,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse as attention_forward, for query i at position cache_lengths[b] - Sq + i; inference only.
+
+        k_cache (B, Hkv, S, D), or with block_table (B, n) pages (pages, page size, Hkv, D); v_cache likewise. Of the
+        mask only band_left, band_right (about that position) and intervals are given; bias' last dimension is 1 or S.
+        """
+
     def norm_forward(
         self,
         x: Tensor,
@@ -138,11 +157,13 @@ class Backend(Protocol):
         b1: Tensor | None,
         w2: Tensor,
         b2: Tensor | None,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         save_pre: bool,
     ) -> tuple[Tensor, Tensor]:
-        """y = act(x w1^T + b1) w2^T + b2 (..., N), and pre (..., H), empty unless save_pre (for activation none
-        too)."""
+        """y = dropout(act(x w1^T + b1)) w2^T + b2 (..., N), and pre (..., H) before the activation, empty unless
+        save_pre (for activation none too). Dropout counts rows over all leading dimensions."""
 
     def ffn_backward(
         self,
@@ -151,7 +172,9 @@ class Backend(Protocol):
         w1: Tensor,
         w2: Tensor,
         pre: Tensor,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         x_requires_grad: bool,
         w1_requires_grad: bool,
         b1_requires_grad: bool,
@@ -169,10 +192,12 @@ class Backend(Protocol):
         b_up: Tensor | None,
         w_down: Tensor,
         b_down: Tensor | None,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         save_pre: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y = (act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
+        """y = dropout(act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
 
     def gated_ffn_backward(
         self,
@@ -183,7 +208,9 @@ class Backend(Protocol):
         w_down: Tensor,
         gate: Tensor,
         up: Tensor,
+        dropout_seed: Tensor | None,
         activation: str,
+        dropout_p: float,
         x_requires_grad: bool,
         w_gate_requires_grad: bool,
         b_gate_requires_grad: bool,
@@ -193,3 +220,37 @@ class Backend(Protocol):
         b_down_requires_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dx, dw_gate, db_gate, dw_up, db_up, dw_down, db_down in x's dtype."""
+
+    def encoder_layer_forward(
+        self,
+        x: Tensor,
+        wq: Tensor,
+        bq: Tensor | None,
+        wk: Tensor,
+        bk: Tensor | None,
+        wv: Tensor,
+        bv: Tensor | None,
+        wo: Tensor,
+        bo: Tensor | None,
+        norm1_weight: Tensor | None,
+        norm1_bias: Tensor | None,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        norm2_weight: Tensor | None,
+        norm2_bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        mask: LoweredMask,
+        heads: int,
+        scale: float,
+        activation: str,
+        norm_first: bool,
+        eps1: float,
+        eps2: float,
+    ) -> Tensor:
+        """y like x, contiguous: `fastattn.reference.encoder_layer`.
+
+        x (B, S, E), or (T, E) with cu_seqlens int32 (B + 1) and no mask. wq, wk, wv, wo (E, E), w1 (F, E), w2 (E, F) in
+        x's dtype; norm weights and biases in x's dtype or float32.
+        """

@@ -25,7 +25,9 @@ from fastattn.reference.attention import (
     repeat_heads,
     softmax,
 )
-from fastattn.reference.ffn import activate, activation_gradient, linear
+from fastattn.reference.decode import gather_pages
+from fastattn.reference.encoder_layer import encoder_layer
+from fastattn.reference.ffn import activate, activation_gradient, drop_hidden, linear
 from fastattn.reference.norm import add_residual, dropout_factor, normalise
 
 NAME = "reference"
@@ -143,6 +145,46 @@ def attention_backward(
 
 
 @_plain
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    mask: LoweredMask,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See the protocol."""
+    keys, values = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+    len_q, room = q.shape[2], keys.shape[2]
+    key = torch.arange(room, device=q.device)
+    end = cache_lengths.view(-1, 1, 1, 1)
+    position = end - len_q + torch.arange(len_q, device=q.device).view(-1, 1)
+    seen = key < end
+    if mask.band_left is not None:
+        seen = seen & (key >= position - mask.band_left)
+    if mask.band_right is not None:
+        seen = seen & (key <= position + mask.band_right)
+    among = visible(LoweredMask(intervals=mask.intervals), len_q, room, q.device)
+    seen = seen if among is None else seen & among
+    result, lse = attention(
+        q,
+        keys,
+        values,
+        mask=seen.expand(q.shape[0], q.shape[1], len_q, room),
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=True,
+    )
+    return result.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+@_plain
 def norm_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -232,11 +274,19 @@ def linear_act_backward(
 
 @_plain
 def ffn_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout_seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
     pre = linear(x, w1, b1)
-    y = linear(activate(pre, activation), w2, b2).to(x.dtype)
+    y = linear(drop_hidden(activate(pre, activation), dropout_p, dropout_seed), w2, b2).to(x.dtype)
     return y, pre.to(x.dtype) if save_pre else x.new_empty(0)
 
 
@@ -247,7 +297,9 @@ def ffn_backward(
     w1: Tensor,
     w2: Tensor,
     pre: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -257,9 +309,9 @@ def ffn_backward(
     """See the protocol."""
     wide = pre.to(accumulate_dtype(x.dtype))
     grads = grad_y.to(wide.dtype)
-    hidden = activate(wide, activation)
+    hidden = drop_hidden(activate(wide, activation), dropout_p, dropout_seed)
     dhidden, dw2, db2 = _linear_gradients(grads, hidden, w2, True, w2_requires_grad, b2_requires_grad, x.dtype)
-    dpre = dhidden * activation_gradient(wide, activation)
+    dpre = drop_hidden(dhidden, dropout_p, dropout_seed) * activation_gradient(wide, activation)
     dx, dw1, db1 = _linear_gradients(dpre, x, w1, x_requires_grad, w1_requires_grad, b1_requires_grad, x.dtype)
     return dx, dw1, db1, dw2, db2
 
@@ -273,12 +325,14 @@ def gated_ffn_forward(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the protocol."""
     gate, up = linear(x, w_gate, b_gate), linear(x, w_up, b_up)
-    y = linear(activate(gate, activation) * up, w_down, b_down).to(x.dtype)
+    y = linear(drop_hidden(activate(gate, activation) * up, dropout_p, dropout_seed), w_down, b_down).to(x.dtype)
     if not save_pre:
         return y, x.new_empty(0), x.new_empty(0)
     return y, gate.to(x.dtype), up.to(x.dtype)
@@ -293,7 +347,9 @@ def gated_ffn_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,
@@ -306,9 +362,11 @@ def gated_ffn_backward(
     dtype, compute = x.dtype, accumulate_dtype(x.dtype)
     wide_gate, wide_up = gate.to(compute), up.to(compute)
     active = activate(wide_gate, activation)
+    hidden = drop_hidden(active * wide_up, dropout_p, dropout_seed)
     dhidden, dwd, dbd = _linear_gradients(
-        grad_y.to(compute), active * wide_up, w_down, True, w_down_requires_grad, b_down_requires_grad, dtype
+        grad_y.to(compute), hidden, w_down, True, w_down_requires_grad, b_down_requires_grad, dtype
     )
+    dhidden = drop_hidden(dhidden, dropout_p, dropout_seed)
     dgate = dhidden * wide_up * activation_gradient(wide_gate, activation)
     dx_gate, dwg, dbg = _linear_gradients(
         dgate, x.to(compute), w_gate, x_requires_grad, w_gate_requires_grad, b_gate_requires_grad, dtype
@@ -320,11 +378,73 @@ def gated_ffn_backward(
     return dx, dwg, dbg, dwu, dbu, dwd, dbd
 
 
+@_plain
+def encoder_layer_forward(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    mask: LoweredMask,
+    heads: int,
+    scale: float,
+    activation: str,
+    norm_first: bool,
+    eps1: float,
+    eps2: float,
+) -> Tensor:
+    """See the protocol."""
+    seen = None if cu_seqlens is not None else _seen_by((x.shape[0], heads, x.shape[1], x.shape[1]), mask, x.device)
+    return encoder_layer(
+        x,
+        wq,
+        bq,
+        wk,
+        bk,
+        wv,
+        bv,
+        wo,
+        bo,
+        norm1_weight,
+        norm1_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        norm2_weight,
+        norm2_bias,
+        heads=heads,
+        activation=activation,
+        norm_first=norm_first,
+        eps1=eps1,
+        eps2=eps2,
+        mask=seen,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+    )
+
+
 def _seen(mask: LoweredMask, q: Tensor, k: Tensor) -> Tensor:
+    return _seen_by((*q.shape[:3], k.shape[2]), mask, q.device)
+
+
+def _seen_by(full: tuple[int, int, int, int], mask: LoweredMask, device: torch.device) -> Tensor:
     """The lowered mask as a bool tensor (B, Hq, Sq, Skv)."""
-    full = (*q.shape[:3], k.shape[2])
-    seen = visible(mask, full[2], full[3], q.device)
-    return torch.ones(full, dtype=torch.bool, device=q.device) if seen is None else seen.expand(full)
+    seen = visible(mask, full[2], full[3], device)
+    return torch.ones(full, dtype=torch.bool, device=device) if seen is None else seen.expand(full)
 
 
 def _without_sinks(soft: Softmax, sinks: Tensor | None) -> Tensor:

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem
 
 COLUMNS = ("cpu", "triton", "cuda", "reference")
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
 
+Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem
 _ATTENTION = AttentionProblem("cpu", torch.float32, 2, 4, 4, 64, 64, 64, 64)
+_DECODE = DecodeProblem("cpu", torch.float32, 2, 4, 1, 64, 4, 64)
 _NORM = NormProblem("cpu", torch.float32, "layer", 64, 64, weight_dtype=torch.float32)
 _LINEAR = LinearProblem("linear_act", "cpu", torch.float32, torch.float32, "gelu", 64, 64, 0, 64)
 _FFN = replace(_LINEAR, op="ffn", hidden_features=64)
@@ -31,6 +33,11 @@ ROWS: dict[str, Problem] = {
     "with softcap": replace(_ATTENTION, softcap=True),
     "with sinks": replace(_ATTENTION, sinks=True),
     "with dropout": replace(_ATTENTION, dropout=True),
+    "attention_decode": _DECODE,
+    "with a paged cache": replace(_DECODE, paged=True),
+    "with a window, a bias, softcap or sinks": replace(
+        _DECODE, band=True, bias=torch.float32, softcap=True, sinks=True
+    ),
     "layer_norm, rms_norm": _NORM,
     "with dropout and residual add": replace(_NORM, dropout=True, residual_dtype=torch.float32),
     "linear_act": _LINEAR,
@@ -45,7 +52,9 @@ def _accepts(backend: str, problem: Problem) -> bool:
 
 
 def verdict(backend: str, problem: Problem) -> str:
-    """ "yes", "forward" (it has no backward for this), or "no"."""
+    """ "yes", "forward" (there is no backward for this), or "no"."""
+    if isinstance(problem, DecodeProblem):  # inference only
+        return "forward" if _accepts(backend, problem) else "no"
     if _accepts(backend, replace(problem, requires_grad=True)):
         return "yes"
     return "forward" if not problem.requires_grad and _accepts(backend, problem) else "no"

@@ -196,8 +196,8 @@ def prepare(
             raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
     lowered = _NOTHING_HIDDEN
     if mask is not None:
-        lowered, bias = _lower_mask(mask, bias, full, q)
-    added = None if bias is None else _lower_bias("bias", bias, full, q)
+        lowered, bias = lower_mask(mask, bias, full, q)
+    added = None if bias is None else lower_bias("bias", bias, full, q)
     if sinks is not None:
         check_tensor("sinks", sinks)
         check_device("sinks", sinks, "q", q)
@@ -265,7 +265,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     return batch, heads_q, len_q, len_k
 
 
-def _lower_mask(
+def lower_mask(
     mask: Mask | LoweredMask | Tensor, bias: biases.Dense | Tensor | None, full: tuple[int, int, int, int], q: Tensor
 ) -> tuple[LoweredMask, biases.Dense | Tensor | None]:
     """The lowered mask, and the bias with a float mask added to it."""
@@ -288,12 +288,12 @@ def _lower_mask(
             f"mask has dtype {mask.dtype}: pass bool (True is visible), int32 key ranges (1|B, 1|Hq, Sq, 2), or a "
             "float tensor to add; mask.bool() makes a bool mask of zeros and ones"
         )
-    added = _lower_bias("mask", mask, full, q)
+    added = lower_bias("mask", mask, full, q)
     if bias is None:
         return _NOTHING_HIDDEN, added
     # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _NOTHING_HIDDEN, added.to(wide) + _lower_bias("bias", bias, full, q).to(wide)
+    return _NOTHING_HIDDEN, added.to(wide) + lower_bias("bias", bias, full, q).to(wide)
 
 
 def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
@@ -307,7 +307,7 @@ def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     return mask.unsqueeze(0)
 
 
-def _lower_bias(name: str, bias: biases.Dense | Tensor, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
+def lower_bias(name: str, bias: biases.Dense | Tensor, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
     """The bias with 4 dimensions, each 1 or full."""
     if isinstance(bias, Tensor):
         if not bias.is_floating_point():

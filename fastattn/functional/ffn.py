@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.functional.checks import check_activation, check_beside, check_shape, check_tensor, resolve_backend
+from fastattn.functional.checks import (
+    check_activation,
+    check_beside,
+    check_dropout,
+    check_shape,
+    check_tensor,
+    resolve_backend,
+)
 from fastattn.ops.ffn import Ffn, GatedFfn, LinearAct, ffn_forward, gated_ffn_forward, linear_act_forward
 from fastattn.ops.library import apply, tracks_gradients
 
@@ -53,12 +60,17 @@ def ffn(
     b2: Tensor | None,
     activation: str | None = "gelu",
     *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """act(x w1^T + b1) w2^T + b2: a feed-forward block.
+    """dropout(act(x w1^T + b1)) w2^T + b2: a feed-forward block.
 
     Args:
         x: (..., K). w1, b1: (H, K) and (H,). w2, b2: (N, H) and (N,). All in one dtype; the biases may be None.
+        dropout_p: share of the hidden features to drop, in [0, 1). Kept ones are scaled up.
+        dropout_seed: int64 tensor of one element on x's device that fixes the dropout mask; drawn by torch.randint if
+            None.
 
     The dtypes, activations, autocast and errors are those of `linear_act`. Returns (..., N) in x's dtype.
     """
@@ -67,7 +79,8 @@ def ffn(
     _check_linear("w1", w1, "b1", b1, x.shape[-1], None)
     _check_linear("w2", w2, "b2", b2, w1.shape[0], None)
     tracked = tracks_gradients(x, w1, b1, w2, b2)
-    call = (x, w1, b1, w2, b2, name, tracked, resolve_backend(backend))
+    seed = _seed(dropout_p, dropout_seed, x)
+    call = (x, w1, b1, w2, b2, seed, name, dropout_p, tracked, resolve_backend(backend))
     y: Tensor = (apply(Ffn, *call) if tracked else ffn_forward(*call))[0]
     return y
 
@@ -82,14 +95,17 @@ def gated_ffn(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """(act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down: a gated block, SwiGLU by default.
+    """dropout(act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down: a gated block, SwiGLU by default.
 
     Args:
         x: (..., K). w_gate, w_up: (H, K). w_down: (N, H). b_gate, b_up: (H,). b_down: (N,). All in one dtype.
 
-    The dtypes, activations, autocast and errors are those of `linear_act`. Returns (..., N) in x's dtype.
+    The dtypes, activations, autocast and errors are those of `linear_act`, dropout is that of `ffn`. Returns (..., N)
+    in x's dtype.
     """
     name = check_activation(activation)
     x, w_gate, b_gate, w_up, b_up, w_down, b_down = _prepare(
@@ -105,7 +121,9 @@ def gated_ffn(
     _check_linear("w_up", w_up, "b_up", b_up, x.shape[-1], w_gate.shape[0])
     _check_linear("w_down", w_down, "b_down", b_down, w_gate.shape[0], None)
     tracked = tracks_gradients(x, w_gate, b_gate, w_up, b_up, w_down, b_down)
-    call = (x, w_gate, b_gate, w_up, b_up, w_down, b_down, name, tracked, resolve_backend(backend))
+    weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
+    seed = _seed(dropout_p, dropout_seed, x)
+    call = (x, *weights, seed, name, dropout_p, tracked, resolve_backend(backend))
     y: Tensor = (apply(GatedFfn, *call) if tracked else gated_ffn_forward(*call))[0]
     return y
 
@@ -127,6 +145,12 @@ def _prepare(x: Tensor, *parameters: tuple[str, Tensor | None]) -> list[Any]:
             check_beside(name, value, "x", x, float32_too=False)
         tensors.append(value)
     return tensors
+
+
+def _seed(dropout_p: float, dropout_seed: Tensor | None, x: Tensor) -> Tensor | None:
+    if dropout_p == 0.0 and dropout_seed is None:
+        return None
+    return check_dropout(dropout_p, dropout_seed, "x", x)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -58,6 +58,16 @@ def why_not_parameter(child: nn.Module, name: str, *, optional: bool) -> str | N
     return None
 
 
+def why_not_tensor(name: str, value: object) -> str | None:
+    """A module's own weight, read as an attribute: pruning and parametrisation have already made it what it should be.
+    None is fine."""
+    if value is None:
+        return None
+    if type(value) is not nn.Parameter and type(value) is not Tensor:
+        return f"its {name} is a {type(value).__name__}"
+    return f"its {name} is on the meta device" if value.is_meta else None
+
+
 def why_not_linear(child: nn.Module) -> str | None:
     """The child is an nn.Linear and nothing else."""
     if type(child) is not nn.Linear:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
-from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_unwatched
+from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 
@@ -18,7 +18,7 @@ class LayerNorm(Fused, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         note_call(self)
         weight, bias = self.weight, self.bias
-        reason = why_not_input(input) or _why_not_tensor(weight) or _why_not_tensor(bias)
+        reason = why_not_input(input) or why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(input)
@@ -35,7 +35,7 @@ class RMSNorm(Fused, nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         note_call(self)
         weight = self.weight
-        reason = why_not_input(x) or _why_not_tensor(weight)
+        reason = why_not_input(x) or why_not_tensor("weight", weight)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x)
@@ -55,15 +55,6 @@ def why_not_layer_norm(child: nn.Module) -> str | None:
         or why_not_parameter(child, "weight", optional=True)
         or why_not_parameter(child, "bias", optional=True)
     )
-
-
-def _why_not_tensor(weight: Tensor | None) -> str | None:
-    """A norm's own weight, read as an attribute: pruning and parametrisation have already made it what it should be."""
-    if weight is None:
-        return None
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"its weight or bias is a {type(weight).__name__}"
-    return "its weight or bias is on the meta device" if weight.is_meta else None
 
 
 def _as_one_dim(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastattn.ops.attention import Attention, attention_backward, attention_forward
+from fastattn.ops.decode import attention_decode_forward
+from fastattn.ops.encoder_layer import encoder_layer_forward
 from fastattn.ops.ffn import (
     Ffn,
     GatedFfn,
@@ -23,7 +25,9 @@ __all__ = [
     "LinearAct",
     "Norm",
     "attention_backward",
+    "attention_decode_forward",
     "attention_forward",
+    "encoder_layer_forward",
     "ffn_backward",
     "ffn_forward",
     "gated_ffn_backward",

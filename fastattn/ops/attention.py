@@ -27,12 +27,14 @@ from fastattn.ops.library import (
 from fastattn.problems import AttentionProblem
 from fastattn.reference.attention import accumulate_dtype
 
-_MASK = (
+MASK_SCHEMA = (
     "Tensor? key_start, Tensor? key_end, SymInt band_offset, SymInt? band_left, SymInt? band_right, "
     "Tensor? intervals, Tensor? dense_mask, Tensor? key_bits, Tensor? bounds, Tensor? row_ptr, Tensor? col, "
     "Tensor? block_id, Tensor? bitmaps, Tensor? col_ptr, Tensor? row, Tensor? row_id"
 )
-_EXTRAS = f"{_MASK}, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
+_EXTRAS = (
+    f"{MASK_SCHEMA}, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
+)
 _MASK_END = 3 + FLAT_FIELDS  # of the forward's arguments: q, k, v, the mask's, then bias and the rest
 _BAND = slice(2, 5)  # the numbers among the mask's arguments
 _DENSE = LoweredMask._fields.index("dense")
@@ -83,7 +85,7 @@ def problem_fields(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    mask = _mask(rest[:FLAT_FIELDS], q, k)
+    mask = lowered_mask(rest[:FLAT_FIELDS], (*q.shape[:3], k.shape[2]))
     bias, sinks, seed, scale, softcap, dropout_p, requires_grad, bias_requires_grad, deterministic, backend = rest[
         FLAT_FIELDS:
     ]
@@ -108,7 +110,7 @@ def _backward(
     lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask = _mask(rest[:FLAT_FIELDS], q, k)
+    mask = lowered_mask(rest[:FLAT_FIELDS], (*q.shape[:3], k.shape[2]))
     bias, sinks, seed, scale, softcap, dropout_p, bias_requires_grad, sinks_requires_grad, deterministic, backend = (
         rest[FLAT_FIELDS:]
     )
@@ -137,12 +139,10 @@ def _backward(
     return in_layout_of(dq, q), in_layout_of(dk, k), in_layout_of(dv, v), dbias, dsinks
 
 
-def _mask(flat: tuple[Any, ...], q: Tensor, k: Tensor) -> LoweredMask:
-    """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0."""
+def lowered_mask(flat: tuple[Any, ...], full: tuple[int, int, int, int]) -> LoweredMask:
+    """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0 to (B, Hq, Sq, Skv)."""
     mask = unflatten([dense(x) if isinstance(x, Tensor) and i != _DENSE else x for i, x in enumerate(flat)])
-    if mask.dense is None:
-        return mask
-    return mask._replace(dense=mask.dense.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+    return mask if mask.dense is None else mask._replace(dense=mask.dense.expand(full))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def _fake_backward(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
 
 
-def _fold_mask(size: int, batch: int, dims: InDims, flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def fold_mask(size: int, batch: int, dims: InDims, flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The mask's arguments with the mapped dimension folded into their batch dimension; None where the blocks are
     mapped, which have no such dimension."""
     if is_mapped(dims, *range(_BLOCKS, FLAT_FIELDS)):
@@ -210,7 +210,7 @@ def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult 
         return None  # dropout counts batch entries; sinks and seeds have no batch
     q, k, v = (fold_dim(args[i], dims[i], size) for i in range(3))
     batch = q.shape[0] // size
-    mask = _fold_mask(size, batch, dims[3:_MASK_END], args[3:_MASK_END])
+    mask = fold_mask(size, batch, dims[3:_MASK_END], args[3:_MASK_END])
     if mask is None:
         return None
     bias = None if bias is None else _fold_broadcast(bias, dims[_MASK_END], size, batch)
@@ -226,7 +226,7 @@ def _fold_backward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult
     grad_lse = None if args[1] is None else fold_dim(args[1], dims[1], size)
     grad_out, *inputs = (fold_dim(args[i], dims[i], size) for i in (0, *range(2, _BACKWARD_MASK)))
     batch = grad_out.shape[0] // size
-    mask = _fold_mask(size, batch, dims[_BACKWARD_MASK:end], args[_BACKWARD_MASK:end])
+    mask = fold_mask(size, batch, dims[_BACKWARD_MASK:end], args[_BACKWARD_MASK:end])
     if mask is None:
         return None
     rows, bias_dim = 0, dims[end]

@@ -17,7 +17,7 @@ from fastattn.problems import LinearProblem
 
 
 def problem_fields(
-    op: str, x: Tensor, hidden: Tensor | None, out: Tensor, activation: str, requires_grad: bool
+    op: str, x: Tensor, hidden: Tensor | None, out: Tensor, activation: str, dropout_p: float, requires_grad: bool
 ) -> tuple[Any, ...]:
     """The fields of this call's LinearProblem, in order. hidden: the weight into the hidden features, out: the last
     one."""
@@ -32,6 +32,7 @@ def problem_fields(
         width,
         0 if hidden is None else hidden.shape[0],
         out.shape[0],
+        dropout_p != 0.0,
         requires_grad,
     )
 
@@ -39,7 +40,7 @@ def problem_fields(
 def _linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, requires_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    fields = problem_fields("linear_act", x, None, weight, activation, requires_grad)
+    fields = problem_fields("linear_act", x, None, weight, activation, 0.0, requires_grad)
     y, pre = dispatch.choose(LinearProblem, fields, backend).linear_act_forward(
         dense(x), dense(weight), dense(bias), activation, requires_grad
     )
@@ -57,7 +58,7 @@ def _linear_act_backward(
     bias_requires_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fields = problem_fields("linear_act", x, None, weight, activation, True)
+    fields = problem_fields("linear_act", x, None, weight, activation, 0.0, True)
     results: tuple[Tensor, Tensor, Tensor] = dispatch.choose(LinearProblem, fields, backend).linear_act_backward(
         dense(grad_y),
         dense(x),
@@ -77,24 +78,34 @@ def _ffn_forward(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     requires_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    fields = problem_fields("ffn", x, w1, w2, activation, requires_grad)
+    fields = problem_fields("ffn", x, w1, w2, activation, dropout_p, requires_grad)
     y, pre = dispatch.choose(LinearProblem, fields, backend).ffn_forward(
-        dense(x), dense(w1), dense(b1), dense(w2), dense(b2), activation, requires_grad
+        *map(dense, (x, w1, b1, w2, b2)), dropout_seed, activation, dropout_p, requires_grad
     )
     return y, pre
 
 
 def _ffn_backward(
-    grad_y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, activation: str, *flags_and_backend: Any
+    grad_y: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    pre: Tensor,
+    dropout_seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    *flags_and_backend: Any,
 ) -> tuple[Tensor, ...]:
     *flags, backend = flags_and_backend
-    fields = problem_fields("ffn", x, w1, w2, activation, True)
+    fields = problem_fields("ffn", x, w1, w2, activation, dropout_p, True)
     results: tuple[Tensor, ...] = dispatch.choose(LinearProblem, fields, backend).ffn_backward(
-        dense(grad_y), dense(x), dense(w1), dense(w2), dense(pre), activation, *flags
+        *map(dense, (grad_y, x, w1, w2, pre)), dropout_seed, activation, dropout_p, *flags
     )
     return results
 
@@ -107,14 +118,16 @@ def _gated_ffn_forward(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     requires_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, requires_grad)
+    fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, dropout_p, requires_grad)
     weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
     y, gate, up = dispatch.choose(LinearProblem, fields, backend).gated_ffn_forward(
-        dense(x), *map(dense, weights), activation, requires_grad
+        dense(x), *map(dense, weights), dropout_seed, activation, dropout_p, requires_grad
     )
     return y, gate, up
 
@@ -127,14 +140,16 @@ def _gated_ffn_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     *flags_and_backend: Any,
 ) -> tuple[Tensor, ...]:
     *flags, backend = flags_and_backend
-    fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, True)
+    fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, dropout_p, True)
     tensors = (grad_y, x, w_gate, w_up, w_down, gate, up)
     results: tuple[Tensor, ...] = dispatch.choose(LinearProblem, fields, backend).gated_ffn_backward(
-        *map(dense, tensors), activation, *flags
+        *map(dense, tensors), dropout_seed, activation, dropout_p, *flags
     )
     return results
 
@@ -167,24 +182,24 @@ def _fake_ffn_forward(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     requires_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return _wide(x, w2), _wide(x, w1, requires_grad)
 
 
-def _fake_ffn_backward(
-    grad_y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, pre: Tensor, activation: str, *flags: Any
-) -> tuple[Tensor, ...]:
+def _fake_ffn_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return _gradients(*zip(shapes, flags[:5], strict=True), like=x)
+    return _gradients(*zip(shapes, rest[4:9], strict=True), like=x)
 
 
 def _fake_gated_ffn_forward(
     x: Tensor, w_gate: Tensor, b_gate: Tensor | None, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    requires_grad = rest[2]
+    requires_grad = rest[4]
     return _wide(x, w_down), _wide(x, w_gate, requires_grad), _wide(x, w_up, requires_grad)
 
 
@@ -194,15 +209,21 @@ def _fake_gated_ffn_backward(
     shapes = [x.shape]
     for weight in (w_gate, w_up, w_down):
         shapes += [weight.shape, weight.shape[:1]]
-    return _gradients(*zip(shapes, rest[3:10], strict=True), like=x)
+    return _gradients(*zip(shapes, rest[5:12], strict=True), like=x)
 
 
-def _fold_forward(operator: str, weights: int) -> Any:
-    """The vmap rule of a forward: x's mapped dimension joins its rows, unless one of the `weights` after x is
-    mapped."""
+def _drops(args: tuple[Any, ...], activation: int) -> bool:
+    """Whether the call drops hidden features, whose masks count rows; dropout_p, where there is one, follows the
+    activation."""
+    return isinstance(args[activation + 1], float) and args[activation + 1] != 0.0
+
+
+def _fold_forward(operator: str, activation: int) -> Any:
+    """The vmap rule of a forward: x's mapped dimension joins its rows, unless another tensor is mapped or hidden
+    features are dropped. activation: its position among the arguments."""
 
     def fold(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-        if is_mapped(dims, *range(1, 1 + weights)):
+        if is_mapped(dims, *range(1, activation)) or _drops(args, activation):
             return None
         results = getattr(torch.ops.fastattn, operator)(lift(args[0], dims[0], size), *args[1:])
         return results, tuple(None if t.shape == (0,) else 0 for t in results)
@@ -210,23 +231,25 @@ def _fold_forward(operator: str, weights: int) -> Any:
     return fold
 
 
-def _fold_backward(operator: str, weights: int, saved: int) -> Any:
-    """The vmap rule of a backward (grad_y, x, weights, saved, activation, x_requires_grad, other flags, backend).
+def _fold_backward(operator: str, weights: int, saved: int, flags: int) -> Any:
+    """The vmap rule of a backward (grad_y, x, weights, saved, ..., activation, ..., flags, backend).
 
-    Rows fold, unless a weight is mapped or needs a gradient of its own per entry.
+    Rows fold, unless a weight or a seed is mapped, a weight needs a gradient of its own per entry, or hidden features
+    are dropped. The first flag is x_requires_grad.
     """
 
     def fold(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-        last = 2 + weights + saved  # the activation
-        if is_mapped(dims, *range(2, 2 + weights)) or any(args[last + 2 : -1]):
+        end_of_rows = 2 + weights + saved
+        first_flag = len(args) - 1 - flags
+        others = [*range(2, 2 + weights), *range(end_of_rows, first_flag)]
+        if is_mapped(dims, *others) or any(args[first_flag + 1 : -1]) or _drops(args, first_flag - 2):
             return None
-        rows = [0, 1, *range(2 + weights, last)]
         folded = list(args)
-        for i in rows:
+        for i in (0, 1, *range(2 + weights, end_of_rows)):
             if args[i].shape != (0,):
                 folded[i] = lift(args[i], dims[i], size)
         results = getattr(torch.ops.fastattn, operator)(*folded)
-        return results, (0 if args[last + 1] else None, *(None,) * (len(results) - 1))
+        return results, (0 if args[first_flag] else None, *(None,) * (len(results) - 1))
 
     return fold
 
@@ -236,7 +259,7 @@ linear_act_forward = register(
     "(Tensor x, Tensor weight, Tensor? bias, str activation, bool requires_grad, str backend) -> (Tensor, Tensor)",
     _linear_act_forward,
     _fake_linear_act_forward,
-    _fold_forward("linear_act_forward", weights=2),
+    _fold_forward("linear_act_forward", activation=3),
 )
 linear_act_backward = register(
     "linear_act_backward",
@@ -244,42 +267,43 @@ linear_act_backward = register(
     "bool weight_requires_grad, bool bias_requires_grad, str backend) -> (Tensor, Tensor, Tensor)",
     _linear_act_backward,
     _fake_linear_act_backward,
-    _fold_backward("linear_act_backward", weights=1, saved=1),
+    _fold_backward("linear_act_backward", weights=1, saved=1, flags=3),
 )
 ffn_forward = register(
     "ffn_forward",
-    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, bool requires_grad, str backend) "
-    "-> (Tensor, Tensor)",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? dropout_seed, str activation, float dropout_p, "
+    "bool requires_grad, str backend) -> (Tensor, Tensor)",
     _ffn_forward,
     _fake_ffn_forward,
-    _fold_forward("ffn_forward", weights=4),
+    _fold_forward("ffn_forward", activation=6),
 )
 ffn_backward = register(
     "ffn_backward",
-    "(Tensor grad_y, Tensor x, Tensor w1, Tensor w2, Tensor pre, str activation, bool x_requires_grad, "
-    "bool w1_requires_grad, bool b1_requires_grad, bool w2_requires_grad, bool b2_requires_grad, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_y, Tensor x, Tensor w1, Tensor w2, Tensor pre, Tensor? dropout_seed, str activation, "
+    "float dropout_p, bool x_requires_grad, bool w1_requires_grad, bool b1_requires_grad, bool w2_requires_grad, "
+    "bool b2_requires_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _ffn_backward,
     _fake_ffn_backward,
-    _fold_backward("ffn_backward", weights=2, saved=1),
+    _fold_backward("ffn_backward", weights=2, saved=1, flags=5),
 )
 gated_ffn_forward = register(
     "gated_ffn_forward",
     "(Tensor x, Tensor w_gate, Tensor? b_gate, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, "
-    "str activation, bool requires_grad, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? dropout_seed, str activation, float dropout_p, bool requires_grad, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _gated_ffn_forward,
     _fake_gated_ffn_forward,
-    _fold_forward("gated_ffn_forward", weights=6),
+    _fold_forward("gated_ffn_forward", activation=8),
 )
 gated_ffn_backward = register(
     "gated_ffn_backward",
-    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor gate, Tensor up, str activation, "
-    "bool x_requires_grad, bool w_gate_requires_grad, bool b_gate_requires_grad, bool w_up_requires_grad, "
-    "bool b_up_requires_grad, bool w_down_requires_grad, bool b_down_requires_grad, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_y, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor gate, Tensor up, "
+    "Tensor? dropout_seed, str activation, float dropout_p, bool x_requires_grad, bool w_gate_requires_grad, "
+    "bool b_gate_requires_grad, bool w_up_requires_grad, bool b_up_requires_grad, bool w_down_requires_grad, "
+    "bool b_down_requires_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gated_ffn_backward,
     _fake_gated_ffn_backward,
-    _fold_backward("gated_ffn_backward", weights=3, saved=2),
+    _fold_backward("gated_ffn_backward", weights=3, saved=2, flags=7),
 )
 
 
@@ -327,18 +351,18 @@ class Ffn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, w1, _, w2, _, ctx.activation, _, ctx.backend = inputs
+        x, w1, _, w2, _, seed, *ctx.options, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, w1, w2, output[1])
+        ctx.save_for_backward(x, w1, w2, output[1], seed)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_y is None:
-            return (None,) * 8
+            return (None,) * 10
         flags = ctx.needs_input_grad[:5]
-        gradients = differentiate_once(ffn_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend)
-        return (*_wanted(gradients, flags), None, None, None)
+        gradients = differentiate_once(ffn_backward, grad_y, *ctx.saved_tensors, *ctx.options, *flags, ctx.backend)
+        return (*_wanted(gradients, flags), *(None,) * 5)
 
 
 class GatedFfn(torch.autograd.Function):
@@ -353,17 +377,17 @@ class GatedFfn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, w_gate, _, w_up, _, w_down, _, ctx.activation, _, ctx.backend = inputs
+        x, w_gate, _, w_up, _, w_down, _, seed, *ctx.options, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:])
+        ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:], seed)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_y is None:
-            return (None,) * 10
+            return (None,) * 12
         flags = ctx.needs_input_grad[:7]
         gradients = differentiate_once(
-            gated_ffn_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend
+            gated_ffn_backward, grad_y, *ctx.saved_tensors, *ctx.options, *flags, ctx.backend
         )
-        return (*_wanted(gradients, flags), None, None, None)
+        return (*_wanted(gradients, flags), *(None,) * 5)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("fastattn", "DEF")
 
 InDims = tuple[int | None, ...]
-VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
+VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]] | tuple[Tensor, int | None]
 Fold = Callable[[int, InDims, tuple[Any, ...]], "VmapResult | None"]
 
 
@@ -163,5 +163,7 @@ def _each(operator: Callable[..., Any], size: int, in_dims: InDims, args: tuple[
     for i in range(size):
         picked = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
         calls.append(operator(*picked))
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
     results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
     return results, (0,) * len(results)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn.parity.attention_cases import AttentionCase
+from fastattn.parity.decode_cases import DecodeCase
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
 from fastattn.parity.rule import Conditions, ParityRow, check_ffn, check_gated_ffn, check_linear_act, check_norm
 
@@ -155,6 +156,7 @@ class FfnCase:
         _add_linear(draw, self.tensors, "w2", "b2", out, hidden)
         self.options = {"activation": draw.one_of(ACTIVATIONS)}
         self.conditions = _conditions(draw)
+        self.options |= _hidden_dropout(draw)
 
     def describe(self) -> str:
         return _text(self.tensors, self.options)
@@ -176,6 +178,7 @@ class GatedFfnCase:
         _add_linear(draw, self.tensors, "w_down", "b_down", out, hidden)
         self.options = {"activation": draw.one_of(ACTIVATIONS)}
         self.conditions = _conditions(draw)
+        self.options |= _hidden_dropout(draw)
 
     def describe(self) -> str:
         return _text(self.tensors, self.options)
@@ -208,8 +211,16 @@ def _add_linear(draw: Draw, tensors: dict[str, Tensor], weight: str, bias: str, 
         tensors[bias] = draw.normal((rows,), dtype)
 
 
+def _hidden_dropout(draw: Draw) -> dict[str, Any]:
+    if not draw.chance(0.3):
+        return {}
+    seed = torch.tensor([draw.integer(-(2**62), 2**62)], device=draw.device)
+    return {"dropout_p": draw.one_of((0.1, 0.5)), "dropout_seed": seed}
+
+
 OPERATIONS: dict[str, Any] = {
     "attention": AttentionCase,
+    "attention_decode": DecodeCase,
     "norm": NormCase,
     "linear_act": LinearActCase,
     "ffn": FfnCase,

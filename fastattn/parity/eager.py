@@ -119,10 +119,20 @@ def eager_linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation:
 
 
 def eager_ffn(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str | None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """activation(x W1^T + b1) W2^T + b2: x (..., K), w1 (M, K), w2 (N, M)."""
-    return _linear(eager_linear_act(x, w1, b1, activation), w2, b2)
+    """(activation(x W1^T + b1) * keep) W2^T + b2: x (..., K), w1 (M, K), w2 (N, M), keep (..., M)."""
+    return _linear(_kept(eager_linear_act(x, w1, b1, activation), keep), w2, b2)
+
+
+def _kept(hidden: Tensor, keep: Tensor | None) -> Tensor:
+    return hidden if keep is None else hidden * keep.to(hidden.dtype)
 
 
 def eager_gated_ffn(
@@ -134,6 +144,8 @@ def eager_gated_ffn(
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """(activation(x Wg^T + bg) * (x Wu^T + bu)) Wd^T + bd: x (..., K), w_gate and w_up (M, K), w_down (N, M)."""
-    return _linear(eager_linear_act(x, w_gate, b_gate, activation) * _linear(x, w_up, b_up), w_down, b_down)
+    """(activation(x Wg^T + bg) * (x Wu^T + bu) * keep) Wd^T + bd: x (..., K), w_gate and w_up (M, K), w_down (N, M)."""
+    hidden = eager_linear_act(x, w_gate, b_gate, activation) * _linear(x, w_up, b_up)
+    return _linear(_kept(hidden, keep), w_down, b_down)

@@ -18,7 +18,7 @@ Norms, with r = rstd, g = |offset| + |weight|, T_x^ = (|z| + mean|z|) r for laye
     T_dx   = T_dz m      T_dweight = sum |dy| T_x^      T_dbias = sum |dy|
 Linears, with pre-activation a and D(a) the activation's derivative with its terms made positive:
     T_a    = |x| |W|^T + |b|                       T_h   = T_a (relu2: T_a^2)
-    T_da   = T_dh D(a)                             T_dx  = T_da |W|    T_dW = T_da^T |x|    T_db = sum T_da
+    T_da   = T_dh D(a) (a hidden layer: T_h m, T_dh m)    T_dx  = T_da |W|    T_dW = T_da^T |x|    T_db = sum T_da
 """
 
 from __future__ import annotations
@@ -200,14 +200,22 @@ def linear_act_magnitudes(
 
 
 def ffn_magnitudes(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str | None, grad_y: Tensor
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None,
+    grad_y: Tensor,
+    keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """T of y and of the gradients of x, w1, b1, w2, b2; shapes as in `eager_ffn`."""
+    multiplier = 1.0 if keep is None else keep.double()
     first = _Linear(x.double(), x.double().abs(), w1, b1)
     h, t_h, derivative = _hidden(first, activation)
-    second = _Linear(h, t_h, w2, b2)
+    second = _Linear(h * multiplier, t_h * multiplier, w2, b2)
     dh, dw2, db2 = second.gradients(grad_y.double().abs())
-    dx, dw1, db1 = first.gradients(dh * derivative)
+    dx, dw1, db1 = first.gradients(dh * multiplier * derivative)
     return {"y": second.t, "dx": dx, "dw1": dw1, "db1": db1, "dw2": dw2, "db2": db2}
 
 
@@ -221,13 +229,16 @@ def gated_ffn_magnitudes(
     b_up: Tensor | None,
     b_down: Tensor | None,
     grad_y: Tensor,
+    keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """T of y and of the gradients of all seven inputs; shapes as in `eager_gated_ffn`."""
+    multiplier = 1.0 if keep is None else keep.double()
     gate = _Linear(x.double(), x.double().abs(), w_gate, b_gate)
     up = _Linear(x.double(), x.double().abs(), w_up, b_up)
     h, t_h, derivative = _hidden(gate, activation)
-    down = _Linear(h * up.a, t_h * up.t, w_down, b_down)
+    down = _Linear(h * up.a * multiplier, t_h * up.t * multiplier, w_down, b_down)
     dh, dw_down, db_down = down.gradients(grad_y.double().abs())
+    dh = dh * multiplier
     dx_gate, dw_gate, db_gate = gate.gradients(dh * derivative * up.t)
     dx_up, dw_up, db_up = up.gradients(dh * t_h)
     return {

@@ -7,6 +7,7 @@ Raises fastattn.NotSupported where the backend refuses the call.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -179,12 +180,7 @@ def check_norm(
     eps None is 1e-5 for layer norm and the machine epsilon of float32 for rms, as in torch, for halves too.
     """
     stands = (1e-5 if kind == "layer" else torch.finfo(torch.float32).eps) if eps is None else eps
-    keep = None
-    if dropout_p > 0:
-        assert dropout_seed is not None, "check_norm draws no seed of its own: pass dropout_seed"
-        rows = x.numel() // max(x.size(-1), 1)
-        kept = keep_mask(dropout_seed, dropout_p, 1, rows, x.size(-1)).view(x.shape)
-        keep = kept.double() * dropout_scale(dropout_p)
+    keep = _kept_rows(x, x.size(-1), dropout_p, dropout_seed)
     inputs = _differentiable(_named(x=x, weight=weight, bias=bias, residual=residual))
     wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
@@ -256,9 +252,13 @@ def check_ffn(
     activation: str = "gelu",
     *,
     backend: str | None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     conditions: Conditions = DEFAULT,
 ) -> list[ParityRow]:
-    """`fastattn.ffn`: y and the gradients of x, w1, b1, w2 and b2."""
+    """`fastattn.ffn`: y and the gradients of x, w1, b1, w2 and b2. Dropout needs an explicit dropout_seed."""
+    keep = _kept_rows(x, w1.size(0), dropout_p, dropout_seed)
+    dropout: dict[str, Any] = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
 
     def arguments(t: Tensors) -> tuple[Any, ...]:
         return t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2"), activation
@@ -268,10 +268,10 @@ def check_ffn(
 
     probe = Probe(
         dtype=x.dtype,
-        fused=lambda t: {"y": functional.ffn(*arguments(t))},
-        truth=lambda t: {"y": reference.ffn(*arguments(t))},
-        eager=lambda t: {"y": eager_ffn(*arguments(t))},
-        magnitudes=lambda t, g: ffn_magnitudes(*arguments(t), g["y"]),
+        fused=lambda t: {"y": functional.ffn(*arguments(t), **dropout)},
+        truth=lambda t: {"y": reference.ffn(*arguments(t), **dropout)},
+        eager=lambda t: {"y": eager_ffn(*arguments(t), keep)},
+        magnitudes=lambda t, g: ffn_magnitudes(*arguments(t), g["y"], keep),
         settle=settle,
         form=_dtype_of_x(x),
     )
@@ -289,9 +289,13 @@ def check_gated_ffn(
     b_down: Tensor | None = None,
     *,
     backend: str | None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     conditions: Conditions = DEFAULT,
 ) -> list[ParityRow]:
-    """`fastattn.gated_ffn`: y and the gradients of all seven inputs."""
+    """`fastattn.gated_ffn`: y and the gradients of all seven inputs. Dropout needs an explicit dropout_seed."""
+    keep = _kept_rows(x, w_gate.size(0), dropout_p, dropout_seed)
+    dropout: dict[str, Any] = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
 
     def arguments(t: Tensors) -> tuple[Any, ...]:
         weights = t["w_gate"], t["w_up"], t["w_down"]
@@ -302,15 +306,24 @@ def check_gated_ffn(
 
     probe = Probe(
         dtype=x.dtype,
-        fused=lambda t: {"y": functional.gated_ffn(*arguments(t))},
-        truth=lambda t: {"y": reference.gated_ffn(*arguments(t))},
-        eager=lambda t: {"y": eager_gated_ffn(*arguments(t))},
-        magnitudes=lambda t, g: gated_ffn_magnitudes(*arguments(t), g["y"]),
+        fused=lambda t: {"y": functional.gated_ffn(*arguments(t), **dropout)},
+        truth=lambda t: {"y": reference.gated_ffn(*arguments(t), **dropout)},
+        eager=lambda t: {"y": eager_gated_ffn(*arguments(t), keep)},
+        magnitudes=lambda t, g: gated_ffn_magnitudes(*arguments(t), g["y"], keep),
         settle=settle,
         form=_dtype_of_x(x),
     )
     tensors = _named(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
     return run_probe(probe, _differentiable(tensors), backend, conditions)
+
+
+def _kept_rows(x: Tensor, columns: int, dropout_p: float, dropout_seed: Tensor | None) -> Tensor | None:
+    """The dropout multiplier (..., columns) of the rows of x (..., K) in float64, None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    assert dropout_seed is not None, "a check draws no seed of its own: pass dropout_seed"
+    kept = keep_mask(dropout_seed, dropout_p, 1, math.prod(x.shape[:-1]), columns)
+    return kept.view(*x.shape[:-1], columns).double() * dropout_scale(dropout_p)
 
 
 def _erase_rows(grads: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Linear layers with an activation, and feed-forward blocks, in plain PyTorch.
 
     linear_act  act(x W^T + b)
-    ffn         act(x w1^T + b1) w2^T + b2
-    gated_ffn   (act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down
+    ffn         dropout(act(x w1^T + b1)) w2^T + b2
+    gated_ffn   dropout(act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down
 
 Half inputs are computed in float32 and rounded once at the end; float64 stays float64.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.attention import accumulate_dtype
+from fastattn.reference.norm import dropout_factor
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -24,10 +25,22 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation
 
 
 def ffn(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str | None = "gelu"
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str | None = "gelu",
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """act(x w1^T + b1) w2^T + b2: x (..., K), w1 (H, K), w2 (N, H), returned (..., N) in x's dtype."""
-    return linear(activate(linear(x, w1, b1), activation), w2, b2).to(x.dtype)
+    """dropout(act(x w1^T + b1)) w2^T + b2: x (..., K), w1 (H, K), w2 (N, H), returned (..., N) in x's dtype.
+
+    dropout_seed is required with dropout_p > 0.
+    """
+    hidden = drop_hidden(activate(linear(x, w1, b1), activation), dropout_p, dropout_seed)
+    return linear(hidden, w2, b2).to(x.dtype)
 
 
 def gated_ffn(
@@ -39,10 +52,21 @@ def gated_ffn(
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """(act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down: w_gate, w_up (H, K), w_down (N, H)."""
+    """dropout(act(x w_gate^T + b_gate) * (x w_up^T + b_up)) w_down^T + b_down: w_gate, w_up (H, K), w_down (N, H)."""
     hidden = activate(linear(x, w_gate, b_gate), activation) * linear(x, w_up, b_up)
-    return linear(hidden, w_down, b_down).to(x.dtype)
+    return linear(drop_hidden(hidden, dropout_p, dropout_seed), w_down, b_down).to(x.dtype)
+
+
+def drop_hidden(hidden: Tensor, dropout_p: float, dropout_seed: Tensor | None) -> Tensor:
+    """Dropout of the hidden features (..., H), rows counted over all leading dimensions."""
+    if dropout_p == 0.0:
+        return hidden
+    assert dropout_seed is not None
+    return hidden * dropout_factor(dropout_seed, dropout_p, hidden)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

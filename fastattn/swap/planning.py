@@ -64,17 +64,17 @@ def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> D
     if recipe is None:
         row.reason = _why_no_recipe(module_class, asked)
         return Decision(row, module) if row.reason else None
-    parts = asked & frozenset(recipe.kernels)
+    parts = recipe.parts(asked)
     if not parts:
         row.asked = False
-        row.reason = "turned off: " + ", ".join(f"{part}=False" for part in recipe.kernels)
+        row.reason = "turned off: " + ", ".join(f"{part}=False" for part in recipe.kernels if part not in asked)
         return Decision(row, module)
     reasons = recipe.reasons_to_leave(module)
     if reasons:
         row.reason = "; ".join(reasons)
         return Decision(row, module)
     row.action = "swap"
-    row.kernel = " + ".join(kernel for part, kernel in recipe.kernels.items() if part in parts)
+    row.kernel = " + ".join(dict.fromkeys(kernel for part, kernel in recipe.kernels.items() if part in parts))
     remarks = recipe.children_called(module, parts)
     if len(paths) > 1:
         remarks.append("also at " + ", ".join(paths[1:]))
@@ -86,7 +86,7 @@ def _why_no_recipe(module_class: type[nn.Module], asked: frozenset[str]) -> str:
     """The reason to print for a class that looks swappable, "" for any other."""
     for base in module_class.__mro__[1:]:
         recipe = recipe_for(base) if issubclass(base, nn.Module) else None
-        if recipe is not None and asked & frozenset(recipe.kernels):
+        if recipe is not None and recipe.parts(asked):
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
     if any(part in asked for part in _parts_by_name(module_class)):
         return f"no recipe for class {module_class.__name__}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fastattn.swap.swapped import Swapped
 
 PARTS = ("attention", "norms", "ffns", "linears")
-Check = Callable[[nn.Module], "str | None"]
+Check = Callable[[Any], "str | None"]
 
 
 def _nothing(module: nn.Module) -> list[str]:
@@ -26,8 +27,10 @@ class Recipe:
     takes       parameter names of the original forward that the swapped one stands for; another version of the
                 library may have others, and is left alone.
     children    (name, part, check): children whose tensors the swapped forward reads for that part, where check
-                allows it.
+                allows it. An activation may be a function.
     refuse      why a module must be left alone; empty when it need not.
+    core        the part without which the original forward runs whole; None where each part stands alone.
+    whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
     """
 
@@ -36,11 +39,20 @@ class Recipe:
     takes: tuple[str, ...]
     children: tuple[tuple[str, str, Check], ...] = ()
     refuse: Callable[[nn.Module], list[str]] = _nothing
+    core: str | None = None
+    whole: bool = False
     interface: bool = False
 
     @property
     def original(self) -> type[nn.Module]:
         return self.swapped.fastattn_original
+
+    def parts(self, asked: frozenset[str]) -> frozenset[str]:
+        """What the swapped forward takes over of the parts asked for."""
+        known = frozenset(self.kernels)
+        taken = asked & known
+        lacks = (self.core is not None and self.core not in taken) or (self.whole and taken != known)
+        return frozenset() if lacks else taken
 
     def reasons_to_leave(self, module: nn.Module) -> list[str]:
         """Why this module, of the recipe's class, cannot be swapped; empty when it can."""
@@ -57,6 +69,6 @@ class Recipe:
         found = [(name, check(getattr(module, name))) for name, part, check in self.children if part in parts]
         return [f"{name} {reason}" for name, reason in found if reason is not None]
 
-    def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[nn.Module]:
+    def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[Any]:
         """Children whose work the swapped forward does itself."""
         return [getattr(module, name) for name, part, _ in self.children if part in parts]

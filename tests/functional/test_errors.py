@@ -205,6 +205,12 @@ FFN = [
     ),
     (lambda: fastattn.ffn(X, W, B, t(4, 6), t(6)), ValueError, r"b2 has shape \(6,\): pass \(4,\), one .* row of w2"),
     (lambda: fastattn.ffn(X, W, B, t(4, 6), None, "tanh"), ValueError, "activation='tanh' is unknown"),
+    (
+        lambda: fastattn.ffn(X, W, None, t(4, 6), None, dropout_p=1.5),
+        ValueError,
+        r"dropout_p=1.5 lies outside \[0, 1\)",
+    ),
+    (lambda: fastattn.gated_ffn(X, W, W, t(4, 6), dropout_p=0.1, dropout_seed=3), TypeError, "dropout_seed is of int"),
     (lambda: fastattn.gated_ffn(X, W, t(5, 8), t(4, 6)), ValueError, r"w_up has shape \(5, 8\): pass \(6, 8\)"),
     (lambda: fastattn.gated_ffn(X, W, W, t(4, 5)), ValueError, r"w_down has shape \(4, 5\): pass \(N, 6\)"),
     (lambda: fastattn.gated_ffn(X, t(6, 7), W, t(4, 6)), ValueError, r"w_gate has shape \(6, 7\)"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastattn
 from fastattn import reference
+from fastattn.reference import philox
 
 ACTIVATIONS = [None, "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2"]
 SHAPES = {
@@ -90,3 +91,38 @@ def test_strided_inputs_weights_and_gradients(backend):
 def test_gradcheck_through_the_operators(op):
     tensors = [torch.randn([n // 4 + 1 for n in s], dtype=torch.float64, requires_grad=True) for s in SHAPES[op]]
     assert torch.autograd.gradcheck(lambda *t: getattr(fastattn, op)(*arrange(op, t, "gelu")), tensors)
+
+
+@pytest.mark.parametrize("op", ["ffn", "gated_ffn"])
+@pytest.mark.parametrize(
+    "hidden", [7, 20, 70, 200]
+)  # below, across and beyond the groups of 32 that share Philox calls
+def test_dropout_keeps_what_the_reference_keeps(backend, op, hidden):
+    """With an identity for the last weight the hidden layer itself comes out: dropped elements are exactly 0."""
+    rows, p, seed = 37, 0.3, torch.tensor([-123456789123])
+    x, w = torch.rand(rows, 6) + 1, torch.rand(hidden, 6) + 1
+    eye = torch.eye(hidden)
+    weights = (w, None, eye, None) if op == "ffn" else (w, w, eye)
+    y = getattr(fastattn, op)(x, *weights, "relu", dropout_p=p, dropout_seed=seed, backend=backend)
+    plain = getattr(fastattn, op)(x, *weights, "relu", backend=backend)
+    keep = philox.keep_mask(seed, p, 1, rows, hidden)[0]
+    assert torch.equal(y != 0, keep)
+    torch.testing.assert_close(y, plain * keep * philox.dropout_scale(p))
+
+
+def test_dropout_is_random_unless_seeded_and_off_at_zero(backend):
+    x, w1, w2 = torch.randn(5, 8), torch.randn(40, 8), torch.randn(3, 40)
+    draws = [fastattn.ffn(x, w1, None, w2, None, dropout_p=0.5, backend=backend) for _ in range(2)]
+    assert not torch.equal(*draws)
+    none = fastattn.ffn(x, w1, None, w2, None, dropout_seed=torch.tensor([1]), backend=backend)
+    assert torch.equal(none, fastattn.ffn(x, w1, None, w2, None, backend=backend))
+
+
+@pytest.mark.parametrize("op", ["ffn", "gated_ffn"])
+def test_dropout_gradcheck_through_the_operators(op):
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES[op]]
+
+    def call(*tensors):
+        return getattr(fastattn, op)(*arrange(op, tensors, "gelu"), dropout_p=0.4, dropout_seed=torch.tensor([9]))
+
+    assert torch.autograd.gradcheck(call, tensors)

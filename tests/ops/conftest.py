@@ -65,11 +65,17 @@ CASES = [
     Case("linear_act", lambda x, w, b: fastattn.linear_act(x, w, b, "gelu"), FFN[:3]),
     Case("linear_act no bias", lambda x, w: fastattn.linear_act(x, w, None, "silu"), FFN[:2]),
     Case("ffn", fastattn.ffn, FFN),
+    Case("ffn dropout", lambda *a: fastattn.ffn(*a, dropout_p=0.3, dropout_seed=SEED), FFN),
     Case("gated_ffn", fastattn.gated_ffn, (FFN[0], FFN[1], FFN[1], FFN[3])),
     Case(
         "gated_ffn biases",
         lambda x, g, u, d, a, b, c: fastattn.gated_ffn(x, g, u, d, "gelu_tanh", a, b, c),
         (FFN[0], FFN[1], FFN[1], FFN[3], FFN[2], FFN[2], FFN[4]),
+    ),
+    Case(
+        "gated_ffn dropout",
+        lambda x, g, u, d: fastattn.gated_ffn(x, g, u, d, dropout_p=0.3, dropout_seed=SEED),
+        (FFN[0], FFN[1], FFN[1], FFN[3]),
     ),
 ]
 

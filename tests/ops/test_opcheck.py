@@ -126,13 +126,25 @@ def test_linear_operators(backend, activation, with_biases):
     for flags in ((True, True, with_biases), (True, False, False), (False, True, False)):
         torch.library.opcheck(ops.linear_act_backward, (r(2, 3, 20), x, w1, pre, activation, *flags, backend))
 
-    torch.library.opcheck(ops.ffn_forward, (x, w1, b1, w2, b2, *tail))
-    _, pre = ops.ffn_forward(x, w1, b1, w2, b2, *tail)
-    for flags in ((True, True, with_biases, True, with_biases), (True, False, False, False, False)):
-        torch.library.opcheck(ops.ffn_backward, (grad, x, w1, w2, pre, activation, *flags, backend))
+    for options in ((None, activation, 0.0), (torch.tensor([3]), activation, 0.25)):
+        tail = (*options, True, backend)
+        torch.library.opcheck(ops.ffn_forward, (x, w1, b1, w2, b2, *tail))
+        _, pre = ops.ffn_forward(x, w1, b1, w2, b2, *tail)
+        for flags in ((True, True, with_biases, True, with_biases), (True, False, False, False, False)):
+            torch.library.opcheck(ops.ffn_backward, (grad, x, w1, w2, pre, *options, *flags, backend))
 
-    gated = (x, w1, b1, w3, b3, w2, b2)
-    torch.library.opcheck(ops.gated_ffn_forward, (*gated, *tail))
-    _, gate, up = ops.gated_ffn_forward(*gated, *tail)
-    for flags in ((True, *(True, with_biases) * 3), (False, True, *(False,) * 5)):
-        torch.library.opcheck(ops.gated_ffn_backward, (grad, x, w1, w3, w2, gate, up, activation, *flags, backend))
+        gated = (x, w1, b1, w3, b3, w2, b2)
+        torch.library.opcheck(ops.gated_ffn_forward, (*gated, *tail))
+        _, gate, up = ops.gated_ffn_forward(*gated, *tail)
+        for flags in ((True, *(True, with_biases) * 3), (False, True, *(False,) * 5)):
+            torch.library.opcheck(ops.gated_ffn_backward, (grad, x, w1, w3, w2, gate, up, *options, *flags, backend))
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_attention_decode(paged):
+    shape = (3, 4, 2, 8) if paged else (2, 2, 8, 8)
+    caches = [r(*shape, grad=False), r(*shape, grad=False)]
+    table = torch.tensor([[0, 2], [1, 0]], dtype=torch.int32) if paged else None
+    lengths = torch.tensor([3, 7], dtype=torch.int32)
+    numbers = (2, 0, None, r(1, 4, 1, 8, grad=False), r(4, grad=False), 0.3, 5.0, "")
+    torch.library.opcheck(ops.attention_decode_forward, (r(2, 4, 1, 8, grad=False), *caches, lengths, table, *numbers))

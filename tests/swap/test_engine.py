@@ -170,7 +170,9 @@ def test_strict_lists_everything_and_swaps_nothing(tiny_bert) -> None:
         swap(model, strict=True)
     assert isinstance(caught.value, NotSupported)
     assert set(caught.value.reasons) == {
+        "encoder.layer.0",
         "encoder.layer.0.intermediate",
+        "encoder.layer.1",
         "encoder.layer.1.intermediate",
         "encoder.layer.1.output",
     }

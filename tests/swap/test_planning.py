@@ -17,6 +17,10 @@ class SwiGLUFeedForward(nn.Module):
     pass
 
 
+class LinearAttention(nn.Module):
+    pass
+
+
 class Block(nn.Module):
     def __init__(self, **children: nn.Module) -> None:
         super().__init__()
@@ -33,7 +37,8 @@ def test_known_unknown_and_uninteresting_modules() -> None:
         norm=nn.LayerNorm(4),
         rms=nn.RMSNorm(4),
         mine=MyLayerNorm(4),
-        attention=nn.MultiheadAttention(4, 2),
+        torchs=nn.MultiheadAttention(4, 2),
+        attention=LinearAttention(),
         ffn=SwiGLUFeedForward(),
         linear=nn.Linear(4, 4),
         group=nn.GroupNorm(2, 4),
@@ -42,14 +47,25 @@ def test_known_unknown_and_uninteresting_modules() -> None:
         ("norm", "swap", ""),
         ("rms", "swap", ""),
         ("mine", "left", "only the exact class LayerNorm is swapped, this is a subclass of it"),
-        ("attention", "left", "no recipe for class MultiheadAttention"),
+        ("torchs", "swap", ""),
+        ("attention", "left", "no recipe for class LinearAttention"),
         ("ffn", "left", "no recipe for class SwiGLUFeedForward"),
     ]
 
 
 def test_rows_of_parts_not_asked_for_say_so_or_are_absent() -> None:
-    model = Block(norm=nn.LayerNorm(4), mine=MyLayerNorm(4), attention=nn.MultiheadAttention(4, 2))
+    model = Block(norm=nn.LayerNorm(4), mine=MyLayerNorm(4), attention=LinearAttention())
     assert rows(model, norms=False, attention=False) == [("norm", "left", "turned off: norms=False")]
+
+
+def test_a_part_that_stands_only_beside_another_is_off_with_it() -> None:
+    model = Block(attention=nn.MultiheadAttention(4, 2))
+    assert rows(model, attention=False) == [("attention", "left", "turned off: attention=False")]
+    assert rows(model, attention=False, linears=False) == [
+        ("attention", "left", "turned off: attention=False, linears=False")
+    ]
+    (row,) = plan(model, linears=False).rows
+    assert (row.action, row.kernel) == ("swap", "attention")
 
 
 def test_only_the_innermost_lookalike_is_listed() -> None:

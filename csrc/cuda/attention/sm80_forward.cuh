@@ -218,8 +218,11 @@ struct Sm80Forward {
                 const bool sees = !(sum == 0.0f);  // the greatest p is 1, and NaN is not hidden
                 const float base = row_max[m][half] * to_log2;
                 const int i = query(m, half);
-                if (lane % 4 == 0 && i < p.len_q)
-                    p.lse.set((static_cast<int64_t>(b) * p.heads_q + h) * p.len_q + i, sees ? (base + log2f(sum)) * LN2 : -INFINITY);
+                if (lane % 4 == 0 && i < p.len_q) {
+                    // Scores at the end of float32's range were clamped there in units of log 2.
+                    const float lse = fabsf(base) == FLT_MAX ? base : (base + log2f(sum)) * LN2;
+                    p.lse.set((static_cast<int64_t>(b) * p.heads_q + h) * p.len_q + i, sees ? lse : -INFINITY);
+                }
                 float factor = sees ? 1.0f / sum : 0.0f;
                 if (p.sinks && sees) {
                     const float sink = p.sinks.get(h) * LOG2E, top = fmaxf(base, sink), shrink = exp2f(base - top);
@@ -277,7 +280,10 @@ struct Sm80Forward {
             copy_async_commit();
             if (!first) accumulate(v);
             copy_async_wait<0>();
-            if (tile.begin < 0) break;
+            if (tile.begin < 0) {
+                if (first) sync_block();  // the tile of q, which finish() writes, is no longer being filled
+                break;
+            }
             sync_block();  // k has come, and every warp is done with the v before
             v.template load<THREADS>(p.v, p.v_vectors, v_head, tile.begin, p.dim_v, [&](int r) { return tile.keys >> r & 1; });
             copy_async_commit();

@@ -1,6 +1,7 @@
 """The native CPU backend: csrc/cpu compiled once per instruction set, on float32, bfloat16 and float16 tensors.
 
-Forward and backward of attention, norms and feed-forward layers; the protocol is `fastattn.backends.protocol`.
+Forward and backward of attention, norms and feed-forward layers, and the forward of whole encoder layers; the protocol
+is `fastattn.backends.protocol`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import torch
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.attention import attention_backward, attention_forward
+from fastattn.backends.cpu.decode import attention_decode
+from fastattn.backends.cpu.encoder_layer import encoder_layer_forward
 from fastattn.backends.cpu.library import available_isas, isa, unavailable_reason, use_isa
 from fastattn.backends.cpu.linear import (
     ffn_backward,
@@ -19,13 +22,15 @@ from fastattn.backends.cpu.linear import (
     linear_act_forward,
 )
 from fastattn.backends.cpu.norm import norm_backward, norm_forward
-from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem, Problem
 
 __all__ = [
     "NAME",
     "attention_backward",
+    "attention_decode",
     "attention_forward",
     "available_isas",
+    "encoder_layer_forward",
     "ffn_backward",
     "ffn_forward",
     "gated_ffn_backward",
@@ -57,7 +62,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
 
 
 def _dtypes(problem: Problem) -> set[torch.dtype]:
-    if isinstance(problem, AttentionProblem):
+    if isinstance(problem, (AttentionProblem, DecodeProblem)):
         given = {problem.dtype, problem.bias}
     elif isinstance(problem, NormProblem):
         given = {problem.dtype, problem.weight_dtype, problem.bias_dtype, problem.residual_dtype}

@@ -1,6 +1,6 @@
 """linear_act, ffn and gated_ffn on csrc/cpu/gemm.cpp and activation.cpp.
 
-Everything is one primitive, C = act(A B + bias) * multiplier, with transposed operands read in place, and one
+Everything is one primitive, C = dropout(act(A B + bias) * multiplier), with transposed operands read in place, and one
 elementwise backward that also sums over the rows. The hidden layer is kept as it was before the activation and
 activated again in backward.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.library import native
+from fastattn.backends.cpu.library import NO_DROPOUT, dropout_arguments, native
 from fastattn.backends.views import address, view
 
 
@@ -43,10 +43,18 @@ def linear_act_backward(
 
 
 def ffn_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout_seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     pre = _empty(x, w1.shape[0], wanted=save_pre)
-    hidden = _project(x, w1, b1, activation, pre=pre)
+    hidden = _project(x, w1, b1, activation, pre=pre, dropout=dropout_arguments(dropout_seed, dropout_p))
     return _project(hidden, w2, b2), pre
 
 
@@ -56,7 +64,9 @@ def ffn_backward(
     w1: Tensor,
     w2: Tensor,
     pre: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -65,7 +75,15 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_pre, hidden = torch.empty_like(pre), torch.empty_like(pre)
     db1 = _sums(pre, b1_requires_grad)
-    _activation_backward(activation, _grad_input(grad_y, w2), pre, grad_gate=grad_pre, h=hidden, grad_gate_sum=db1)
+    _activation_backward(
+        activation,
+        _grad_input(grad_y, w2),
+        pre,
+        grad_gate=grad_pre,
+        h=hidden,
+        grad_gate_sum=db1,
+        dropout=dropout_arguments(dropout_seed, dropout_p),
+    )
     dx = _grad_input(grad_pre, w1) if x_requires_grad else x.new_empty(0)
     dw1 = _grad_weight(grad_pre, x, w1_requires_grad)
     dw2 = _grad_weight(grad_y, hidden, w2_requires_grad)
@@ -80,12 +98,15 @@ def gated_ffn_forward(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = _project(x, w_up, b_up)
     gate = _empty(x, w_gate.shape[0], wanted=save_pre)
-    hidden = _project(x, w_gate, b_gate, activation, pre=gate, multiplier=up)
+    dropout = dropout_arguments(dropout_seed, dropout_p)
+    hidden = _project(x, w_gate, b_gate, activation, pre=gate, multiplier=up, dropout=dropout)
     return _project(hidden, w_down, b_down), gate, up if save_pre else x.new_empty(0)
 
 
@@ -97,7 +118,9 @@ def gated_ffn_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,
@@ -118,6 +141,7 @@ def gated_ffn_backward(
         h=hidden,
         grad_gate_sum=db_gate,
         grad_up_sum=db_up,
+        dropout=dropout_arguments(dropout_seed, dropout_p),
     )
     dx = x.new_empty(0)
     if x_requires_grad:
@@ -140,8 +164,9 @@ def _project(
     activation: str = "none",
     pre: Tensor | None = None,
     multiplier: Tensor | None = None,
+    dropout: tuple[int, int, float] = NO_DROPOUT,
 ) -> Tensor:
-    """act(x W^T + b) * multiplier; x (..., K), weight (N, K)."""
+    """dropout(act(x W^T + b) * multiplier); x (..., K), weight (N, K)."""
     out_features, in_features = weight.shape
     y = x.new_empty(*x.shape[:-1], out_features)
     rows = y.numel() // max(out_features, 1)
@@ -159,6 +184,7 @@ def _project(
         ACTIVATIONS[activation],
         None if pre is None or pre.numel() == 0 else (pre.data_ptr(), out_features),
         None if multiplier is None else (multiplier.data_ptr(), out_features),
+        dropout,
     )
     return y
 
@@ -178,6 +204,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         0,
         None,
         None,
+        NO_DROPOUT,
     )
     return out
 
@@ -212,6 +239,7 @@ def _activation_backward(
     h: Tensor | None = None,
     grad_gate_sum: Tensor | None = None,
     grad_up_sum: Tensor | None = None,
+    dropout: tuple[int, int, float] = NO_DROPOUT,
 ) -> None:
     columns = grad_h.shape[-1]
     outputs = (gate, up, grad_gate, grad_up, h, grad_gate_sum, grad_up_sum)
@@ -223,6 +251,7 @@ def _activation_backward(
         columns,
         grad_h.data_ptr(),
         *map(address, outputs),
+        dropout,
     )
 
 

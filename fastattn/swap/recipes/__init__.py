@@ -9,7 +9,9 @@ from torch import nn
 from fastattn.swap.recipe import Recipe
 
 _FAMILIES = {
+    "torch.nn.modules.activation": "fastattn.swap.recipes.torch_nn",
     "torch.nn.modules.normalization": "fastattn.swap.recipes.torch_nn",
+    "torch.nn.modules.transformer": "fastattn.swap.recipes.torch_nn",
     "transformers.models.bert.modeling_bert": "fastattn.swap.recipes.bert",
 }
 

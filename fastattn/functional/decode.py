@@ -1,0 +1,241 @@
+"""`attention_decode`: attention of new tokens over a key-value cache, contiguous or paged."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastattn import biases
+from fastattn.functional.attention import MAX_HEAD_DIM, lower_bias
+from fastattn.functional.checks import check_device, check_number, check_shape, check_tensor, resolve_backend
+from fastattn.masks import LoweredMask, Mask
+from fastattn.masks.arguments import as_4d
+from fastattn.ops.decode import attention_decode_forward
+from fastattn.ops.library import tracks_gradients
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = ...,
+    mask: Mask | Tensor | None = ...,
+    bias: biases.Dense | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = ...,
+    mask: Mask | Tensor | None = ...,
+    bias: biases.Dense | Tensor | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: biases.Dense | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of the newest tokens over the keys and values in a cache; formulas as `attention`. Inference
+    only.
+
+    Args:
+        q: (B, Hq, Sq, D), the queries of the last Sq tokens of each sequence; float32, bfloat16 or float16.
+        k_cache, v_cache: (B, Hkv, S, D) and (B, Hkv, S, Dv) of q's dtype, S the room in the cache; or with a
+            block_table pages (pages, page_size, Hkv, D) and (pages, page_size, Hkv, Dv). Hq % Hkv == 0. The new tokens'
+            keys and values are in it already.
+        cache_lengths: (B,) int32, how many keys of each sequence are in use, the new ones included; what lies behind
+            them may be anything, NaN too. Not read on the host, unless `mask` says so.
+        block_table: (B, n) int32, the pages of each sequence in order; entries past its length may be anything. With it
+            S is n * page_size.
+        mask: which keys a query sees beyond the cache's length. Query i sits at position cache_length - Sq + i. A mask
+            object of `fastattn.masks` without tensors of its own, Causal() with more than one new token; a bool tensor,
+            True is visible, that broadcasts to (B, Hq, Sq, S). Windows and their intersections need no lengths on the
+            host, other masks read them. None: every key in the cache.
+        bias: a float tensor that broadcasts to (B, Hq, Sq, S), of q's dtype or float32, indexed by place in the cache.
+        scale, softcap, sinks, return_lse, backend: as in `attention`.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in q's dtype, (B, Sq, Hq, Dv) in memory; with return_lse also lse (B, Hq, Sq), natural log,
+        float32, without the sink. A query that sees no key gets 0 and -inf.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, or one that requires a gradient; the text names it and the remedy.
+        NotSupported: the backend asked for does not run this call; the text says why.
+    """
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, tensor)
+    _check_inference(q, k_cache, v_cache, bias, sinks)
+    room = _check_shapes(q, k_cache, v_cache, cache_lengths, block_table)
+    full = (q.shape[0], q.shape[1], q.shape[2], room)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    else:
+        check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not softcap > 0.0:
+            raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        check_device("sinks", sinks, "q", q)
+        check_shape("sinks", sinks, (full[1],), "one logit per query head")
+    added = None if bias is None else lower_bias("bias", bias, full, q)
+    lowered = LoweredMask()
+    if isinstance(mask, Tensor):
+        added = _hide(mask, added, full, q)
+    elif mask is not None:
+        lowered, added = _lower_mask(mask, added, full, q, cache_lengths)
+    out, lse = attention_decode_forward(
+        q,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        block_table,
+        lowered.band_left,
+        lowered.band_right,
+        lowered.intervals,
+        added,
+        sinks,
+        scale,
+        softcap or 0.0,
+        resolve_backend(backend),
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_inference(q: Tensor, k: Tensor, v: Tensor, bias: object, sinks: Tensor | None) -> None:
+    tensor = bias.tensor if isinstance(bias, biases.Dense) else bias
+    if tracks_gradients(q, k, v, tensor if isinstance(tensor, Tensor) else None, sinks):
+        raise ValueError(
+            "attention_decode has no gradient, and one of q, k_cache, v_cache, bias or sinks requires one: "
+            "call it under torch.no_grad(), or use fastattn.attention"
+        )
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor | None) -> int:
+    """The room S per sequence, once the tensors agree."""
+    for name, tensor in (("q", q), ("k_cache", k), ("v_cache", v)):
+        if tensor.dim() != 4:
+            form = (
+                "(pages, page_size, Hkv, D)"
+                if table is not None and name != "q"
+                else "(batch, heads, length, head_dim)"
+            )
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}: pass {form}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} but q {q.dtype}: keep the cache in q's dtype")
+        check_device(name, tensor, "q", q)
+    for name, ints in (("cache_lengths", lengths), ("block_table", table)):
+        if ints is None:
+            continue
+        if not isinstance(ints, Tensor) or ints.dtype != torch.int32:
+            kind = ints.dtype if isinstance(ints, Tensor) else type(ints).__name__
+            raise TypeError(f"{name} is of {kind}: pass an int32 tensor, for example {name}.to(torch.int32)")
+        check_device(name, ints, "q", q)
+    batch, heads_q, _, dim = q.shape
+    check_shape("cache_lengths", lengths, (batch,), "the number of keys in use per sequence")
+    heads_at, length_at = (1, 2) if table is None else (2, 1)
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"v_cache has shape {tuple(v.shape)} beside k_cache of {tuple(k.shape)}: all but the last dimension agree"
+        )
+    if table is None and k.shape[0] != batch:
+        raise ValueError(f"k_cache has a batch of {k.shape[0]} but q of {batch}: pass one cache entry per sequence")
+    if table is not None and (table.dim() != 2 or table.shape[0] != batch):
+        raise ValueError(f"block_table has shape {tuple(table.shape)}: pass ({batch}, pages per sequence)")
+    if k.shape[3] != dim:
+        raise ValueError(f"k_cache has head dim {k.shape[3]} but q {dim}: pass keys of q's head dim")
+    heads_kv = k.shape[heads_at]
+    if heads_kv == 0 or heads_q % heads_kv != 0:
+        raise ValueError(
+            f"q has {heads_q} heads, which is no multiple of the {heads_kv} heads of k_cache: pass Hq % Hkv == 0"
+        )
+    for name, value in (("q", dim), ("v_cache", v.shape[3])):
+        if not 1 <= value <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} has head dim {value}: pass 1 to {MAX_HEAD_DIM}")
+    return k.shape[length_at] if table is None else table.shape[1] * k.shape[length_at]
+
+
+def _hide(mask: Tensor, added: Tensor | None, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
+    """A bool mask over the cache as a bias of 0 and -inf, small as the queries are few."""
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask has dtype {mask.dtype}: pass bool (True is visible); what is added to the scores goes to bias="
+        )
+    check_device("mask", mask, "q", q)
+    hidden = torch.zeros((), device=q.device).masked_fill(~as_4d("mask", mask, full), -math.inf)
+    return hidden if added is None else hidden + added
+
+
+def _lower_mask(
+    mask: Mask, added: Tensor | None, full: tuple[int, int, int, int], q: Tensor, cache_lengths: Tensor
+) -> tuple[LoweredMask, Tensor | None]:
+    """Band and intervals about the positions of the newest tokens, and the bias with whatever these cannot say."""
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask is a {type(mask).__name__}: pass an object of fastattn.masks, a bool tensor, or None")
+    _, heads, len_q, room = full
+    whole = mask.lower(1, heads, len_q, room, q.device)
+    if _is_about_positions(whole, room - len_q) and whole.intervals is None:
+        return whole, added
+    lengths = cache_lengths.tolist()
+    forms = [mask.lower(1, heads, len_q, length, q.device) for length in lengths]
+    if forms and all(_is_about_positions(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
+        return forms[0]._replace(intervals=_stack_intervals(forms, heads)), added
+    seen = torch.zeros(full, dtype=torch.bool, device=q.device)
+    for b, length in enumerate(lengths):
+        seen[b, ..., :length] = mask.to_dense(1, heads, len_q, length, q.device)[0]
+    return LoweredMask(), _hide(seen, added, full, q)
+
+
+def _is_about_positions(form: LoweredMask, offset: int) -> bool:
+    """Whether nothing but a band about that offset and intervals hides keys."""
+    has_band = form.band_left is not None or form.band_right is not None
+    rest = form._replace(band_offset=0, band_left=None, band_right=None, intervals=None, bounds=None)
+    return rest == LoweredMask() and (not has_band or form.band_offset == offset)
+
+
+def _stack_intervals(forms: list[LoweredMask], heads: int) -> Tensor | None:
+    """The intervals of one form per sequence as (R, B, Hq, Sq, 2); those that a form has fewer of are empty."""
+    given = [form.intervals for form in forms]
+    most = max(0 if t is None else t.shape[0] for t in given)
+    if most == 0:
+        return None
+    stacked = []
+    for t in given:
+        assert t is not None  # the number of intervals is a matter of the mask, not of the length
+        empty = t.new_zeros(most - t.shape[0], *t.shape[1:])
+        stacked.append(torch.cat((t, empty)).expand(-1, -1, heads, -1, -1))
+    return torch.cat(stacked, dim=1)

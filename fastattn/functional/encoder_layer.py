@@ -1,0 +1,204 @@
+"""`encoder_layer`: a whole transformer encoder layer as one call, for inference."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fastattn.functional.attention import MAX_HEAD_DIM, lower_mask
+from fastattn.functional.checks import (
+    check_activation,
+    check_beside,
+    check_device,
+    check_number,
+    check_shape,
+    check_tensor,
+    resolve_backend,
+)
+from fastattn.masks import LoweredMask, Mask
+from fastattn.masks.lowered import flatten
+from fastattn.ops.encoder_layer import encoder_layer_forward
+from fastattn.ops.library import tracks_gradients
+
+_NOTHING_HIDDEN = LoweredMask()
+
+
+def encoder_layer(
+    x: Tensor,
+    wq: Tensor,
+    bq: Tensor | None,
+    wk: Tensor,
+    bk: Tensor | None,
+    wv: Tensor,
+    bv: Tensor | None,
+    wo: Tensor,
+    bo: Tensor | None,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    *,
+    heads: int,
+    activation: str | None = "gelu",
+    norm_first: bool = False,
+    eps1: float = 1e-5,
+    eps2: float = 1e-5,
+    mask: Mask | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A transformer encoder layer (Vaswani et al. 2017) in inference, without its intermediate tensors in memory.
+
+        norm last    h = norm1(x + attend(x) wo^T + bo)           y = norm2(h + act(h w1^T + b1) w2^T + b2)
+        norm first   h = x + attend(norm1(x)) wo^T + bo           y = h + act(norm2(h) w1^T + b1) w2^T + b2
+
+    attend(z) is softmax attention over `heads` heads with q = z wq^T + bq, k = z wk^T + bk and v = z wv^T + bv.
+
+    Args:
+        x: (B, S, E), or packed (T, E) with cu_seqlens; float32, bfloat16, float16 (float64 on the reference backend),
+            any strides.
+        wq, wk, wv, wo, bq, bk, bv, bo: (E, E) and (E,) in x's dtype; E % heads == 0. Rows of one in_proj_weight will
+            do. Every bias may be None.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (E,) in x's dtype or float32, or None.
+        w1, b1, w2, b2: (F, E), (F,), (E, F) and (E,) in x's dtype.
+        activation: relu, gelu (by erf), gelu_tanh, silu, quick_gelu, relu2, or None.
+        norm_first: where the norms stand, as in nn.TransformerEncoderLayer.
+        eps1, eps2: added to the variances, not negative.
+        mask: as in `attention` for q, k (B, heads, S, ...), but for float tensors: which keys a query sees.
+        cu_seqlens: int32 (N + 1) on x's device: row bounds of N sequences that follow each other in x, 0 first, T last.
+            Every query sees all keys of its own sequence; there is no mask beside it.
+        scale: factor of the scores, 1 / sqrt(E / heads) by default.
+        backend: the backend's name; None takes that of `use_backend`, or the first that supports the call.
+
+    Returns:
+        y of x's shape and dtype, contiguous. A query that sees no key gets 0 from the attention.
+
+    Raises:
+        TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
+        RuntimeError: a gradient would be needed, or the call is under a transform of torch.func.
+        NotSupported: the backend asked for does not run this call.
+
+    There is no backward and no dropout: for training call the parts (`linear_act`, `attention`, `layer_norm`, `ffn`).
+    Under autocast it runs in x's own dtype.
+    """
+    name = check_activation(activation)
+    check_tensor("x", x)
+    if x.dim() != (3 if cu_seqlens is None else 2):
+        raise ValueError(
+            f"x has {x.dim()} dimensions, shape {tuple(x.shape)}: pass (batch, length, features), or packed rows "
+            "(T, features) together with cu_seqlens"
+        )
+    features = x.shape[-1]
+    _check_heads(heads, features)
+    square = (features, features)
+    _check_weights(
+        x,
+        (("wq", wq, square), ("wk", wk, square), ("wv", wv, square), ("wo", wo, square)),
+        (("bq", bq), ("bk", bk), ("bv", bv), ("bo", bo), ("b2", b2)),
+    )
+    check_tensor("w1", w1)
+    if w1.dim() != 2:
+        raise ValueError(f"w1 has shape {tuple(w1.shape)}: pass (F, {features})")
+    hidden = w1.shape[0]
+    _check_weights(x, (("w1", w1, (hidden, features)), ("w2", w2, (features, hidden))), ())
+    if b1 is not None:
+        check_beside("b1", b1, "x", x, float32_too=False)
+        check_shape("b1", b1, (hidden,), "one element per row of w1")
+    for label, value in (
+        ("norm1_weight", norm1_weight),
+        ("norm1_bias", norm1_bias),
+        ("norm2_weight", norm2_weight),
+        ("norm2_bias", norm2_bias),
+    ):
+        if value is not None:
+            check_beside(label, value, "x", x)
+            check_shape(label, value, (features,), "one element per feature of x")
+    for label, eps in (("eps1", eps1), ("eps2", eps2)):
+        check_number(label, eps)
+        if not eps >= 0.0:
+            raise ValueError(f"{label}={eps} is negative: pass 0 or a small positive number such as 1e-5")
+    if scale is None:
+        scale = 1.0 / math.sqrt(features // heads)
+    else:
+        check_number("scale", scale)
+    lowered = _NOTHING_HIDDEN
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, mask, x)
+    elif mask is not None:
+        lowered = _lower(mask, x, heads)
+    weights = (wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias)
+    if tracks_gradients(x, *weights):
+        _refuse_gradients()
+    y: Tensor = encoder_layer_forward(
+        x,
+        *weights,
+        cu_seqlens,
+        *flatten(lowered),
+        heads,
+        scale,
+        name,
+        norm_first,
+        eps1,
+        eps2,
+        resolve_backend(backend),
+    )
+    return y
+
+
+def _check_heads(heads: int, features: int) -> None:
+    if isinstance(heads, bool) or not isinstance(heads, (int, torch.SymInt)):
+        raise TypeError(f"heads={heads!r} is a {type(heads).__name__}: pass the number of attention heads")
+    if heads < 1 or features % heads != 0 or not 1 <= features // heads <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"heads={heads} does not cut x's {features} features into heads: pass a divisor of {features} with "
+            f"at most {MAX_HEAD_DIM} features to a head"
+        )
+
+
+def _check_weights(
+    x: Tensor, weights: tuple[tuple[str, Tensor, tuple[int, int]], ...], biases: tuple[tuple[str, Tensor | None], ...]
+) -> None:
+    """Weights of these shapes and biases of one element per feature of x, in x's dtype and on its device."""
+    for name, value, shape in weights:
+        check_beside(name, value, "x", x, float32_too=False)
+        check_shape(name, value, shape, "out features by in features as nn.Linear stores it")
+    for name, bias in biases:
+        if bias is not None:
+            check_beside(name, bias, "x", x, float32_too=False)
+            check_shape(name, bias, x.shape[-1:], "one element per feature of x")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, mask: Mask | Tensor | None, x: Tensor) -> None:
+    if mask is not None:
+        raise ValueError("mask is given beside cu_seqlens: pass padded (B, S, E) with a mask, or packed rows without")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        kind = str(cu_seqlens.dtype) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens is of {kind}: pass an int32 tensor of shape (sequences + 1,)")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: pass an int32 tensor (sequences + 1,)")
+    check_device("cu_seqlens", cu_seqlens, "x", x)
+
+
+def _lower(mask: Mask | Tensor, x: Tensor, heads: int) -> LoweredMask:
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        raise TypeError(
+            f"mask has dtype {mask.dtype}: pass a bool tensor, True where visible (mask == 0 for one of 0 and -inf); "
+            "attention(mask=...) takes a float mask to add"
+        )
+    full = (x.shape[0], heads, x.shape[1], x.shape[1])
+    return lower_mask(mask, None, full, x)[0]
+
+
+def _refuse_gradients() -> NoReturn:
+    raise RuntimeError(
+        "encoder_layer has no backward, and here a gradient would be needed (or a transform of torch.func is active): "
+        "call it under torch.no_grad() or torch.inference_mode(), or call linear_act, attention, layer_norm and ffn"
+    )

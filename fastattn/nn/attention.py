@@ -1,0 +1,237 @@
+"""MultiheadAttention: torch.nn's, on fastattn.attention and fastattn.linear_act."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.functional import attention, linear_act
+from fastattn.functional.attention import MAX_HEAD_DIM
+from fastattn.nn.attention_masks import read_masks, why_not_masks
+from fastattn.nn.attention_weights import attention_by_weights, kernel_and_weights
+from fastattn.nn.checks import why_not_input, why_not_tensor
+from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.fused import Fused
+from fastattn.ops.library import tracks_gradients
+
+
+class MultiheadAttention(Fused, nn.MultiheadAttention):
+    """nn.MultiheadAttention: arguments, attributes, initialisation and state_dict are torch's, and so are the results.
+
+        q, k, v = query W_q^T + b_q, key W_k^T + b_k, value W_v^T + b_v, each split into H heads of D = E / H
+        weights = dropout(softmax(q k^T / sqrt(D) + masks));    output = concat(weights v) W_o^T + b_o
+
+    Shapes, for batch B, queries L, keys S and width E: query (L, B, E), key (S, B, kdim) and value (S, B, vdim), with
+    batch_first (B, L, E) and so on, without a batch (L, E) and so on; float32, bfloat16 or float16. attn_mask (L, S)
+    or (B*H, L, S) and key_padding_mask (B, S): bool, where True is *not* attended to, or float, which is added.
+    Returns (output, weights): output in query's shape, contiguous; weights after dropout, (B, L, S) averaged over the
+    heads or (B, H, L, S), without B for unbatched input; None with need_weights=False, the fastest way.
+
+    One difference is by design. A query that sees no key gets attention 0, so that its output is the bias of out_proj,
+    weights 0 and gradient 0, whatever hides the keys and in every mode; torch.nn gives NaN, or 0, by mode.
+
+    is_causal=True says that attn_mask, which must be given, is the causal one. As in torch the mask is then not read,
+    unless key_padding_mask is given too or need_weights is set.
+
+    What the kernels do not take (float64, nested tensors, tensor subclasses, weights wanted after dropout) runs torch's
+    code, counted; arguments that fit neither raise torch's own errors.
+    """
+
+    fastattn_original = nn.MultiheadAttention
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        note_call(self)
+        reason = None
+        if "attention" not in self.fastattn_off:
+            reason = self._why_not(query, key, value, key_padding_mask, attn_mask, is_causal)
+            if reason is None:
+                causal = is_causal and key_padding_mask is None and not need_weights
+                return self._attend(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, causal
+                )
+        result: tuple[Tensor, Tensor | None] = super().forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        if reason is not None:  # noted only now: of arguments that are wrong, torch's error is all there is to say
+            note_fallback(self, reason)
+        return result
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self._project(query, key, value)
+        len_k = k.shape[2]
+        k, v = self._append(k, v)
+        masks = read_masks(
+            attn_mask, key_padding_mask, heads=self.num_heads, causal=causal, extra_keys=k.shape[2] - len_k
+        )
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if not need_weights:
+            context = attention(
+                q, k, v, mask=masks.visible(), bias=masks.bias, dropout_p=dropout_p, backend=self.fastattn_backend
+            )
+        elif dropout_p == 0.0 and tracks_gradients(q, k, v, masks.bias):
+            context, weights = kernel_and_weights(q, k, v, masks, average_attn_weights, self.fastattn_backend)
+        else:
+            note_fallback(self, "the attention weights are asked for (need_weights=True)")
+            context, weights = attention_by_weights(q, k, v, masks, average_attn_weights, dropout_p)
+        output = self._linear(self._joined(context, query), self.out_proj.weight, self.out_proj.bias)
+        if weights is not None and query.dim() == 2:
+            weights = weights.squeeze(0)
+        return output, weights
+
+    # ---- projections -------------------------------------------------------------------------------------------------
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q (B, H, L, D), k and v (B, H, S, D): views of the projections, one product for inputs that are one
+        tensor."""
+        inputs: list[tuple[Tensor, int]] = []
+        for x in (query, key, value):
+            if self._qkv_same_embed_dim and inputs and inputs[-1][0] is x:
+                inputs[-1] = (x, inputs[-1][1] + 1)
+            else:
+                inputs.append((x, 1))
+        counts = [count for _, count in inputs]
+        if self._qkv_same_embed_dim:
+            weights = _split(self.in_proj_weight, counts, self.embed_dim)
+        else:
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        biases: Sequence[Tensor | None] = [None] * len(counts)
+        if self.in_proj_bias is not None:
+            biases = _split(self.in_proj_bias, counts, self.embed_dim)
+        heads = []
+        for (x, count), weight, bias in zip(inputs, weights, biases, strict=True):
+            heads += self._heads(self._linear(x, weight, bias), count)
+        return heads
+
+    def _heads(self, x: Tensor, count: int) -> list[Tensor]:
+        """`count` projections that lie side by side in the last dimension, each as a view (B, H, length, D)."""
+        if x.dim() == 2:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        x = x.unflatten(-1, (count, self.num_heads, self.head_dim))
+        return [part.transpose(1, 2) for part in x.unbind(2)]
+
+    def _joined(self, context: Tensor, query: Tensor) -> Tensor:
+        """(B, H, L, D) -> query's shape; a view of what the kernel wrote, but for the order of L and B."""
+        context = context.transpose(1, 2).flatten(2)
+        if query.dim() == 2:
+            return context.squeeze(0)
+        return context if self.batch_first else context.transpose(0, 1)
+
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The learned key and value of add_bias_kv, and the zeros of add_zero_attn, behind the others."""
+        keys, values = [k], [v]
+        batch, heads, _, dim = k.shape
+        if self.bias_k is not None and self.bias_v is not None:
+            keys.append(self.bias_k.view(1, heads, 1, dim).expand(batch, -1, -1, -1))
+            values.append(self.bias_v.view(1, heads, 1, dim).expand(batch, -1, -1, -1))
+        if self.add_zero_attn:
+            zero = k.new_zeros(batch, heads, 1, dim)
+            keys.append(zero)
+            values.append(zero)
+        return (k, v) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if "linears" in self.fastattn_off:
+            return F.linear(x, weight, bias)
+        return linear_act(x, weight, bias, backend=self.fastattn_backend)
+
+    # ---- what the kernels can take -----------------------------------------------------------------------------------
+
+    def _why_not(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> str | None:
+        """None where the kernels run this call."""
+        reason = (
+            why_not_input(query)
+            or why_not_input(key)
+            or why_not_input(value)
+            or self._why_not_weights(query)
+            or self._why_not_shapes(query, key, value)
+        )
+        if reason is not None:
+            return reason
+        if is_causal and attn_mask is None:
+            return "is_causal=True comes without an attn_mask"
+        if self.training and self.dropout >= 1.0:
+            return f"dropout is {self.dropout}"
+        batch, len_q = self._batch_and_length(query)
+        sizes = (batch, self.num_heads, len_q, self._batch_and_length(key)[1])
+        return why_not_masks(attn_mask, key_padding_mask, query, sizes)
+
+    def _why_not_weights(self, query: Tensor) -> str | None:
+        """The tensors are read as attributes, as torch does: pruning and parametrisation have made them what they
+        should be, and out_proj is never called."""
+        same = self._qkv_same_embed_dim
+        names = ("in_proj_weight",) if same else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        tensors = [(name, getattr(self, name)) for name in names]
+        tensors += [(name, getattr(self, name)) for name in ("in_proj_bias", "bias_k", "bias_v")]
+        tensors += [("out_proj.weight", self.out_proj.weight), ("out_proj.bias", self.out_proj.bias)]
+        autocast = torch.is_autocast_enabled(query.device.type)
+        for name, tensor in tensors:
+            reason = why_not_tensor(name, tensor)
+            if reason is not None:
+                return reason
+            if tensor is None:
+                if name.endswith("weight"):
+                    return f"{name} is None"
+                continue
+            if tensor.device != query.device:
+                return f"{name} lies on {tensor.device.type} beside an input on {query.device.type}"
+            if tensor.dtype != query.dtype and not autocast:
+                return f"{name} has another dtype than the input"
+        if (self.bias_k is None) != (self.bias_v is None):
+            return "it has one of bias_k and bias_v"
+        return None if self.head_dim <= MAX_HEAD_DIM else f"the head dim is {self.head_dim}"
+
+    def _why_not_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        dims = query.dim()
+        if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
+            return "query, key and value are not all of 3 dimensions, or all of 2"
+        widths = (self.embed_dim, self.kdim, self.vdim)
+        fits = (query.shape[-1], key.shape[-1], value.shape[-1]) == widths and key.shape[:-1] == value.shape[:-1]
+        if not fits or self._batch_and_length(query)[0] != self._batch_and_length(key)[0]:
+            return "the shapes of query, key and value do not fit"
+        if (key.dtype, key.device) != (query.dtype, query.device) or value.dtype != key.dtype:
+            return "query, key and value differ in dtype or device"
+        return None
+
+    def _batch_and_length(self, x: Tensor) -> tuple[int, int]:
+        if x.dim() == 2:
+            return 1, x.shape[0]
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+
+
+def _split(tensor: Tensor, counts: list[int], rows: int) -> Sequence[Tensor]:
+    """Consecutive blocks of counts[i] * rows rows, views; the tensor itself where there is one."""
+    return [tensor] if len(counts) == 1 else tensor.split([count * rows for count in counts])
