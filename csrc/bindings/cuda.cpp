@@ -196,7 +196,7 @@ void attention_forward(int dtype, const Sizes &sizes, const View &q, const View 
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "libfastattn_cuda.so: pointers in, CUDA kernels on the given device and stream.";
-    module.def("architectures", &architectures, "The architectures of the compiled kernels, such as ['sm_80', 'sm_90', 'compute_90'].");
+    module.def("architectures", &architectures, "The architectures of the compiled kernels, such as ['sm_80', 'sm_90', 'compute_80'].");
     module.def("devices", &devices, "name, capability, multiprocessors and memory_bytes of each device; RuntimeError without a driver.");
     module.def("activation_forward", &activation_forward, py::arg("gate"), py::arg("gate_bias"), py::arg("up"), py::arg("up_bias"), py::arg("h"),
                py::arg("gate_out"), py::arg("up_out"), py::arg("dtype"), py::arg("activation"), py::arg("rows"), py::arg("cols"),

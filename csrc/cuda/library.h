@@ -110,7 +110,7 @@ typedef struct {
 } fastattn_cuda_attention;
 
 FASTATTN_CUDA_API const char *fastattn_cuda_error_text(int error);
-// The architectures of the compiled kernels, comma-separated: "sm_80,compute_90" is machine code for 8.x and PTX for 9.0 on.
+// The architectures of the compiled kernels, comma-separated: "sm_80,compute_80" is machine code for 8.x and PTX for what came later.
 FASTATTN_CUDA_API const char *fastattn_cuda_architectures(void);
 FASTATTN_CUDA_API int fastattn_cuda_device_count(int *count);
 FASTATTN_CUDA_API int fastattn_cuda_device_query(int index, fastattn_cuda_device *device);

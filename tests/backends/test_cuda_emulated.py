@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DRIVER = Path(__file__).with_name("cuda_emulated.py")
 
 
@@ -22,6 +24,13 @@ def test_verify_runs_in_the_emulation(emulated_cuda: Path) -> None:
     report = json.loads(run.stdout)
     assert report["failures"] == []
     assert {row["op"] for row in report["refusals"]} <= {"attention"}
+
+
+@pytest.mark.slow
+def test_verify_runs_long_in_the_emulation(emulated_cuda: Path) -> None:
+    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--cases", "400", "--seed", "3"]
+    run = subprocess.run(command, env=environment(emulated_cuda, seed=3), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 def test_each_kernel_equals_the_reference(emulated_cuda: Path) -> None:

@@ -19,7 +19,7 @@ from fastattn.backends.cuda.linear import (
     linear_reasons,
 )
 from fastattn.backends.cuda.norm import norm_backward, norm_forward, norm_reasons
-from fastattn.problems import LinearProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
 
 __all__ = [
     "NAME",
@@ -49,4 +49,6 @@ def not_supported_reasons(problem: Problem) -> list[str]:
         return norm_reasons(problem)
     if isinstance(problem, LinearProblem):
         return linear_reasons(problem)
-    return attention_reasons(problem)
+    if isinstance(problem, AttentionProblem):
+        return attention_reasons(problem)
+    return [f"the CUDA backend has no kernel for {problem.op}"]
