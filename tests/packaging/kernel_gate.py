@@ -8,6 +8,7 @@ Needs cuobjdump, of a CUDA toolkit or of the triton package. The library is by d
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -56,6 +57,7 @@ class Kernel:
         return re.sub(r"\((?:int|bool)\)|__nv_", "", text).split("(")[0]
 
 
+@functools.cache
 def demangled(name: str) -> str:
     """As C++ spells it, where c++filt is there; else the symbol."""
     if shutil.which("c++filt") is None:
