@@ -2,7 +2,7 @@
 
 csrc/cpu/**.cpp       -> fastattn/_lib/libfastattn_cpu.so    each kernel source once per instruction set
 csrc/bindings/cpu.cpp -> fastattn/_cpu.<abi>.so              a thin pybind11 module over it
-csrc/cuda/*.cu        -> fastattn/_lib/libfastattn_cuda.so   where nvcc is found
+csrc/cuda/**.cu       -> fastattn/_lib/libfastattn_cuda.so   where nvcc is found; csrc/cuda/emulation is for tests
 csrc/bindings/cuda.cpp-> fastattn/_cuda.<abi>.so
 
 No torch here: the libraries take pointers, so one wheel serves every torch version.
@@ -65,8 +65,10 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 }
 MACHINE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
-# sm_80 code runs on Ampere and Ada, sm_90 code on Hopper; drivers compile the PTX of the newest for what came later.
-CUDA_ARCHITECTURES = ["sm_80", "sm_90", "compute_90"]
+# sm_80 code runs on Ampere and Ada, sm_90 code on Hopper; drivers compile the PTX for what came later. All three come
+# from the PTX of 8.0, which is therefore made once: kernels that need more are compiled for their architecture by name.
+CUDA_ARCHITECTURES = ["sm_80", "sm_90", "compute_80"]
+CUDA_VIRTUAL = "compute_80"
 CUDA_FLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
@@ -158,9 +160,7 @@ def nvcc() -> list[str]:
 
 
 def gencode() -> list[str]:
-    return [
-        flag for name in CUDA_ARCHITECTURES for flag in ("-gencode", f"arch=compute_{name.split('_')[1]},code={name}")
-    ]
+    return [flag for name in CUDA_ARCHITECTURES for flag in ("-gencode", f"arch={CUDA_VIRTUAL},code={name}")]
 
 
 # --- build.ninja --------------------------------------------------------------------------------------------
@@ -255,11 +255,13 @@ def add_cpu_library(ninja: NinjaFile) -> str:
 
 
 def add_cuda_library(ninja: NinjaFile) -> str:
-    flags = [*CUDA_FLAGS, *gencode(), f"-I{ROOT / 'csrc'}"]
+    folder = ROOT / "csrc" / "cuda"
+    flags = [*CUDA_FLAGS, *gencode(), f"-I{ROOT / 'csrc'}", f"-I{folder}"]
     flags.append(f'-DFASTATTN_CUDA_ARCHITECTURES="{",".join(CUDA_ARCHITECTURES)}"')
     objects = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        objects.append(ninja.build("nvcc", f"cuda/{source.stem}.o", [str(source)], flags))
+    for source in sorted(folder.rglob("*.cu")):
+        name = source.relative_to(folder).with_suffix(".o")
+        objects.append(ninja.build("nvcc", f"cuda/{name}", [str(source)], flags))
     library = "libfastattn_cuda.so"
     return ninja.build("nvlink", library, objects, ["-cudart", "static", "-Xlinker", f"-soname={library}"])
 

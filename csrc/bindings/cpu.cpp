@@ -10,25 +10,11 @@
 #include <vector>
 
 #include "../cpu/library.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
-
-using View = std::optional<std::vector<int64_t>>;
-
-fastattn_tensor tensor(const View &view) {
-    fastattn_tensor result{};
-    if (!view) return result;
-    result.data = reinterpret_cast<void *>(view->at(0));
-    for (size_t i = 1; i < view->size(); i++) result.stride[i - 1] = view->at(i);
-    return result;
-}
-
-template <class T>
-T *pointer(int64_t address) {
-    return reinterpret_cast<T *>(address);
-}
 
 void check(int status) {
     if (status != FASTATTN_OK) throw std::runtime_error(fastattn_status_text(status));
@@ -37,35 +23,6 @@ void check(int status) {
 using Dropout = std::tuple<uint64_t, uint32_t, float>;  // seed, threshold, keep_scale
 
 fastattn_dropout dropout(const Dropout &d) { return {std::get<0>(d), std::get<1>(d), std::get<2>(d)}; }
-
-using Blocks = std::tuple<View, int64_t, int64_t, int64_t>;  // row_ptr, col, id, bitmaps
-// key_start, key_end, key_bits, band_offset, band_left, band_right, intervals, their number, blocks, dense
-using Mask = std::tuple<int64_t, int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>, View, int64_t, std::optional<Blocks>, View>;
-
-fastattn_blocks blocks(const Blocks &b) {
-    const auto &[row_ptr, col, id, bitmaps] = b;
-    return {tensor(row_ptr), pointer<int32_t>(col), pointer<int32_t>(id), pointer<int64_t>(bitmaps)};
-}
-
-fastattn_mask mask(const Mask &m) {
-    const auto &[key_start, key_end, key_bits, offset, left, right, intervals, n_intervals, block_rows, dense] = m;
-    fastattn_mask result{};
-    result.key_start = pointer<int32_t>(key_start);
-    result.key_end = pointer<int32_t>(key_end);
-    result.key_bits = pointer<int64_t>(key_bits);
-    result.band_offset = offset;
-    result.band_left = left.value_or(0);
-    result.band_right = right.value_or(0);
-    result.band_has_left = left.has_value();
-    result.band_has_right = right.has_value();
-    result.intervals = tensor(intervals);
-    result.n_intervals = n_intervals;
-    if (block_rows) result.blocks = blocks(*block_rows);
-    result.dense = tensor(dense);
-    return result;
-}
-
-using Sizes = std::array<int64_t, 7>;  // batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v
 
 fastattn_attention attention(int dtype, int n_threads, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
                              const Mask &m, const View &bias, int bias_dtype, int64_t sinks, float scale, float softcap, const Dropout &d) {

@@ -8,18 +8,15 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "cuda/library.h"
+#include "../cuda/library.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <typename T>
-T *pointer(std::uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
 
 void check(int error, const std::string &call) {
     if (error != 0) throw std::runtime_error(call + ": " + fastattn_cuda_error_text(error));
@@ -54,34 +51,172 @@ py::list devices() {
     return result;
 }
 
-void linear_act(std::uintptr_t x, std::uintptr_t bias, std::uintptr_t y, std::uintptr_t pre, int dtype, int activation, std::int64_t rows,
-                std::int64_t cols, int device, std::uintptr_t stream) {
-    fastattn_cuda_bias_act call{};
+// rows x columns, dtype and device of a failed call, behind its name.
+std::string call_of(const char *name, std::int64_t rows, std::int64_t cols, int dtype, int device) {
+    return std::string(name) + " on cuda:" + std::to_string(device) + " with " + std::to_string(rows) + " x " + std::to_string(cols) +
+           " elements (dtype " + std::to_string(dtype) + ")";
+}
+
+// seed pointer, threshold, scale of what is kept
+using Dropout = std::tuple<std::uintptr_t, std::uint32_t, float>;
+
+fastattn_cuda_dropout dropout_of(const Dropout &dropout) {
+    return {pointer<const std::int64_t>(std::get<0>(dropout)), std::get<1>(dropout), std::get<2>(dropout)};
+}
+
+void activation_forward(std::uintptr_t gate, std::uintptr_t gate_bias, std::uintptr_t up, std::uintptr_t up_bias, std::uintptr_t h,
+                        std::uintptr_t gate_out, std::uintptr_t up_out, int dtype, int activation, std::int64_t rows, std::int64_t cols, int device,
+                        std::uintptr_t stream) {
+    fastattn_cuda_activation call{};
     call.device = device;
     call.stream = pointer<void>(stream);
     call.dtype = dtype;
     call.activation = activation;
     call.rows = rows;
     call.cols = cols;
-    call.x = pointer<const void>(x);
-    call.bias = pointer<const void>(bias);
-    call.y = pointer<void>(y);
-    call.pre = pointer<void>(pre);
+    call.gate = pointer<const void>(gate);
+    call.gate_bias = pointer<const void>(gate_bias);
+    call.up = pointer<const void>(up);
+    call.up_bias = pointer<const void>(up_bias);
+    call.h = pointer<void>(h);
+    call.gate_out = pointer<void>(gate_out);
+    call.up_out = pointer<void>(up_out);
     const py::gil_scoped_release unlocked;
-    const int error = fastattn_cuda_linear_act(&call);
-    if (error != 0) {
-        check(error, "linear_act on cuda:" + std::to_string(device) + " with " + std::to_string(rows) + " x " + std::to_string(cols) +
-                         " elements (dtype " + std::to_string(dtype) + ", activation " + std::to_string(activation) + ")");
-    }
+    const int error = fastattn_cuda_activation_forward(&call);
+    if (error != 0) check(error, call_of("activation_forward", rows, cols, dtype, device));
+}
+
+void activation_backward(std::uintptr_t grad_h, std::uintptr_t gate, std::uintptr_t up, std::uintptr_t grad_gate, std::uintptr_t grad_up,
+                         std::uintptr_t h, std::uintptr_t grad_gate_parts, std::uintptr_t grad_up_parts, int dtype, int activation,
+                         std::int64_t rows, std::int64_t cols, int device, std::uintptr_t stream) {
+    fastattn_cuda_activation_gradient call{};
+    call.device = device;
+    call.stream = pointer<void>(stream);
+    call.dtype = dtype;
+    call.activation = activation;
+    call.rows = rows;
+    call.cols = cols;
+    call.grad_h = pointer<const void>(grad_h);
+    call.gate = pointer<const void>(gate);
+    call.up = pointer<const void>(up);
+    call.grad_gate = pointer<void>(grad_gate);
+    call.grad_up = pointer<void>(grad_up);
+    call.h = pointer<void>(h);
+    call.grad_gate_parts = pointer<float>(grad_gate_parts);
+    call.grad_up_parts = pointer<float>(grad_up_parts);
+    const py::gil_scoped_release unlocked;
+    const int error = fastattn_cuda_activation_backward(&call);
+    if (error != 0) check(error, call_of("activation_backward", rows, cols, dtype, device));
+}
+
+void norm_forward(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t z, std::uintptr_t y,
+                  std::uintptr_t mean, std::uintptr_t rstd, const std::tuple<int, int, int, int, int> &dtypes, bool is_rms, std::int64_t rows,
+                  std::int64_t width, float eps, float offset, const Dropout &dropout, int device, std::uintptr_t stream) {
+    fastattn_cuda_norm call{};
+    call.device = device;
+    call.stream = pointer<void>(stream);
+    call.is_rms = is_rms;
+    call.rows = rows;
+    call.width = width;
+    std::tie(call.x_dtype, call.residual_dtype, call.z_dtype, call.weight_dtype, call.bias_dtype) = dtypes;
+    call.x = pointer<const void>(x);
+    call.residual = pointer<const void>(residual);
+    call.weight = pointer<const void>(weight);
+    call.bias = pointer<const void>(bias);
+    call.z = pointer<void>(z);
+    call.y = pointer<void>(y);
+    call.mean = pointer<float>(mean);
+    call.rstd = pointer<float>(rstd);
+    call.eps = eps;
+    call.offset = offset;
+    call.dropout = dropout_of(dropout);
+    const py::gil_scoped_release unlocked;
+    const int error = fastattn_cuda_norm_forward(&call);
+    if (error != 0) check(error, call_of("norm_forward", rows, width, call.x_dtype, device));
+}
+
+void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t z, std::uintptr_t weight, std::uintptr_t mean, std::uintptr_t rstd,
+                   std::uintptr_t grad_x, std::uintptr_t grad_residual, std::uintptr_t grad_weight_parts, std::uintptr_t grad_bias_parts,
+                   const std::tuple<int, int, int> &dtypes, bool is_rms, std::int64_t rows, std::int64_t width, std::int64_t parts, float offset,
+                   const Dropout &dropout, int device, std::uintptr_t stream) {
+    fastattn_cuda_norm_gradient call{};
+    call.device = device;
+    call.stream = pointer<void>(stream);
+    call.is_rms = is_rms;
+    call.rows = rows;
+    call.width = width;
+    std::tie(call.x_dtype, call.z_dtype, call.weight_dtype) = dtypes;
+    call.grad_y = pointer<const void>(grad_y);
+    call.grad_z = pointer<const void>(grad_z);
+    call.z = pointer<const void>(z);
+    call.weight = pointer<const void>(weight);
+    call.mean = pointer<const float>(mean);
+    call.rstd = pointer<const float>(rstd);
+    call.grad_x = pointer<void>(grad_x);
+    call.grad_residual = pointer<void>(grad_residual);
+    call.parts = parts;
+    call.grad_weight_parts = pointer<float>(grad_weight_parts);
+    call.grad_bias_parts = pointer<float>(grad_bias_parts);
+    call.offset = offset;
+    call.dropout = dropout_of(dropout);
+    const py::gil_scoped_release unlocked;
+    const int error = fastattn_cuda_norm_backward(&call);
+    if (error != 0) check(error, call_of("norm_backward", rows, width, call.x_dtype, device));
+}
+
+void attention_forward(int dtype, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, std::uintptr_t lse, const Mask &m,
+                       std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype, std::uintptr_t sinks, float scale,
+                       float softcap, const Dropout &dropout, int device, std::uintptr_t stream) {
+    fastattn_cuda_attention call{};
+    call.device = device;
+    call.stream = pointer<void>(stream);
+    call.dtype = dtype;
+    std::tie(call.batch, call.heads_q, call.heads_kv, call.len_q, call.len_k, call.dim_qk, call.dim_v) = std::tuple_cat(sizes);
+    call.q = tensor(q), call.k = tensor(k), call.v = tensor(v), call.out = tensor(out);
+    call.lse = pointer<float>(lse);
+    call.mask = mask(m);
+    call.n_blocks = n_blocks;
+    call.n_bitmaps = n_bitmaps;
+    call.bias = tensor(bias);
+    call.bias_dtype = bias_dtype;
+    call.sinks = pointer<const float>(sinks);
+    call.scale = scale;
+    call.softcap = softcap;
+    call.dropout = dropout_of(dropout);
+    const py::gil_scoped_release unlocked;
+    const int error = fastattn_cuda_attention_forward(&call);
+    if (error == 0) return;
+    std::ostringstream name;
+    name << "attention_forward on cuda:" << device << " with q (" << call.batch << ", " << call.heads_q << ", " << call.len_q << ", " << call.dim_qk
+         << ") and v (" << call.batch << ", " << call.heads_kv << ", " << call.len_k << ", " << call.dim_v << ") (dtype " << dtype << ")";
+    check(error, name.str());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "libfastattn_cuda.so: pointers in, CUDA kernels on the given device and stream.";
-    module.def("architectures", &architectures, "The architectures of the compiled kernels, such as ['sm_80', 'sm_90', 'compute_90'].");
+    module.def("architectures", &architectures, "The architectures of the compiled kernels, such as ['sm_80', 'sm_90', 'compute_80'].");
     module.def("devices", &devices, "name, capability, multiprocessors and memory_bytes of each device; RuntimeError without a driver.");
-    module.def("linear_act", &linear_act, py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("pre"), py::arg("dtype"), py::arg("activation"),
-               py::arg("rows"), py::arg("cols"), py::arg("device"), py::arg("stream"),
-               "y = act(x + bias) and pre = x + bias over device pointers; bias and pre may be 0.");
+    module.def("activation_forward", &activation_forward, py::arg("gate"), py::arg("gate_bias"), py::arg("up"), py::arg("up_bias"), py::arg("h"),
+               py::arg("gate_out"), py::arg("up_out"), py::arg("dtype"), py::arg("activation"), py::arg("rows"), py::arg("cols"),
+               py::arg("device"), py::arg("stream"), "h = act(gate + gate_bias) * (up + up_bias); a pointer of 0 is absent.");
+    module.def("activation_backward_parts", &fastattn_cuda_activation_backward_parts, py::arg("rows"), py::arg("cols"),
+               "How many rows of partial sums activation_backward writes.");
+    module.def("activation_backward", &activation_backward, py::arg("grad_h"), py::arg("gate"), py::arg("up"), py::arg("grad_gate"),
+               py::arg("grad_up"), py::arg("h"), py::arg("grad_gate_parts"), py::arg("grad_up_parts"), py::arg("dtype"), py::arg("activation"),
+               py::arg("rows"), py::arg("cols"), py::arg("device"), py::arg("stream"), "The gradients of activation_forward; 0 is absent.");
+    module.def("norm_forward", &norm_forward, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("z"), py::arg("y"),
+               py::arg("mean"), py::arg("rstd"), py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("eps"),
+               py::arg("offset"), py::arg("dropout"), py::arg("device"), py::arg("stream"), "y = norm(dropout(x) + residual).");
+    module.def("norm_backward_parts", &fastattn_cuda_norm_backward_parts, py::arg("rows"), py::arg("width"), py::arg("multiprocessors"),
+               "How many rows of partial weight and bias gradients norm_backward should write.");
+    module.def("norm_backward", &norm_backward, py::arg("grad_y"), py::arg("grad_z"), py::arg("z"), py::arg("weight"), py::arg("mean"),
+               py::arg("rstd"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight_parts"), py::arg("grad_bias_parts"),
+               py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("parts"), py::arg("offset"), py::arg("dropout"),
+               py::arg("device"), py::arg("stream"), "The gradients of norm_forward.");
+    module.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+               py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"), py::arg("bias_dtype"),
+               py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"), py::arg("device"), py::arg("stream"),
+               "out and lse of one attention call; sizes are batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v.");
 }

@@ -20,25 +20,107 @@ typedef struct {
     int64_t memory_bytes;
 } fastattn_cuda_device;
 
-// y = act(x + bias), pre = x + bias; x, y, pre (rows, cols) contiguous, of one dtype; arithmetic in float32.
+// h = act(g) * u with g = gate + gate_bias, u = up + up_bias; all (rows, cols) contiguous, of one dtype; arithmetic in float32.
 typedef struct {
     int32_t device;
     void *stream;
     int32_t dtype;
     int32_t activation;
     int64_t rows, cols;
-    const void *x;
-    const void *bias;  // (cols), of the dtype of x, or null
-    void *y;           // may be x itself
-    void *pre;         // null: not wanted
-} fastattn_cuda_bias_act;
+    const void *gate;
+    const void *gate_bias;  // (cols) or null
+    const void *up;         // null: u = 1
+    const void *up_bias;    // (cols) or null
+    void *h;                // may be gate or up itself
+    void *gate_out;         // receives g; may be gate itself; null: not wanted
+    void *up_out;           // receives u; may be up itself; null: not wanted
+} fastattn_cuda_activation;
+
+// grad_gate = grad_h u act'(g), grad_up = grad_h act(g), h = act(g) u; all (rows, cols) contiguous, of one dtype.
+typedef struct {
+    int32_t device;
+    void *stream;
+    int32_t dtype;
+    int32_t activation;
+    int64_t rows, cols;
+    const void *grad_h;
+    const void *gate;        // g; null for activation none
+    const void *up;          // u; null: 1
+    void *grad_gate;         // each of these: null, not wanted
+    void *grad_up;
+    void *h;
+    float *grad_gate_parts;  // (fastattn_cuda_activation_backward_parts(), cols): their sum over rows is that of grad_gate
+    float *grad_up_parts;
+} fastattn_cuda_activation_gradient;
+
+typedef struct {
+    const int64_t *seed;  // on the device
+    uint32_t threshold;   // keep where the 16-bit lane >= threshold = round(65536 p); 0: no dropout
+    float keep_scale;     // 65536 / (65536 - threshold)
+} fastattn_cuda_dropout;
+
+// y = norm(z) with z = dropout(x) + residual; rows x width, contiguous.
+typedef struct {
+    int32_t device;
+    void *stream;
+    int32_t is_rms;
+    int64_t rows, width;
+    int32_t x_dtype, residual_dtype, z_dtype, weight_dtype, bias_dtype;
+    const void *x, *residual, *weight, *bias;  // residual, weight, bias may be null
+    void *z, *y;                               // z null: z is x; y of x_dtype
+    float *mean, *rstd;                        // (rows); mean null for RMS
+    float eps, offset;
+    fastattn_cuda_dropout dropout;
+} fastattn_cuda_norm;
+
+typedef struct {
+    int32_t device;
+    void *stream;
+    int32_t is_rms;
+    int64_t rows, width;
+    int32_t x_dtype, z_dtype, weight_dtype;
+    const void *grad_y;         // x_dtype
+    const void *grad_z;         // z_dtype or null
+    const void *z, *weight;     // weight may be null
+    const float *mean, *rstd;   // (rows); mean null for RMS
+    void *grad_x;               // x_dtype
+    void *grad_residual;        // z_dtype; null: not wanted
+    int64_t parts;              // fastattn_cuda_norm_backward_parts()
+    float *grad_weight_parts;   // (parts, width): their sum over rows is the gradient; null: not wanted
+    float *grad_bias_parts;
+    float offset;
+    fastattn_cuda_dropout dropout;
+} fastattn_cuda_norm_gradient;
+
+// Scaled dot-product attention forward; what the fields mean: fastattn_attention in common/problem.h. Data is float16 or bfloat16.
+typedef struct {
+    int32_t device;
+    void *stream;
+    int32_t dtype;
+    int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+    fastattn_tensor q, k, v, out;  // last dimension contiguous, three strides
+    float *lse;                    // (B,Hq,Sq) contiguous
+    fastattn_mask mask;
+    int64_t n_blocks, n_bitmaps;  // extents of mask.blocks
+    fastattn_tensor bias;
+    int32_t bias_dtype;
+    const float *sinks;
+    float scale, softcap;
+    fastattn_cuda_dropout dropout;
+} fastattn_cuda_attention;
 
 FASTATTN_CUDA_API const char *fastattn_cuda_error_text(int error);
-// The architectures of the compiled kernels, comma-separated: "sm_80,compute_90" is machine code for 8.x and PTX for 9.0 on.
+// The architectures of the compiled kernels, comma-separated: "sm_80,compute_80" is machine code for 8.x and PTX for what came later.
 FASTATTN_CUDA_API const char *fastattn_cuda_architectures(void);
 FASTATTN_CUDA_API int fastattn_cuda_device_count(int *count);
 FASTATTN_CUDA_API int fastattn_cuda_device_query(int index, fastattn_cuda_device *device);
-FASTATTN_CUDA_API int fastattn_cuda_linear_act(const fastattn_cuda_bias_act *call);
+FASTATTN_CUDA_API int fastattn_cuda_activation_forward(const fastattn_cuda_activation *call);
+FASTATTN_CUDA_API int64_t fastattn_cuda_activation_backward_parts(int64_t rows, int64_t cols);
+FASTATTN_CUDA_API int fastattn_cuda_activation_backward(const fastattn_cuda_activation_gradient *call);
+FASTATTN_CUDA_API int fastattn_cuda_attention_forward(const fastattn_cuda_attention *call);
+FASTATTN_CUDA_API int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call);
+FASTATTN_CUDA_API int64_t fastattn_cuda_norm_backward_parts(int64_t rows, int64_t width, int32_t multiprocessors);
+FASTATTN_CUDA_API int fastattn_cuda_norm_backward(const fastattn_cuda_norm_gradient *call);
 
 #ifdef __cplusplus
 }

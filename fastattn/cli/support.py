@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem
+from fastattn.problems import AttentionProblem, DecodeProblem, EncoderLayerProblem, LinearProblem, NormProblem
 
 COLUMNS = ("cpu", "triton", "cuda", "reference")
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
 
-Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem
+Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem | EncoderLayerProblem
 _ATTENTION = AttentionProblem("cpu", torch.float32, 2, 4, 4, 64, 64, 64, 64)
 _DECODE = DecodeProblem("cpu", torch.float32, 2, 4, 1, 64, 4, 64)
 _NORM = NormProblem("cpu", torch.float32, "layer", 64, 64, weight_dtype=torch.float32)
@@ -21,10 +21,12 @@ _FFN = replace(_LINEAR, op="ffn", hidden_features=64)
 
 ROWS: dict[str, Problem] = {
     "attention": _ATTENTION,
+    "with bfloat16 and float16": replace(_ATTENTION, dtype=torch.bfloat16),
     "with grouped heads (GQA, MQA), Dv != D": replace(_ATTENTION, heads_kv=1, dim_v=32),
     "with causal and sliding-window masks": replace(_ATTENTION, band=True),
     "with key lengths and key ranges": replace(_ATTENTION, key_range=True),
     "with a key range per query": replace(_ATTENTION, intervals=1),
+    "with block masks (BigBird, dilated, predicates)": replace(_ATTENTION, blocks=True),
     "with bool masks": replace(_ATTENTION, dense_mask=True),
     "with an additive mask or bias": replace(_ATTENTION, bias=torch.float32),
     "with a bias that requires grad": replace(
@@ -41,8 +43,9 @@ ROWS: dict[str, Problem] = {
     "layer_norm, rms_norm": _NORM,
     "with dropout and residual add": replace(_NORM, dropout=True, residual_dtype=torch.float32),
     "linear_act": _LINEAR,
-    "ffn": _FFN,
-    "gated_ffn": replace(_FFN, op="gated_ffn"),
+    "ffn, gated_ffn": _FFN,
+    "with dropout of the hidden layer": replace(_FFN, dropout=True),
+    "encoder_layer": EncoderLayerProblem("cpu", torch.float32, 2, 64, 4, 64, 128, "gelu"),
 }
 
 
@@ -53,7 +56,7 @@ def _accepts(backend: str, problem: Problem) -> bool:
 
 def verdict(backend: str, problem: Problem) -> str:
     """ "yes", "forward" (there is no backward for this), or "no"."""
-    if isinstance(problem, DecodeProblem):  # inference only
+    if isinstance(problem, (DecodeProblem, EncoderLayerProblem)):  # inference only
         return "forward" if _accepts(backend, problem) else "no"
     if _accepts(backend, replace(problem, requires_grad=True)):
         return "yes"

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastattn.backends import triton
+from fastattn.backends import cuda, triton
 from fastattn.cli.console import wide_console
 from fastattn.dispatch import backends
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
@@ -84,16 +83,23 @@ def _run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task(f"{op} on {backend}", total=total)
-        device = _device(backend)
         return run_verify(
-            op, backend, cases, seed, only=only, isa=isa, device=device, progress=lambda: progress.advance(task)
+            op,
+            backend,
+            cases,
+            seed,
+            only=only,
+            isa=isa,
+            device=_device(backend),
+            progress=lambda: progress.advance(task),
         )
 
 
 def _device(backend: str) -> str:
-    """Where a backend's tensors lie: Triton's interpreter takes those of the CPU."""
-    on_gpu = backend == "cuda" or (backend == "triton" and not triton.interpreting())
-    return "cuda" if on_gpu else "cpu"
+    """Where the cases are drawn: on a GPU for its kernels, unless Triton's interpreter or the emulation runs them."""
+    if backend == "cuda":
+        return cuda.device_type()
+    return "cuda" if backend == "triton" and not triton.interpreting() else "cpu"
 
 
 def verify(

@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: it imports, says why it cannot run, and refuses what it has no kernel for."""
+"""The CUDA backend: it imports without a GPU, says why it cannot run, and refuses what it has no kernel for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from fastattn.backends import cuda
-from fastattn.parity.rule import Conditions, check_linear_act, failures
+from fastattn.parity.rule import check_linear_act, failures
 from fastattn.problems import LinearProblem, NormProblem
 
+NORM = NormProblem("cuda", torch.float32, "layer", 4, 8)
 LINEAR = LinearProblem("linear_act", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 64, 32, 0, 48)
+
+POINTERS = "gate", "gate_bias", "up", "up_bias", "h", "gate_out", "up_out"
+ACTIVATION_CALL = dict.fromkeys(POINTERS, 0) | dict(dtype=2, activation=2, device=0, stream=0)
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -48,14 +52,18 @@ def test_the_library_imports_without_a_driver_and_its_calls_name_the_error() -> 
     assert "sm_90" in _cuda.architectures()
     with pytest.raises(RuntimeError, match=r"counting the CUDA devices: .*(driver|device)"):
         _cuda.devices()
-    call = dict(x=16, bias=0, y=16, pre=0, dtype=2, activation=2, rows=3, cols=5, device=0, stream=0)
-    with pytest.raises(RuntimeError, match=r"linear_act on cuda:0 with 3 x 5 elements .*: .*(driver|device)"):
-        _cuda.linear_act(**call)
+    with pytest.raises(RuntimeError, match=r"activation_forward on cuda:0 with 3 x 5 elements .*: .*(driver|device)"):
+        _cuda.activation_forward(**ACTIVATION_CALL, rows=3, cols=5)
+    dropout, dtypes = (0, 0, 1.0), (0,) * 5
+    names = "x", "residual", "weight", "bias", "z", "y", "mean", "rstd", "device", "stream"
+    with pytest.raises(RuntimeError, match=r"norm_forward on cuda:0 with 7 x 9 elements .*: .*(driver|device)"):
+        _cuda.norm_forward(
+            **dict.fromkeys(names, 0), dtypes=dtypes, is_rms=True, rows=7, width=9, eps=0.1, offset=0, dropout=dropout
+        )
 
 
 def test_an_empty_call_needs_no_device() -> None:
-    call = dict(x=0, bias=0, y=0, pre=0, dtype=0, activation=1, rows=0, cols=5, device=0, stream=0)
-    library().linear_act(**call)
+    library().activation_forward(**ACTIVATION_CALL, rows=0, cols=5)
 
 
 def test_architectures_are_those_of_the_library() -> None:
@@ -65,11 +73,10 @@ def test_architectures_are_those_of_the_library() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"requires_grad": True}, "no backward"),
         ({"device_type": "cpu"}, "cpu tensors"),
         ({"dtype": torch.float64, "weight_dtype": torch.float64}, "float64"),
         ({"weight_dtype": torch.float32}, "one dtype"),
-        ({"op": "ffn", "hidden_features": 96}, "no kernel for ffn"),
+        ({"op": "ffn", "hidden_features": 96, "device_type": "mps"}, "mps tensors"),
     ],
 )
 def test_refusals_say_why(changes: dict[str, object], words: str) -> None:
@@ -78,10 +85,26 @@ def test_refusals_say_why(changes: dict[str, object], words: str) -> None:
     assert words in reasons[0]
 
 
-def test_what_it_runs_and_what_it_leaves_to_others() -> None:
-    assert cuda.not_supported_reasons(LINEAR) == []
-    norm = NormProblem("cuda", torch.float32, "layer", 4, 8)
-    assert cuda.not_supported_reasons(norm) == ["the CUDA backend has no kernel for norm"]
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"residual_dtype": torch.float64}, "residual is torch.float64"),
+        ({"width": 65537}, "not 65537"),
+        ({"rows": 2**31}, "fewer than 2**31 rows"),
+        ({"device_type": "cpu"}, "cpu tensors"),
+    ],
+)
+def test_norm_refusals_say_why(changes: dict[str, object], words: str) -> None:
+    reasons = cuda.not_supported_reasons(dataclasses.replace(NORM, **changes))
+    assert len(reasons) == 1
+    assert words in reasons[0]
+
+
+def test_what_it_runs() -> None:
+    for op in ("linear_act", "ffn", "gated_ffn"):
+        problem = dataclasses.replace(LINEAR, op=op, requires_grad=True)
+        assert cuda.not_supported_reasons(problem) == []
+    assert cuda.not_supported_reasons(dataclasses.replace(NORM, dropout=True, requires_grad=True)) == []
 
 
 @pytest.mark.skipif(cuda.unavailable_reason() is not None, reason="the CUDA backend is unavailable")
@@ -92,5 +115,11 @@ def test_linear_act_parity(dtype: torch.dtype, features: int) -> None:
     shapes = (5, 3, 40), (features, 40), (features,)
     x, weight, bias = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
     for activation in ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2"):
-        rows = check_linear_act(x, weight, bias, activation, backend="cuda", conditions=Conditions(grad=False))
+        rows = check_linear_act(
+            x,
+            weight,
+            bias,
+            activation,
+            backend="cuda",
+        )
         assert not failures(rows), f"{activation}: {failures(rows)}"

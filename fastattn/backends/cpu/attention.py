@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cpu.library import address, dropout_arguments, native, view
-from fastattn.masks.lowered import Blocks, LoweredMask
+from fastattn.backends.cpu.library import dropout_arguments, native
+from fastattn.backends.views import address, broadcast_view, mask_arguments, view
+from fastattn.masks.lowered import LoweredMask
 
 
 def attention_forward(
@@ -64,7 +65,7 @@ def attention_backward(
         address(grad_lse),
         *map(view, wide),
         address(dsinks if sinks_requires_grad else None),
-        _broadcast_view(dbias if bias_requires_grad else None),
+        broadcast_view(dbias if bias_requires_grad else None),
     )
     for grad, written in zip((dq, dk, dv), wide, strict=True):
         if written is not grad:
@@ -105,42 +106,10 @@ def _call_arguments(
         view(out),
         lse.data_ptr(),
         mask_arguments(mask, batch, heads_q),
-        _broadcast_view(bias),
+        broadcast_view(bias),
         0 if bias is None else DTYPES[bias.dtype],
         address(sinks),
         scale,
         softcap,
         dropout_arguments(dropout_seed, dropout_p),
     )
-
-
-def mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:
-    """The mask as the native functions take it."""
-    intervals, blocks = mask.intervals, mask.blocks
-    if intervals is not None:
-        intervals = intervals.expand(intervals.shape[0], batch, heads, -1, 2)
-    return (
-        address(mask.key_start),
-        address(mask.key_end),
-        address(mask.key_bits),
-        mask.band_offset,
-        mask.band_left,
-        mask.band_right,
-        None if intervals is None else (intervals.data_ptr(), *intervals.stride()[:4]),
-        0 if intervals is None else intervals.shape[0],
-        None if blocks is None else _block_arguments(blocks),
-        _broadcast_view(mask.dense),
-    )
-
-
-def _block_arguments(blocks: Blocks) -> tuple[Any, ...]:
-    """Rows of blocks only: backward, too, walks along the keys of a tile of queries."""
-    return _broadcast_view(blocks.row_ptr), *map(address, (blocks.col, blocks.id, blocks.bitmaps))
-
-
-def _broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """As view, with strides 0 in dimensions of one element too: by them the kernels know what is broadcast."""
-    if tensor is None:
-        return None
-    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.data_ptr(), *strides)

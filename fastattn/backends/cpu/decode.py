@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cpu.library import address, native, view
+from fastattn.backends.cpu.library import native
+from fastattn.backends.views import address, view
 from fastattn.masks.lowered import LoweredMask
 
 

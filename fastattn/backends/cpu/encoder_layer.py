@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.attention import mask_arguments
-from fastattn.backends.cpu.library import address, native
+from fastattn.backends.cpu.library import native
+from fastattn.backends.views import address, mask_arguments
 from fastattn.masks.lowered import LoweredMask
 
 

@@ -63,16 +63,6 @@ def use_isa(name: str) -> Iterator[None]:
         native().set_isa(before)
 
 
-def address(tensor: Tensor | None) -> int:
-    """The data pointer, 0 for None and for a tensor without elements."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def view(tensor: Tensor | None) -> tuple[int, ...] | None:
-    """Data pointer and strides of a tensor of up to four dimensions."""
-    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
-
-
 def dropout_arguments(seed: Tensor | None, dropout_p: float) -> tuple[int, int, float]:
     """Philox key, 16-bit threshold and scale of kept elements."""
     threshold = dropout_threshold(dropout_p)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.library import NO_DROPOUT, address, dropout_arguments, native, view
+from fastattn.backends.cpu.library import NO_DROPOUT, dropout_arguments, native
+from fastattn.backends.views import address, view
 
 
 def linear_act_forward(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cpu.library import address, dropout_arguments, native
+from fastattn.backends.cpu.library import dropout_arguments, native
+from fastattn.backends.views import address
 
 
 def norm_forward(

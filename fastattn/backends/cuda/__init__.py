@@ -1,21 +1,54 @@
-"""The CUDA backend: libfastattn_cuda.so, through the module fastattn._cuda. It has the forward of linear_act.
+"""The CUDA backend: libfastattn_cuda.so, through the module fastattn._cuda.
+
+Norms and feed-forward layers both ways, attention forward.
 
 Without the library, a driver or a fitting device it is a sentence in `unavailable_reason`, never an import error.
 """
 
 from __future__ import annotations
 
-from fastattn.backends.cuda.library import architectures, devices, unavailable_reason
-from fastattn.backends.cuda.linear_act import linear_act_forward, linear_act_reasons
-from fastattn.problems import LinearProblem, Problem
+from fastattn.backends.cuda.attention import attention_forward, attention_reasons
+from fastattn.backends.cuda.library import architectures, device_type, devices, unavailable_reason
+from fastattn.backends.cuda.linear import (
+    ffn_backward,
+    ffn_forward,
+    gated_ffn_backward,
+    gated_ffn_forward,
+    linear_act_backward,
+    linear_act_forward,
+    linear_reasons,
+)
+from fastattn.backends.cuda.norm import norm_backward, norm_forward, norm_reasons
+from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
 
-__all__ = ["NAME", "architectures", "devices", "linear_act_forward", "not_supported_reasons", "unavailable_reason"]
+__all__ = [
+    "NAME",
+    "architectures",
+    "attention_forward",
+    "device_type",
+    "devices",
+    "ffn_backward",
+    "ffn_forward",
+    "gated_ffn_backward",
+    "gated_ffn_forward",
+    "linear_act_backward",
+    "linear_act_forward",
+    "norm_backward",
+    "norm_forward",
+    "not_supported_reasons",
+    "unavailable_reason",
+]
 
 NAME = "cuda"
 
 
 def not_supported_reasons(problem: Problem) -> list[str]:
-    """Why this problem is refused; empty for linear_act without gradients in float32, bfloat16 and float16."""
-    if not isinstance(problem, LinearProblem) or problem.op != "linear_act":
-        return [f"the CUDA backend has no kernel for {problem.op}"]
-    return linear_act_reasons(problem)
+    """Why this problem is refused; empty for norms and linear layers in float32, bfloat16 and float16, and for
+    attention without gradients in the latter two."""
+    if isinstance(problem, NormProblem):
+        return norm_reasons(problem)
+    if isinstance(problem, LinearProblem):
+        return linear_reasons(problem)
+    if isinstance(problem, AttentionProblem):
+        return attention_reasons(problem)
+    return [f"the CUDA backend has no kernel for {problem.op}"]

@@ -1,15 +1,28 @@
-"""fastattn._cuda: whether it is there, what it was compiled for, which devices it sees."""
+"""fastattn._cuda: whether it is there, what it was compiled for, which devices it sees.
+
+FASTATTN_CUDA_EMULATION names a folder with a build of the same module whose kernels run on the CPU, made for tests by
+csrc/cuda/emulation; no wheel holds it. The backend then takes CPU tensors, where it is asked for by name: dispatch
+never chooses it for them.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import TypedDict
 
 import torch
+from torch import Tensor
+
+from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 _OLDEST_CAPABILITY = (8, 0)
+_EMULATION = "fastattn._cuda_emulation"
 
 
 class Device(TypedDict):
@@ -22,12 +35,37 @@ class Device(TypedDict):
 
 
 def load() -> ModuleType:
-    """The module fastattn._cuda; ImportError where it was not built."""
+    """The module fastattn._cuda, or its emulation; ImportError where it was not built."""
+    if emulated():
+        return sys.modules.get(_EMULATION) or _load_emulation(os.environ["FASTATTN_CUDA_EMULATION"])
     return importlib.import_module("fastattn._cuda")
 
 
+def emulated() -> bool:
+    """Whether the kernels run in the emulation, on CPU tensors."""
+    return bool(os.environ.get("FASTATTN_CUDA_EMULATION"))
+
+
+def device_type() -> str:
+    """The type of the tensors that the kernels take."""
+    return "cpu" if emulated() else "cuda"
+
+
+def _load_emulation(folder: str) -> ModuleType:
+    files = sorted(Path(folder).glob("_cuda.*"))
+    if not files:
+        raise ImportError(f"FASTATTN_CUDA_EMULATION={folder!r} holds no _cuda module")
+    # The name of the module inside decides what it is initialised as, so it is loaded as _cuda and kept under its own.
+    spec = importlib.util.spec_from_file_location("_cuda", files[0])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return sys.modules.setdefault(_EMULATION, module)
+
+
 def architectures() -> list[str]:
-    """The architectures of the compiled kernels, such as sm_80 or, as PTX, compute_90; empty without the library."""
+    """The architectures of the compiled kernels, such as sm_80 or, as PTX, compute_80; empty without the library."""
     try:
         return list(load().architectures())
     except ImportError:
@@ -52,6 +90,8 @@ def unavailable_reason() -> str | None:
         found = devices()
     except RuntimeError as error:
         return str(error)
+    if emulated():
+        return None
     if not found:
         return "the CUDA driver sees no device"
     if not torch.cuda.is_available():
@@ -61,3 +101,30 @@ def unavailable_reason() -> str | None:
             major, minor = device["capability"]
             return f"cuda:{index} ({device['name']}) has compute capability {major}.{minor}; the kernels need 8.0"
     return None
+
+
+def device_reasons(problem_device_type: str) -> list[str]:
+    """Why the kernels refuse tensors of this device type; empty when they take them."""
+    if problem_device_type == device_type():
+        return []
+    return [f"the CUDA backend does not run on {problem_device_type} tensors"]
+
+
+def place(x: Tensor) -> dict[str, int]:
+    """The device of x and its current stream, as every call of the module takes them."""
+    if x.device.type != "cuda":
+        return {"device": 0, "stream": 0}
+    stream = torch.cuda.current_stream(x.device)
+    return {"device": x.device.index, "stream": int(stream.cuda_stream)}
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the device of x; a handful in the emulation."""
+    if x.device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
+
+
+def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
+    """The seed's address (it is read on the device), 16-bit threshold and scale of kept elements."""
+    return (0, 0, 1.0) if seed is None or p == 0.0 else (seed.data_ptr(), dropout_threshold(p), dropout_scale(p))

@@ -23,7 +23,7 @@ from fastattn.backends.triton.linear import (
     linear_reasons,
 )
 from fastattn.backends.triton.norm import norm_backward, norm_forward, norm_reasons
-from fastattn.problems import AttentionProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
 
 __all__ = [
     "NAME",
@@ -65,8 +65,10 @@ def not_supported_reasons(problem: Problem) -> list[str]:
         reasons = attention_reasons(problem)
     elif isinstance(problem, NormProblem):
         reasons = norm_reasons(problem)
-    else:
+    elif isinstance(problem, LinearProblem):
         reasons = linear_reasons(problem)
+    else:
+        return [f"the Triton backend has no kernel for {problem.op}"]
     if problem.device_type != "cuda" and not (problem.device_type == "cpu" and interpreting()):
         reasons.append(f"the Triton backend does not run on {problem.device_type} tensors")
     return reasons

@@ -39,6 +39,8 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
     widest = max(problem.hidden_features, problem.out_features)
     if widest >= _MAX_COLUMNS:
         reasons.append(f"the Triton {problem.op} takes fewer than {_MAX_COLUMNS} features, not {widest}")
+    if problem.dropout:
+        reasons.append(f"the Triton {problem.op} has no dropout")
     return reasons
 
 
@@ -88,7 +90,15 @@ def linear_act_backward(
 
 @_plain
 def ffn_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout_seed: Tensor | None,
+    activation: str,
+    dropout_p: float,  # 0: dropout is refused
+    save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
     hidden, pre = _project(x, w1, b1, activation, save_pre)
@@ -102,7 +112,9 @@ def ffn_backward(
     w1: Tensor,
     w2: Tensor,
     pre: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,  # 0: dropout is refused
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -126,7 +138,9 @@ def gated_ffn_forward(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,  # 0: dropout is refused
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the protocol."""
@@ -144,7 +158,9 @@ def gated_ffn_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,  # 0: dropout is refused
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,

@@ -1,0 +1,16 @@
+// The emulation of primitives/launch.cuh: the whole grid runs before launch returns.
+#pragma once
+#include "../runtime.h"
+
+struct Launch {
+    const char *name;
+    dim3 grid, block;
+    int shared_bytes;
+    void *stream;
+};
+
+template <int THREADS, typename... Parameters, typename... Arguments>
+cudaError_t launch(const Launch &how, void (*kernel)(Parameters...), const Arguments &...arguments) {
+    if (how.block.x * how.block.y * how.block.z > THREADS) return cudaErrorInvalidConfiguration;
+    return emulation::run_grid(how.name, how.grid, how.block, how.shared_bytes, [&] { kernel(arguments...); });
+}

@@ -1,0 +1,25 @@
+// Launching a kernel: on the caller's device and stream, nothing allocated, nothing waited for.
+#pragma once
+#include <cuda_runtime.h>
+
+struct Launch {
+    const char *name;  // for the emulation's reports
+    dim3 grid, block;
+    int shared_bytes;  // dynamic shared memory
+    void *stream;
+};
+
+constexpr int SHARED_BYTES_WITHOUT_ASKING = 48 * 1024;
+
+// kernel<<<...>>>(arguments...). THREADS is the kernel's launch bound.
+template <int THREADS, typename... Parameters, typename... Arguments>
+cudaError_t launch(const Launch &how, void (*kernel)(Parameters...), const Arguments &...arguments) {
+    if (how.block.x * how.block.y * how.block.z > THREADS) return cudaErrorInvalidConfiguration;
+    if (how.shared_bytes > SHARED_BYTES_WITHOUT_ASKING) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+        if (error != cudaSuccess) return error;
+    }
+    kernel<<<how.grid, how.block, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(arguments...);
+    return cudaGetLastError();
+}

@@ -1,0 +1,28 @@
+// What threads do together: shuffles and votes of a full warp, barriers of a block.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+constexpr int WARP = 32;
+
+template <typename T>
+__device__ __forceinline__ T shuffle(T value, int lane) {
+    return __shfl_sync(0xFFFFFFFFu, value, lane);
+}
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+__device__ __forceinline__ bool warp_any(bool value) { return __any_sync(0xFFFFFFFFu, value); }
+__device__ __forceinline__ bool warp_all(bool value) { return __all_sync(0xFFFFFFFFu, value); }
+__device__ __forceinline__ uint32_t warp_ballot(bool value) { return __ballot_sync(0xFFFFFFFFu, value); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ bool sync_block_or(bool value) { return __syncthreads_or(value); }
+// Barriers 1 to 15 among `threads` threads, whole warps: one side waits, the other may only arrive.
+__device__ __forceinline__ void sync_named(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_named(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}

@@ -1,0 +1,51 @@
+"""How tensors and masks are handed to the native modules: addresses and strides, as csrc/bindings/views.h has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.masks.lowered import Blocks, LoweredMask
+
+
+def address(tensor: Tensor | None) -> int:
+    """The data pointer, 0 for None and for a tensor without elements."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def view(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """Data pointer and strides of a tensor of up to four dimensions."""
+    return None if tensor is None else (tensor.data_ptr(), *tensor.stride())
+
+
+def broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """As view, with strides 0 in dimensions of one element too: by them the kernels know what is broadcast."""
+    if tensor is None:
+        return None
+    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.data_ptr(), *strides)
+
+
+def mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:
+    """The mask as both modules take it; batch and heads are the sizes that its tensors are expanded to."""
+    intervals, blocks = mask.intervals, mask.blocks
+    if intervals is not None:
+        intervals = intervals.expand(intervals.shape[0], batch, heads, -1, 2)
+    return (
+        address(mask.key_start),
+        address(mask.key_end),
+        address(mask.key_bits),
+        mask.band_offset,
+        mask.band_left,
+        mask.band_right,
+        None if intervals is None else (intervals.data_ptr(), *intervals.stride()[:4]),
+        0 if intervals is None else intervals.shape[0],
+        None if blocks is None else _block_arguments(blocks),
+        broadcast_view(mask.dense),
+    )
+
+
+def _block_arguments(blocks: Blocks) -> tuple[Any, ...]:
+    """Rows of blocks only: backward, too, walks along the keys of a tile of queries."""
+    return broadcast_view(blocks.row_ptr), *map(address, (blocks.col, blocks.id, blocks.bitmaps))

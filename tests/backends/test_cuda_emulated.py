@@ -1,0 +1,59 @@
+"""The CUDA kernels, run on the CPU by the emulation: drawn cases under the parity rule, and edges of their tiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).with_name("cuda_emulated.py")
+
+
+def environment(folder: Path, seed: int = 0) -> dict[str, str]:
+    return {**os.environ, "FASTATTN_CUDA_EMULATION": str(folder), "FASTATTN_EMULATION_SEED": str(seed)}
+
+
+def test_verify_runs_in_the_emulation(emulated_cuda: Path) -> None:
+    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--cases", "20", "--json"]
+    run = subprocess.run(command, env=environment(emulated_cuda), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    report = json.loads(run.stdout)
+    assert report["failures"] == []
+    assert {row["op"] for row in report["refusals"]} <= {"attention"}
+
+
+@pytest.mark.slow
+def test_verify_runs_long_in_the_emulation(emulated_cuda: Path) -> None:
+    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--cases", "400", "--seed", "3"]
+    run = subprocess.run(command, env=environment(emulated_cuda, seed=3), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_each_kernel_equals_the_reference(emulated_cuda: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(DRIVER)]
+    run = subprocess.run(command, env=environment(emulated_cuda, seed=1), capture_output=True, text=True)
+    assert run.returncode == 0, f"FASTATTN_CUDA_EMULATION={emulated_cuda} pytest {DRIVER}\n{run.stdout[-6000:]}"
+
+
+def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:
+    script = (
+        "import torch, fastattn\n"
+        "from fastattn import dispatch\n"
+        "from fastattn.problems import NormProblem\n"
+        "assert dispatch.backends()['cuda'] is None\n"
+        "found = dispatch.explain_problem(NormProblem('cpu', torch.float32, 'layer', 4, 8))\n"
+        "assert 'cuda' not in found.reasons and found.chosen != 'cuda', found\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=environment(emulated_cuda), check=True)
+
+
+def test_a_folder_without_the_module_is_named() -> None:
+    script = "from fastattn.backends import cuda; print(cuda.unavailable_reason())"
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment(Path("/nowhere")), capture_output=True, text=True, check=True
+    )
+    assert "FASTATTN_CUDA_EMULATION='/nowhere' holds no _cuda module" in run.stdout

@@ -1,0 +1,151 @@
+"""What ptxas made of the CUDA kernels: `python tests/packaging/kernel_gate.py [library]` prints it, fails on a fault.
+
+Per kernel and architecture: registers of a thread, stack, static shared memory, launch bound, and how many tensor-core
+(HMMA) and local-memory (LDL, STL: spills and arrays that found no registers) instructions the machine code has.
+A fault is any local memory, more registers than a block of the launch bound can have, or attention without HMMA.
+Needs cuobjdump, of a CUDA toolkit or of the triton package. The library is by default the installed one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REGISTERS_OF_A_BLOCK = 65536
+REGISTERS_OF_A_THREAD = 255
+TENSOR_CORE_KERNELS = ("attention_",)
+
+
+@dataclass
+class Kernel:
+    """One kernel in the machine code of one architecture."""
+
+    architecture: str
+    name: str
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    threads: int = 0
+    hmma: int = 0
+    local: int = 0
+
+    def faults(self) -> list[str]:
+        """What is wrong with it, as sentences; empty for a good one."""
+        found = []
+        if self.local or self.stack:
+            found.append(f"uses local memory: {self.stack} bytes of stack, {self.local} LDL and STL")
+        # Registers are given out to warps eight at a time per thread.
+        rounded = -(-self.registers // 8) * 8
+        if self.threads == 0:
+            found.append("has no launch bound")
+        elif self.registers > REGISTERS_OF_A_THREAD or rounded * self.threads > REGISTERS_OF_A_BLOCK:
+            found.append(f"has {self.registers} registers, too many for its launch bound of {self.threads} threads")
+        if self.hmma == 0 and self.plain_name().startswith(TENSOR_CORE_KERNELS):
+            found.append("has no HMMA instruction")
+        return found
+
+    def plain_name(self) -> str:
+        """The kernel's name and template arguments, without what surrounds them."""
+        text = demangled(self.name).removeprefix("void ").replace("(anonymous namespace)::", "")
+        return re.sub(r"\((?:int|bool)\)|__nv_", "", text).split("(")[0]
+
+
+@functools.cache
+def demangled(name: str) -> str:
+    """As C++ spells it, where c++filt is there; else the symbol."""
+    if shutil.which("c++filt") is None:
+        return re.sub(r"^_Z(N\d+_GLOBAL__N_\w*?)?\d+", "", name)
+    return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def cuobjdump() -> str | None:
+    """The program, from PATH, a CUDA toolkit or the triton package; None where there is none."""
+    found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin is not None:
+        found = shutil.which(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    return found
+
+
+def lines_of(program: str, option: str, library: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a dump, each with the architecture that it belongs to."""
+    run = subprocess.run([program, option, str(library)], capture_output=True, text=True, check=True)
+    architecture = ""
+    for line in run.stdout.splitlines():
+        if line.startswith("arch = "):
+            architecture = line.removeprefix("arch = ")
+        yield architecture, line
+
+
+def read_kernels(program: str, library: Path) -> list[Kernel]:
+    """All kernels of the machine code in a library."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+
+    def at(architecture: str, name: str) -> Kernel:
+        return kernels.setdefault((architecture, name), Kernel(architecture, name))
+
+    name = ""
+    for architecture, line in lines_of(program, "--dump-resource-usage", library):
+        if function := re.match(r" Function (\S+):", line):
+            name = function[1]
+        elif usage := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            kernel = at(architecture, name)
+            kernel.registers, kernel.stack, kernel.shared = map(int, usage.groups())
+    for architecture, line in lines_of(program, "--dump-sass", library):
+        if function := re.match(r"\s*Function : (\S+)", line):
+            name = function[1]
+        elif re.search(r"\bHMMA\.", line):
+            at(architecture, name).hmma += 1
+        elif re.search(r"\b(LDL|STL)\b", line):
+            at(architecture, name).local += 1
+    bound = False
+    for architecture, line in lines_of(program, "-elf", library):
+        if section := re.match(r"\.nv\.info\.(\S+)$", line):
+            name = section[1]
+        elif "Attribute:" in line:
+            bound = "EIATTR_MAX_THREADS" in line
+        elif bound and (value := re.match(r"\s*Value:\s*0x(\w+) 0x(\w+) 0x(\w+)", line)):
+            x, y, z = (int(number, 16) for number in value.groups())
+            at(architecture, name).threads = x * y * z
+    return sorted(kernels.values(), key=lambda kernel: (kernel.plain_name(), kernel.architecture))
+
+
+def table(kernels: list[Kernel]) -> str:
+    """One line per kernel and architecture."""
+    lines = ["arch   regs stack shared threads  HMMA local  kernel"]
+    for k in kernels:
+        numbers = f"{k.registers:4d} {k.stack:5d} {k.shared:6d} {k.threads:7d} {k.hmma:5d} {k.local:5d}"
+        lines.append(f"{k.architecture:6s} {numbers}  {k.plain_name()}")
+    return "\n".join(lines)
+
+
+def installed_library() -> Path:
+    """libfastattn_cuda.so of the fastattn that Python imports."""
+    import fastattn
+
+    return Path(fastattn.__file__).parent / "_lib" / "libfastattn_cuda.so"
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table and the faults; 1 where there are any, 2 where it cannot look."""
+    library = Path(arguments[0]) if arguments else installed_library()
+    program = cuobjdump()
+    if program is None or not library.exists():
+        print("cuobjdump is not here" if program is None else f"{library} does not exist", file=sys.stderr)
+        return 2
+    kernels = read_kernels(program, library)
+    print(table(kernels))
+    faults = [f"{k.architecture} {k.plain_name()} {fault}" for k in kernels for fault in k.faults()]
+    print("\n".join(faults) or f"{len(kernels)} kernels pass")
+    return 1 if faults or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
