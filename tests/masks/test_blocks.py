@@ -125,8 +125,8 @@ def test_indices_stay_within_the_lengths():
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(64, 64), (128, 128), (64, 128), (256, 64), (512, 512)])
-@pytest.mark.parametrize(("len_q", "len_k"), [(257, 300), (64, 300), (640, 300)])
-@pytest.mark.parametrize("mask", MASKS[:5], ids=repr)
+@pytest.mark.parametrize(("len_q", "len_k"), [(257, 300), (64, 300)])
+@pytest.mark.parametrize("mask", [MASKS[1], MASKS[3]], ids=repr)
 def test_tiles_merge_blocks(mask, len_q, len_k, rows, cols):
     blocks = build(mask, len_q, len_k)
     tiles = retile(blocks, rows, cols)
