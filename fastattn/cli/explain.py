@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastattn.cli.console import wide_console
 from fastattn.dispatch import Explanation, check_backend_name, explain_problem
+from fastattn.masks.intervals import MOST
 from fastattn.problems import AttentionProblem
 
 _DTYPES = {
@@ -19,7 +20,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_MASKS = ("none", "causal", "window", "lengths", "ranges", "dense")
+_MASKS = ("none", "causal", "window", "lengths", "keys", "ranges", "intervals", "blocks", "dense")
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -58,8 +59,10 @@ def problem_of(
         dim_v=dim_v,
         key_range="lengths" in masks,
         band="causal" in masks or "window" in masks,
-        intervals=1 if "ranges" in masks else 0,
+        intervals=MOST if "intervals" in masks else 1 if "ranges" in masks else 0,
         dense_mask="dense" in masks,
+        key_bits="keys" in masks,
+        blocks="blocks" in masks,
         bias=None if bias is None else _DTYPES[bias],
         **flags,
     )

@@ -22,9 +22,9 @@ class PerHead(Mask):
     def __init__(self, masks: Sequence[Mask]) -> None:
         if isinstance(masks, Mask) or not isinstance(masks, Sequence):
             raise TypeError(f"PerHead: masks is a {type(masks).__name__}: pass a list with one mask per query head")
-        wrong = next((m for m in masks if not isinstance(m, Mask)), None)
-        if wrong is not None:
-            raise TypeError(f"PerHead: masks holds a {type(wrong).__name__}: pass objects of fastattn.masks")
+        wrong = [m for m in masks if not isinstance(m, Mask)]
+        if wrong:
+            raise TypeError(f"PerHead: masks holds a {type(wrong[0]).__name__}: pass objects of fastattn.masks")
         if not masks:
             raise ValueError("PerHead: masks=[] is empty: pass one mask per query head")
         self.masks = tuple(masks)

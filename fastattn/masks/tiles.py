@@ -80,7 +80,7 @@ def scan(mask: Mask, size: Size, device: torch.device, within: Mask | None = Non
     """
     batches, heads = mask.extent(size, device)
     rows, columns = tile_count(size.len_q), tile_count(size.len_k)
-    if rows == 0 or columns == 0:
+    if 0 in size:
         return
     step = max(1, _STATES_AT_ONCE // columns)
     limit = None if within is None else within.tile_rule(size, device)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.masks import Causal, Dense, KeyLengths, KeyMask, KeyRange, Mask, SlidingWindow
+from fastattn.masks import Mask
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
 from fastattn.parity.histogram import check_mask_histogram
+from fastattn.parity.mask_cases import MaskDraw
 from fastattn.parity.rule import Conditions, ParityRow, check_attention
 
 _DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 5, 17)
@@ -94,43 +95,21 @@ class AttentionCase:
     def _mask(self, draw: Draw) -> tuple[Mask | Tensor | None, Tensor | None]:
         """The mask, and bool (B,1,Skv,1) of the keys that it promises to zero-fill on load (None: no such promise)."""
         kind = draw.one_of(
-            ("none", "band", "keys", "band & keys", "dense", "combined", "bool", "float", "ranges"),
-            (4, 3, 3, 3, 1, 1, 2, 2, 1),
+            ("none", "band", "keys", "band & keys", "named", "combination", "bool", "float", "ranges"),
+            (4, 2, 3, 2, 5, 5, 2, 2, 1),
         )
         if kind == "none":
             return None, None
         if kind in ("bool", "float", "ranges"):
             return getattr(self, f"_{kind}_tensor")(draw), None
-        if kind == "band":
-            return self._band(draw), None
-        if kind == "dense":
-            return Dense(draw.bits(self._broadcast_shape(draw), 0.6)), None
-        keys = self._keys(draw)
+        masks = MaskDraw(draw, self.batch, self.heads_q, self.len_q, self.len_k)
+        if kind in ("band", "named", "combination"):
+            return getattr(masks, kind)(), None
+        keys = masks.keys()
         hidden = ~keys.to_dense(self.batch, 1, 1, self.len_k, draw.device).view(self.batch, 1, self.len_k, 1)
         if kind == "keys":
             return keys, hidden
-        if kind == "band & keys":
-            return (self._band(draw) & keys if draw.chance(0.5) else keys & self._band(draw)), hidden
-        return self._band(draw) & self._keys(draw) & self._keys(draw) & self._band(draw), None
-
-    def _band(self, draw: Draw) -> Mask:
-        align = draw.one_of(("bottom-right", "top-left"))
-        if draw.chance(0.5):
-            return Causal(align)
-        reach = [None if draw.chance(0.25) else draw.integer(0, max(1, self.len_k // 2)) for _ in range(2)]
-        return SlidingWindow(*reach, align)
-
-    def _positions(self, draw: Draw, low: int, high: int) -> Tensor:
-        numbers = [draw.one_of((draw.integer(low, high), 0, self.len_k), (6, 1, 1)) for _ in range(self.batch)]
-        return torch.tensor(numbers, dtype=torch.int32, device=draw.device)
-
-    def _keys(self, draw: Draw) -> Mask:
-        kind = draw.one_of(("lengths", "range", "mask"))
-        if kind == "lengths":
-            return KeyLengths(self._positions(draw, 0, self.len_k + 2))
-        if kind == "range":
-            return KeyRange(self._positions(draw, 0, self.len_k // 2), self._positions(draw, 0, self.len_k))
-        return KeyMask(draw.bits((self.batch, self.len_k), draw.one_of((0.7, 0.1))))
+        return (masks.band() & keys if draw.chance(0.5) else keys & masks.band()), hidden
 
     def _bool_tensor(self, draw: Draw) -> Tensor:
         """The SDPA form: True is visible; a key-padding mask (B,1,1,Skv) or any shape that broadcasts."""

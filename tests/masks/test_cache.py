@@ -1,0 +1,139 @@
+"""Lowering is done once per mask, shapes and device, and what is remembered keeps nothing alive."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.masks import BigBird, Causal, Document, KeyLengths, KeyMask, Longformer, Predicate, Strided
+from fastattn.masks.cache import Cache
+from fastattn.masks.lowering import remembered
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _empty():
+    remembered.clear()
+
+
+def lower(mask, batch=2, length=100):
+    return mask.lower(batch, 2, length, length, CPU)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Longformer(8, 2), lambda: BigBird(64, 1, 1, 2), lambda: ~Strided(9)]
+)
+def test_equal_masks_share_their_lowering(make):
+    first, again, longer = lower(make()), lower(make()), lower(make(), length=101)
+    part = "intervals" if first.blocks is None else "blocks"
+    assert getattr(first, part) is getattr(again, part)
+    assert getattr(longer, part) is not getattr(first, part)
+
+
+def test_blocks_stay_when_the_lengths_beside_them_change():
+    first, second = (lower(BigBird(64, 1, 1, 2) & KeyLengths(torch.tensor(n))) for n in ([3, 4], [5, 6]))
+    assert first.blocks is second.blocks and second.key_end.tolist() == [5, 6]
+
+
+def test_writing_to_a_tensor_makes_a_new_lowering():
+    keep = torch.ones(2, 100, dtype=torch.bool)
+    mask = KeyMask(keep)
+    first = lower(mask)
+    assert lower(mask).key_bits is first.key_bits
+    keep[0, 0] = False
+    assert lower(mask).key_bits[0, 0] == first.key_bits[0, 0] - 1
+    both = lower(mask | Causal())
+    keep[0, 99] = False
+    assert not torch.equal(lower(mask | Causal()).blocks.bitmaps, both.blocks.bitmaps) or len(both.blocks.col) == 0
+
+
+def test_nothing_is_kept_alive():
+    ids = torch.arange(100) // 7
+
+    class Table:
+        seen = torch.rand(100, 100) < 0.5
+
+        def __call__(self, b, h, q, k):
+            return self.seen[q, k]
+
+    rule = Table()
+    mask = Document(ids) | Predicate(rule)
+    lower(Document(ids)), lower(mask)
+    assert len(remembered) > 0
+    alive = [weakref.ref(ids), weakref.ref(rule)]
+    del mask, ids, rule
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 2
+    assert len(remembered) == 0
+
+
+def test_it_is_bounded_in_entries_and_bytes():
+    cache = Cache(entries=3, size=1000)
+    for i in range(5):
+        cache.get(i, (), lambda: (torch.zeros(8, dtype=torch.uint8),))
+    assert len(cache) == 3
+    cache.get("big", (), lambda: (torch.zeros(990, dtype=torch.uint8),))
+    assert len(cache) == 2
+    kept = cache.get("huge", (), lambda: (torch.zeros(5000, dtype=torch.uint8),))
+    assert len(cache) == 1 and cache.get("huge", (), lambda: None) is kept
+
+
+def test_the_least_recently_used_goes_first():
+    cache = Cache(entries=2, size=1000)
+    made = []
+
+    def get(key):
+        return cache.get(key, (), lambda: made.append(key))
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        get(key)
+    assert made == ["a", "b", "c", "b"]
+
+
+def test_inference_tensors_are_lowered_anew_and_do_not_leak_into_training():
+    with torch.inference_mode():
+        keep = torch.ones(2, 100, dtype=torch.bool)
+        assert lower(KeyMask(keep)).key_bits is not lower(KeyMask(keep)).key_bits
+        q = torch.randn(2, 2, 100, 8)
+        fastattn.attention(q, q, q, mask=BigBird(64, 1, 1, 2))
+    q = torch.randn(2, 2, 100, 8, requires_grad=True)
+    fastattn.attention(q, q, q, mask=BigBird(64, 1, 1, 2)).sum().backward()
+    assert q.grad is not None
+
+
+def test_threads_share_it():
+    masks = [Longformer(2 * i, i) for i in range(20)]
+    expected = [lower(mask).intervals.clone() for mask in masks]
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            for mask, want in zip(masks, expected, strict=True):
+                ids = torch.arange(100) // 9  # dies at once: the cache has to bury it
+                lower(Document(ids))
+                if not torch.equal(lower(mask).intervals, want):
+                    wrong.append(mask)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not wrong
+
+
+def test_vmapped_and_fake_tensors_are_not_remembered():
+    q, ids = torch.randn(3, 2, 2, 50, 8), torch.arange(50).expand(3, 2, 50) // torch.tensor([[[5]], [[9]], [[20]]])
+    torch.func.vmap(lambda q, ids: fastattn.attention(q, q, q, mask=Document(ids) & Causal()))(q, ids)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        lower(Longformer(8, 2))
+    gc.collect()
+    assert len(remembered) == 0
