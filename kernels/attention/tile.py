@@ -145,8 +145,8 @@ def plan_keys(
     key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k,
     LISTED: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(full, partial, low, full_low, full_high, position in tiles): how many key tiles of each kind a query tile visits,
-    and what tile_at needs to name them."""
+    """(full, partial, low, full_low, full_high, position in tiles): how many key tiles of each kind a query tile
+    visits, and what tile_at needs to name them."""
     tiles, full_counts, partial_counts, order, plan_b, plan_h = plan
     if LISTED:
         row = (batch * plan_b + head * plan_h) * tiles_q + tile_q
