@@ -21,6 +21,8 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
         reasons.append(
             f"the CUDA {problem.op} takes one dtype; x is {problem.dtype} and the weights are {problem.weight_dtype}"
         )
+    if problem.dropout:
+        reasons.append(f"the CUDA {problem.op} has no dropout of its hidden layer")
     return reasons
 
 
@@ -58,7 +60,15 @@ def linear_act_backward(
 
 
 def ffn_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, save_pre: bool
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout_seed: Tensor | None,  # refused by linear_reasons, here and below
+    activation: str,
+    dropout_p: float,
+    save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """y = act(x w1^T + b1) w2^T + b2 (..., N), and pre (..., H), empty unless save_pre."""
     hidden, pre = _activated(x, w1, b1, activation, save_pre)
@@ -71,7 +81,9 @@ def ffn_backward(
     w1: Tensor,
     w2: Tensor,
     pre: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -99,7 +111,9 @@ def gated_ffn_forward(
     b_up: Tensor | None,
     w_down: Tensor,
     b_down: Tensor | None,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = (act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
@@ -119,7 +133,9 @@ def gated_ffn_backward(
     w_down: Tensor,
     gate: Tensor,
     up: Tensor,
+    dropout_seed: Tensor | None,
     activation: str,
+    dropout_p: float,
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,
