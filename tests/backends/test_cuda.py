@@ -77,6 +77,7 @@ def test_architectures_are_those_of_the_library() -> None:
         ({"dtype": torch.float64, "weight_dtype": torch.float64}, "float64"),
         ({"weight_dtype": torch.float32}, "one dtype"),
         ({"op": "ffn", "hidden_features": 96, "device_type": "mps"}, "mps tensors"),
+        ({"op": "ffn", "hidden_features": 96, "dropout": True}, "no dropout"),
     ],
 )
 def test_refusals_say_why(changes: dict[str, object], words: str) -> None:

@@ -22,7 +22,7 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
             f"the CUDA {problem.op} takes one dtype; x is {problem.dtype} and the weights are {problem.weight_dtype}"
         )
     if problem.dropout:
-        reasons.append(f"the CUDA {problem.op} has no dropout")
+        reasons.append(f"the CUDA {problem.op} has no dropout of its hidden layer")
     return reasons
 
 
@@ -65,9 +65,9 @@ def ffn_forward(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    dropout_seed: Tensor | None,
+    dropout_seed: Tensor | None,  # refused by linear_reasons, here and below
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """y = act(x w1^T + b1) w2^T + b2 (..., N), and pre (..., H), empty unless save_pre."""
@@ -83,7 +83,7 @@ def ffn_backward(
     pre: Tensor,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -113,7 +113,7 @@ def gated_ffn_forward(
     b_down: Tensor | None,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = (act(gate) * up) w_down^T + b_down (..., N); gate and up (..., H), empty unless save_pre."""
@@ -135,7 +135,7 @@ def gated_ffn_backward(
     up: Tensor,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,
