@@ -26,9 +26,7 @@ def lower(mask, batch=2, length=100):
     return mask.lower(batch, 2, length, length, CPU)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Longformer(8, 2), lambda: BigBird(64, 1, 1, 2), lambda: ~Strided(9)]
-)
+@pytest.mark.parametrize("make", [lambda: Longformer(8, 2), lambda: BigBird(64, 1, 1, 2), lambda: ~Strided(9)])
 def test_equal_masks_share_their_lowering(make):
     first, again, longer = lower(make()), lower(make()), lower(make(), length=101)
     part = "intervals" if first.blocks is None else "blocks"
