@@ -9,8 +9,9 @@ this clock shows for a graph of one empty kernel is measured too and printed wit
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,8 +58,22 @@ class Timing:
         return float(low), float(high)
 
 
+@contextlib.contextmanager
+def own_stream(device: str) -> Iterator[None]:
+    """On a GPU, a stream of its own for everything inside: the default stream cannot be captured, and a backward runs
+    on the stream of its forward, which therefore has to be the one that is captured."""
+    if device != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def time_jobs(jobs: Mapping[str, Job], device: str, effort: Effort) -> dict[str, Timing]:
-    """Times each job, interleaved. Jobs have run before and are known to work."""
+    """Times each job, interleaved. Jobs have run before, inside the same `own_stream`, and are known to work."""
     if not jobs:
         return {}
     with torch.set_grad_enabled(any(job.grad for job in jobs.values())):
@@ -136,16 +151,12 @@ class _CudaTimer:
 
     def _graph(self, call: Callable[[], object]) -> tuple[Callable[[], object], str]:
         """The replay of a graph of the call; the call itself, and why, where it cannot be captured."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.effort.warm_up):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in range(self.effort.warm_up):
+            call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=side):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 kept = call()
         except Exception as error:  # whatever a kernel does that a capture forbids
             torch.cuda.synchronize()
