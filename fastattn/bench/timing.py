@@ -20,6 +20,7 @@ import torch
 from fastattn.bench.providers.base import Job
 
 _SAMPLE_SECONDS = 1e-3
+_SLOW_SECONDS = 0.5
 _FLUSH_L2_TIMES = 2
 _LEAST_FLUSH_BYTES = 256 * 2**20
 
@@ -28,14 +29,14 @@ _LEAST_FLUSH_BYTES = 256 * 2**20
 class Effort:
     """How long to time: at least `rounds` rounds, then on until `seconds` are over or `most` rounds are made.
 
-    few: the rounds after which a call that takes over a second stays out.
+    few: the rounds after which a call that takes over half a second stays out.
     """
 
     rounds: int = 5
     seconds: float = 1.5
     most: int = 200
     warm_up: int = 2
-    few: int = 3
+    few: int = 2
 
 
 QUICK = Effort(rounds=2, seconds=0.0, most=2, warm_up=1, few=1)
@@ -89,14 +90,16 @@ class _CpuTimer:
     def time(self, jobs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
         samples: dict[str, list[float]] = {name: [] for name in jobs}
         for name, call in jobs.items():
-            once = min(self._seconds(call, 1) for _ in range(self.effort.warm_up))
+            once = self._seconds(call, 1)
+            for _ in range(self.effort.warm_up - 1 if once < _SLOW_SECONDS else 0):
+                once = min(once, self._seconds(call, 1))
             self._calls[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
         names = list(jobs)
         began = time.perf_counter()
         for number in range(self.effort.most):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                slow = len(samples[name]) >= self.effort.few and min(samples[name]) > 1e3
+                slow = len(samples[name]) >= self.effort.few and min(samples[name]) > 1e3 * _SLOW_SECONDS
                 if not slow:
                     samples[name].append(1e3 * self._seconds(jobs[name], self._calls[name]))
             if number + 1 >= self.effort.rounds and time.perf_counter() - began > self.effort.seconds:

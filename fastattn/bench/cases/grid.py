@@ -157,8 +157,8 @@ def _length_sweep(choice: Choice) -> list[Case]:
 
 
 def _compiled(choice: Choice, length: int, dim: int) -> bool:
-    """Whether compilers join a length of the sweep: of a GPU's many shapes, one length of the common head dims."""
-    return not choice.gpu or (length == 4096 and dim <= 128)
+    """Whether compilers join a length of the sweep: one length of the common head dims."""
+    return length == (4096 if choice.gpu else 1024) and dim <= 128
 
 
 def _dim_sweep(choice: Choice) -> list[Case]:
