@@ -10,8 +10,9 @@ build     compiles the native libraries in place; with FASTATTN_PREBUILT=1 only 
           that were built elsewhere and lie in fastattn/_lib
 verify    `fastattn verify` of each GPU backend on every operation
 sanitize  a short list of the same under compute-sanitizer
-bench     `fastattn bench` of every suite, each in a process of its own; PEER_WHEELS names a folder of wheels that are
-          unpacked beside this Python's packages first
+bench     `fastattn bench` of every suite, each in a process of its own, added to what the folder holds of that day;
+          SUITES="attention norm" gives those the whole time. PEER_WHEELS names a folder of wheels that are unpacked
+          beside this Python's packages first
 tune      times every choice of the backends' tile tables (not part of `all`)
 
 A stage that fails says what failed, and the others still run. Without a GPU, build, verify, bench and tune go as far
@@ -231,11 +232,10 @@ def bench(check: Check, outcome: Outcome) -> None:
     if not check.gpu:
         arguments += ["--device", "cpu"]
         outcome.no_device("torch sees no GPU: a quick run on the CPU, Triton interpreted; its times mean nothing")
-    if (check.results / "results.json").exists():
-        (check.results / "results.json").unlink()
     peers = install_peers(check, outcome)
-    for suite in SUITES:
-        seconds = BENCH_SHARES[suite] * STAGE_SECONDS
+    suites = os.environ.get("SUITES", "").split() or SUITES
+    for suite in suites:
+        seconds = BENCH_SHARES[suite] / sum(BENCH_SHARES[name] for name in suites) * STAGE_SECONDS
         budget = [] if not check.gpu else ["--budget", f"{0.8 * seconds:.0f}"]
         command = ["bench", suite, *arguments, *budget]
         code, output = check.fastattn(*command, seconds=1.3 * seconds, **check.interpreted, **peers)

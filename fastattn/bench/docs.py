@@ -39,6 +39,8 @@ def _section(result: Result, link: Path, place: Path) -> str:
         "",
     ]
     lines += [_score(result.rows), ""]
+    if result.left_out:
+        lines += [f"Not timed, time was up: {'; '.join(result.left_out)}.", ""]
     for suite in dict.fromkeys(row.suite for row in result.rows):
         lines += [f"### {suite.capitalize()}", ""]
         lines += [*summary_table([row for row in result.rows if row.suite == suite]), ""]

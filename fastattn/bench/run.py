@@ -20,7 +20,7 @@ from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.providers.base import Inputs, Job, Provider
 from fastattn.bench.providers.torch_eager import Sdpa
 from fastattn.bench.rows import Result, Row, with_ratios
-from fastattn.bench.timing import QUICK, Effort, Timing, time_jobs
+from fastattn.bench.timing import QUICK, Effort, Timing, own_stream, time_jobs
 from fastattn.bench.truth import Expected
 from fastattn.dispatch import BackendWarning
 from fastattn.environment import device_environment
@@ -68,7 +68,7 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
     began = time.perf_counter()
     if options.quick:
         options = replace(options, effort=QUICK)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), own_stream(options.device):
         warnings.simplefilter("ignore", BackendWarning)
         warnings.filterwarnings("ignore", module="torch")
         step("measuring the limits")
@@ -227,6 +227,8 @@ def check_provider(provider: Provider, case: Case, direction: str, inputs: Input
     except NotSupported as refusal:
         why = "; ".join(dict.fromkeys(w for reasons in refusal.reasons.values() for w in reasons))
         return Checked(reason=why or str(refusal))
+    except torch.OutOfMemoryError:
+        return Checked(reason="out of memory")
     except Exception as error:  # a compiler or another project's kernel may raise anything
         return Checked(reason=f"{type(error).__name__}: {_first_line(error)}", fails=provider.ours)
     # backward alone returns gradients and no outputs

@@ -18,7 +18,7 @@ from fastattn.bench.cases.base import OpCase
 from fastattn.bench.providers.base import Job
 from fastattn.bench.providers.ours import Ours
 from fastattn.bench.run import check_provider, inputs_and_truth
-from fastattn.bench.timing import QUICK, Effort, time_jobs
+from fastattn.bench.timing import QUICK, Effort, own_stream, time_jobs
 from fastattn.dispatch import NAMES
 
 
@@ -82,11 +82,12 @@ def tune(
     quick: the first two entries of each backend, two choices each, two rounds.
     """
     results = []
-    for backend, entries in tunables(device).items():
-        for entry in entries[:2] if quick else entries:
-            for direction in ("forward", "both"):
-                step(f"{backend} {entry.name}, {direction}")
-                results.append(_tune_one(backend, entry, direction, device, dtype, quick))
+    with own_stream(device):
+        for backend, entries in tunables(device).items():
+            for entry in entries[:2] if quick else entries:
+                for direction in ("forward", "both"):
+                    step(f"{backend} {entry.name}, {direction}")
+                    results.append(_tune_one(backend, entry, direction, device, dtype, quick))
     return results
 
 

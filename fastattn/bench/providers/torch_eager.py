@@ -18,11 +18,13 @@ from fastattn.bench.providers.formulas import formula, gathered_bias, torch_norm
 _SCORE_MATRICES = {"forward": 3, "backward": 5, "both": 5}
 
 
-def scores_do_not_fit(case: Case, direction: str) -> str | None:
-    """Why matrices of scores cannot be written down, for implementations that do."""
+def scores_do_not_fit(case: Case, direction: str, widened: int = 1) -> str | None:
+    """Why matrices of scores cannot be written down, for implementations that do. widened: the bytes of an element in
+    them, over those of an input's."""
     if not isinstance(case, AttentionCase):
         return None
-    return too_large(_SCORE_MATRICES[direction] * case.score_bytes, "its matrices of scores", case.device)
+    wanted = _SCORE_MATRICES[direction] * widened * case.score_bytes
+    return too_large(wanted, "its matrices of scores", case.device)
 
 
 class Eager(Provider):
