@@ -65,8 +65,8 @@ fastattn_cuda_dropout dropout_of(const Dropout &dropout) {
 }
 
 void activation_forward(std::uintptr_t gate, std::uintptr_t gate_bias, std::uintptr_t up, std::uintptr_t up_bias, std::uintptr_t h,
-                        std::uintptr_t gate_out, std::uintptr_t up_out, int dtype, int activation, std::int64_t rows, std::int64_t cols, int device,
-                        std::uintptr_t stream) {
+                        std::uintptr_t gate_out, std::uintptr_t up_out, int dtype, int activation, std::int64_t rows, std::int64_t cols,
+                        const Dropout &dropout, int device, std::uintptr_t stream) {
     fastattn_cuda_activation call{};
     call.device = device;
     call.stream = pointer<void>(stream);
@@ -81,6 +81,7 @@ void activation_forward(std::uintptr_t gate, std::uintptr_t gate_bias, std::uint
     call.h = pointer<void>(h);
     call.gate_out = pointer<void>(gate_out);
     call.up_out = pointer<void>(up_out);
+    call.dropout = dropout_of(dropout);
     const py::gil_scoped_release unlocked;
     const int error = fastattn_cuda_activation_forward(&call);
     if (error != 0) check(error, call_of("activation_forward", rows, cols, dtype, device));
@@ -88,7 +89,7 @@ void activation_forward(std::uintptr_t gate, std::uintptr_t gate_bias, std::uint
 
 void activation_backward(std::uintptr_t grad_h, std::uintptr_t gate, std::uintptr_t up, std::uintptr_t grad_gate, std::uintptr_t grad_up,
                          std::uintptr_t h, std::uintptr_t grad_gate_parts, std::uintptr_t grad_up_parts, int dtype, int activation,
-                         std::int64_t rows, std::int64_t cols, int device, std::uintptr_t stream) {
+                         std::int64_t rows, std::int64_t cols, const Dropout &dropout, int device, std::uintptr_t stream) {
     fastattn_cuda_activation_gradient call{};
     call.device = device;
     call.stream = pointer<void>(stream);
@@ -104,6 +105,7 @@ void activation_backward(std::uintptr_t grad_h, std::uintptr_t gate, std::uintpt
     call.h = pointer<void>(h);
     call.grad_gate_parts = pointer<float>(grad_gate_parts);
     call.grad_up_parts = pointer<float>(grad_up_parts);
+    call.dropout = dropout_of(dropout);
     const py::gil_scoped_release unlocked;
     const int error = fastattn_cuda_activation_backward(&call);
     if (error != 0) check(error, call_of("activation_backward", rows, cols, dtype, device));
@@ -200,12 +202,14 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("devices", &devices, "name, capability, multiprocessors and memory_bytes of each device; RuntimeError without a driver.");
     module.def("activation_forward", &activation_forward, py::arg("gate"), py::arg("gate_bias"), py::arg("up"), py::arg("up_bias"), py::arg("h"),
                py::arg("gate_out"), py::arg("up_out"), py::arg("dtype"), py::arg("activation"), py::arg("rows"), py::arg("cols"),
-               py::arg("device"), py::arg("stream"), "h = act(gate + gate_bias) * (up + up_bias); a pointer of 0 is absent.");
+               py::arg("dropout"), py::arg("device"), py::arg("stream"),
+               "h = dropout(act(gate + gate_bias) * (up + up_bias)); a pointer of 0 is absent.");
     module.def("activation_backward_parts", &fastattn_cuda_activation_backward_parts, py::arg("rows"), py::arg("cols"),
                "How many rows of partial sums activation_backward writes.");
     module.def("activation_backward", &activation_backward, py::arg("grad_h"), py::arg("gate"), py::arg("up"), py::arg("grad_gate"),
                py::arg("grad_up"), py::arg("h"), py::arg("grad_gate_parts"), py::arg("grad_up_parts"), py::arg("dtype"), py::arg("activation"),
-               py::arg("rows"), py::arg("cols"), py::arg("device"), py::arg("stream"), "The gradients of activation_forward; 0 is absent.");
+               py::arg("rows"), py::arg("cols"), py::arg("dropout"), py::arg("device"), py::arg("stream"),
+               "The gradients of activation_forward; 0 is absent.");
     module.def("norm_forward", &norm_forward, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"), py::arg("z"), py::arg("y"),
                py::arg("mean"), py::arg("rstd"), py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("eps"),
                py::arg("offset"), py::arg("dropout"), py::arg("device"), py::arg("stream"), "y = norm(dropout(x) + residual).");

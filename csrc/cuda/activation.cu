@@ -1,8 +1,8 @@
 // activation: what stands between the matrix products of linear_act, ffn and gated_ffn, forward and backward.
 //
-// Contract   h = act(g) * u with g = gate + gate_bias and u = up + up_bias (u = 1 without up); all (rows, cols) contiguous, of one dtype out of
+// Contract   h = dropout(act(g) * u) with g = gate + gate_bias and u = up + up_bias (u = 1 without up); all (rows, cols) contiguous, of one dtype out of
 //            float32, bfloat16 and float16, biases (cols). Any rows and cols. g and u are stored too where asked for.
-//            Backward: grad_gate = grad_h u act'(g), grad_up = grad_h act(g), h again for the gradient of the projection behind it, and the
+//            Backward: with grad_h behind its dropout, grad_gate = grad_h u act'(g), grad_up = grad_h act(g), h again for the gradient of the projection behind it, and the
 //            partial sums of grad_gate and grad_up over rows p, p + parts, ... as row p of (parts, cols), which the caller adds up.
 // Numerics   float32, one rounding per output; the sums in float32 over the unrounded gradients, in an order that only `parts` fixes.
 // Algorithm  A thread owns eight columns, keeps their biases (backward: their sums) in registers and walks down the rows: every tensor is
@@ -15,6 +15,7 @@
 #include "device_guard.cuh"
 #include "elements.cuh"
 #include "library.h"
+#include "philox.cuh"
 
 namespace {
 
@@ -43,8 +44,19 @@ __device__ __forceinline__ Chunk load_or_zero(const Elements &from, int64_t at, 
     return from ? load_chunk<VECTOR>(from, at, count) : Chunk{};
 }
 
+// factor[i] = 1 without dropout, else 0 or the scale of what is kept.
+__device__ __forceinline__ void hidden_factors(const Dropout &dropout, int64_t row, int64_t column, float (&factor)[CHUNK]) {
+    if (dropout) {
+        keep_factors_alone(dropout, static_cast<uint64_t>(dropout.seed.get(0)), static_cast<uint32_t>(row), column, factor);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) factor[i] = 1.0f;
+}
+
 struct Forward {
     Elements gate, gate_bias, up, up_bias, h, gate_out, up_out;
+    Dropout dropout;
 };
 
 template <bool VECTOR>
@@ -67,6 +79,12 @@ __global__ void __launch_bounds__(THREADS) activation_forward_kernel(Forward ten
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) h.at[i] = activate<decltype(code)::value>(gate.at[i]) * up.at[i];
         });
+        if (tensors.dropout) {
+            float factor[CHUNK];
+            hidden_factors(tensors.dropout, row, place.column, factor);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) h.at[i] = factor[i] == 0.0f ? 0.0f : h.at[i] * factor[i];
+        }
         if (tensors.gate_out) store_chunk<VECTOR>(tensors.gate_out, at, place.count, gate);
         if (tensors.up_out) store_chunk<VECTOR>(tensors.up_out, at, place.count, up);
         store_chunk<VECTOR>(tensors.h, at, place.count, h);
@@ -75,6 +93,7 @@ __global__ void __launch_bounds__(THREADS) activation_forward_kernel(Forward ten
 
 struct Backward {
     Elements grad_h, gate, up, grad_gate, grad_up, h, gate_sums, up_sums;
+    Dropout dropout;
 };
 
 template <bool VECTOR>
@@ -88,7 +107,12 @@ __global__ void __launch_bounds__(THREADS) activation_backward_kernel(Backward t
         const RawChunk raw_gate = tensors.gate ? load_raw<VECTOR>(tensors.gate, at, place.count) : RawChunk{};
         const RawChunk raw_up = tensors.up ? load_raw<VECTOR>(tensors.up, at, place.count) : RawChunk{};
         const int dtype = tensors.grad_h.dtype();
-        const Chunk grad = widen(raw_grad, dtype), gate = widen(raw_gate, dtype);
+        const Chunk gate = widen(raw_gate, dtype);
+        Chunk grad = widen(raw_grad, dtype);
+        float factor[CHUNK];
+        hidden_factors(tensors.dropout, row, place.column, factor);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) grad.at[i] *= factor[i];
         Chunk up = widen(raw_up, dtype), grad_gate, activated;
         with_activation(activation, [&](auto code) {
 #pragma unroll
@@ -102,7 +126,7 @@ __global__ void __launch_bounds__(THREADS) activation_backward_kernel(Backward t
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
             grad_up.at[i] = grad.at[i] * activated.at[i];
-            h.at[i] = activated.at[i] * up.at[i];
+            h.at[i] = activated.at[i] * up.at[i] * factor[i];
             gate_sum.at[i] += grad_gate.at[i];
             up_sum.at[i] += grad_up.at[i];
         }
@@ -147,7 +171,7 @@ extern "C" int fastattn_cuda_activation_forward(const fastattn_cuda_activation *
     const auto tensor = [&](const void *data, int64_t count) { return Elements(data, call->dtype, count); };
     const Forward tensors = {tensor(call->gate, size), tensor(call->gate_bias, call->cols), tensor(call->up, size),
                              tensor(call->up_bias, call->cols), tensor(call->h, size), tensor(call->gate_out, size),
-                             tensor(call->up_out, size)};
+                             tensor(call->up_out, size), Dropout(call->dropout)};
     const Walk walk = {call->rows, call->cols, walkers(call->rows, call->cols)};
     const Launch how = shape("activation_forward", walk, call->stream);
     const Walk whole = {walk.rows, walk.cols, static_cast<int64_t>(how.grid.y) * how.block.y};
@@ -167,7 +191,8 @@ extern "C" int fastattn_cuda_activation_backward(const fastattn_cuda_activation_
     const auto tensor = [&](const void *data) { return Elements(data, call->dtype, size); };
     const auto sums = [&](const void *data) { return Elements(data, FASTATTN_FLOAT32, walk.walkers * call->cols); };
     const Backward tensors = {tensor(call->grad_h), tensor(call->gate), tensor(call->up), tensor(call->grad_gate), tensor(call->grad_up),
-                              tensor(call->h), sums(call->grad_gate_parts), sums(call->grad_up_parts)};
+                              tensor(call->h), sums(call->grad_gate_parts), sums(call->grad_up_parts),
+                              Dropout(call->dropout)};
     const bool vector = all_vectors(call->cols, tensors.grad_h, tensors.gate, tensors.up, tensors.grad_gate, tensors.grad_up,
                                     tensors.h, tensors.gate_sums, tensors.up_sums);
     return launch<THREADS>(shape("activation_backward", walk, call->stream),

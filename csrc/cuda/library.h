@@ -20,7 +20,13 @@ typedef struct {
     int64_t memory_bytes;
 } fastattn_cuda_device;
 
-// h = act(g) * u with g = gate + gate_bias, u = up + up_bias; all (rows, cols) contiguous, of one dtype; arithmetic in float32.
+typedef struct {
+    const int64_t *seed;  // on the device
+    uint32_t threshold;   // keep where the 16-bit lane >= threshold = round(65536 p); 0: no dropout
+    float keep_scale;     // 65536 / (65536 - threshold)
+} fastattn_cuda_dropout;
+
+// h = dropout(act(g) * u) with g = gate + gate_bias, u = up + up_bias; all (rows, cols) contiguous, of one dtype; arithmetic in float32.
 typedef struct {
     int32_t device;
     void *stream;
@@ -34,6 +40,7 @@ typedef struct {
     void *h;                // may be gate or up itself
     void *gate_out;         // receives g; may be gate itself; null: not wanted
     void *up_out;           // receives u; may be up itself; null: not wanted
+    fastattn_cuda_dropout dropout;
 } fastattn_cuda_activation;
 
 // grad_gate = grad_h u act'(g), grad_up = grad_h act(g), h = act(g) u; all (rows, cols) contiguous, of one dtype.
@@ -51,13 +58,8 @@ typedef struct {
     void *h;
     float *grad_gate_parts;  // (fastattn_cuda_activation_backward_parts(), cols): their sum over rows is that of grad_gate
     float *grad_up_parts;
+    fastattn_cuda_dropout dropout;  // of h: grad_h is behind it
 } fastattn_cuda_activation_gradient;
-
-typedef struct {
-    const int64_t *seed;  // on the device
-    uint32_t threshold;   // keep where the 16-bit lane >= threshold = round(65536 p); 0: no dropout
-    float keep_scale;     // 65536 / (65536 - threshold)
-} fastattn_cuda_dropout;
 
 // y = norm(z) with z = dropout(x) + residual; rows x width, contiguous.
 typedef struct {

@@ -38,7 +38,19 @@ struct Dropout {
     __host__ __device__ explicit operator bool() const { return threshold != 0; }
 };
 
-// The factors (0 or keep_scale) of eight columns from `column` on, a multiple of 8, of a row. Four neighbouring lanes have neighbouring columns,
+// The factors (0 or keep_scale) of eight columns from `column` on, a multiple of 8, of a row: four calls, each for one pair of columns.
+__device__ __forceinline__ void keep_factors_alone(const Dropout &dropout, uint64_t seed, uint32_t row, int64_t column, float (&factor)[8]) {
+    const int own = static_cast<int>(column % 32) / 8;
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) {
+        const Random drawn = philox(seed, row, static_cast<uint32_t>(4 * (column / 32) + pair), 0);
+        const uint32_t word = own == 0 ? drawn.word[0] : own == 1 ? drawn.word[1] : own == 2 ? drawn.word[2] : drawn.word[3];
+        factor[2 * pair] = (word & 0xFFFF) >= dropout.threshold ? dropout.keep_scale : 0.0f;
+        factor[2 * pair + 1] = (word >> 16) >= dropout.threshold ? dropout.keep_scale : 0.0f;
+    }
+}
+
+// The same with a quarter of the calls, where a warp has neighbouring columns of one row. Four neighbouring lanes have neighbouring columns,
 // the first a multiple of 32: each draws one pair's call for all four, and they exchange words. The whole warp takes part.
 __device__ __forceinline__ void keep_factors(const Dropout &dropout, uint64_t seed, uint32_t row, int column, float (&factor)[8]) {
     const int lane = static_cast<int>(threadIdx.x) % WARP, own = lane % 4;

@@ -23,6 +23,7 @@ from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 _OLDEST_CAPABILITY = (8, 0)
 _EMULATION = "fastattn._cuda_emulation"
+NO_DROPOUT = (0, 0, 1.0)
 
 
 class Device(TypedDict):
@@ -127,4 +128,4 @@ def multiprocessors(x: Tensor) -> int:
 
 def dropout_arguments(seed: Tensor | None, p: float) -> tuple[int, int, float]:
     """The seed's address (it is read on the device), 16-bit threshold and scale of kept elements."""
-    return (0, 0, 1.0) if seed is None or p == 0.0 else (seed.data_ptr(), dropout_threshold(p), dropout_scale(p))
+    return NO_DROPOUT if seed is None or p == 0.0 else (seed.data_ptr(), dropout_threshold(p), dropout_scale(p))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cuda.library import device_reasons, device_type, load, place
+from fastattn.backends.cuda.library import NO_DROPOUT, device_reasons, device_type, dropout_arguments, load, place
 from fastattn.backends.views import address
 from fastattn.problems import LinearProblem
 
@@ -21,8 +21,6 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
         reasons.append(
             f"the CUDA {problem.op} takes one dtype; x is {problem.dtype} and the weights are {problem.weight_dtype}"
         )
-    if problem.dropout:
-        reasons.append(f"the CUDA {problem.op} has no dropout of its hidden layer")
     return reasons
 
 
@@ -65,13 +63,13 @@ def ffn_forward(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    dropout_seed: Tensor | None,  # refused by linear_reasons, here and below
+    dropout_seed: Tensor | None,
     activation: str,
     dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """y = act(x w1^T + b1) w2^T + b2 (..., N), and pre (..., H), empty unless save_pre."""
-    hidden, pre = _activated(x, w1, b1, activation, save_pre)
+    hidden, pre = _activated(x, w1, b1, activation, save_pre, dropout_arguments(dropout_seed, dropout_p))
     return _project(hidden, w2, b2), pre
 
 
@@ -93,7 +91,8 @@ def ffn_backward(
     """dx, dw1, db1, dw2, db2 in x's dtype; empty where not asked for."""
     hidden = torch.empty_like(pre)
     grad_pre = _product(grad_y, w2)
-    db1, _ = _backward(activation, grad_pre, pre, None, grad_pre, None, hidden, (b1_requires_grad, False))
+    dropout, wanted = dropout_arguments(dropout_seed, dropout_p), (b1_requires_grad, False)
+    db1, _ = _backward(activation, grad_pre, pre, None, grad_pre, None, hidden, wanted, dropout)
     return (
         _product(grad_pre, w1) if x_requires_grad else x.new_empty(0),
         _grad_weight(grad_pre, x, w1_requires_grad),
@@ -120,7 +119,8 @@ def gated_ffn_forward(
     gate, gate_bias = _unbiased(x, w_gate, b_gate)
     up, up_bias = _unbiased(x, w_up, b_up)
     hidden = torch.empty_like(gate) if save_pre else gate
-    _forward(gate, gate_bias, up, up_bias, hidden, save_pre, activation)
+    dropout = dropout_arguments(dropout_seed, dropout_p)
+    _forward(gate, gate_bias, up, up_bias, hidden, save_pre, activation, dropout)
     none = x.new_empty(0)
     return _project(hidden, w_down, b_down), gate if save_pre else none, up if save_pre else none.clone()
 
@@ -146,8 +146,10 @@ def gated_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw_gate, db_gate, dw_up, db_up, dw_down, db_down in x's dtype; empty where not asked for."""
     grad_gate, grad_up, hidden = (torch.empty_like(gate) for _ in range(3))
-    wanted = (b_gate_requires_grad, b_up_requires_grad)
-    db_gate, db_up = _backward(activation, _product(grad_y, w_down), gate, up, grad_gate, grad_up, hidden, wanted)
+    dropout, wanted = dropout_arguments(dropout_seed, dropout_p), (b_gate_requires_grad, b_up_requires_grad)
+    db_gate, db_up = _backward(
+        activation, _product(grad_y, w_down), gate, up, grad_gate, grad_up, hidden, wanted, dropout
+    )
     dx = x.new_empty(0)
     if x_requires_grad:
         dx = _product(grad_gate, w_gate).add_(_product(grad_up, w_up))
@@ -204,13 +206,18 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _activated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    save_pre: bool,
+    dropout: tuple[int, int, float] = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
-    """act(x W^T + b) and what it was before the activation, or an empty tensor."""
+    """dropout(act(x W^T + b)) and what it was before the activation, or an empty tensor."""
     product, left = _unbiased(x, weight, bias)
     # In place: where pre is kept the product becomes pre, otherwise it becomes the activated layer.
     hidden = torch.empty_like(product) if save_pre else product
-    _forward(product, left, None, None, hidden, save_pre, activation)
+    _forward(product, left, None, None, hidden, save_pre, activation, dropout)
     return hidden, product if save_pre else x.new_empty(0)
 
 
@@ -222,9 +229,10 @@ def _forward(
     hidden: Tensor,
     save_pre: bool,
     activation: str,
+    dropout: tuple[int, int, float],
 ) -> None:
-    """hidden = act(gate + gate_bias) * (up + up_bias), all (..., N) contiguous; with save_pre the sums replace gate
-    and up."""
+    """hidden = dropout(act(gate + gate_bias) * (up + up_bias)), all (..., N) contiguous; with save_pre the sums replace
+    gate and up."""
     columns = gate.shape[-1]
     load().activation_forward(
         gate=gate.data_ptr(),
@@ -238,6 +246,7 @@ def _forward(
         activation=ACTIVATIONS[activation],
         rows=gate.numel() // max(columns, 1),
         cols=columns,
+        dropout=dropout,
         **place(gate),
     )
 
@@ -251,6 +260,7 @@ def _backward(
     grad_up: Tensor | None,
     hidden: Tensor | None,
     sums_wanted: tuple[bool, bool],
+    dropout: tuple[int, int, float] = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
     """Fills grad_gate, grad_up and hidden; returns the float32 sums of grad_gate and grad_up over the rows, or empty
     ones. grad_gate may be grad_hidden."""
@@ -271,6 +281,7 @@ def _backward(
         activation=ACTIVATIONS[activation],
         rows=rows,
         cols=columns,
+        dropout=dropout,
         **place(grad_hidden),
     )
     gate_sum, up_sum = (
