@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -26,9 +27,7 @@ def lower(mask, batch=2, length=100):
     return mask.lower(batch, 2, length, length, CPU)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Longformer(8, 2), lambda: BigBird(64, 1, 1, 2), lambda: ~Strided(9)]
-)
+@pytest.mark.parametrize("make", [lambda: Longformer(8, 2), lambda: BigBird(64, 1, 1, 2), lambda: ~Strided(9)])
 def test_equal_masks_share_their_lowering(make):
     first, again, longer = lower(make()), lower(make()), lower(make(), length=101)
     part = "intervals" if first.blocks is None else "blocks"
@@ -51,6 +50,14 @@ def test_writing_to_a_tensor_makes_a_new_lowering():
     both = lower(mask | Causal())
     keep[0, 99] = False
     assert not torch.equal(lower(mask | Causal()).blocks.bitmaps, both.blocks.bitmaps) or len(both.blocks.col) == 0
+
+
+def test_a_copy_has_tensors_of_its_own():
+    mask = KeyMask(torch.ones(2, 100, dtype=torch.bool))
+    lower(mask)
+    other = copy.deepcopy(mask)
+    other.keep[0, 0] = False
+    assert other != mask and lower(other).key_bits[0, 0] != lower(mask).key_bits[0, 0]
 
 
 def test_nothing_is_kept_alive():
