@@ -3,8 +3,9 @@
 What the operators promise to a backend, and ask of it:
 - Arguments are valid and agree in shape, dtype and device; a choice by `not_supported_reasons` came before.
 - Attention: q, k, v, out and grad_out have a contiguous last dimension and any other strides, stride 0 included. bias
-  is 4-D, each dimension 1 or full, with any strides. The dense mask is expanded to (B, Hq, Sq, Skv). key_start,
-  key_end, intervals, sinks, lse and grad_lse are contiguous; sinks may have any float dtype.
+  is 4-D, each dimension 1 or full, with any strides. The dense mask is expanded to (B, Hq, Sq, Skv). The
+  mask's other tensors (`LoweredMask`, its blocks too), sinks, lse and grad_lse are contiguous; sinks may have any float
+  dtype. Several batch entries may point at the same blocks.
 - Norm and linear functions and the encoder layer get contiguous tensors only (but for a dense mask).
 - A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
   for is an empty (0,) tensor of the dtype it would have.

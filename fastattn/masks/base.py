@@ -177,6 +177,17 @@ class Mask(ABC):
                 found.append(part)
         return tuple(found)
 
+    def split(self) -> lowering.Split:
+        """`lowering.split` of the mask, which is done once."""
+        found: lowering.Split | None = self.__dict__.get("_split")
+        if found is None:
+            found = self.__dict__["_split"] = lowering.split(self)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what names tensors by their identity, which a copy does not share."""
+        return {name: value for name, value in self.__dict__.items() if name != "_split"}
+
     def home(self) -> torch.device:
         """Where the mask's tensors lie: the first device that is not the CPU."""
         devices = [x.device for x in self.holds() if isinstance(x, Tensor)]

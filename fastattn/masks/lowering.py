@@ -2,8 +2,9 @@
 
 A mask is split into the masks it is the "and" of. Lengths, ranges and windows become A and B: numbers and tensors of
 size B, made on every call. Key masks become A's words; what is a few intervals per query becomes C, all such terms
-together as long as four intervals hold them. What is left becomes D. Those three are remembered, per term, for the
-shapes and the device; under torch.compile A to C are traced and D is built outside of the graph.
+together as long as four intervals hold them. What is left becomes D. Those three are remembered for the shapes and the
+device, D also by itself, so that it stays when tensors beside it change; under torch.compile A to C are traced and D is
+built outside of the graph.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,36 +33,72 @@ remembered = Cache(entries=128, size=1 << 29)
 _NOTHING_HIDDEN = LoweredMask()
 
 
+class Split(NamedTuple):
+    """A mask as the "and" of others.
+
+    light     terms that every call lowers anew, and `heavy` those whose lowering is remembered.
+    limits    of the light ones those without tensors: they hide whole blocks once and for all.
+    identity, holds  of heavy and limits, what their lowering is remembered by.
+    """
+
+    light: tuple[Mask, ...]
+    heavy: tuple[Mask, ...]
+    limits: tuple[Mask, ...]
+    identity: tuple[Any, ...]
+    holds: tuple[Any, ...]
+
+
+def split(mask: Mask) -> Split:
+    """The mask in its parts."""
+    terms = mask.conjuncts()
+    light = tuple(term for term in terms if term.light)
+    heavy = tuple(term for term in terms if not term.light)
+    limits = tuple(term for term in light if heavy and not term.holds())
+    named = heavy + limits
+    identity = tuple(term.identity() for term in named)
+    return Split(light, heavy, limits, identity, tuple(x for term in named for x in term.holds()))
+
+
 def lower(mask: Mask, size: Size, device: torch.device) -> LoweredMask:
     """The lowered form of the mask. ValueError where one of its tensors does not fit the shapes or the device."""
     mask.check(size, device)
+    if torch.compiler.is_compiling():
+        terms = mask.conjuncts()
+        lowered = _lower_light([term for term in terms if term.light], size, device)
+        heavy = tuple(term for term in terms if not term.light)
+        limits = tuple(term for term in terms if term.light and not term.holds())
+        own = _lower_heavy(heavy, limits, size, device)
+    else:
+        light, heavy, limits, identity, holds = mask.split()
+        lowered = _lower_light(light, size, device)
+        if not heavy:
+            return lowered
+        own = _remember("all", identity, holds, size, device, lambda: _lower_heavy(heavy, limits, size, device))
+    if own.key_bits is None and own.intervals is None and own.blocks is None:
+        return lowered
+    return lowered._replace(key_bits=own.key_bits, intervals=own.intervals, bounds=own.bounds, blocks=own.blocks)
+
+
+def _lower_light(terms: Sequence[Mask], size: Size, device: torch.device) -> LoweredMask:
     lowered: LoweredMask | None = None
-    light, heavy = [], []
-    for term in mask.conjuncts():
-        if not term.light:
-            heavy.append(term)
-            continue
-        light.append(term)
+    for term in terms:
         own = term.keys_and_band(size, device) or _NOTHING_HIDDEN
         lowered = own if lowered is None else intersect(lowered, own)
-    if heavy:
-        return _lower_heavy(lowered or _NOTHING_HIDDEN, heavy, light, size, device)
     return lowered or _NOTHING_HIDDEN
 
 
-def _lower_heavy(
-    lowered: LoweredMask, terms: list[Mask], light: list[Mask], size: Size, device: torch.device
-) -> LoweredMask:
-    """`lowered` with the words, intervals and blocks of `terms`."""
+def _lower_heavy(terms: tuple[Mask, ...], limits: tuple[Mask, ...], size: Size, device: torch.device) -> LoweredMask:
+    """The words, intervals and blocks of `terms`."""
+    lowered = _NOTHING_HIDDEN
+    intervals: IntervalSet | None = None
     simple: list[Mask] = []
     rest: list[Mask] = []
-    intervals: IntervalSet | None = None
     for term in terms:
-        own = _remember("keys", (term,), size, device, lambda t=term: t.keys_and_band(size, device))  # type: ignore[misc]
+        own = term.keys_and_band(size, device)
         if own is not None:
             lowered = intersect(lowered, own)
             continue
-        found = _remember("set", (term,), size, device, lambda t=term: t.intervals(size, device))  # type: ignore[misc]
+        found = term.intervals(size, device)
         both = found if found is None or intervals is None else intersection(intervals, found)
         if both is None or both.slots > MOST:
             rest.append(term)
@@ -69,17 +106,11 @@ def _lower_heavy(
             intervals = both
             simple.append(term)
     if intervals is not None and not intervals.is_everything:
-        ready = intervals
-        tensors = _remember("intervals", tuple(simple), size, device, lambda: _intervals(ready, size, device))
-        lowered = lowered._replace(intervals=tensors[0], bounds=tensors[1])
+        tensor = intervals_tensor(intervals, size.len_q, size.len_k, device)
+        lowered = lowered._replace(intervals=tensor, bounds=row_bounds(tensor))
     if rest:
-        lowered = lowered._replace(blocks=_blocks(rest, light + simple, size, device))
+        lowered = lowered._replace(blocks=_blocks(rest, [*limits, *simple], size, device))
     return lowered
-
-
-def _intervals(intervals: IntervalSet, size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    tensor = intervals_tensor(intervals, size.len_q, size.len_k, device)
-    return tensor, row_bounds(tensor)
 
 
 def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: torch.device) -> Blocks:
@@ -93,8 +124,10 @@ def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: t
             f"{mask!r} holds a tensor that torch.func transforms and needs blocks, whose building reads values: build "
             "the mask outside of the transform"
         )
-    named = (mask,) if within is None else (mask, within)
-    return _remember("blocks", named, size, device, lambda: _build_outside_the_graph(mask, size, device, within))
+    if torch.compiler.is_compiling():
+        return _build_outside_the_graph(mask, size, device, within)
+    identity = (mask.identity(), None if within is None else within.identity())
+    return _remember("blocks", identity, mask.holds(), size, device, lambda: build_blocks(mask, size, device, within))
 
 
 @torch.compiler.disable
@@ -102,11 +135,15 @@ def _build_outside_the_graph(mask: Mask, size: Size, device: torch.device, withi
     return build_blocks(mask, size, device, within)
 
 
-def _remember(what: str, masks: tuple[Mask, ...], size: Size, device: torch.device, make: Callable[[], T]) -> T:
-    if torch.compiler.is_compiling():
-        return make()
-    holds = tuple(x for mask in masks for x in mask.holds())
-    key: tuple[Any, ...] = (what, size, device, *(mask.identity() for mask in masks))
+def _remember(
+    what: str,
+    identity: tuple[Any, ...],
+    holds: tuple[Any, ...],
+    size: Size,
+    device: torch.device,
+    make: Callable[[], T],
+) -> T:
+    key: tuple[Any, ...] = (what, size, device, identity)
     if device.type == "cuda" and what != "blocks":  # which are finished when they are built
         if torch.cuda.is_current_stream_capturing():
             return make()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn.masks import KeyLengths, PrefixLM, Strided
 
 
 def t(*shape, dtype=torch.float32, device="cpu"):
@@ -84,6 +85,21 @@ ATTENTION = [
         attention(backend="gpu"),
         ValueError,
         "backend='gpu' is unknown: pass one of 'cuda', 'cpu', 'triton', 'reference'",
+    ),
+    (
+        attention(mask=Strided(2).lower(2, 4, 3, 70, Q.device)),
+        ValueError,
+        r"mask.blocks.col_ptr has shape \(1, 1, 3\), which is not that of a call with .* = \(2, 4, 3, 5\): lower the",
+    ),
+    (
+        attention(mask=PrefixLM([1]).lower(1, 4, 3, 5, META.device)),
+        ValueError,
+        r"mask.intervals lies on meta but q on cpu: lower the mask for q's device",
+    ),
+    (
+        attention(mask=KeyLengths([1]).lower(1, 4, 3, 5, Q.device)),
+        ValueError,
+        r"mask.key_end has shape \(1,\), which is not that of a call with",
     ),
     (
         attention(mask="causal"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -49,6 +50,14 @@ def test_writing_to_a_tensor_makes_a_new_lowering():
     both = lower(mask | Causal())
     keep[0, 99] = False
     assert not torch.equal(lower(mask | Causal()).blocks.bitmaps, both.blocks.bitmaps) or len(both.blocks.col) == 0
+
+
+def test_a_copy_has_tensors_of_its_own():
+    mask = KeyMask(torch.ones(2, 100, dtype=torch.bool))
+    lower(mask)
+    other = copy.deepcopy(mask)
+    other.keep[0, 0] = False
+    assert other != mask and lower(other).key_bits[0, 0] != lower(mask).key_bits[0, 0]
 
 
 def test_nothing_is_kept_alive():

@@ -10,11 +10,22 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.masks import Causal, KeyLengths, KeyMask, SlidingWindow
+from fastattn.masks import (
+    Causal,
+    Dilated,
+    GlobalTokens,
+    KeyLengths,
+    KeyMask,
+    PerHead,
+    PrefixLM,
+    SlidingWindow,
+    Strided,
+)
 
 SEED = torch.tensor([5])
 SEEN = torch.tensor([[1, 1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).bool()
 RANGES = torch.tensor([[0, 3], [1, 7], [2, 4], [5, 5], [0, 7]], dtype=torch.int32).view(1, 1, 5, 2)
+BLOCKS = PerHead([Strided(3), KeyMask(SEEN) | Causal(), Dilated(2, 2), Causal()]) & KeyLengths([5, 7])
 QKV = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
 FFN = ((2, 3, 12), (20, 12), (20,), (10, 20), (10,))
 
@@ -41,6 +52,8 @@ CASES = [
     Case("attention key mask", _attention(mask=KeyMask(SEEN)), QKV),
     Case("attention bool", _attention(mask=SEEN[:1, None, None]), QKV),
     Case("attention ranges", _attention(mask=RANGES, return_lse=True), QKV),
+    Case("attention intervals", _attention(mask=(SlidingWindow(1, 1) | GlobalTokens(1)) & PrefixLM(2)), QKV),
+    Case("attention blocks", _attention(mask=BLOCKS.lower(2, 4, 5, 7, torch.device("cpu"))), QKV),
     Case("attention dropout", _attention(dropout_p=0.3, dropout_seed=SEED), QKV),
     Case(
         "attention bias",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.masks import Causal, KeyLengths
+from fastattn.masks import Causal, Document, KeyLengths, Longformer, Strided
 
 
 def flat(results):
@@ -52,6 +52,21 @@ def test_one_graph_serves_all_lengths():
         lengths = torch.tensor([2, len_k])
         assert torch.equal(compiled(q, k, v, lengths), call(q, k, v, lengths))
     assert counter.frame_count <= 2  # (6, 6) may be a graph of its own
+
+
+def test_intervals_are_lowered_in_the_graph_and_blocks_outside_of_it():
+    q, ids = torch.randn(2, 2, 70, 8), torch.arange(70) // 20
+
+    def call(q, ids, mask):
+        return fastattn.attention(q, q, q, mask=mask if mask is not None else Document(ids) | Longformer(4, 2))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, ids, None), call(q, ids, None))
+    blocks = Strided(9) & Causal()
+    expected = call(q, ids, blocks)
+    assert torch.equal(compiled(q, ids, blocks.lower(2, 2, 70, 70, q.device)), expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(call, backend="aot_eager")(q, ids, blocks), expected)  # a graph may break there
 
 
 def test_under_autocast():

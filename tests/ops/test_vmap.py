@@ -8,7 +8,7 @@ from torch.func import grad, vmap
 
 import fastattn
 from fastattn import ops
-from fastattn.masks import KeyLengths
+from fastattn.masks import Blocks, Causal, Document, GlobalTokens, KeyLengths, KeyMask, Strided
 
 SIZE = 3
 
@@ -106,6 +106,38 @@ def test_masks_may_be_mapped():
     ranges = torch.randint(0, 5, (SIZE, 1, 2, 4, 2), dtype=torch.int32)
     truth = stacked(lambda q, r: fastattn.attention(q, q, q, mask=r), (q, ranges), (0, 0))[0]
     torch.testing.assert_close(vmap(lambda q, r: fastattn.attention(q, q, q, mask=r))(q, ranges), truth)
+
+
+def test_masks_of_intervals_may_be_mapped():
+    q, ids = torch.randn(SIZE, 2, 2, 9, 8), torch.arange(9).expand(SIZE, 2, 9) // torch.tensor([1, 3, 5]).view(-1, 1, 1)
+    n, keep = torch.tensor([[0, 1], [2, 3], [1, 0]]), torch.rand(SIZE, 2, 9) < 0.6
+
+    def call(q, ids, n, keep):
+        mask = (Document(ids) & Causal() | GlobalTokens(n)) & KeyMask(keep)
+        return fastattn.attention(q, q, q, mask=mask)
+
+    truth = stacked(call, (q, ids, n, keep), (0,) * 4)[0]
+    torch.testing.assert_close(vmap(call)(q, ids, n, keep), truth)
+
+
+def test_blocks_of_mapped_tensors_say_where_to_build_them():
+    q, keep = torch.randn(SIZE, 2, 2, 9, 8), torch.rand(SIZE, 2, 9) < 0.6
+    with pytest.raises(NotImplementedError, match="needs blocks, whose building reads values: build the mask outside"):
+        vmap(lambda q, keep: fastattn.attention(q, q, q, mask=KeyMask(keep) | Causal()))(q, keep)
+
+
+def test_mapped_blocks_run_one_by_one():
+    q = torch.randn(SIZE, 2, 2, 9, 8)
+    lowered = [Strided(stride).lower(2, 2, 9, 9, q.device) for stride in (2, 3, 4)]
+    rows = max(x.blocks.bitmaps.shape[0] for x in lowered)
+    assert all(x.blocks.bitmaps.shape[0] == rows for x in lowered)
+    blocks = Blocks(*(torch.stack(column) for column in zip(*(x.blocks for x in lowered), strict=True)))
+
+    def call(q, *blocks):
+        return fastattn.attention(q, q, q, mask=lowered[0]._replace(blocks=Blocks(*blocks)))
+
+    truth = torch.stack([fastattn.attention(x, x, x, mask=m) for x, m in zip(q, lowered, strict=True)])
+    torch.testing.assert_close(vmap(call)(q, *blocks), truth)
 
 
 def test_nested_vmap():
