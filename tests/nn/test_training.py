@@ -1,7 +1,7 @@
 """Training with and without the swap, from the same seed and without dropout: the loss curves.
 
-Two correct implementations differ by rounding, and training carries that on. How far is measured: by torch itself in the
-tested precision, against torch in float64 from the same weights, on the batch as it is and with its rows in another
+Two correct implementations differ by rounding, and training carries that on. How far is measured: by torch itself in
+the tested precision, against torch in float64 from the same weights, on the batch as it is and with its rows in another
 order. At every step the swapped model may lie no further from float64 than twice what torch did up to that step, plus
 the rounding of the loss itself.
 """
