@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,18 @@ from fastattn.nn.checks import why_not_input, why_not_tensor
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.ops.library import tracks_gradients
+
+
+class _Parameters(NamedTuple):
+    """The module's tensors, each read once per call: reading a parametrised one computes it. in_proj: the packed
+    weight, or those of query, key and value."""
+
+    in_proj: tuple[Tensor, ...]
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    out_proj: Tensor
+    out_proj_bias: Tensor | None
 
 
 class MultiheadAttention(Fused, nn.MultiheadAttention):
@@ -36,8 +49,9 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
     is_causal=True says that attn_mask, which must be given, is the causal one. As in torch the mask is then not read,
     unless key_padding_mask is given too or need_weights is set.
 
-    What the kernels do not take (float64, nested tensors, tensor subclasses, weights wanted after dropout) runs torch's
-    code, counted; arguments that fit neither raise torch's own errors.
+    What the kernels do not take (float64, nested tensors, tensor subclasses, heads wider than 256) runs torch's
+    forward, counted, and so does what torch refuses too, for its error. Weights are formed in torch operations; under
+    dropout, and where nothing is differentiated, so is the attention, which is counted as well.
     """
 
     fastattn_original = nn.MultiheadAttention
@@ -56,11 +70,12 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         note_call(self)
         reason = None
         if "attention" not in self.fastattn_off:
-            reason = self._why_not(query, key, value, key_padding_mask, attn_mask, is_causal)
+            own = self._read_parameters()
+            reason = self._why_not(own, query, key, value, key_padding_mask, attn_mask, is_causal)
             if reason is None:
                 causal = is_causal and key_padding_mask is None and not need_weights
                 return self._attend(
-                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, causal
+                    own, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, causal
                 )
         result: tuple[Tensor, Tensor | None] = super().forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -71,6 +86,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
 
     def _attend(
         self,
+        own: _Parameters,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -80,9 +96,9 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         average_attn_weights: bool,
         causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(own, query, key, value)
         len_k = k.shape[2]
-        k, v = self._append(k, v)
+        k, v = self._append(own, k, v)
         masks = read_masks(
             attn_mask, key_padding_mask, heads=self.num_heads, causal=causal, extra_keys=k.shape[2] - len_k
         )
@@ -97,30 +113,28 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         else:
             note_fallback(self, "the attention weights are asked for (need_weights=True)")
             context, weights = attention_by_weights(q, k, v, masks, average_attn_weights, dropout_p)
-        output = self._linear(self._joined(context, query), self.out_proj.weight, self.out_proj.bias)
+        output = self._linear(self._joined(context, query), own.out_proj, own.out_proj_bias)
         if weights is not None and query.dim() == 2:
             weights = weights.squeeze(0)
         return output, weights
 
     # ---- projections -------------------------------------------------------------------------------------------------
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _project(self, own: _Parameters, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """q (B, H, L, D), k and v (B, H, S, D): views of the projections, one product for inputs that are one
         tensor."""
+        packed = len(own.in_proj) == 1
         inputs: list[tuple[Tensor, int]] = []
         for x in (query, key, value):
-            if self._qkv_same_embed_dim and inputs and inputs[-1][0] is x:
+            if packed and inputs and inputs[-1][0] is x:
                 inputs[-1] = (x, inputs[-1][1] + 1)
             else:
                 inputs.append((x, 1))
         counts = [count for _, count in inputs]
-        if self._qkv_same_embed_dim:
-            weights = _split(self.in_proj_weight, counts, self.embed_dim)
-        else:
-            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        weights = _split(own.in_proj[0], counts, self.embed_dim) if packed else own.in_proj
         biases: Sequence[Tensor | None] = [None] * len(counts)
-        if self.in_proj_bias is not None:
-            biases = _split(self.in_proj_bias, counts, self.embed_dim)
+        if own.in_proj_bias is not None:
+            biases = _split(own.in_proj_bias, counts, self.embed_dim)
         heads = []
         for (x, count), weight, bias in zip(inputs, weights, biases, strict=True):
             heads += self._heads(self._linear(x, weight, bias), count)
@@ -132,6 +146,8 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
             x = x.unsqueeze(0)
         elif not self.batch_first:
             x = x.transpose(0, 1)
+        if count == 1:
+            return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)]
         x = x.unflatten(-1, (count, self.num_heads, self.head_dim))
         return [part.transpose(1, 2) for part in x.unbind(2)]
 
@@ -142,13 +158,13 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
             return context.squeeze(0)
         return context if self.batch_first else context.transpose(0, 1)
 
-    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _append(self, own: _Parameters, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The learned key and value of add_bias_kv, and the zeros of add_zero_attn, behind the others."""
         keys, values = [k], [v]
         batch, heads, _, dim = k.shape
-        if self.bias_k is not None and self.bias_v is not None:
-            keys.append(self.bias_k.view(1, heads, 1, dim).expand(batch, -1, -1, -1))
-            values.append(self.bias_v.view(1, heads, 1, dim).expand(batch, -1, -1, -1))
+        if own.bias_k is not None and own.bias_v is not None:
+            keys.append(own.bias_k.view(1, heads, 1, dim).expand(batch, -1, -1, -1))
+            values.append(own.bias_v.view(1, heads, 1, dim).expand(batch, -1, -1, -1))
         if self.add_zero_attn:
             zero = k.new_zeros(batch, heads, 1, dim)
             keys.append(zero)
@@ -162,8 +178,15 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
 
     # ---- what the kernels can take -----------------------------------------------------------------------------------
 
+    def _read_parameters(self) -> _Parameters:
+        """By attribute, as torch reads them: what prunes or parametrises them is heeded, and out_proj is not called."""
+        same, out_proj = self._qkv_same_embed_dim, self.out_proj
+        in_proj = (self.in_proj_weight,) if same else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return _Parameters(in_proj, self.in_proj_bias, self.bias_k, self.bias_v, out_proj.weight, out_proj.bias)
+
     def _why_not(
         self,
+        own: _Parameters,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -176,7 +199,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
             why_not_input(query)
             or why_not_input(key)
             or why_not_input(value)
-            or self._why_not_weights(query)
+            or self._why_not_parameters(own, query)
             or self._why_not_shapes(query, key, value)
         )
         if reason is not None:
@@ -189,28 +212,23 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         sizes = (batch, self.num_heads, len_q, self._batch_and_length(key)[1])
         return why_not_masks(attn_mask, key_padding_mask, query, sizes)
 
-    def _why_not_weights(self, query: Tensor) -> str | None:
-        """The tensors are read as attributes, as torch does: pruning and parametrisation have made them what they
-        should be, and out_proj is never called."""
-        same = self._qkv_same_embed_dim
-        names = ("in_proj_weight",) if same else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        tensors = [(name, getattr(self, name)) for name in names]
-        tensors += [(name, getattr(self, name)) for name in ("in_proj_bias", "bias_k", "bias_v")]
-        tensors += [("out_proj.weight", self.out_proj.weight), ("out_proj.bias", self.out_proj.bias)]
+    def _why_not_parameters(self, own: _Parameters, query: Tensor) -> str | None:
         autocast = torch.is_autocast_enabled(query.device.type)
+        if any(weight is None for weight in (*own.in_proj, own.out_proj)):
+            return "it has no in_proj_weight, or no out_proj.weight"
+        tensors = [("in-projection weight", weight) for weight in own.in_proj]
+        tensors += [(name, getattr(own, name)) for name in _Parameters._fields[1:]]
         for name, tensor in tensors:
+            if tensor is None:
+                continue
             reason = why_not_tensor(name, tensor)
             if reason is not None:
                 return reason
-            if tensor is None:
-                if name.endswith("weight"):
-                    return f"{name} is None"
-                continue
             if tensor.device != query.device:
-                return f"{name} lies on {tensor.device.type} beside an input on {query.device.type}"
+                return f"its {name} lies on {tensor.device.type}, the input on {query.device.type}"
             if tensor.dtype != query.dtype and not autocast:
-                return f"{name} has another dtype than the input"
-        if (self.bias_k is None) != (self.bias_v is None):
+                return f"its {name} has another dtype than the input"
+        if (own.bias_k is None) != (own.bias_v is None):
             return "it has one of bias_k and bias_v"
         return None if self.head_dim <= MAX_HEAD_DIM else f"the head dim is {self.head_dim}"
 
