@@ -9,6 +9,7 @@ same thing, and the example checks it. Prints time, memory and density, and draw
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -55,11 +56,16 @@ class Encoder:
         return x[0]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, variant: str) -> Tensor:
-        mask = VARIANTS[variant]
         if variant == TORCH:
-            seen = mask.to_dense(1, 1, q.shape[2], k.shape[2])
+            seen = bool_mask(q.shape[2])
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        return fastattn.attention(q, k, v, mask=mask)
+        return fastattn.attention(q, k, v, mask=VARIANTS[variant])
+
+
+@functools.cache
+def bool_mask(tokens: int) -> Tensor:
+    """Longformer's mask as torch takes it: tokens x tokens bools, made once."""
+    return VARIANTS[TORCH].to_dense(1, 1, tokens, tokens)
 
 
 def read(text: Path | None, tokens: int) -> Tensor:
@@ -98,7 +104,8 @@ def memory_of(variant: str, document: Tensor, layers: int) -> float:
 
     encoder = Encoder(layers)
     encoder(document[:128], variant)  # what is loaded once
-    before = status("VmRSS")
+    mask = bool_mask(document.numel()).nbytes / 2**20 if variant == TORCH else 0.0
+    before = status("VmRSS") - mask
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark goes back to what is resident now
     encoder(document, variant)
     return status("VmHWM") - before

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_PAIRS_AT_ONCE = 1 << 22
+
+
 class Mask(ABC):
     """Which keys each query may see. Masks are descriptions: they hold no shapes but those of their own tensors.
 
@@ -49,8 +52,12 @@ class Mask(ABC):
         self.check(size, None)
         place = self.home() if device is None else torch.device(device)
         entry, head, query, key = (torch.arange(n, device=place) for n in size)
-        at = Index(entry.view(-1, 1, 1, 1), head.view(-1, 1, 1), query.view(-1, 1), key, size)
-        return self.rule(at).expand(size)
+        step = max(1, _PAIRS_AT_ONCE // max(1, batch * heads * len_k))
+        parts = []
+        for rows in query.split(step):
+            at = Index(entry.view(-1, 1, 1, 1), head.view(-1, 1, 1), rows.view(-1, 1), key, size)
+            parts.append(self.rule(at).expand(batch, heads, rows.numel(), len_k))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def tiles(self, len_q: int, len_k: int, batch: int | None = None, heads: int | None = None) -> Tensor:
         """int8 (1|B, 1|Hq, ceil(Sq / 64), ceil(Skv / 64)): 0 where a tile of 64 queries x 64 keys is empty, 1 where it

@@ -24,7 +24,7 @@ EMPTY, UNKNOWN, FULL = 0, 1, 2
 TileRule = Callable[[int, Tensor], Tensor]
 """rule(batch, rows): int8 (len(rows), ceil(Skv / 64)), what is known of the tiles in these rows of tiles."""
 
-_STATES_AT_ONCE = 1 << 18
+_STATES_AT_ONCE = 1 << 16
 _TILES_AT_ONCE = 512
 
 
