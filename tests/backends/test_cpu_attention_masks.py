@@ -309,3 +309,108 @@ def test_halves(isa: str, dtype: torch.dtype) -> None:
     for seed, names in enumerate(COMBINATIONS):
         call = make_call(names, seed, SHAPES[3 + seed % 4], dtype)
         check(call, call.run(), f"{isa}, {names}, seed {seed}")
+
+
+BIAS_SIZES = [(b, h, q, k) for b in (0, 1) for h in (0, 1) for q in (0, 1) for k in (0, 1)]
+
+
+def with_bias(call: Call, broadcast: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Call:
+    """The call with a bias, dropout, softcap and sinks; `broadcast`: 1 where the bias has one element."""
+    size = [1 if one else full for one, full in zip(broadcast, call.shape.full(), strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    call.bias = torch.randn(size, generator=generator).to(dtype)
+    call.sinks = torch.randn(call.shape.heads_q, generator=generator)
+    call.seed = torch.tensor([seed])
+    call.softcap, call.dropout_p = 15.0, 0.2
+    return call
+
+
+@pytest.mark.parametrize("broadcast", BIAS_SIZES, ids=str)
+def test_bias_gradient(isa: str, broadcast: tuple[int, ...]) -> None:
+    """Every way a bias can be broadcast, beside everything else that takes part in ds."""
+    for seed, shape in enumerate((Shape(2, 4, 2, 65, 129), Shape(3, 2, 1, 50, 40))):
+        call = with_bias(make_call(("band", "key bits")[seed:], seed, shape), broadcast, seed)
+        found = call.run()
+        assert found["dbias"].shape == call.bias.shape and found["dbias"].dtype == torch.float32
+        check(call, found, f"{isa}, {shape}, seed {seed}")
+
+
+def test_no_bias_gradient_unless_asked() -> None:
+    call = with_bias(make_call(("band",), 3, SHAPES[3]), (0, 0, 0, 0), 3)
+    assert call.run(bias_grad=False)["dbias"].numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float_masks_hide_by_minus_infinity(isa: str, dtype: torch.dtype) -> None:
+    """Whole tiles of -inf, parts of tiles, and a key mask without a query dimension, over NaN in the hidden keys."""
+    for seed, shape in enumerate(SHAPES):
+        for name in ("dense", "key bits"):
+            call = make_call((name,), seed, shape)
+            hidden = ~(call.seen if name == "dense" else call.seen[:, :, :1])
+            call.bias = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            call.bias = call.bias.masked_fill(hidden, -math.inf)
+            call.mask = LoweredMask()
+            if name == "dense":  # which keys nobody sees is found per tile from bools only
+                call.k, call.v = call.k.nan_to_num(0.0), call.v.nan_to_num(0.0, 0.0, 0.0)
+            truth = Call(**{**vars(call), "bias": call.bias.masked_fill(hidden, 0.0)}).truth()
+            check(call, {**call.run(), "dbias": truth["dbias"]}, f"{isa}, {name}, {shape}, seed {seed}")
+
+
+def test_a_bias_of_the_lowest_float_hides_nothing(isa: str) -> None:
+    call = make_call(("key range",), 5, SHAPES[4])
+    call.bias = torch.full((1, 1, 1, SHAPES[4].len_k), torch.finfo(torch.float32).min)
+    call.q, call.k = call.q * 0, call.k.nan_to_num(0.0) * 0
+    seen = call.seen.double()
+    want = (seen @ call.v.nan_to_num(0.0, 0.0, 0.0).double()) / seen.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(call.run()["out"].double(), want.nan_to_num(0.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3], ids=lambda n: f"{n} KV heads")
+def test_bitwise_equal_for_any_number_of_threads(isa: str, heads: int) -> None:
+    """One KV head is shared by all threads, two are taken whole, of three the last is shared: the same bits."""
+    for names in (("band",), ("blocks",), ()):
+        call = make_call(names, heads, Shape(1, 2 * heads, heads, 300, 270), dim=32, dim_v=16)
+        with_bias(call, (1, 1, 1, 0), heads)
+        first = call.run(threads=1)
+        for threads in (2, 2, 3, 5):
+            again = call.run(threads=threads)
+            for name, tensor in first.items():
+                assert torch.equal(tensor, again[name]), f"{isa}, {names}: {name} differs with {threads} threads"
+
+
+def test_long_rows_are_worked_on_in_rounds() -> None:
+    """More keys than one round's pool holds: several rounds, each over a part of the query tiles."""
+    shape = Shape(1, 1, 1, 700, 3000)
+    for names in (("intervals",), ("key range",)):
+        call = make_call(names, 11, shape, dim=16, dim_v=16)
+        check(call, call.run(threads=2), f"{names}")
+
+
+@pytest.mark.parametrize("which", ["row_ptr per batch and head", "nothing visible"])
+def test_blocks_at_their_edges(isa: str, which: str) -> None:
+    shape = Shape(2, 3, 3, 129, 191)
+    if which == "nothing visible":
+        seen = torch.zeros(1, 1, shape.len_q, shape.len_k, dtype=torch.bool)
+    else:
+        seen = torch.rand(shape.full(), generator=torch.Generator().manual_seed(2)) < 0.02
+    call = make_call((), 2, shape)
+    call.mask, call.seen = LoweredMask(blocks=blocks_of(seen, True)), seen.expand(shape.full())
+    check(call, call.run(), f"{isa}, {which}")
+
+
+def test_intervals_far_apart_cost_what_they_show() -> None:
+    """Bounds near the ends of int32, and a union whose runs touch, overlap and nest."""
+    shape = Shape(1, 1, 1, 70, 500)
+    low, high = -(2**31), 2**31 - 1
+    for given in (
+        [(low, high)],
+        [(high, low), (low, 10)],
+        [(490, high), (low, 5), (5, 9), (200, 260)],
+        [(100, 400), (150, 160), (400, 410), (90, 101)],
+        [(-5, 0), (500, 600)],
+    ):
+        bounds = torch.tensor(given, dtype=torch.int32).view(-1, 1, 1, 1, 2).expand(-1, 1, 1, shape.len_q, 2)
+        call = make_call((), 4, shape)
+        call.mask = LoweredMask(intervals=bounds.contiguous())
+        call.seen = mask_truth(call.mask, shape)
+        check(call, call.run(), str(given))

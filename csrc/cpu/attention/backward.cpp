@@ -9,6 +9,11 @@
 //   for all of them. The remaining heads are shared by all threads: in rounds they first work on several query tiles at once, then on
 //   ranges of keys, to which they add what the tiles of the round left. Either way a key's gradient is the sum over query tiles in their order, so
 //   the results do not depend on the number of threads.
+//
+// Measured, float32, GFLOP/s (2.5 times forward's operations) on 2 cores of an Intel Xeon (model 167, VM), 2026-11-22, torch 2.13 in the same run in
+// brackets: (B, H, S, D) = (8, 12, 360, 32) 220 (171), (1, 8, 2048, 64) 281 (254). One head of 8,192 queries and keys: 342 ms on one thread,
+// 178 ms on two; with a causal window of 256 keys 14.5 and 8.7 ms. That window at 8 heads, forward and backward: 1/31 of torch's time with the
+// mask as a bool tensor.
 // Memory: the sums of one KV head and a strip of 2 floats (3 with a softcap) per query of a tile and key that it sees, for each thread.
 #include <omp.h>
 

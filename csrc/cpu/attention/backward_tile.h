@@ -124,7 +124,11 @@ struct BiasGradient {
     int64_t batch, head, query, key;  // strides; key is 1 or 0
 
     explicit BiasGradient(const fastattn_attention &p)
-        : data((float *)p.grad_bias.data), batch(p.grad_bias.stride[0]), head(p.grad_bias.stride[1]), query(p.grad_bias.stride[2]), key(p.grad_bias.stride[3]) {}
+        : data((float *)p.grad_bias.data),
+          batch(p.grad_bias.stride[0]),
+          head(p.grad_bias.stride[1]),
+          query(p.grad_bias.stride[2]),
+          key(p.grad_bias.stride[3]) {}
 
     // Whether several tiles add to one element: they then do so in a walk of their own.
     bool is_shared(const fastattn_attention &p) const {
@@ -218,7 +222,7 @@ class TileBackward {
             float *p = record.scores + block.row * lanes_, *ds = record.grad_scores + block.row * lanes_;
             score_gradients(statistics, block.count, p, ds);
             if (bias) bias->add(tile_, block, ds);
-            if (record.slope) scale_by(ds, record.slope + block.row * lanes_, block.count);
+            if (record.slope) scale_by(ds, record.slope + block.row * lanes_, block.count * lanes_);
             if (p_.dropout.threshold) drop(block, p);
             const Left loaded = load_block(k_, block, p_.dim_qk, Layout::columns, buffers_.keys);
             multiply_lanes(p_.dim_qk, tile_.vectors, block.count, loaded, ds, buffers_.grad_queries, true);
@@ -307,13 +311,9 @@ class TileBackward {
         return sink_sum;
     }
 
-    void scale_by(float *target, const float *factor, int64_t count) const {
-        for (int64_t at = 0; at < count * lanes_; at += kLanes) store(target + at, load(target + at) * load(factor + at));
-    }
-
     void drop(const KeyBlock &block, float *target) const {
         keep_tile(p_, tile_, block.begin, block.count, buffers_.keep);
-        scale_by(target, buffers_.keep, block.count);
+        scale_by(target, buffers_.keep, block.count * lanes_);
     }
 
     void write_queries() const {

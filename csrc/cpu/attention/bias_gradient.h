@@ -36,7 +36,8 @@ class SharedBias {
         const int64_t all_b = p_.batch / slots_b_, all_h = p_.heads_q / slots_h_;  // either 1 or all of them
         for (int64_t batch = b; batch < b + all_b; batch++)
             for (int64_t head = h; head < h + all_h; head++)
-                for (int64_t index = part; index < tiles_.count; index += parts_) add_tile(tiles_.tile(batch, head, index, p_.len_q), target, buffers, tile_scratch);
+                for (int64_t index = part; index < tiles_.count; index += parts_)
+                    add_tile(tiles_.tile(batch, head, index, p_.len_q), target, buffers, tile_scratch);
     }
 
     // The items' sums into the bias; for one thread.

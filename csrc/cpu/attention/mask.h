@@ -48,6 +48,18 @@ class TileMask {
 
     const KeyBlock &block() const { return block_; }
 
+    // The keys that the walk looks at next, where they do not follow the block at once; else none.
+    KeySpan jump() const {
+        int64_t begin = 0;
+        if (mask_.blocks.row_ptr.data) {
+            if (entry_ < last_entry_) begin = mask_.blocks.col[entry_] * kKeyBlock;
+        } else if (run_ + 1 < n_runs_ && position_ == runs_[run_].end) {
+            begin = runs_[run_ + 1].begin;
+        }
+        if (begin <= block_.begin + block_.count) return {0, 0};
+        return {begin, smaller(begin + kKeyBlock, p_.len_k)};
+    }
+
     // scores(key, lane) = -inf where hidden.
     void apply(float *scores) const {
         if (partial_) words_.hide(scores, block_.count);
@@ -135,7 +147,8 @@ class TileMask {
         if (!band_covers(begin, count))
             words_.keep([&](int64_t lane) {
                 const int64_t position = tile_.query(lane) + mask_.band_offset - begin;
-                return bits_between(mask_.band_has_left ? position - mask_.band_left : 0, mask_.band_has_right ? position + mask_.band_right + 1 : count);
+                const int64_t end = mask_.band_has_right ? position + mask_.band_right + 1 : count;
+                return bits_between(mask_.band_has_left ? position - mask_.band_left : 0, end);
             });
         if (!intervals_cover(begin, count))
             words_.keep([&](int64_t lane) {

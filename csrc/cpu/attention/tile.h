@@ -1,9 +1,9 @@
 // What forward and backward share: queries as lanes, blocks of keys and values, and the score tile.
 //
 // Scores are held transposed, scores(key, query lane), and in natural units: a bias of finfo.min stays finite, which times log2 e it would
-// not, and differences of scores lose nothing before exp2 takes them times log2 e. Keys and values are then the broadcast operand of the micro-kernel and are read where
-// they lie, only the queries are transposed once a tile; softmax statistics run along the rows, so they are plain vector operations without a
-// single horizontal sum; and every bound of a mask becomes a comparison of lanes.
+// not, and differences of scores lose nothing before exp2 takes them times log2 e. Keys and values are then the broadcast operand of the
+// micro-kernel and are read where they lie, only the queries are transposed once a tile; softmax statistics run along the rows, so they are plain
+// vector operations without a single horizontal sum; and a mask is one word of bits per lane.
 #pragma once
 #include "../micro.h"
 #include "../pack.h"
@@ -74,7 +74,8 @@ static inline void add_bias(const fastattn_attention &p, const QueryTile &tile, 
             for (int64_t v = 0; v < tile.vectors; v++) {
                 vfloat bias = zero();
                 for (int lane = 0; lane < kLanes && v * kLanes + lane < tile.count; lane++)
-                    bias[lane] = load_scalar(offset(t.data, p.bias_dtype, base + (v * kLanes + lane) * t.stride[2] + row * t.stride[3]), p.bias_dtype);
+                    bias[lane] = load_scalar(offset(t.data, p.bias_dtype, base + (v * kLanes + lane) * t.stride[2] + row * t.stride[3]),
+                                             p.bias_dtype);
                 add(row, v, bias);
             }
         return;
@@ -111,6 +112,10 @@ static inline void keep_tile(const fastattn_attention &p, const QueryTile &tile,
             }
 }
 
+static inline void scale_by(float *target, const float *factor, int64_t floats) {
+    for (int64_t at = 0; at < floats; at += kLanes) store(target + at, load(target + at) * load(factor + at));
+}
+
 // C(m, lanes) (+)= A B. Four vectors go as two and two: three and one would leave the micro-kernel with a narrow tile.
 static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, bool accumulate) {
     const int64_t lanes = vectors * kLanes;
@@ -122,13 +127,15 @@ static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a,
 static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, float *c) {
     constexpr int64_t kDepth = 64;
     multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false);
-    for (int64_t begin = kDepth; begin < k; begin += kDepth)
-        multiply_lanes(m, vectors, smaller(kDepth, k - begin), {rows.data + begin, rows.stride, rows.layout}, b + begin * vectors * kLanes, c, true);
+    for (int64_t begin = kDepth; begin < k; begin += kDepth) {
+        const Left rest = {rows.data + begin, rows.stride, rows.layout};
+        multiply_lanes(m, vectors, smaller(kDepth, k - begin), rest, b + begin * vectors * kLanes, c, true);
+    }
 }
 
 // scores(key, lane) of the mask's block, -inf where hidden. `queries` hold the scale already.
-static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Left keys, const float *queries, float *scores,
-                              float *slope) {
+static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Left keys, const float *queries,
+                              float *scores, float *slope) {
     const KeyBlock &block = mask.block();
     multiply_blocked(block.count, tile.vectors, p.dim_qk, keys, queries, scores);
     if (p.softcap > 0) apply_softcap(p, scores, block.count * tile.lanes(), slope);

@@ -129,7 +129,8 @@ class LaneWords {
                 const vint seen = load_int(words);
                 float *target = scores + half * 32 * lanes_ + v;
                 const int rows = (int)smaller(32, count - half * 32);
-                for (int row = 0; row < rows; row++, target += lanes_) store(target, select((seen << (31 - row)) >> 31, load(target), broadcast(-kInf)));
+                for (int row = 0; row < rows; row++, target += lanes_)
+                    store(target, select((seen << (31 - row)) >> 31, load(target), broadcast(-kInf)));
             }
     }
 
