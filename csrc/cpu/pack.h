@@ -1,9 +1,6 @@
 // Moving blocks between tensors (any dtype, any row stride) and the float32 scratch the micro-kernel reads.
 #pragma once
 #include "simd.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 FASTATTN_NAMESPACE_BEGIN
 
@@ -97,7 +94,7 @@ class Pieces {
 
 class Scratch : public Pieces {
   public:
-    explicit Scratch(int64_t floats) : Scratch(allocate(floats * 4 + 64)) {}
+    explicit Scratch(int64_t floats) : Scratch((float *)aligned_alloc(64, (size_t)round_up(floats * 4 + 64, 64))) {}
     ~Scratch() { free(base_); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
@@ -105,19 +102,7 @@ class Scratch : public Pieces {
     bool failed() const { return base_ == nullptr; }
 
   private:
-    static constexpr int64_t kHugePage = 1 << 21;
-
     explicit Scratch(float *base) : Pieces(base), base_(base) {}
-    static float *allocate(int64_t bytes) {
-        const int64_t alignment = bytes < 2 * kHugePage ? 64 : kHugePage, size = round_up(bytes, alignment);
-        void *memory = aligned_alloc((size_t)alignment, (size_t)size);
-#if defined(__linux__)
-        // Far fewer faults where the memory is new, and fewer misses of the address cache.
-        if (memory && alignment == kHugePage) madvise(memory, (size_t)size, MADV_HUGEPAGE);
-#endif
-        return (float *)memory;
-    }
-
     float *base_;
 };
 

@@ -22,7 +22,15 @@ from fastattn.problems import AttentionProblem, LinearProblem
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 ISAS = [] if cpu.unavailable_reason() else cpu.available_isas()
-CASES = {"attention": 60, "attention_decode": 40, "norm": 40, "linear_act": 40, "ffn": 25, "gated_ffn": 25}
+CASES = {
+    "attention": 60,
+    "attention_decode": 40,
+    "norm": 40,
+    "linear_act": 40,
+    "ffn": 25,
+    "gated_ffn": 25,
+    "encoder_layer": 25,
+}
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_wrong_options_are_answered_by_a_sentence(arguments, said):
     assert said in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("op", ["attention", "norm", "linear_act", "ffn", "gated_ffn"])
+@pytest.mark.parametrize("op", ["attention", "norm", "linear_act", "ffn", "gated_ffn", "encoder_layer"])
 def test_verify_prints_worst_ratios(op):
     text = _run("verify", "--op", op, "--backend", "reference", "--cases", "6", "--seed", "2")
     assert f"{op}: worst error / bound" in text and "6 cases checked, 0 refused, all within the bound" in text

@@ -236,7 +236,63 @@ FFN = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "text"), [*ATTENTION, *NORM, *FFN])
+LAYER_WEIGHTS = {
+    **{f"w{n}": t(8, 8) for n in "qkvo"},
+    **{f"b{n}": t(8) for n in "qkvo"},
+    **{f"norm{n}_{name}": t(8) for n in (1, 2) for name in ("weight", "bias")},
+    "w1": t(6, 8),
+    "b1": t(6),
+    "w2": t(8, 6),
+    "b2": t(8),
+}
+
+
+def layer(x=None, **changes):
+    arguments = {"heads": 2, **LAYER_WEIGHTS, **changes}
+    return lambda: fastattn.encoder_layer(t(2, 3, 8) if x is None else x, **arguments)
+
+
+def bounds(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+LAYER = [
+    (layer(x=t(3, 8)), ValueError, r"x has 2 dimensions, shape \(3, 8\): pass \(batch, length, features\), or packed"),
+    (layer(cu_seqlens=bounds(0, 3)), ValueError, "x has 3 dimensions"),
+    (layer(x=[1]), TypeError, "x is a list: pass a tensor"),
+    (layer(heads=3), ValueError, "heads=3 does not cut x's 8 features into heads: pass a divisor of 8"),
+    (layer(heads=0), ValueError, "heads=0 does not cut"),
+    (layer(heads=2.0), TypeError, r"heads=2.0 is a float"),
+    (layer(wq=t(8, 6)), ValueError, r"wq has shape \(8, 6\): pass \(8, 8\)"),
+    (layer(wv=None), TypeError, "wv is a NoneType: pass a tensor"),
+    (layer(wo=t(8, 8).half()), TypeError, "wo has dtype torch.float16 beside x of torch.float32"),
+    (layer(wk=t(8, 8, device="meta")), ValueError, "wk lies on meta but x on cpu"),
+    (layer(bk=t(6)), ValueError, r"bk has shape \(6,\): pass \(8,\)"),
+    (layer(w1=t(6, 7)), ValueError, r"w1 has shape \(6, 7\): pass \(6, 8\)"),
+    (layer(w1=t(6)), ValueError, r"w1 has shape \(6,\): pass \(F, 8\)"),
+    (layer(w2=t(8, 5)), ValueError, r"w2 has shape \(8, 5\): pass \(8, 6\)"),
+    (layer(b1=t(8)), ValueError, r"b1 has shape \(8,\): pass \(6,\), one element per row of w1"),
+    (layer(norm1_bias=t(3)), ValueError, r"norm1_bias has shape \(3,\): pass \(8,\)"),
+    (layer(norm2_weight=t(8).half()), TypeError, "norm2_weight has dtype torch.float16 beside x of torch.float32"),
+    (layer(eps1=-1.0), ValueError, "eps1=-1.0 is negative"),
+    (layer(eps2="small"), TypeError, "eps2='small' is a str"),
+    (layer(activation="tanh"), ValueError, "activation='tanh' is unknown"),
+    (layer(backend="gpu"), ValueError, "backend='gpu' is unknown"),
+    (layer(backend="triton"), fastattn.NotSupported, "triton"),
+    (layer(mask=t(2, 1, 1, 3)), TypeError, "mask has dtype torch.float32: pass a bool tensor, True where visible"),
+    (layer(mask=t(2, 1, 1, 4).bool()), ValueError, r"mask has shape \(2, 1, 1, 4\), which does not broadcast"),
+    (layer(mask=3), TypeError, "mask is a int"),
+    (layer(x=t(3, 8), cu_seqlens=[0, 3]), TypeError, "cu_seqlens is of list: pass an int32 tensor"),
+    (layer(x=t(3, 8), cu_seqlens=bounds(0, 3).long()), TypeError, "cu_seqlens is of torch.int64: pass an int32"),
+    (layer(x=t(3, 8), cu_seqlens=bounds(0, 3)[None]), ValueError, r"cu_seqlens has shape \(1, 2\)"),
+    (layer(x=t(3, 8), cu_seqlens=bounds(0, 4)), ValueError, r"cu_seqlens=\[0, 4\] does not cut x's 3 rows"),
+    (layer(x=t(3, 8), cu_seqlens=bounds(1, 3)), ValueError, r"cu_seqlens=\[1, 3\] does not cut"),
+    (layer(x=t(3, 8), cu_seqlens=bounds(0, 2, 1, 3)), ValueError, r"\[0, 2, 1, 3\] does not cut .* never decreasing"),
+    (layer(x=t(3, 8), cu_seqlens=bounds(0, 3), mask=t(3).bool()), ValueError, "mask is given beside cu_seqlens"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), [*ATTENTION, *NORM, *FFN, *LAYER])
 def test_error(call, error, text):
     with pytest.raises(error, match=text):
         call()

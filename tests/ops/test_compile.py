@@ -126,6 +126,35 @@ def test_wrong_arguments_keep_their_error():
         torch.compile(fastattn.attention, backend="aot_eager")(*(torch.randn(2, 3, 8) for _ in range(3)))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_encoder_layer(dynamic):
+    square, up, down, row, wide = (
+        torch.randn(8, 8),
+        torch.randn(12, 8),
+        torch.randn(8, 12),
+        torch.randn(8),
+        torch.randn(12),
+    )
+    weights = [square, row] * 4 + [row, row, up, wide, down, row, row, row]
+    keep = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+
+    def call(x, keep):
+        return fastattn.encoder_layer(x, *weights, heads=2, mask=keep) + 1.0
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (5, 9):
+        x, keep = torch.randn(2, length, 8), torch.rand(2, 1, 1, length) < 0.7
+        assert torch.equal(compiled(x, keep), call(x, keep))
+
+    def packed(x, bounds):
+        return fastattn.encoder_layer(x, *weights, heads=2, cu_seqlens=bounds, norm_first=True)
+
+    x, bounds = torch.randn(9, 8), torch.tensor([0, 4, 9], dtype=torch.int32)
+    assert torch.equal(
+        torch.compile(packed, fullgraph=True, backend="aot_eager", dynamic=dynamic)(x, bounds), packed(x, bounds)
+    )
+
+
 @pytest.mark.slow
 def test_inductor(case):
     tensors = case.draw()

@@ -8,7 +8,7 @@ import torch
 
 from fastattn import ops
 from fastattn.masks import BigBird, Causal, Dilated, GlobalTokens, PerHead, SlidingWindow, Strided
-from fastattn.masks.lowered import flatten
+from fastattn.masks.lowered import LoweredMask, flatten
 
 
 def r(*shape, dtype=torch.float32, grad=True):
@@ -148,3 +148,25 @@ def test_attention_decode(paged):
     lengths = torch.tensor([3, 7], dtype=torch.int32)
     numbers = (2, 0, None, r(1, 4, 1, 8, grad=False), r(4, grad=False), 0.3, 5.0, "")
     torch.library.opcheck(ops.attention_decode_forward, (r(2, 4, 1, 8, grad=False), *caches, lengths, table, *numbers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_biases", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_encoder_layer(backend, dtype, with_biases, packed):
+    if dtype is torch.float64 and backend == "cpu":
+        pytest.skip("the CPU kernels take no float64")
+
+    def linear(out, features):
+        return r(out, features, dtype=dtype), r(out, dtype=dtype) if with_biases else None
+
+    projections = [t for _ in range(4) for t in linear(8, 8)]
+    norms = [r(8, dtype=dtype), r(8, dtype=dtype) if with_biases else None]
+    tensors = [*projections, *norms, *linear(12, 8), *linear(8, 12), *norms]
+    bounds = torch.tensor([0, 4, 4, 10], dtype=torch.int32) if packed else None
+    end = None if packed else torch.tensor([4, 9], dtype=torch.int32)
+    keys = None if packed else torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    x = r(10, 8, dtype=dtype) if packed else r(5, 2, 8, dtype=dtype, grad=False).transpose(0, 1).requires_grad_()
+    mask = flatten(LoweredMask(key_end=end, band_right=None if packed else 0, dense=keys))
+    numbers = (2, 0.3, "gelu", packed, 1e-5, 1e-6, backend)
+    torch.library.opcheck(ops.encoder_layer_forward, (x, *tensors, bounds, *mask, *numbers))
