@@ -11,6 +11,7 @@ from torch import nn
 import fastattn
 from fastattn import reference
 from fastattn.masks import Causal, KeyLengths
+from fastattn.masks.lowered import LoweredMask, flatten
 from fastattn.ops import encoder_layer_forward
 
 FEATURES, HIDDEN, HEADS = 48, 72, 2
@@ -185,7 +186,7 @@ def test_the_operator_under_vmap():
     lengths = torch.tensor([[2, 6], [0, 3], [6, 6]], dtype=torch.int32)
 
     def call(x, lengths, weights):
-        tail = (None, None, lengths, 0, None, None, None, None, HEADS, 0.2, "gelu", False, 1e-5, 1e-5, "")
+        tail = (None, *flatten(LoweredMask(key_end=lengths)), HEADS, 0.2, "gelu", False, 1e-5, 1e-5, "")
         return encoder_layer_forward(x, *weights, *tail)
 
     expected = torch.stack([call(x[i], lengths[i], weights) for i in range(3)])

@@ -380,11 +380,6 @@ def attentions_asked_for(model: nn.Module) -> dict[str, object]:
     return {"output_attentions": True}
 
 
-def attentions_in_the_config(model: nn.Module) -> dict[str, object]:
-    model.config.output_attentions = True
-    return {}
-
-
 def float_mask(model: nn.Module) -> dict[str, object]:
     return {"attention_mask": torch.zeros(4, 1, 9, 9)}
 
@@ -403,7 +398,6 @@ def inputs_that_need_gradients(model: nn.Module) -> dict[str, object]:
         only_attention_dropout,
         chunked,
         attentions_asked_for,
-        attentions_in_the_config,
         float_mask,
         inputs_that_need_gradients,
     ),
