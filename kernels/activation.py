@@ -1,4 +1,4 @@
-"""Bias and activation after a matrix product, gated pairs, dropout, and their backward with the sums for bias gradients.
+"""Bias, activation and dropout after a matrix product, gated pairs, and backward with the sums for bias gradients.
 
 Contract
     forward    pre = x + bias          y = act(pre) up m
