@@ -124,7 +124,9 @@ def _stack(found: list[Blocks], rows: int, columns: int) -> Blocks:
         )
         entries += own.col.numel()
         bitmaps += own.bitmaps.shape[0] - 1
-    return Blocks(*(torch.cat(field).to(field[0].dtype) for field in zip(*parts, strict=True)))
+    return Blocks(
+        *(torch.cat(field).to(own.dtype) for own, field in zip(found[0], zip(*parts, strict=True), strict=True))
+    )
 
 
 def _lengthen(pointers: Tensor, heads: int, lines: int) -> Tensor:

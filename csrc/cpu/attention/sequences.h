@@ -88,7 +88,7 @@ struct QueryTiles {
         const int64_t widest = p.mask.blocks.row_ptr.data ? kBlockVectors : kTileVectors;
         count = (len + widest * kLanes - 1) / (widest * kLanes);
         vectors = count ? ((len + count - 1) / count + kLanes - 1) / kLanes : 0;
-        if (!p.mask.blocks.row_ptr.data) return;
+        if (!p.mask.blocks.row_ptr.data || !count) return;
         while (vectors & (vectors - 1)) vectors++;
         count = (len + vectors * kLanes - 1) / larger(1, vectors * kLanes);
     }
