@@ -225,7 +225,9 @@ def check(call: Call, found: dict[str, Tensor], label: str) -> None:
         if name == "lse":
             assert torch.equal(got.isneginf(), want.isneginf()), f"{label}: lse is -inf elsewhere"
             got, want = got.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0)
-        worst = float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
+        # Elements of dtable and dslopes are sums over many pairs, most of which cancel.
+        floor = max(1.0, call.q.shape[2] * call.q.shape[1] / 64) if name in ("dbias", "dtable", "dslopes") else 1.0
+        worst = float((got - want).abs().max() / want.abs().max().clamp(min=floor))
         assert worst <= 8 * roundoff, f"{label}: {name} off by {worst:.2g}"
         if name in ("out", "dq", "dk", "dv"):
             assert not got[want == 0.0].any(), f"{label}: {name} is not 0 where nothing is seen"
@@ -283,11 +285,6 @@ def random_call(seed: int) -> Call:
         call.softcap = 5.0
     if rng.random() < 0.3:
         call.grad_lse = None
-    return call
-
-
-def hide_unseen(call: Call) -> Call:
-    """Keys that nobody sees may hold anything: the truth reads NaN there as 0."""
     return call
 
 
