@@ -92,11 +92,11 @@ def attention_queries_kernel(
     band_low, band_high = band_at(packed, band_low, band_high, ends)
     pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
                  bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
-    position = ends
+    origin = ends
     if TOP_LEFT:
-        position = ends * 0
+        origin = ends * 0
     bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
-               position)  # fmt: skip
+               origin)  # fmt: skip
     first_q = tile_q * BLOCK_Q
     rows = first_q + tl.arange(0, BLOCK_Q)
     within = rows < len_q
@@ -237,11 +237,11 @@ def attention_keys_kernel(
     band_low, band_high = band_at(packed, band_low, band_high, ends)
     pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
                  bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
-    position = ends
+    origin = ends
     if TOP_LEFT:
-        position = ends * 0
+        origin = ends * 0
     bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
-               position)  # fmt: skip
+               origin)  # fmt: skip
     first_k = tile_k * BLOCK_K
     keys = first_k + tl.arange(0, BLOCK_K)
     seen = visible_keys(key_mask, batch, keys, len_k)

@@ -119,11 +119,11 @@ def attention_bias_kernel(
         low_limit, high_limit = band_at(packed, band_low, band_high, ends)
         pair_mask = (low_limit, high_limit, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h,
                      ids_q, bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
-        position = ends
+        origin = ends
         if TOP_LEFT:
-            position = ends * 0
+            origin = ends * 0
         bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
-                   position)  # fmt: skip
+                   origin)  # fmt: skip
         q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
         k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s)
         v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s)
@@ -212,11 +212,11 @@ def attention_distance_kernel(
         low_limit, high_limit = band_at(packed, band_low, band_high, ends)
         pair_mask = (low_limit, high_limit, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h,
                      ids_q, bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
-        position = ends
+        origin = ends
         if TOP_LEFT:
-            position = ends * 0
+            origin = ends * 0
         bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
-                   position)  # fmt: skip
+                   origin)  # fmt: skip
         q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
         k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s)
         v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s)
@@ -251,7 +251,7 @@ def attention_distance_kernel(
                     tile_k, there_q, there_k, scale, softcap, DIM, WIDE, REST, DIM_V, WIDE_V, REST_V,
                     BLOCK_K, HAS_BAND, INTERVALS, SOFTCAP, PRECISION,
                 )  # fmt: skip
-            distance = tile_k * BLOCK_K - first_q - position  # of the tile's first query and key
+            distance = tile_k * BLOCK_K - first_q - origin  # of the tile's first query and key
             if SUMS_SLOPES:
                 away = tl.abs(distance + steps[None, :] - tl.arange(0, BLOCK_Q)[:, None])
                 sloped -= tl.sum(grad * away.to(tl.float32), 1)

@@ -116,7 +116,7 @@ def scores_of(
     bias_of: the dense bias and its strides; the table of a bias by distance, its stride by head, the distance of its
     first column, the number of its last one; ALiBi's slopes and their stride by batch; and the position of query 0."""
     (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
-     position) = bias_of  # fmt: skip
+     origin) = bias_of  # fmt: skip
     score, slope = product, product
     if not FOLDED:
         score = product * scale
@@ -130,12 +130,12 @@ def scores_of(
         added = tl.load(at, mask=(queries < len_q) & (keys < len_k), other=0.0).to(tl.float32)
         score = tl.where(added == -float("inf"), added, tl.maximum(score + added, LOWEST))  # only -inf hides
     if table is not None:
-        column = tl.minimum(tl.maximum(keys - queries - (position + table_first), 0), table_last)
+        column = tl.minimum(tl.maximum(keys - queries - (origin + table_first), 0), table_last)
         added = tl.load(table + head * table_h + column)
         hides = (added == -float("inf")) | (score == -float("inf"))
         score = tl.where(hides, -float("inf"), tl.maximum(score + added, LOWEST))
     if slopes is not None:
-        away = tl.abs(keys - queries - position).to(tl.float32)
+        away = tl.abs(keys - queries - origin).to(tl.float32)
         sloped = tl.maximum(score - tl.load(slopes + batch * slopes_b + head) * away, LOWEST)
         score = tl.where(score == -float("inf"), score, sloped)
     return score, slope

@@ -41,7 +41,7 @@ def test_kernels_in_the_interpreter(name: str, marks: str) -> None:
     interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(file))
 
 
-# Prints the cases drawn, those refused for anything but the hidden layer's dropout, and the failures.
+# Prints the cases drawn, those refused, and the failures.
 VERIFY = """
 import sys
 from fastattn.parity.run import verify
@@ -52,23 +52,21 @@ print(report.checked + report.refused, refused, *report.failures, sep="\\n")
 """
 
 
+def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
+    """Ranges of 50 cases: pieces of work for several processes."""
+    return [(op, start, start + 50) for start in range(first, cases, 50)]
+
+
 @pytest.mark.parametrize(
-    ("op", "cases"), [("attention", 4), ("norm", 8), ("linear_act", 20), ("ffn", 20), ("gated_ffn", 20)]
+    ("op", "first", "last"),
+    [
+        *parts("attention", 150),
+        *(part for op in ("norm", "linear_act", "ffn", "gated_ffn") for part in parts(op, 150)),
+        *(pytest.param(*part, marks=pytest.mark.slow) for part in parts("attention", 600, first=150)),
+    ],
 )
-def test_random_cases(op: str, cases: int) -> None:
-    assert interpreted("-W", "ignore", "-c", VERIFY, op, "0", str(cases)) == f"{cases}\n0\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(0, 600, 50))
-def test_many_random_attention_cases(first: int) -> None:
-    assert interpreted("-W", "ignore", "-c", VERIFY, "attention", str(first), str(first + 50)) == "50\n0\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", ["norm", "linear_act", "ffn", "gated_ffn"])
-def test_many_random_cases(op: str) -> None:
-    assert interpreted("-W", "ignore", "-c", VERIFY, op, "0", "150") == "150\n0\n"
+def test_random_cases(op: str, first: int, last: int) -> None:
+    assert interpreted("-W", "ignore", "-c", VERIFY, op, str(first), str(last)) == f"{last - first}\n0\n"
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from fastattn.backends import reference
 from fastattn.backends import triton as backend
 from fastattn.backends.triton import interpreter, launch
 from fastattn.backends.triton.plan import mask_arguments, plan_keys, plan_queries
+from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.kernels import tiles
 from fastattn.masks.lowered import Blocks, LoweredMask, visible
+from fastattn.packed import Packed
 from fastattn.parity.bound import unit_roundoff
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -110,30 +112,51 @@ FORMS = [
 ]  # fmt: skip
 
 
-def outputs(module: Any, mask: LoweredMask, dtype: torch.dtype, options: bool, seed: int = 5) -> dict[str, Tensor]:
-    """What forward and backward return; backward gets the module's own forward."""
+def outputs(
+    module: Any, mask: LoweredMask, dtype: torch.dtype, options: bool, seed: int = 5, packed: Packed | None = None
+) -> dict[str, Tensor]:
+    """What forward and backward return; backward gets the module's own forward. Options: all of them, biases too."""
     draw = torch.Generator().manual_seed(seed)
     dim, dim_v = (40, 24) if options else (32, 32)
+    batch, rows_q, rows_k = (BATCH, LEN_Q, LEN_K) if packed is None else (1, ROWS_Q, ROWS_K)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=draw).to(dtype)
 
     q, k, v = (
-        tensor(BATCH, HEADS, LEN_Q, dim),
-        tensor(BATCH, HEADS_KV, LEN_K, dim),
-        tensor(BATCH, HEADS_KV, LEN_K, dim_v),
+        tensor(batch, HEADS, rows_q, dim),
+        tensor(batch, HEADS_KV, rows_k, dim),
+        tensor(batch, HEADS_KV, rows_k, dim_v),
     )
-    bias, sinks, dropout = None, None, torch.tensor([77])
+    bias, sinks, dropout = NO_BIAS, None, torch.tensor([77])
     numbers = (0.2, 0.0, 0.0)
     if options:
-        bias, sinks, numbers = tensor(1, HEADS, LEN_Q, LEN_K), tensor(HEADS, dtype=F32), (0.2, 5.0, 0.3)
-    extras = (mask, bias, sinks, dropout, *numbers)
+        table, slopes = tensor(HEADS, 61, dtype=F32), 0.02 * tensor(BATCH, HEADS, dtype=F32)
+        bias = LoweredBias(tensor(1, HEADS, LEN_Q, LEN_K), table, -30, slopes)
+        sinks, numbers = tensor(HEADS, dtype=F32), (0.2, 5.0, 0.3)
+    extras = (mask, bias, packed, sinks, dropout, *numbers)
     out, lse = module.attention_forward(q, k, v, *extras)
-    grad_out, grad_lse = tensor(BATCH, HEADS, LEN_Q, dim_v), tensor(BATCH, HEADS, LEN_Q, dtype=F32)
+    grad_out, grad_lse = tensor(batch, HEADS, rows_q, dim_v), tensor(batch, HEADS, rows_q, dtype=F32)
     grads = module.attention_backward(
-        grad_out, grad_lse if options else None, q, k, v, out, lse, *extras, options, options, True
+        grad_out, grad_lse if options else None, q, k, v, out, lse, *extras, *[options] * 4, True
     )
-    return dict(zip(("out", "lse", "dq", "dk", "dv", "dbias", "dsinks"), (out, lse, *grads), strict=True))
+    names = ("out", "lse", "dq", "dk", "dv", "dbias", "dtable", "dslopes", "dsinks")
+    return dict(zip(names, (out, lse, *grads), strict=True))
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype, what: str) -> None:
+    for name, expected in want.items():
+        found = got[name]
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
+        if expected.numel() == 0:
+            continue
+        hidden = expected.isinf()
+        assert torch.equal(found.isinf(), hidden), name
+        # Weights and score gradients are rounded to the dtype once each; the reference keeps them in float32.
+        scale = expected[~hidden].double().abs().max()
+        error = (found - expected)[~hidden].double().abs().max()
+        bound = (4 * unit_roundoff(dtype) + 2**-18) * scale
+        assert error <= bound, f"{name} of {what}: error {error:.3g} > {bound:.3g}"
 
 
 @pytest.mark.parametrize(
@@ -148,18 +171,30 @@ def outputs(module: Any, mask: LoweredMask, dtype: torch.dtype, options: bool, s
 def test_every_form_equals_its_dense_mask(form: str, dtype: torch.dtype, options: bool) -> None:
     mask, shown = random_mask(form, seed=len(form))
     got, want = outputs(backend, mask, dtype, options), outputs(reference, LoweredMask(dense=shown), dtype, options)
-    for name, expected in want.items():
-        found = got[name]
-        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
-        if expected.numel() == 0:
-            continue
-        hidden = expected.isinf()
-        assert torch.equal(found.isinf(), hidden), name
-        # Weights and score gradients are rounded to the dtype once each; the reference keeps them in float32.
-        scale = expected[~hidden].double().abs().max()
-        error = (found - expected)[~hidden].double().abs().max()
-        bound = (4 * unit_roundoff(dtype) + 2**-18) * scale
-        assert error <= bound, f"{name} of {form}: error {error:.3g} > {bound:.3g}"
+    assert_close(got, want, dtype, form)
+
+
+# Rows of no sequence before, between and after; the second sequence of queries is longer than LEN_Q.
+ROWS_Q, ROWS_K = 2 + 40 + LEN_Q + 4 + 3, 70 + LEN_K + 1
+PACKED = Packed(
+    torch.tensor([2, 42, 42 + LEN_Q + 4], dtype=torch.int32), torch.tensor([0, 70, 70 + LEN_K], dtype=torch.int32),
+    LEN_Q, LEN_K,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "options"),
+    [
+        ("none", F32, False),
+        ("range bits blocks", BF16, True),
+        *(pytest.param(form, F32, True, marks=pytest.mark.slow) for form in ("bits", "interval", "blocks", "dense")),
+    ],
+)
+def test_packed_sequences_equal_the_reference(form: str, dtype: torch.dtype, options: bool) -> None:
+    mask, shown = random_mask(form, seed=len(form))
+    band = {"band_offset": 3, "band_left": 90, "band_right": 20}  # from each sequence's end
+    got = outputs(backend, mask._replace(**band), dtype, options, packed=PACKED)
+    assert_close(got, outputs(reference, LoweredMask(dense=shown, **band), dtype, options, packed=PACKED), dtype, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -210,9 +245,9 @@ def test_what_lies_in_hidden_keys_does_not_matter(form: str) -> None:
     results = []
     for filler in (0.0, math.nan):
         keys, values = k.masked_fill(unseen, filler), v.masked_fill(unseen, filler)
-        extras = (mask, None, None, None, 0.25, 0.0, 0.0)
+        extras = (mask, NO_BIAS, None, None, None, 0.25, 0.0, 0.0)
         out, lse = backend.attention_forward(q, keys, values, *extras)
-        grads = backend.attention_backward(grad, None, q, keys, values, out, lse, *extras, False, False, True)
+        grads = backend.attention_backward(grad, None, q, keys, values, out, lse, *extras, *[False] * 4, True)
         results.append((out, lse, *grads[:3]))
     for clean, filled in zip(*results, strict=True):
         assert torch.equal(clean, filled)
@@ -223,10 +258,10 @@ def test_a_row_of_lowest_biases_is_a_uniform_one() -> None:
     draw = torch.Generator().manual_seed(2)
     q, k, v, grad = (torch.randn(1, 1, 40, 16, generator=draw) for _ in range(4))
     bias = torch.full((1, 1, 40, 40), torch.finfo(F32).min)
-    extras = (LoweredMask(), bias, None, None, 0.25, 0.0, 0.0)
+    extras = (LoweredMask(), LoweredBias(bias), None, None, None, 0.25, 0.0, 0.0)
     out, lse = backend.attention_forward(q, k, v, *extras)
     assert torch.allclose(out, v.mean(dim=2, keepdim=True).expand_as(out), atol=1e-6)
-    dv = backend.attention_backward(grad, None, q, k, v, out, lse, *extras, True, False, True)[2]
+    dv = backend.attention_backward(grad, None, q, k, v, out, lse, *extras, True, False, False, False, True)[2]
     assert torch.allclose(dv, grad.mean(dim=2, keepdim=True).expand_as(dv), atol=1e-6)
 
 
@@ -235,9 +270,9 @@ def test_one_visible_key_has_no_score_gradient(dtype: torch.dtype) -> None:
     """ds = p (dp - delta) is 0 where p is 1: a delta from the rounded output would leave rounding errors."""
     draw = torch.Generator().manual_seed(4)
     q, k, v, grad = (torch.randn(1, 2, 40, 16, generator=draw).to(dtype) for _ in range(4))
-    extras = (LoweredMask(band_left=0, band_right=0), None, None, None, 0.25, 0.0, 0.0)
+    extras = (LoweredMask(band_left=0, band_right=0), NO_BIAS, None, None, None, 0.25, 0.0, 0.0)
     out, lse = backend.attention_forward(q, k, v, *extras)
-    dq, dk, dv, _, _ = backend.attention_backward(grad, None, q, k, v, out, lse, *extras, False, False, True)
+    dq, dk, dv = backend.attention_backward(grad, None, q, k, v, out, lse, *extras, *[False] * 4, True)[:3]
     assert max(float(dq.abs().max()), float(dk.abs().max())) < 1e-5
     assert torch.equal(dv, grad)
 
@@ -260,11 +295,43 @@ def test_gradients_of_broadcast_biases(shape: tuple[int, int, int, int], monkeyp
     mask, shown = random_mask("band dense", seed=1)
     found = []
     for module, given in ((backend, mask), (reference, LoweredMask(dense=shown))):
-        extras = (given, bias, sinks, None, 0.25, 0.0, 0.0)
+        extras = (given, LoweredBias(bias), None, sinks, None, 0.25, 0.0, 0.0)
         out, lse = module.attention_forward(q, k, v, *extras)
-        found.append(module.attention_backward(grad, lse, q, k, v, out, lse, *extras, True, True, True)[3])
+        wanted = (True, False, False, True)
+        found.append(module.attention_backward(grad, lse, q, k, v, out, lse, *extras, *wanted, True)[3])
     assert found[0].shape == bias.shape
     assert (found[0] - found[1]).abs().max() <= 2**-17 * found[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "first", "top_left", "form"),
+    [
+        (HEADS, 61, -30, False, "band dense"),
+        (1, 400, -200, True, "none"),
+        pytest.param(1, 1, 0, False, "none", marks=pytest.mark.slow),
+        pytest.param(HEADS, 2, 5, True, "band", marks=pytest.mark.slow),
+        pytest.param(HEADS, 8, 300, False, "none", marks=pytest.mark.slow),
+        pytest.param(1, 50, -400, False, "interval", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_by_distance(
+    rows: int, columns: int, first: int, top_left: bool, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables shorter and longer than the distances there are, or beside them; sums in few parts, so that programs come
+    back to columns they have written."""
+    monkeypatch.setattr("fastattn.backends.triton.attention._BIAS_PROGRAMS", 3)
+    draw = torch.Generator().manual_seed(7)
+    q, k, v, grad = (torch.randn(BATCH, HEADS, n, 16, generator=draw) for n in (LEN_Q, LEN_K, LEN_K, LEN_Q))
+    table, slopes = torch.randn(rows, columns, generator=draw), torch.rand(1, HEADS, generator=draw)
+    bias = LoweredBias(None, table, first, slopes, top_left)
+    mask, shown = random_mask(form, seed=1)
+    found = []
+    for module, given in ((backend, mask), (reference, LoweredMask(dense=shown))):
+        extras = (given, bias, None, None, None, 0.25, 0.0, 0.0)
+        out, lse = module.attention_forward(q, k, v, *extras)
+        grads = module.attention_backward(grad, lse, q, k, v, out, lse, *extras, False, True, True, False, True)
+        found.append({"out": out, "dtable": grads[4], "dslopes": grads[5]})
+    assert_close(found[0], found[1], F32, form)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
