@@ -68,9 +68,10 @@ def _print(report: VerifyReport, console: Console) -> None:
     if len(report.failures) > _SHOWN_FAILURES:
         console.print(f"... and {len(report.failures) - _SHOWN_FAILURES} more failures", style="red")
     verdict = "all within the bound" if report.passed else f"{len(report.failures)} FAILED"
+    forward = f" ({report.forward_only} forward only)" if report.forward_only else ""
     console.print(
-        f"backend {report.backend}, seed {report.seed}: {report.checked} cases checked, {report.refused} refused, "
-        f"{verdict}, {report.seconds:.1f} s",
+        f"backend {report.backend}, seed {report.seed}: {report.checked} cases checked{forward}, "
+        f"{report.refused} refused, {verdict}, {report.seconds:.1f} s",
         style="bold" if report.passed else "bold red",
         highlight=False,
     )
@@ -115,7 +116,8 @@ def verify(
     """Check a backend against float64 on random calls, forward and backward. Exit code 1 if any fails.
 
     Every output and gradient must satisfy max|x - ref64| <= 2 max|eager - ref64| + 2 u max|ref64| + 2^-20 max T, and
-    every mask is also checked by exact integer counts. A case the backend refuses is counted by reason, not failed.
+    every mask is also checked by exact integer counts. A case the backend refuses is counted by reason, not failed;
+    where it refuses only the gradients, the forward is checked.
     """
     console = wide_console(stderr=as_json)
     name = backend or default_backend()

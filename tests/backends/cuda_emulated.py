@@ -6,7 +6,6 @@ are called directly, so that each output is compared, statistics included, and s
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +16,6 @@ from fastattn.backends import cuda, reference
 from fastattn.backends.cuda import library
 from fastattn.masks.lowered import Blocks, LoweredMask
 from fastattn.parity.bound import unit_roundoff
-from fastattn.parity.cases import draw_case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -113,17 +111,6 @@ def test_a_stopped_kernel_is_an_exception_with_call_and_place() -> None:
 
 
 # --- Attention ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("index", range(48))
-def test_drawn_attention_forward(index: int) -> None:
-    """The cases of `fastattn verify` without their backward, in the half dtypes."""
-    case = draw_case("attention", 8, index)
-    if case.dtype is F32:
-        pytest.skip("the CUDA attention takes no float32")
-    case.conditions = replace(case.conditions, grad=False, without_gradient=frozenset())
-    failed = [row for row in case.run("cuda") if not row.passed]
-    assert not failed, f"{case.describe()}\n" + "\n".join(map(str, failed))
 
 
 class Attention(NamedTuple):
