@@ -10,7 +10,9 @@ from torch import Tensor
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import dropout_arguments, native
 from fastattn.backends.views import address, broadcast_view, mask_arguments, view
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
+from fastattn.packed import Packed
 
 
 def attention_forward(
@@ -18,7 +20,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
@@ -29,7 +32,7 @@ def attention_forward(
     out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
     lse = torch.empty(batch, heads, len_q, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
-    call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    call = _call_arguments(q, k, v, out, lse, mask, bias.dense, sinks, dropout_seed, scale, softcap, dropout_p)
     native().attention_forward(*call)
     return out, lse
 
@@ -43,22 +46,25 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
     bias_requires_grad: bool,
+    table_requires_grad: bool,
+    slopes_requires_grad: bool,
     sinks_requires_grad: bool,
     deterministic: bool,  # every sum of these kernels has a fixed order
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide = [_writable(grad) for grad in (dq, dk, dv)]
     sinks = None if sinks is None else sinks.float()
     dsinks = torch.empty(q.shape[1] if sinks_requires_grad else 0, dtype=torch.float32)
-    dbias = torch.zeros(bias.shape if bias is not None and bias_requires_grad else 0, dtype=torch.float32)
-    call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    dbias = torch.zeros(bias.dense.shape if bias.dense is not None and bias_requires_grad else 0, dtype=torch.float32)
+    call = _call_arguments(q, k, v, out, lse, mask, bias.dense, sinks, dropout_seed, scale, softcap, dropout_p)
     native().attention_backward(
         *call,
         view(grad_out),
@@ -70,7 +76,7 @@ def attention_backward(
     for grad, written in zip((dq, dk, dv), wide, strict=True):
         if written is not grad:
             grad.copy_(written)
-    return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, lse.new_empty(0), lse.new_empty(0), dsinks
 
 
 def _writable(grad: Tensor) -> Tensor:
