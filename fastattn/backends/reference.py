@@ -227,8 +227,8 @@ class _Padded:
         return there if seen is None else there & seen
 
     def position(self, bias: LoweredBias) -> Tensor:
-        """Where the queries sit for biases by distance, int64 (B, Sq)."""
-        query = torch.arange(self.packed.max_len_q, device=self.offset.device)
+        """Where the queries sit for biases by distance, int64 (1|B, Sq)."""
+        query = torch.arange(self.packed.max_len_q, device=self.offset.device)[None]
         return query + (0 if bias.top_left else self.offset[:, None].long())
 
     def bias(self, bias: LoweredBias) -> Tensor | None:

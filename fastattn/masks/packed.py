@@ -51,7 +51,7 @@ def lower_packed(mask: Mask, size: PackedSize, device: torch.device) -> LoweredM
     return lowered._replace(blocks=lowering.remembered.get(name, holds, lambda: _blocks(whole, size, device)))
 
 
-class _OfEntry(Mask):
+class OfEntry(Mask):
     """What one batch entry of a mask sees, as a mask for a batch of one whose sizes are those of the entry."""
 
     def __init__(self, mask: Mask, entry: int, size: Size) -> None:
@@ -65,6 +65,9 @@ class _OfEntry(Mask):
     def rule(self, at: Index) -> Tensor:
         return self.mask.rule(at._replace(batch=at.batch + self.entry, size=self.size))
 
+    def check(self, size: Size, device: torch.device | None) -> None:
+        """Nothing: the tensors have the sizes of the whole batch."""
+
     @property
     def by_distance(self) -> bool:
         return self.mask.by_distance
@@ -73,7 +76,7 @@ class _OfEntry(Mask):
         return 1, self.mask.extent(self.size, device)[1]
 
     def at_head(self, head: int) -> Mask:
-        return _OfEntry(self.mask.at_head(head), self.entry, self.size)
+        return OfEntry(self.mask.at_head(head), self.entry, self.size)
 
     def tile_rule(self, size: Size, device: torch.device) -> TileRule:
         rule = self.mask.tile_rule(self.size, device)
@@ -97,23 +100,24 @@ def _blocks(mask: Mask, size: PackedSize, device: torch.device) -> Blocks:
         key = (len_q, len_k) if alike else (len_q, len_k, entry)
         if key not in built:
             own = Size(size.batch, size.heads, len_q, len_k)
-            built[key] = build_blocks(_OfEntry(mask, entry, own), own._replace(batch=1), device)
+            built[key] = build_blocks(OfEntry(mask, entry, own), own._replace(batch=1), device)
         found.append(built[key])
     return _stack(found, tile_count(size.len_q), tile_count(size.len_k))
 
 
 def _stack(found: list[Blocks], rows: int, columns: int) -> Blocks:
     """The blocks of several batch entries as those of one batch of rows x columns blocks."""
+    heads = max(own.row_ptr.shape[1] for own in found)  # an empty sequence may have blocks for one head only
     entries = bitmaps = 0
     parts: list[Blocks] = []
     for own in found:
         parts.append(
             Blocks(
-                _lengthen(own.row_ptr, rows) + entries,
+                _lengthen(own.row_ptr, heads, rows) + entries,
                 own.col,
                 own.id + bitmaps * (own.id > 0),
                 own.bitmaps[1:] if parts else own.bitmaps,
-                _lengthen(own.col_ptr, columns) + entries,
+                _lengthen(own.col_ptr, heads, columns) + entries,
                 own.row,
                 own.row_id + bitmaps * (own.row_id > 0),
             )
@@ -123,7 +127,8 @@ def _stack(found: list[Blocks], rows: int, columns: int) -> Blocks:
     return Blocks(*(torch.cat(field).to(field[0].dtype) for field in zip(*parts, strict=True)))
 
 
-def _lengthen(pointers: Tensor, lines: int) -> Tensor:
-    """The pointers with as many lines as asked for, those behind the last one empty."""
+def _lengthen(pointers: Tensor, heads: int, lines: int) -> Tensor:
+    """The pointers for so many heads and lines; lines behind the last one are empty."""
+    pointers = pointers.expand(-1, heads, -1)
     missing = lines + 1 - pointers.shape[2]
     return torch.cat([pointers, pointers[..., -1:].expand(-1, -1, missing)], dim=2)
