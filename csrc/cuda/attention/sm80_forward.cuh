@@ -113,8 +113,8 @@ struct Sm80Forward {
             float bias = 0.0f;
             if (d.table) bias = d.table.get(h * d.table_stride + clamp(distance - d.table_first, 0, static_cast<int>(d.table_size) - 1));
             if (d.slopes) {
-                const float slope = -d.slopes.get(b * d.slopes_stride + h) * fabsf(static_cast<float>(distance));
-                bias = sum_of(bias, slope, slope);
+                const float slope = d.slopes.get(b * d.slopes_stride + h);
+                bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
             }
             distances.set(i, in_log2(bias));
         }
