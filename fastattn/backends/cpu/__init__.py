@@ -58,10 +58,6 @@ def not_supported_reasons(problem: Problem) -> list[str]:
             reasons.append(f"dtype {dtype} is not float32, bfloat16 or float16")
     if isinstance(problem, LinearProblem) and problem.weight_dtype != problem.dtype:
         reasons.append(f"weights are {problem.weight_dtype} and inputs {problem.dtype}, not one dtype")
-    if isinstance(problem, (AttentionProblem, DecodeProblem)) and (problem.table or problem.slopes):
-        reasons.append("the CPU kernels take no bias by distance")
-    if isinstance(problem, AttentionProblem) and problem.packed:
-        reasons.append("the CPU kernels take no packed batches")
     return reasons
 
 

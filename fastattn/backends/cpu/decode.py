@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import native
-from fastattn.backends.views import address, view
+from fastattn.backends.views import address, distance_arguments, view
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 
@@ -55,6 +55,7 @@ def attention_decode(
         0 if intervals is None else intervals.shape[0],
         view(dense),
         0 if dense is None else DTYPES[dense.dtype],
+        distance_arguments(bias),
         address(sinks),
         scale,
         softcap,
