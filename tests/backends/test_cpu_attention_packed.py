@@ -104,9 +104,7 @@ class Call:
         )
         return cut_q, cut_k, 0
 
-    def _scores(
-        self, b: int, leaves: dict[str, Tensor], at_q: slice, at_k: slice, entry: int
-    ) -> tuple[Tensor, Tensor]:
+    def _scores(self, b: int, leaves: dict[str, Tensor], at_q: slice, at_k: slice, entry: int) -> tuple[Tensor, Tensor]:
         """The weights of sequence b, dropout included, (Hq, Lq, Lk), and its log-sum-exp."""
         heads = self.q.shape[1]
         q = leaves["dq"][entry, :, at_q]
@@ -187,7 +185,10 @@ def make_call(
         (batch, (rows_q, rows_k)), places = (len(lens), lens[0]), None
     q = draw(batch, rows_q, heads[0], dims[0]).transpose(1, 2)
     k, v = (draw(batch, rows_k, heads[1], dim).transpose(1, 2) for dim in dims)
-    grad_out, grad_lse = draw(batch, heads[0], rows_q, dims[1]), torch.randn(batch, heads[0], rows_q, generator=generator)
+    grad_out, grad_lse = (
+        draw(batch, heads[0], rows_q, dims[1]),
+        torch.randn(batch, heads[0], rows_q, generator=generator),
+    )
     call = Call(lens, q, k, v, grad_out, grad_lse, places)
     if places is not None:
         for index, tensors in ((0, (q, grad_out, grad_lse)), (1, (k, v))):
@@ -245,7 +246,10 @@ def random_call(seed: int) -> Call:
     """Anything together with anything."""
     rng = random.Random(seed)
     packed = rng.random() < 0.7
-    lens = [(rng.choice([0, 1, rng.randint(1, 150)]), rng.choice([0, 1, rng.randint(1, 200)])) for _ in range(rng.randint(1, 5))]
+    lens = [
+        (rng.choice([0, 1, rng.randint(1, 150)]), rng.choice([0, 1, rng.randint(1, 200)]))
+        for _ in range(rng.randint(1, 5))
+    ]
     if not packed:
         lens = [(rng.randint(1, 150), rng.randint(1, 150))] * rng.randint(1, 3)
     heads_kv = rng.choice([1, 2, 3])

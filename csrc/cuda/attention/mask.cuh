@@ -39,7 +39,7 @@ template <int ROWS, bool DENSE>
 class MaskWalk {
 public:
     static constexpr int BLOCK_ROWS = ROWS / MASK_BLOCK;
-    static constexpr int SCRATCH = 4 * MAX_INTERVALS + 16;
+    static constexpr int SCRATCH = 4 * MAX_INTERVALS + 20;
 
     // scratch: shared memory of SCRATCH integers. What the walk needs seldom lies there: registers belong to the accumulators.
     __device__ __forceinline__ MaskWalk(const MaskParams &mask, int b, int h, int row, const Sequence &sequence, const Shared<int> &scratch)
@@ -47,20 +47,29 @@ public:
         const int64_t at = mask.band_offset + sequence.band_shift;
         const Bounds bounds = {{clamp(at - mask.band_left, -FAR, FAR), clamp(at + mask.band_right + 1, -FAR, FAR)},
                                {mask.key_start ? clamp(mask.key_start.get(b), 0, len_k_) : 0, mask.key_end ? clamp(mask.key_end.get(b), 0, len_k_) : len_k_}};
-        Span reach = bounds.keys;
-        if (mask.has_left) reach.low = larger(reach.low, band_low(bounds, row));
-        if (mask.has_right) reach.high = smaller(reach.high, band_high(bounds, last_row()));
+        // Keys that some query sees lie in `reach`; those in `sure` all of them see.
+        Span reach = bounds.keys, sure = bounds.keys;
+        if (mask.has_left) {
+            reach.low = larger(reach.low, band_low(bounds, row));
+            sure.low = larger(sure.low, band_low(bounds, last_row()));
+        }
+        if (mask.has_right) {
+            reach.high = smaller(reach.high, band_high(bounds, last_row()));
+            sure.high = smaller(sure.high, band_high(bounds, row));
+        }
         if (threadIdx.x == 0) scratch_.store<2>(PLACE, {{b, h}});
         if (mask.n_intervals > 0) {
             sync_block();
             reduce_intervals();
-            int low = len_k_, high = 0;
+            Span all = {len_k_, 0}, widest = {0, 0};
             for (int r = 0; r < mask.n_intervals; r++) {
-                low = smaller(low, hull(r).low);
-                high = larger(high, hull(r).high);
+                all = {smaller(all.low, hull(r).low), larger(all.high, hull(r).high)};
+                if (core(r).high - core(r).low > widest.high - widest.low) widest = core(r);
             }
-            reach = {larger(reach.low, low), smaller(reach.high, high)};
+            reach = {larger(reach.low, all.low), smaller(reach.high, all.high)};
+            sure = {larger(sure.low, widest.low), smaller(sure.high, widest.high)};
         }
+        if (mask.key_bits || mask.row_ptr.data || mask.dense.data) sure = {0, 0};
         next_ = reach.low / KEYS;
         int last[2] = {0, 0};
         if (mask.row_ptr.data) {
@@ -75,7 +84,9 @@ public:
         }
         if (threadIdx.x == 0) {
             scratch_.store<4>(BOUNDS, {{bounds.band.low, bounds.band.high, bounds.keys.low, bounds.keys.high}});
-            scratch_.store<4>(ENDS, {{reach.high > reach.low ? (reach.high + KEYS - 1) / KEYS : 0, last[0], last[1], 0}});
+            const int end = reach.high > reach.low ? (reach.high + KEYS - 1) / KEYS : 0;
+            scratch_.store<4>(ENDS, {{end, (sure.low + KEYS - 1) / KEYS, sure.high / KEYS, 0}});
+            scratch_.store<4>(PLACE, {{b, h, last[0], last[1]}});
         }
         settle(false);
         sync_block();
@@ -84,9 +95,15 @@ public:
     // The next tile that some query sees. All threads of the block call this, and settle() when all have.
     __device__ __forceinline__ KeyTile next() {
         const Pack<int, 4> state = scratch_.load<4>(STATE);
-        next_ = state.at[0], entry_[0] = state.at[1], entry_[1] = state.at[2], begun_ = state.at[3];
-        for (const int end = scratch_.get(ENDS); next_ < end; next_++) {
+        next_ = state.at[0], begun_ = state.at[1], entry_[0] = state.at[2], entry_[1] = state.at[3];
+        const Pack<int, 4> ends = scratch_.load<4>(ENDS);
+        const int end = ends.at[0];
+        for (; next_ < end; next_++) {
             KeyTile tile = {next_ * KEYS, true, ~uint64_t(0), {0, 0}};
+            if (next_ >= ends.at[1] && next_ < ends.at[2]) {
+                next_++;
+                return tile;
+            }
             if (mask_.row_ptr.data && !find_blocks(tile, end)) break;
             if (!look(tile)) continue;
             next_ = tile.begin / KEYS + 1;
@@ -100,8 +117,14 @@ public:
     __device__ __forceinline__ bool begun() const { return begun_ != 0; }
     // Keeps the place in shared memory until the next call of next(): between barriers of the block.
     __device__ __forceinline__ void settle(bool begun = true) const {
-        if (threadIdx.x == 0) scratch_.store<4>(STATE, {{next_, entry_[0], entry_[1], begun}});
+        if (threadIdx.x == 0) scratch_.store<4>(STATE, {{next_, begun, entry_[0], entry_[1]}});
     }
+
+    // Whether the tile is full, told by one thread before a barrier and asked by all behind it.
+    __device__ __forceinline__ void tell(const KeyTile &tile) const {
+        if (threadIdx.x == 0) scratch_.set(FULL, tile.full);
+    }
+    __device__ __forceinline__ bool is_full() const { return scratch_.get(FULL) != 0; }
 
     // What query `row` sees of a tile, dense mask apart. 0 behind the last query.
     __device__ __forceinline__ uint64_t visible(const KeyTile &tile, int row) const {
@@ -141,9 +164,9 @@ private:
         Span band;  // about a query's number
         Span keys;  // of the batch entry
     };
-    // Where things lie in scratch_, behind hull and core of each interval. ENDS: of the tiles, then of the block rows. STATE: what settle() keeps.
-    // PLACE: batch entry and head.
-    static constexpr int BOUNDS = 4 * MAX_INTERVALS, ENDS = BOUNDS + 4, STATE = ENDS + 4, PLACE = STATE + 4;
+    // Where things lie in scratch_, behind hull and core of each interval. ENDS: the last tile's, and those of the tiles that are surely full.
+    // STATE: what settle() keeps. PLACE: batch entry and head, then where the block rows end.
+    static constexpr int BOUNDS = 4 * MAX_INTERVALS, ENDS = BOUNDS + 4, STATE = ENDS + 4, PLACE = STATE + 4, FULL = PLACE + 4;
 
     // Where a query's row of a tensor of the mask begins.
     template <typename T>
@@ -205,7 +228,7 @@ private:
         int column = INT_MAX;
 #pragma unroll
         for (int i = 0; i < BLOCK_ROWS; i++) {
-            const int last = scratch_.get(ENDS + 1 + i);
+            const int last = scratch_.get(PLACE + 2 + i);
             while (entry_[i] < last && mask_.col.get(entry_[i]) < next_) entry_[i]++;
             if (entry_[i] < last) column = smaller(column, mask_.col.get(entry_[i]));
         }
@@ -214,7 +237,7 @@ private:
         tile.begin = column * KEYS;
 #pragma unroll
         for (int i = 0; i < BLOCK_ROWS; i++) {
-            const bool exists = entry_[i] < scratch_.get(ENDS + 1 + i) && mask_.col.get(entry_[i]) == column;
+            const bool exists = entry_[i] < scratch_.get(PLACE + 2 + i) && mask_.col.get(entry_[i]) == column;
             tile.block[i] = exists ? mask_.id.get(entry_[i]) : -1;
             if (tile.block[i] != 0 && row_ + i * MASK_BLOCK < len_q_) tile.full = false;
         }

@@ -77,8 +77,8 @@ struct Sm80Forward {
                 k.right_transposed(right, 8 * n, d);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    mma<T>(s[m][n], left[m], right[0], right[2]);
-                    mma<T>(s[m][n + 1], left[m], right[1], right[3]);
+                    mma<T>(s[m][n], left[m], right[0], right[1]);
+                    mma<T>(s[m][n + 1], left[m], right[2], right[3]);
                 }
             }
         }
@@ -122,6 +122,7 @@ struct Sm80Forward {
 
     // What each query of the block sees of a tile, a thread for a query; only where somebody asks.
     __device__ __forceinline__ void fill_words(const Shared<uint64_t> &words, const Walk &walk, const KeyTile &tile) const {
+        walk.tell(tile);
         if (tile.full && !(EXTRAS && p.bias)) return;
         for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += THREADS) words.set(i, walk.visible(tile, row + i));
     }
@@ -139,7 +140,7 @@ struct Sm80Forward {
                     x = sum_of(x, bias, bias);
                 });
         }
-        if (tile.full && !(EXTRAS && p.bias)) return;
+        if (walk.is_full() && !(EXTRAS && p.bias)) return;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -359,13 +360,15 @@ struct Sm80Forward {
                 for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
         const Copy copy;
-        copy.load(q, p.q, p.q_vectors, p.q.at(b, h, sequence.first_q), row, p.dim_qk, [&](int n) { return row + static_cast<int>(copy.row) + n < sequence.len_q; });
+        copy.load(q, p.q, p.q_vectors, p.q.at(b, h, sequence.first_q), row, p.dim_qk, row + ROWS <= sequence.len_q,
+                  [&](int n) { return row + static_cast<int>(copy.row) + n < sequence.len_q; });
         for (;;) {
             const KeyTile tile = walk.next();
             const uint64_t keys = tile.keys >> copy.row;
+            const bool all = tile.keys == ~uint64_t(0);
             const auto lives = [&](int n) { return keys >> n & 1; };
             if (tile.begin >= 0) {
-                copy.load(k, p.k, p.k_vectors, heads.get(K_HEAD), tile.begin, p.dim_qk, lives);
+                copy.load(k, p.k, p.k_vectors, heads.get(K_HEAD), tile.begin, p.dim_qk, all, lives);
                 fill_words(words, walk, tile);
                 if (EXTRAS && p.distance) fill_distances(distances, tile.begin);
             }
@@ -378,7 +381,7 @@ struct Sm80Forward {
             }
             sync_block();  // k, words and distances have come, and every warp is done with the v before
             walk.settle();
-            copy.load(v, p.v, p.v_vectors, heads.get(V_HEAD), tile.begin, p.dim_v, lives);
+            copy.load(v, p.v, p.v_vectors, heads.get(V_HEAD), tile.begin, p.dim_v, all, lives);
             copy_async_commit();
             score(q, k);
             prepare(walk, tile, words, distances);

@@ -20,9 +20,11 @@ struct Tile {
         const int lane = static_cast<int>(threadIdx.x) % WARP;
         load_matrices(fragment, data, (row + lane % 16) * STRIDE + column + lane / 16 * 8);
     }
-    // The B fragments of the transpose: of columns [row, row + 8) in words 0 and 2, of [row + 8, row + 16) in words 1 and 3. A lane reads where it
-    // reads for the other operands.
-    __device__ __forceinline__ void right_transposed(uint32_t (&fragment)[4], int row, int column) const { left_operand(fragment, row, column); }
+    // The B fragments of the transpose, columns [row, row + 8) in the first two words and [row + 8, row + 16) in the others.
+    __device__ __forceinline__ void right_transposed(uint32_t (&fragment)[4], int row, int column) const {
+        const int lane = static_cast<int>(threadIdx.x) % WARP;
+        load_matrices(fragment, data, (row + lane % 8 + lane / 16 * 8) * STRIDE + column + lane / 8 % 2 * 8);
+    }
     // The B fragments of rows [row, row + 16): columns [column, column + 8) in the first two words and the next eight in the others.
     __device__ __forceinline__ void right_operand(uint32_t (&fragment)[4], int row, int column) const {
         const int lane = static_cast<int>(threadIdx.x) % WARP;
@@ -34,7 +36,7 @@ struct Tile {
 // from one by constants. Rows of 3 * 2^n chunks are copied in three slices.
 template <typename T, int DIM, int THREADS>
 struct TileCopy {
-    static constexpr int CHUNKS = DIM / 8, ACROSS = CHUNKS & -CHUNKS, SLICES = CHUNKS / ACROSS, STEP = THREADS / ACROSS;
+    static constexpr int CHUNKS = DIM / 8, ACROSS = CHUNKS & -CHUNKS, STEP = THREADS / ACROSS;
     static constexpr int STRIDE = Tile<T, STEP, DIM>::STRIDE;
 
     unsigned row, column;  // of the first chunk of this thread
@@ -42,40 +44,39 @@ struct TileCopy {
     __device__ __forceinline__ TileCopy() : row(threadIdx.x / ACROSS), column(threadIdx.x % ACROSS * 8) {}
 
     // Fills a tile from rows [first, first + ROWS) of one head, whose rows begin at head_at; zeros where a row is not alive or its columns end.
-    // alive(n) is asked about the n-th row after this thread's first one. 16-byte copies are under way when this returns, in the group that is
-    // open; zeros, and the single elements of a tensor that allows no 16 bytes, are there.
+    // alive(n) is asked about the n-th row after this thread's first one, unless all are. 16-byte copies are under way when this returns, in the
+    // group that is open; zeros, and the single elements of a tensor that allows no 16 bytes, are there.
     template <int ROWS, typename Alive>
-    __device__ __forceinline__ void load(const Tile<T, ROWS, DIM> &to, const Strided<const T> &from, bool vectors, int64_t head_at, unsigned first, unsigned width,
-                                         const Alive &alive) const {
+    __device__ __forceinline__ void load(const Tile<T, ROWS, DIM> &to, const Strided<const T> &from, bool vectors, int64_t head_at, unsigned first,
+                                         unsigned width, bool all, const Alive &alive) const {
         static_assert(ROWS % STEP == 0);
         int64_t at = head_at + (first + row) * from.row + column;
         const int64_t step = STEP * from.row;
         const int to_at = static_cast<int>(row * STRIDE + column);
-        if (vectors) {
+        if (vectors && all && width == DIM) {
 #pragma unroll
-            for (int n = 0; n < ROWS; n += STEP, at += step) {
-                const bool lives = alive(n);
+            for (int n = 0; n < ROWS; n += STEP, at += step)
 #pragma unroll
-                for (int slice = 0; slice < SLICES; slice++) {
-                    const int aside = slice * ACROSS * 8;
-                    if (lives && column + static_cast<unsigned>(aside) < width)
-                        copy_async(to.data, to_at + n * STRIDE + aside, from.data, at + aside);
-                    else
-                        to.data.template as<uint16_t>().template store<8>(to_at + n * STRIDE + aside, {});
-                }
-            }
-        } else {
+                for (int aside = 0; aside < DIM; aside += 8 * ACROSS) copy_async(to.data, to_at + n * STRIDE + aside, from.data, at + aside);
+            return;
+        }
 #pragma unroll 1
-            for (int n = 0; n < ROWS; n += STEP, at += step) {
-                const bool lives = alive(n);
+        for (int n = 0; n < ROWS; n += STEP, at += step) {
+            const bool lives = all || alive(n);
 #pragma unroll 1
-                for (int aside = 0; aside < SLICES * ACROSS * 8; aside += ACROSS * 8) {
-                    Pack<uint16_t, 8> chunk = {};
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        if (lives && column + static_cast<unsigned>(aside + j) < width) chunk.at[j] = from.data.template as<const uint16_t>().get(at + aside + j);
-                    to.data.template as<uint16_t>().template store<8>(to_at + n * STRIDE + aside, chunk);
+            for (unsigned aside = 0; aside < DIM; aside += 8 * ACROSS) {
+                const int chunk_at = to_at + n * STRIDE + static_cast<int>(aside);
+                if (vectors && lives && column + aside < width) {
+                    copy_async(to.data, chunk_at, from.data, at + aside);
+                    continue;
                 }
+                Pack<uint16_t, 8> chunk = {};
+                if (!vectors) {
+#pragma unroll
+                    for (unsigned j = 0; j < 8; j++)
+                        if (lives && column + aside + j < width) chunk.at[j] = from.data.template as<const uint16_t>().get(at + aside + j);
+                }
+                to.data.template as<uint16_t>().template store<8>(chunk_at, chunk);
             }
         }
     }
