@@ -75,8 +75,9 @@ def run(
     ] = None,
     match: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Let providers join that compile for every shape.")
-    ] = True,
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Providers that compile for every shape join all cases, or none."),
+    ] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="Write every figure into this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.md, plots and results.json to this folder.")] = None,
