@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from fastattn.functional.ffn import ffn, gated_ffn, linear_act
     from fastattn.functional.norm import layer_norm, rms_norm
     from fastattn.functional.sdpa import scaled_dot_product_attention
+    from fastattn.functional.varlen import attention_varlen
     from fastattn.swap import plan, swap
 
 _HOMES = {
     "attention": "fastattn.functional",
     "attention_decode": "fastattn.functional",
+    "attention_varlen": "fastattn.functional",
     "backends": "fastattn.dispatch",
     "encoder_layer": "fastattn.functional",
     "explain": "fastattn.functional",
@@ -45,6 +47,7 @@ __all__ = [
     "NotSupported",
     "attention",
     "attention_decode",
+    "attention_varlen",
     "backends",
     "biases",
     "encoder_layer",

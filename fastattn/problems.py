@@ -15,7 +15,9 @@ import torch
 @dataclass(frozen=True)
 class AttentionProblem:
     """One attention call. Lengths, heads and head dims in elements; `intervals` is the number of intervals per
-    query, 0 where there are none; the other fields of the mask say which parts its lowered form has."""
+    query, 0 where there are none; the other fields of the mask say which parts its lowered form has. `bias` is the
+    dtype of a dense bias; `table` and `slopes` are biases by distance. A `packed` batch has the sizes of a padded one:
+    the number of sequences and the most queries and keys that one may have."""
 
     device_type: str
     dtype: torch.dtype
@@ -33,7 +35,12 @@ class AttentionProblem:
     key_bits: bool = False
     blocks: bool = False
     bias: torch.dtype | None = None
+    table: bool = False
+    slopes: bool = False
     bias_requires_grad: bool = False
+    table_requires_grad: bool = False
+    slopes_requires_grad: bool = False
+    packed: bool = False
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
@@ -47,7 +54,7 @@ class AttentionProblem:
 
 @dataclass(frozen=True)
 class DecodeProblem:
-    """One attention call over a key-value cache; `bias` is its dtype, `intervals` their number per query."""
+    """One attention call over a key-value cache; `bias` is a dense bias' dtype, `intervals` their number per query."""
 
     device_type: str
     dtype: torch.dtype
@@ -61,6 +68,8 @@ class DecodeProblem:
     band: bool = False
     intervals: int = 0
     bias: torch.dtype | None = None
+    table: bool = False
+    slopes: bool = False
     softcap: bool = False
     sinks: bool = False
 

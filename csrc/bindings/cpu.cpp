@@ -24,18 +24,22 @@ using Dropout = std::tuple<uint64_t, uint32_t, float>;  // seed, threshold, keep
 
 fastattn_dropout dropout(const Dropout &d) { return {std::get<0>(d), std::get<1>(d), std::get<2>(d)}; }
 
-fastattn_attention attention(int dtype, int n_threads, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
-                             const Mask &m, const View &bias, int bias_dtype, int64_t sinks, float scale, float softcap, const Dropout &d) {
+fastattn_attention attention(int dtype, int n_threads, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v,
+                             const View &out, int64_t lse, const Mask &m, const View &bias, int bias_dtype, const Distance &distance, int64_t sinks,
+                             float scale, float softcap, const Dropout &d) {
     fastattn_attention p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
     p.batch = sizes[0], p.heads_q = sizes[1], p.heads_kv = sizes[2];
     p.len_q = sizes[3], p.len_k = sizes[4], p.dim_qk = sizes[5], p.dim_v = sizes[6];
+    p.cu_seqlens_q = pointer<int32_t>(packed[0]), p.cu_seqlens_k = pointer<int32_t>(packed[1]);
+    p.rows_q = packed[2], p.rows_k = packed[3];
     p.q = tensor(q), p.k = tensor(k), p.v = tensor(v), p.out = tensor(out);
     p.lse = pointer<float>(lse);
     p.mask = mask(m);
     p.bias = tensor(bias);
     p.bias_dtype = bias_dtype;
+    p.distance = distance_bias(distance);
     p.sinks = pointer<float>(sinks);
     p.scale = scale;
     p.softcap = softcap;
@@ -43,22 +47,25 @@ fastattn_attention attention(int dtype, int n_threads, const Sizes &sizes, const
     return p;
 }
 
-void attention_forward(int dtype, int n_threads, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
-                       const Mask &m, const View &bias, int bias_dtype, int64_t sinks, float scale, float softcap, const Dropout &d) {
-    const fastattn_attention p = attention(dtype, n_threads, sizes, q, k, v, out, lse, m, bias, bias_dtype, sinks, scale, softcap, d);
+void attention_forward(int dtype, int n_threads, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+                       int64_t lse, const Mask &m, const View &bias, int bias_dtype, const Distance &distance, int64_t sinks, float scale, float softcap,
+                       const Dropout &d) {
+    const fastattn_attention p =
+        attention(dtype, n_threads, sizes, packed, q, k, v, out, lse, m, bias, bias_dtype, distance, sinks, scale, softcap, d);
     check(fastattn_cpu_attention_forward(&p));
 }
 
-void attention_backward(int dtype, int n_threads, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
-                        const Mask &m, const View &bias, int bias_dtype, int64_t sinks, float scale, float softcap, const Dropout &d,
-                        const View &grad_out, int64_t grad_lse, const View &grad_q, const View &grad_k, const View &grad_v, int64_t grad_sinks,
-                        const View &grad_bias) {
-    fastattn_attention p = attention(dtype, n_threads, sizes, q, k, v, out, lse, m, bias, bias_dtype, sinks, scale, softcap, d);
+void attention_backward(int dtype, int n_threads, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+                        int64_t lse, const Mask &m, const View &bias, int bias_dtype, const Distance &distance, int64_t sinks, float scale, float softcap,
+                        const Dropout &d, const View &grad_out, int64_t grad_lse, const View &grad_q, const View &grad_k, const View &grad_v,
+                        const View &grad_bias, int64_t grad_table, int64_t grad_slopes, int64_t grad_sinks) {
+    fastattn_attention p = attention(dtype, n_threads, sizes, packed, q, k, v, out, lse, m, bias, bias_dtype, distance, sinks, scale, softcap, d);
     p.grad_out = tensor(grad_out);
     p.grad_lse = pointer<float>(grad_lse);
     p.grad_q = tensor(grad_q), p.grad_k = tensor(grad_k), p.grad_v = tensor(grad_v);
-    p.grad_sinks = pointer<float>(grad_sinks);
     p.grad_bias = tensor(grad_bias);
+    p.distance.grad_table = pointer<float>(grad_table), p.distance.grad_slopes = pointer<float>(grad_slopes);
+    p.grad_sinks = pointer<float>(grad_sinks);
     check(fastattn_cpu_attention_backward(&p));
 }
 
@@ -69,7 +76,7 @@ using Pages = std::tuple<int64_t, int64_t, int64_t>;                       // bl
 
 void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
                       int64_t cache_lengths, const Pages &pages, const Band &band, const View &intervals, int64_t n_intervals, const View &bias,
-                      int bias_dtype, int64_t sinks, float scale, float softcap) {
+                      int bias_dtype, const Distance &distance, int64_t sinks, float scale, float softcap) {
     fastattn_decode p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -87,6 +94,7 @@ void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const 
     p.n_intervals = n_intervals;
     p.bias = tensor(bias);
     p.bias_dtype = bias_dtype;
+    p.distance = distance_bias(distance);
     p.sinks = pointer<float>(sinks);
     p.scale = scale;
     p.softcap = softcap;

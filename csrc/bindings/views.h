@@ -52,4 +52,17 @@ inline fastattn_mask mask(const Mask &m) {
     return result;
 }
 
+using Packed = std::array<int64_t, 4>;  // cu_seqlens_q, cu_seqlens_k, rows of q, rows of k; zeros where the batch is not packed
+// table, its row stride, its first distance, its size, slopes, their row stride, top_left
+using Distance = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+
+inline fastattn_distance_bias distance_bias(const Distance &d) {
+    const auto &[table, table_stride, first, size, slopes, slopes_stride, top_left] = d;
+    fastattn_distance_bias result{};
+    result.table = pointer<float>(table), result.table_stride = table_stride, result.table_first = first, result.table_size = size;
+    result.slopes = pointer<float>(slopes), result.slopes_stride = slopes_stride;
+    result.top_left = top_left;
+    return result;
+}
+
 using Sizes = std::array<int64_t, 7>;  // batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v

@@ -53,21 +53,40 @@ typedef struct {
     fastattn_tensor dense;  // bool (B,H,Sq,Skv), 1 = visible
 } fastattn_mask;
 
+// A bias that depends on distance d = j - position alone, where query i sits at position i + Lk - Lq (those of its batch entry), or at i with
+// `top_left`: table[head][clamp(d - table_first, 0, table_size - 1)] - slopes[batch][head] |d|; either part may be null.
+typedef struct {
+    const float *table;     // (Hq, table_size) by table_stride, which is 0 where the heads share one row
+    int64_t table_stride, table_first, table_size;
+    const float *slopes;    // (B, Hq) by slopes_stride, which is 0 where the batch entries share one row
+    int64_t slopes_stride;
+    int32_t top_left;
+    float *grad_table;      // of table's shape, rows of table_size one after the other, or null; backward only
+    float *grad_slopes;     // of slopes' shape, or null; backward only
+} fastattn_distance_bias;
+
 typedef struct {
     uint64_t seed;       // Philox key
     uint32_t threshold;  // keep where the 16-bit lane >= threshold = round(65536 p); 0: no dropout
     float keep_scale;    // 65536 / (65536 - threshold)
 } fastattn_dropout;
 
+// A packed batch has cu_seqlens: q is (1,Hq,rows_q,D), k (1,Hkv,rows_k,D), lse (1,Hq,rows_q) and so on, all with batch stride 0, and sequence b
+// owns the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1] of q and likewise of k. len_q and len_k are then the longest lengths: what a
+// sequence has beyond them, and rows of no sequence, give 0 and -inf. Masks, dense biases and dropout count within the sequence, as if the
+// batch were padded to len_q and len_k, and the band is relative to its end: query i sits at i + band_offset + Lk - Lq.
 typedef struct {
     int32_t dtype;  // of q, k, v, out and their gradients
     int32_t n_threads;
     int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+    const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (B + 1), not decreasing, or null
+    int64_t rows_q, rows_k;                      // of a packed batch's tensors
     fastattn_tensor q, k, v, out;
     float *lse;  // (B,Hq,Sq) contiguous, natural log, without the sink
     fastattn_mask mask;
     fastattn_tensor bias;  // additive (B,Hq,Sq,Skv) through its strides, or null
     int32_t bias_dtype;
+    fastattn_distance_bias distance;
     const float *sinks;  // (Hq) or null
     float scale;
     float softcap;  // 0: off
@@ -97,6 +116,7 @@ typedef struct {
     int64_t n_intervals;
     fastattn_tensor bias;  // additive (B,Hq,Sq,max_length), or null
     int32_t bias_dtype;
+    fastattn_distance_bias distance;
     const float *sinks;  // (Hq) or null
     float scale;
     float softcap;  // 0: off

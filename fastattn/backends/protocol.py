@@ -2,13 +2,18 @@
 
 What the operators promise to a backend, and ask of it:
 - Arguments are valid and agree in shape, dtype and device; a choice by `not_supported_reasons` came before.
-- Attention: q, k, v, out and grad_out have a contiguous last dimension and any other strides, stride 0 included. bias
-  is 4-D, each dimension 1 or full, with any strides. The dense mask is expanded to (B, Hq, Sq, Skv). The
-  mask's other tensors (`LoweredMask`, its blocks too), sinks, lse and grad_lse are contiguous; sinks may have any float
-  dtype. Several batch entries may point at the same blocks.
+- Attention: q, k, v, out and grad_out have a contiguous last dimension and any other strides, stride 0 included. The
+  dense bias is 4-D, each dimension 1 or full, with any strides. The dense mask is expanded to (B, Hq, Sq, Skv). The
+  mask's other tensors (`LoweredMask`, its blocks too), those of a bias by distance, sinks, lse and grad_lse are
+  contiguous; sinks may have any float dtype. Several batch entries may point at the same blocks.
+- A packed batch (`Packed`): q, out and their gradients are (1, Hq, T, D), k and v (1, Hkv, T, D), lse (1, Hq, T).
+  Everything else is that of a padded batch of B = cu_seqlens.numel() - 1 entries with Sq = max_len_q and Skv =
+  max_len_k, in coordinates within each sequence: masks, biases, dropout's counters. Keys past a sequence's length are
+  not there. Rows of q in no sequence, or past max_len_q of theirs, get out 0, lse -inf and gradient 0. cu_seqlens may
+  reach past the tensors; nothing outside of them is touched.
 - Norm and linear functions and the encoder layer get contiguous tensors only (but for a dense mask).
 - A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
-  for is an empty (0,) tensor of the dtype it would have.
+  for is an empty (0,) tensor of the dtype it would have. No two results share memory.
 - "Accumulate dtype" is float32, but float64 for float64 inputs.
 - Sizes may be 0. Values of device tensors (lengths, ranges, seeds) are not read on the host by a GPU backend.
 """
@@ -20,7 +25,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
+from fastattn.packed import Packed
 from fastattn.problems import Problem
 
 
@@ -41,7 +48,8 @@ class Backend(Protocol):
         k: Tensor,
         v: Tensor,
         mask: LoweredMask,
-        bias: Tensor | None,
+        bias: LoweredBias,
+        packed: Packed | None,
         sinks: Tensor | None,
         dropout_seed: Tensor | None,
         scale: float,
@@ -64,18 +72,21 @@ class Backend(Protocol):
         out: Tensor,
         lse: Tensor,
         mask: LoweredMask,
-        bias: Tensor | None,
+        bias: LoweredBias,
+        packed: Packed | None,
         sinks: Tensor | None,
         dropout_seed: Tensor | None,
         scale: float,
         softcap: float,
         dropout_p: float,
         bias_requires_grad: bool,
+        table_requires_grad: bool,
+        slopes_requires_grad: bool,
         sinks_requires_grad: bool,
         deterministic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dq, dk, dv as `torch.empty_like` lays them out; dbias of bias' shape and dsinks (Hq,) in the accumulate
-        dtype."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv as `torch.empty_like` lays them out; dbias, dtable, dslopes of the shapes of the bias' dense,
+        table and slopes, and dsinks (Hq,), in the accumulate dtype."""
 
     def attention_decode(
         self,
@@ -85,7 +96,7 @@ class Backend(Protocol):
         cache_lengths: Tensor,
         block_table: Tensor | None,
         mask: LoweredMask,
-        bias: Tensor | None,
+        bias: LoweredBias,
         sinks: Tensor | None,
         scale: float,
         softcap: float,
@@ -93,7 +104,8 @@ class Backend(Protocol):
         """out and lse as attention_forward, for query i at position cache_lengths[b] - Sq + i; inference only.
 
         k_cache (B, Hkv, S, D), or with block_table (B, n) pages (pages, page size, Hkv, D); v_cache likewise. Of the
-        mask only band_left, band_right (about that position) and intervals are given; bias' last dimension is 1 or S.
+        mask only band_left, band_right (about that position) and intervals are given; the dense bias' last dimension
+        is 1 or S, and distances are from that position.
         """
 
     def norm_forward(

@@ -14,7 +14,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fastattn.biases.lowered import LoweredBias, expand, gradients
 from fastattn.masks.lowered import LoweredMask, visible
+from fastattn.packed import Packed, pad, places, unpad
 from fastattn.problems import Problem
 from fastattn.reference.attention import (
     Softmax,
@@ -64,7 +66,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
@@ -72,11 +75,45 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
+    if packed is not None:
+        padded = _Padded(packed, q.shape[2], k.shape[2])
+        result, lse = _forward(
+            padded.queries(q),
+            padded.keys(k),
+            padded.keys(v),
+            padded.mask(mask),
+            padded.bias(bias),
+            sinks,
+            dropout_seed,
+            scale,
+            softcap,
+            dropout_p,
+        )
+        result, lse = padded.pack_queries(result), padded.pack_queries(lse, -math.inf).contiguous()
+    else:
+        full = (*q.shape[:3], k.shape[2])
+        seen = _seen(mask, q, k)
+        result, lse = _forward(q, k, v, seen, expand(bias, full), sinks, dropout_seed, scale, softcap, dropout_p)
+    return result.transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     result, lse = attention(
         q,
         k,
         v,
-        mask=_seen(mask, q, k),
+        mask=seen,
         bias=bias,
         scale=scale,
         softcap=softcap,
@@ -85,7 +122,7 @@ def attention_forward(
         dropout_seed=dropout_seed,
         return_lse=True,
     )
-    return result.transpose(1, 2).contiguous().transpose(1, 2), lse
+    return result, lse
 
 
 @_plain
@@ -98,30 +135,41 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
     bias_requires_grad: bool,
+    table_requires_grad: bool,
+    slopes_requires_grad: bool,
     sinks_requires_grad: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the protocol. With P the softmax, M the dropout factors and W = P * M:
 
     dv = W^T dout;  dP = (dout v^T) * M;  ds = P * (dP - sum_j P dP) + dlse * P without sinks
-    dsink = -P_sink * sum_j P dP;  dq = scale * ds k;  dk = scale * ds^T q
+    dsink = -P_sink * sum_j P dP;  dq = scale * ds k;  dk = scale * ds^T q;  dbias = ds through the bias' expansion
     """
+    padded = None
+    if packed is not None:
+        padded = _Padded(packed, q.shape[2], k.shape[2])
+        queries, keys, values = padded.queries(q), padded.keys(k), padded.keys(v)
+        grad_out = padded.queries(grad_out)
+        grad_lse = None if grad_lse is None else padded.queries(grad_lse)
+        seen, position = padded.mask(mask), padded.position(bias)
+    else:
+        queries, keys, values, seen, position = q, k, v, _seen(mask, q, k), None
     compute = accumulate_dtype(q.dtype)
-    full = (*q.shape[:3], k.shape[2])
-    seen = _seen(mask, q, k)
-    queries = q.to(compute)
-    keys, values = hide_unseen(seen, k.to(compute), v.to(compute))
-    keys, values = repeat_heads(keys, q.shape[1]), repeat_heads(values, q.shape[1])
+    full = (*queries.shape[:3], keys.shape[2])
+    added = expand(bias, full, position)
+    queries = queries.to(compute)
+    keys, values = hide_unseen(seen, keys.to(compute), values.to(compute))
+    keys, values = repeat_heads(keys, full[1]), repeat_heads(values, full[1])
     grads = grad_out.to(compute)
-    added = None if bias is None else bias.expand(full)
-    soft = softmax(queries, keys, seen, added, scale, softcap, sinks)
+    soft = softmax(queries, keys, seen, None if added is None else added.expand(full), scale, softcap, sinks)
     weights, dweights = soft.probabilities, grads @ values.transpose(-1, -2)
     if dropout_p > 0.0:
         assert dropout_seed is not None
@@ -132,16 +180,60 @@ def attention_backward(
     dscores = soft.probabilities * (dweights - row)
     if grad_lse is not None:
         dscores = dscores + grad_lse.to(compute)[..., None] * _without_sinks(soft, sinks)
-    dbias = dscores.sum_to_size(bias.shape) if bias is not None and bias_requires_grad else queries.new_empty(0)
+    wanted = (bias_requires_grad, table_requires_grad, slopes_requires_grad)
+    of_bias = gradients(bias, dscores, wanted, position)
     dsinks = queries.new_empty(0)
     if sinks is not None and sinks_requires_grad:
         probability = torch.sigmoid(sinks.to(compute).view(1, -1, 1) - soft.lse)
         dsinks = -(probability * row.squeeze(-1)).sum(dim=(0, 2))
     if soft.tanh is not None:
         dscores = dscores * (1.0 - soft.tanh.square())
-    dq = _like((dscores @ keys) * scale, q)
-    dk = _like(_sum_groups((dscores.transpose(-1, -2) @ queries) * scale, k.shape[1]), k)
-    return dq, dk, _like(_sum_groups(dvalues, v.shape[1]), v), dbias, dsinks
+    dqueries = (dscores @ keys) * scale
+    dkeys = _sum_groups((dscores.transpose(-1, -2) @ queries) * scale, k.shape[1])
+    dvalues = _sum_groups(dvalues, v.shape[1])
+    if padded is not None:
+        dqueries, dkeys, dvalues = padded.pack_queries(dqueries), padded.pack_keys(dkeys), padded.pack_keys(dvalues)
+    return _like(dqueries, q), _like(dkeys, k), _like(dvalues, v), *of_bias, dsinks
+
+
+class _Padded:
+    """A packed batch as a padded one, and back."""
+
+    def __init__(self, packed: Packed, rows_q: int, rows_k: int) -> None:
+        self.packed = packed
+        self.rows_q, self.rows_k = rows_q, rows_k
+        self.at_q = places(packed.cu_seqlens_q, packed.max_len_q, rows_q)
+        self.at_k = places(packed.cu_seqlens_k, packed.max_len_k, rows_k)
+        self.offset = packed.cu_seqlens_k.diff() - packed.cu_seqlens_q.diff()
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        return pad(tensor, self.at_q)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        return pad(tensor, self.at_k)
+
+    def pack_queries(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
+        return unpad(tensor, self.at_q, self.rows_q, fill)
+
+    def pack_keys(self, tensor: Tensor) -> Tensor:
+        return unpad(tensor, self.at_k, self.rows_k)
+
+    def mask(self, mask: LoweredMask) -> Tensor:
+        """What is visible, bool (B, 1|Hq, Sq, Skv): queries and keys that are there, and the mask."""
+        device = self.offset.device
+        len_q, len_k = self.packed.max_len_q, self.packed.max_len_k
+        there = self.at_q.valid[:, None, :, None] & self.at_k.valid[:, None, None, :]
+        seen = visible(mask, len_q, len_k, device, self.offset)
+        return there if seen is None else there & seen
+
+    def position(self, bias: LoweredBias) -> Tensor:
+        """Where the queries sit for biases by distance, int64 (1|B, Sq)."""
+        query = torch.arange(self.packed.max_len_q, device=self.offset.device)[None]
+        return query + (0 if bias.top_left else self.offset[:, None].long())
+
+    def bias(self, bias: LoweredBias) -> Tensor | None:
+        len_q, len_k = self.packed.max_len_q, self.packed.max_len_k
+        return expand(bias, (self.packed.batch, 0, len_q, len_k), self.position(bias))
 
 
 @_plain
@@ -152,7 +244,7 @@ def attention_decode(
     cache_lengths: Tensor,
     block_table: Tensor | None,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
     sinks: Tensor | None,
     scale: float,
     softcap: float,
@@ -175,7 +267,7 @@ def attention_decode(
         keys,
         values,
         mask=seen.expand(q.shape[0], q.shape[1], len_q, room),
-        bias=bias,
+        bias=expand(bias, (*q.shape[:3], room), position.view(-1, len_q)),
         scale=scale,
         softcap=softcap,
         sinks=sinks,

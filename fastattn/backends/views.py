@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import Blocks, LoweredMask
 
 
@@ -25,6 +26,20 @@ def broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
         return None
     strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (tensor.data_ptr(), *strides)
+
+
+def distance_arguments(bias: LoweredBias) -> tuple[Any, ...]:
+    """The parts of a bias that depend on distance alone, as both modules take them."""
+    table, slopes = bias.table, bias.slopes
+    return (
+        address(table),
+        table.shape[1] if table is not None and table.shape[0] > 1 else 0,
+        bias.first,
+        0 if table is None else table.shape[1],
+        address(slopes),
+        slopes.shape[1] if slopes is not None and slopes.shape[0] > 1 else 0,
+        bias.top_left,
+    )
 
 
 def mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import biases, dispatch
+from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.functional.checks import (
     HALVES,
     check_beside,
@@ -19,14 +20,17 @@ from fastattn.functional.checks import (
     check_tensor,
     resolve_backend,
 )
-from fastattn.masks import Dense, LoweredMask, Mask
+from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
-from fastattn.masks.lowered import Size, check_lowered, flatten, unflatten
-from fastattn.ops.attention import Attention, attention_forward, problem_fields
+from fastattn.masks.lowered import PackedSize, Size, check_lowered
+from fastattn.masks.packed import lower_packed
+from fastattn.ops.attention import Attention, attention_forward, flatten_call, parse_extras, problem_fields
 from fastattn.ops.library import apply, needs_gradient, tracks_gradients
+from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 
 MAX_HEAD_DIM = 256
+_FLAGS = 6  # the operator's last arguments, from requires_grad to the backend
 _NOTHING_HIDDEN = LoweredMask()
 
 
@@ -37,7 +41,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask | LoweredMask | Tensor | None = ...,
-    bias: biases.Dense | Tensor | None = ...,
+    bias: biases.Bias | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
@@ -56,7 +60,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask | LoweredMask | Tensor | None = ...,
-    bias: biases.Dense | Tensor | None = ...,
+    bias: biases.Bias | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
@@ -74,7 +78,7 @@ def attention(
     v: Tensor,
     *,
     mask: Mask | LoweredMask | Tensor | None = None,
-    bias: biases.Dense | Tensor | None = None,
+    bias: biases.Bias | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -97,7 +101,7 @@ def attention(
             a bool tensor, True is visible, that broadcasts to (B, Hq, Sq, Skv); an int32 tensor (1|B, 1|Hq, Sq, 2) of
             one half-open key range per query; or a float tensor, which is added to the scores as a bias is.
         bias: a float tensor that broadcasts to (B, Hq, Sq, Skv), of q's dtype or float32, or an object of
-            `fastattn.biases`. -inf hides a key; every finite value stays finite.
+            `fastattn.biases`: ALiBi, RelativeBias, T5Bias, Dense. -inf hides a key; every finite value stays finite.
         scale: factor of the scores, 1 / sqrt(D) by default.
         softcap: bound of the scores, positive; None is off.
         sinks: (Hq,) float: one extra logit per head, in the denominator only.
@@ -111,8 +115,8 @@ def attention(
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype, (B, Sq, Hq, Dv) in memory; with return_lse also lse (B, Hq, Sq), natural log,
         float32 (float64 for float64 inputs), before dropout and without the sink. A query that sees no key gets output
-        0, lse -inf and gradient 0. Gradients reach q, k, v, bias, sinks and a float mask, through out and
-        lse; second derivatives raise.
+        0, lse -inf and gradient 0. Gradients reach q, k, v, bias (an object's tensor), sinks and a float mask,
+        through out and lse; second derivatives raise.
 
     Raises:
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
@@ -129,7 +133,7 @@ def explain(
     v: Tensor,
     *,
     mask: Mask | LoweredMask | Tensor | None = None,
-    bias: biases.Dense | Tensor | None = None,
+    bias: biases.Bias | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -145,21 +149,8 @@ def explain(
     """
     _, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
     q, k, v = call[:3]
-    added, sinks, _, _, cap, dropout_p, requires_grad, bias_requires_grad, deterministic, name = call[-10:]
-    fields = problem_fields(
-        q,
-        k,
-        v,
-        unflatten(call[3:-10]),
-        added,
-        sinks,
-        cap,
-        dropout_p,
-        requires_grad,
-        bias_requires_grad,
-        deterministic,
-    )
-    return dispatch.explain_problem(AttentionProblem(*fields), name)
+    fields = problem_fields(q, k, v, parse_extras(call[3:-_FLAGS]), call[-_FLAGS:-1])
+    return dispatch.explain_problem(AttentionProblem(*fields), call[-1])
 
 
 def prepare(
@@ -167,7 +158,7 @@ def prepare(
     k: Tensor,
     v: Tensor,
     mask: Mask | LoweredMask | Tensor | None,
-    bias: biases.Dense | Tensor | None,
+    bias: biases.Bias | Tensor | None,
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -177,40 +168,74 @@ def prepare(
     backend: str | None,
 ) -> tuple[bool, tuple[Any, ...]]:
     """Checks and lowers a call: whether it goes through autograd, and the arguments of the operator."""
+    q, k, v = check_qkv(q, k, v)
+    size = _check_shapes(q, k, v)
+    lowered, added = _NOTHING_HIDDEN, NO_BIAS
+    if mask is not None or bias is not None:
+        lowered, added = lower_mask_and_bias(mask, bias, size, q)
+    return complete(
+        q, k, v, lowered, added, None, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend
+    )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v, once they are float tensors, as autocast casts them."""
     check_tensor("q", q)
     check_tensor("k", k)
     check_tensor("v", v)
-    device = q.device
-    if torch.is_autocast_enabled(device.type):
-        q, k, v = _autocast(q, k, v)
-    full = _check_shapes(q, k, v)
+    return _autocast(q, k, v) if torch.is_autocast_enabled(q.device.type) else (q, k, v)
+
+
+def complete(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: LoweredMask,
+    bias: LoweredBias,
+    packed: Packed | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[bool, tuple[Any, ...]]:
+    """Checks what is not lowered and fills in defaults; q, k, v, packed or not, as the operator takes them. Results as
+    `prepare`."""
+    scale, softcap = check_scores(q, scale, softcap)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    seed = None
+    if dropout_p != 0.0 or dropout_seed is not None:
+        seed = check_dropout(dropout_p, dropout_seed, "q", q)
+    learned = (bias.dense, bias.table, bias.slopes)
+    tracked = tracks_gradients(q, k, v, *learned, sinks)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    flags = (tracked, *(tracked and t is not None and needs_gradient(t) for t in learned), deterministic)
+    extras = (*flatten_call(mask, bias, packed), sinks, seed, scale, softcap, dropout_p)
+    return tracked, (q, k, v, *extras, *flags, resolve_backend(backend))
+
+
+def check_scores(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
+    """The factor of the scores, and their bound; 0 is none."""
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
     else:
         check_number("scale", scale)
     if softcap is None:
-        softcap = 0.0
-    else:
-        check_number("softcap", softcap)
-        if not softcap > 0.0:
-            raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
-    lowered = _NOTHING_HIDDEN
-    if mask is not None:
-        lowered, bias = lower_mask(mask, bias, full, q)
-    added = None if bias is None else lower_bias("bias", bias, full, q)
-    if sinks is not None:
-        check_tensor("sinks", sinks)
-        check_device("sinks", sinks, "q", q)
-        check_shape("sinks", sinks, (full[1],), "one logit per query head")
-    seed = None
-    if dropout_p != 0.0 or dropout_seed is not None:
-        seed = check_dropout(dropout_p, dropout_seed, "q", q)
-    tracked = tracks_gradients(q, k, v, added, sinks)
-    bias_requires_grad = tracked and added is not None and needs_gradient(added)
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    name = resolve_backend(backend)
-    numbers = (scale, softcap, dropout_p, tracked, bias_requires_grad, deterministic, name)
-    return tracked, (q, k, v, *flatten(lowered), added, sinks, seed, *numbers)
+        return scale, 0.0
+    check_number("softcap", softcap)
+    if not softcap > 0.0:
+        raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
+    return scale, softcap
+
+
+def check_sinks(sinks: Tensor, q: Tensor) -> None:
+    """One logit per query head, on q's device."""
+    check_tensor("sinks", sinks)
+    check_device("sinks", sinks, "q", q)
+    check_shape("sinks", sinks, (q.shape[1],), "one logit per query head")
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -222,23 +247,15 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    """(B, Hq, Sq, Skv), once q, k and v agree."""
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> Size:
+    """B, Hq, Sq, Skv, once q, k and v agree."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         name, tensor = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
         raise ValueError(
             f"{name} has {tensor.dim()} dimensions, shape {tuple(tensor.shape)}: pass "
             "(batch, heads, length, head_dim), for example by unsqueeze(0) for a batch of one"
         )
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        name, tensor = ("k", k) if k.dtype != q.dtype else ("v", v)
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype} but q {q.dtype}: cast them to one dtype, {name}.to({q.dtype})"
-        )
-    if k.device != q.device:
-        check_device("k", k, "q", q)
-    if v.device != q.device:
-        check_device("v", v, "q", q)
+    check_agreement(q, k, v)
     batch, heads_q, len_q, dim = q.shape
     batch_k, heads_kv, len_k, dim_k = k.shape
     batch_v, heads_v, len_v, dim_v = v.shape
@@ -252,6 +269,25 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
             f"v has {heads_v} heads and length {len_v} but k {heads_kv} and {len_k}: pass v of shape "
             f"({batch}, {heads_kv}, {len_k}, Dv)"
         )
+    check_heads(heads_q, heads_kv, dim, dim_v)
+    return Size(batch, heads_q, len_q, len_k)
+
+
+def check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """One dtype and one device."""
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        name, tensor = ("k", k) if k.dtype != q.dtype else ("v", v)
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype} but q {q.dtype}: cast them to one dtype, {name}.to({q.dtype})"
+        )
+    if k.device != q.device:
+        check_device("k", k, "q", q)
+    if v.device != q.device:
+        check_device("v", v, "q", q)
+
+
+def check_heads(heads_q: int, heads_kv: int, dim: int, dim_v: int) -> None:
+    """Groups of query heads, and head dims that there are kernels for."""
     if heads_kv == 0 or heads_q % heads_kv != 0:
         raise ValueError(
             f"q has {heads_q} heads, which is no multiple of the {heads_kv} heads of k and v: "
@@ -262,41 +298,46 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
         raise ValueError(
             f"{name} has head dim {value}: pass 1 to {MAX_HEAD_DIM}, for example by splitting into more heads"
         )
-    return batch, heads_q, len_q, len_k
 
 
-def lower_mask(
-    mask: Mask | LoweredMask | Tensor, bias: biases.Dense | Tensor | None, full: tuple[int, int, int, int], q: Tensor
-) -> tuple[LoweredMask, biases.Dense | Tensor | None]:
-    """The lowered mask, and the bias with a float mask added to it."""
+def lower_mask_and_bias(
+    mask: Mask | LoweredMask | Tensor | None, bias: biases.Bias | Tensor | None, size: Size, q: Tensor
+) -> tuple[LoweredMask, LoweredBias]:
+    """The lowered mask, and the lowered bias with a float mask added to it."""
+    added = NO_BIAS if bias is None else lower_bias("bias", bias, size, q)
+    if mask is None:
+        return _NOTHING_HIDDEN, added
     if isinstance(mask, Mask):
-        return mask.lower(*full, q.device), bias
+        if isinstance(size, PackedSize):
+            return lower_packed(mask, size, q.device), added
+        return mask.lower(*size, q.device), added
     if isinstance(mask, LoweredMask):
-        check_lowered(mask, Size(*full), q.device)
-        return mask, bias
+        check_lowered(mask, size, q.device)
+        return mask, added
     if not isinstance(mask, Tensor):
         raise TypeError(
             f"mask is a {type(mask).__name__}: pass an object of fastattn.masks, a bool, int32 or float tensor, or None"
         )
     check_device("mask", mask, "q", q)
     if mask.dtype == torch.bool:
-        return Dense(mask).lower(*full, q.device), bias
+        return LoweredMask(dense=as_4d("mask", mask, size)), added
     if mask.dtype == torch.int32:
-        return LoweredMask(intervals=_key_ranges(mask, full)), bias
+        return LoweredMask(intervals=_key_ranges(mask, size)), added
     if not mask.is_floating_point():
         raise TypeError(
             f"mask has dtype {mask.dtype}: pass bool (True is visible), int32 key ranges (1|B, 1|Hq, Sq, 2), or a "
             "float tensor to add; mask.bool() makes a bool mask of zeros and ones"
         )
-    added = lower_bias("mask", mask, full, q)
-    if bias is None:
-        return _NOTHING_HIDDEN, added
-    # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return _NOTHING_HIDDEN, added.to(wide) + lower_bias("bias", bias, full, q).to(wide)
+    terms = lower_bias("mask", mask, size, q).dense
+    assert terms is not None
+    if added.dense is not None:
+        # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        terms = terms.to(wide) + added.dense.to(wide)
+    return _NOTHING_HIDDEN, added._replace(dense=terms)
 
 
-def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+def _key_ranges(mask: Tensor, full: Size) -> Tensor:
     batch, heads, len_q, _ = full
     shape = mask.shape
     if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2:] != (len_q, 2):
@@ -307,15 +348,20 @@ def _key_ranges(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     return mask.unsqueeze(0)
 
 
-def lower_bias(name: str, bias: biases.Dense | Tensor, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
-    """The bias with 4 dimensions, each 1 or full."""
+def lower_bias(name: str, bias: biases.Bias | Tensor, size: Size, q: Tensor) -> LoweredBias:
+    """The lowered bias: a tensor with 4 dimensions, each 1 or full, or functions of distance."""
     if isinstance(bias, Tensor):
         if not bias.is_floating_point():
             raise TypeError(f"{name} has dtype {bias.dtype}: pass a float tensor (bool masks go to mask=)")
         bias = biases.Dense(bias)
-    elif not isinstance(bias, biases.Dense):
+    elif not isinstance(bias, biases.Bias):
         raise TypeError(f"{name} is a {type(bias).__name__}: pass a float tensor or an object of fastattn.biases")
-    if bias.tensor.dtype in HALVES and torch.is_autocast_enabled(q.device.type):
-        bias = biases.Dense(bias.tensor.to(torch.float32))  # autocast may have moved q to the other half dtype
-    check_beside(name, bias.tensor, "q", q)
-    return as_4d(name, bias.tensor, full)
+    if not isinstance(bias, biases.Dense):
+        check_tensor(name, bias.tensor)
+        check_device(name, bias.tensor, "q", q)
+        return bias.lower(size, torch.promote_types(q.dtype, torch.float32))
+    tensor = bias.tensor
+    if tensor.dtype in HALVES and torch.is_autocast_enabled(q.device.type):
+        tensor = tensor.to(torch.float32)  # autocast may have moved q to the other half dtype
+    check_beside(name, tensor, "q", q)
+    return LoweredBias(dense=as_4d(name, tensor, size))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fastattn import biases
-from fastattn.functional.attention import MAX_HEAD_DIM, lower_bias
-from fastattn.functional.checks import check_device, check_number, check_shape, check_tensor, resolve_backend
+from fastattn.biases.lowered import NO_BIAS
+from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_bias
+from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
+from fastattn.masks.lowered import Size
 from fastattn.ops.decode import attention_decode_forward
 from fastattn.ops.library import tracks_gradients
 
@@ -26,7 +28,7 @@ def attention_decode(
     *,
     block_table: Tensor | None = ...,
     mask: Mask | Tensor | None = ...,
-    bias: biases.Dense | Tensor | None = ...,
+    bias: biases.Bias | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
@@ -44,7 +46,7 @@ def attention_decode(
     *,
     block_table: Tensor | None = ...,
     mask: Mask | Tensor | None = ...,
-    bias: biases.Dense | Tensor | None = ...,
+    bias: biases.Bias | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
@@ -61,7 +63,7 @@ def attention_decode(
     *,
     block_table: Tensor | None = None,
     mask: Mask | Tensor | None = None,
-    bias: biases.Dense | Tensor | None = None,
+    bias: biases.Bias | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -84,7 +86,8 @@ def attention_decode(
             object of `fastattn.masks` without tensors of its own, Causal() with more than one new token; a bool tensor,
             True is visible, that broadcasts to (B, Hq, Sq, S). Windows and their intersections need no lengths on the
             host, other masks read them. None: every key in the cache.
-        bias: a float tensor that broadcasts to (B, Hq, Sq, S), of q's dtype or float32, indexed by place in the cache.
+        bias: a float tensor that broadcasts to (B, Hq, Sq, S), of q's dtype or float32, indexed by place in the cache;
+            or an object of `fastattn.biases`, whose distances are from the query's position.
         scale, softcap, sinks, return_lse, backend: as in `attention`.
 
     Returns:
@@ -99,25 +102,19 @@ def attention_decode(
         check_tensor(name, tensor)
     _check_inference(q, k_cache, v_cache, bias, sinks)
     room = _check_shapes(q, k_cache, v_cache, cache_lengths, block_table)
-    full = (q.shape[0], q.shape[1], q.shape[2], room)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[3])
-    else:
-        check_number("scale", scale)
-    if softcap is not None:
-        check_number("softcap", softcap)
-        if not softcap > 0.0:
-            raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
+    size = Size(q.shape[0], q.shape[1], q.shape[2], room)
+    scale, cap = check_scores(q, scale, softcap)
     if sinks is not None:
-        check_tensor("sinks", sinks)
-        check_device("sinks", sinks, "q", q)
-        check_shape("sinks", sinks, (full[1],), "one logit per query head")
-    added = None if bias is None else lower_bias("bias", bias, full, q)
+        check_sinks(sinks, q)
+    added = NO_BIAS if bias is None else lower_bias("bias", bias, size, q)
+    if added.top_left:
+        raise ValueError(f"bias={bias!r} sits at the top left: new tokens are the last ones, leave align out")
     lowered = LoweredMask()
     if isinstance(mask, Tensor):
-        added = _hide(mask, added, full, q)
+        added = added._replace(dense=_hide(mask, added.dense, size, q))
     elif mask is not None:
-        lowered, added = _lower_mask(mask, added, full, q, cache_lengths)
+        lowered, dense = _lower_mask(mask, added.dense, size, q, cache_lengths)
+        added = added._replace(dense=dense)
     out, lse = attention_decode_forward(
         q,
         k_cache,
@@ -127,17 +124,20 @@ def attention_decode(
         lowered.band_left,
         lowered.band_right,
         lowered.intervals,
-        added,
+        added.dense,
+        added.table,
+        added.first,
+        added.slopes,
         sinks,
         scale,
-        softcap or 0.0,
+        cap,
         resolve_backend(backend),
     )
     return (out, lse) if return_lse else out
 
 
 def _check_inference(q: Tensor, k: Tensor, v: Tensor, bias: object, sinks: Tensor | None) -> None:
-    tensor = bias.tensor if isinstance(bias, biases.Dense) else bias
+    tensor = bias.tensor if isinstance(bias, biases.Bias) else bias
     if tracks_gradients(q, k, v, tensor if isinstance(tensor, Tensor) else None, sinks):
         raise ValueError(
             "attention_decode has no gradient, and one of q, k_cache, v_cache, bias or sinks requires one: "
@@ -189,7 +189,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
     return k.shape[length_at] if table is None else table.shape[1] * k.shape[length_at]
 
 
-def _hide(mask: Tensor, added: Tensor | None, full: tuple[int, int, int, int], q: Tensor) -> Tensor:
+def _hide(mask: Tensor, added: Tensor | None, full: Size, q: Tensor) -> Tensor:
     """A bool mask over the cache as a bias of 0 and -inf, small as the queries are few."""
     if mask.dtype != torch.bool:
         raise TypeError(
@@ -201,7 +201,7 @@ def _hide(mask: Tensor, added: Tensor | None, full: tuple[int, int, int, int], q
 
 
 def _lower_mask(
-    mask: Mask, added: Tensor | None, full: tuple[int, int, int, int], q: Tensor, cache_lengths: Tensor
+    mask: Mask, added: Tensor | None, full: Size, q: Tensor, cache_lengths: Tensor
 ) -> tuple[LoweredMask, Tensor | None]:
     """Band and intervals about the positions of the newest tokens, and the bias with whatever these cannot say."""
     if not isinstance(mask, Mask):

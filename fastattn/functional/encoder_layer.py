@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fastattn.functional.attention import MAX_HEAD_DIM, lower_mask
+from fastattn.functional.attention import MAX_HEAD_DIM, lower_mask_and_bias
 from fastattn.functional.checks import (
     check_activation,
     check_beside,
@@ -19,7 +19,7 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import LoweredMask, Mask
-from fastattn.masks.lowered import flatten
+from fastattn.masks.lowered import Size, flatten
 from fastattn.ops.encoder_layer import encoder_layer_forward
 from fastattn.ops.library import tracks_gradients
 
@@ -193,8 +193,7 @@ def _lower(mask: Mask | Tensor, x: Tensor, heads: int) -> LoweredMask:
             f"mask has dtype {mask.dtype}: pass a bool tensor, True where visible (mask == 0 for one of 0 and -inf); "
             "attention(mask=...) takes a float mask to add"
         )
-    full = (x.shape[0], heads, x.shape[1], x.shape[1])
-    return lower_mask(mask, None, full, x)[0]
+    return lower_mask_and_bias(mask, None, Size(x.shape[0], heads, x.shape[1], x.shape[1]), x)[0]
 
 
 def _refuse_gradients() -> NoReturn:

@@ -39,7 +39,7 @@ class Dense(Mask):
         return shape[0], shape[1]
 
     def rule(self, at: Index) -> Tensor:
-        tensor = as_4d("mask", self.tensor, at.size).to(at.batch.device)
+        tensor = self.tensor[(None,) * (4 - self.tensor.dim())].to(at.batch.device)
         index = (i if n > 1 else torch.zeros_like(i) for i, n in zip(at[:4], tensor.shape, strict=True))
         return tensor[tuple(index)] == self._shown
 

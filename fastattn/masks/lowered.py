@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.packed import Packed
+
 
 class Size(NamedTuple):
     """The shapes of a call that its mask has to fit: B, Hq, Sq, Skv."""
@@ -16,6 +18,27 @@ class Size(NamedTuple):
     heads: int
     len_q: int
     len_k: int
+
+    def offset(self, align: str) -> int | Tensor:
+        """Query i sits at key position i + offset: a number, or int32 (B,) where it differs between batch entries."""
+        return self.len_k - self.len_q if align == "bottom-right" else 0
+
+
+class PackedSize(Size):
+    """The shapes of a packed batch: B sequences of at most Sq queries and Skv keys."""
+
+    packed: Packed
+
+    def __new__(cls, packed: Packed, heads: int) -> PackedSize:
+        self = super().__new__(cls, packed.batch, heads, packed.max_len_q, packed.max_len_k)
+        self.packed = packed
+        return self
+
+    def offset(self, align: str) -> int | Tensor:
+        """As in Size, by the lengths of each sequence."""
+        if align != "bottom-right":
+            return 0
+        return self.packed.cu_seqlens_k.diff() - self.packed.cu_seqlens_q.diff()
 
 
 class Index(NamedTuple):
@@ -29,7 +52,8 @@ class Index(NamedTuple):
 
     def position(self, align: str) -> Tensor:
         """The key position at which the query sits."""
-        return self.query + (self.size.len_k - self.size.len_q) if align == "bottom-right" else self.query
+        offset = self.size.offset(align)
+        return self.query + (offset[self.batch] if isinstance(offset, Tensor) else offset)
 
 
 class Blocks(NamedTuple):
@@ -59,7 +83,8 @@ class LoweredMask(NamedTuple):
 
     key_start    int32 (B,): first visible key. May be negative.
     key_end      int32 (B,): one past the last visible key. May exceed Skv.
-    band_offset  query i sits at key position i + band_offset.
+    band_offset  query i sits at key position i + band_offset; in a packed batch at that plus the keys less the queries
+                 of its sequence.
     band_left    keeps j >= i + band_offset - band_left; None is unbounded. May be negative.
     band_right   keeps j <= i + band_offset + band_right; None is unbounded. May be negative.
     key_bits     int64 (B, ceil(Skv / 64)): bit j % 64 of word j // 64 says that key j is visible.
@@ -132,8 +157,13 @@ def check_lowered(mask: LoweredMask, size: Size, device: torch.device) -> None:
             )
 
 
-def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
-    """The mask as a bool tensor, True where visible, broadcastable to (B, Hq, Sq, Skv); None when nothing is hidden."""
+def visible(
+    mask: LoweredMask, len_q: int, len_k: int, device: torch.device, ends: Tensor | None = None
+) -> Tensor | None:
+    """The mask as a bool tensor, True where visible, broadcastable to (B, Hq, Sq, Skv); None when nothing is hidden.
+
+    ends: (B,), in a packed batch the number of keys less that of queries of each sequence.
+    """
     query = torch.arange(len_q, device=device).view(-1, 1)
     key = torch.arange(len_k, device=device)
     terms = []
@@ -141,11 +171,12 @@ def visible(mask: LoweredMask, len_q: int, len_k: int, device: torch.device) -> 
         terms.append(key >= mask.key_start.view(-1, 1, 1, 1))
     if mask.key_end is not None:
         terms.append(key < mask.key_end.view(-1, 1, 1, 1))
-    position = query + mask.band_offset
+    batches = 1 if ends is None else ends.shape[0]
+    position = query + mask.band_offset + (0 if ends is None else ends.view(-1, 1, 1, 1))
     if mask.band_left is not None:
-        terms.append((key >= position - mask.band_left).view(1, 1, len_q, len_k))
+        terms.append((key >= position - mask.band_left).view(batches, 1, len_q, len_k))
     if mask.band_right is not None:
-        terms.append((key <= position + mask.band_right).view(1, 1, len_q, len_k))
+        terms.append((key <= position + mask.band_right).view(batches, 1, len_q, len_k))
     if mask.intervals is not None:
         start, end = mask.intervals[..., 0:1], mask.intervals[..., 1:2]
         terms.append(((key >= start) & (key < end)).any(dim=0))

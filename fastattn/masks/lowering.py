@@ -89,9 +89,17 @@ def _lower_light(terms: Sequence[Mask], size: Size, device: torch.device) -> Low
 
 def _lower_heavy(terms: tuple[Mask, ...], limits: tuple[Mask, ...], size: Size, device: torch.device) -> LoweredMask:
     """The words, intervals and blocks of `terms`."""
+    lowered, rest = lower_simple(terms, size, device)
+    if rest:
+        simple = [term for term in terms if term not in rest]
+        lowered = lowered._replace(blocks=_blocks(rest, [*limits, *simple], size, device))
+    return lowered
+
+
+def lower_simple(terms: Sequence[Mask], size: Size, device: torch.device) -> tuple[LoweredMask, list[Mask]]:
+    """The words and intervals of `terms`, and those of them that need blocks."""
     lowered = _NOTHING_HIDDEN
     intervals: IntervalSet | None = None
-    simple: list[Mask] = []
     rest: list[Mask] = []
     for term in terms:
         own = term.keys_and_band(size, device)
@@ -104,13 +112,10 @@ def _lower_heavy(terms: tuple[Mask, ...], limits: tuple[Mask, ...], size: Size, 
             rest.append(term)
         else:
             intervals = both
-            simple.append(term)
     if intervals is not None and not intervals.is_everything:
         tensor = intervals_tensor(intervals, size.len_q, size.len_k, device)
         lowered = lowered._replace(intervals=tensor, bounds=row_bounds(tensor))
-    if rest:
-        lowered = lowered._replace(blocks=_blocks(rest, [*limits, *simple], size, device))
-    return lowered
+    return lowered, rest
 
 
 def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: torch.device) -> Blocks:

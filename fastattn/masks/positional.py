@@ -24,7 +24,7 @@ from fastattn.masks.arguments import (
 )
 from fastattn.masks.base import Mask
 from fastattn.masks.intervals import HIGHEST, LOWEST, IntervalSet, interval
-from fastattn.masks.lowered import Index, LoweredMask, Size
+from fastattn.masks.lowered import Index, LoweredMask, PackedSize, Size
 
 _FAR = HIGHEST // 2  # beyond the distance of any two positions
 
@@ -70,8 +70,13 @@ class SlidingWindow(Mask):
             return _Band(None, -self.left - 1, self.align)
         return None
 
-    def keys_and_band(self, size: Size, device: torch.device) -> LoweredMask:
-        offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
+    def keys_and_band(self, size: Size, device: torch.device) -> LoweredMask | None:
+        offset = size.offset(self.align)
+        if isinstance(size, PackedSize):  # whose bands start from each sequence's end
+            if self.align != "bottom-right":
+                return None
+            offset = 0
+        assert not isinstance(offset, Tensor)
         return LoweredMask(band_offset=offset, band_left=self.left, band_right=self.right)
 
     def intervals(self, size: Size, device: torch.device) -> IntervalSet:
@@ -196,9 +201,10 @@ class SinkTokens(_Counted):
 
 
 def positions_of_queries(size: Size, align: str, device: torch.device) -> Tensor:
-    """int32 (1, 1, Sq): the position of each query."""
+    """int32 (1|B, 1, Sq): the position of each query."""
     query = torch.arange(size.len_q, dtype=torch.int32, device=device).view(1, 1, -1)
-    return query + (size.len_k - size.len_q) if align == "bottom-right" else query
+    offset = size.offset(align)
+    return query + (offset.view(-1, 1, 1) if isinstance(offset, Tensor) else offset)
 
 
 def aligned(align: str) -> str:

@@ -1,17 +1,20 @@
 """The attention operators, their fake tensors and vmap rules, and the autograd.Function over them.
 
-fastattn::attention_forward and attention_backward take the lowered mask as flat tensors and numbers. The dense mask,
-the bias and the intervals have 1 or the full size in each dimension. Shapes and results: `fastattn.backends.protocol`.
+fastattn::attention_forward and attention_backward take the lowered mask and bias and the packing as flat tensors and
+numbers. The dense mask, the dense bias and the intervals have 1 or the full size in each dimension. Shapes and results:
+`fastattn.backends.protocol`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask, flatten, unflatten
 from fastattn.ops.library import (
     InDims,
@@ -24,6 +27,7 @@ from fastattn.ops.library import (
     register,
     unit_stride,
 )
+from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 from fastattn.reference.attention import accumulate_dtype
 
@@ -32,71 +36,108 @@ MASK_SCHEMA = (
     "Tensor? intervals, Tensor? dense_mask, Tensor? key_bits, Tensor? bounds, Tensor? row_ptr, Tensor? col, "
     "Tensor? block_id, Tensor? bitmaps, Tensor? col_ptr, Tensor? row, Tensor? row_id"
 )
+BIAS_SCHEMA = "Tensor? bias, Tensor? table, SymInt table_first, Tensor? slopes, bool top_left"
 _EXTRAS = (
-    f"{MASK_SCHEMA}, Tensor? bias, Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
+    f"{MASK_SCHEMA}, {BIAS_SCHEMA}, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_len_q, SymInt max_len_k, "
+    "Tensor? sinks, Tensor? dropout_seed, float scale, float softcap, float dropout_p"
 )
-_MASK_END = 3 + FLAT_FIELDS  # of the forward's arguments: q, k, v, the mask's, then bias and the rest
-_BAND = slice(2, 5)  # the numbers among the mask's arguments
+_EXTRAS_LENGTH = FLAT_FIELDS + 5 + 4 + 5
+_QKV = 3  # of the forward's arguments: q, k, v, then the extras, then flags
+_BIAS = _QKV + FLAT_FIELDS
+_PACKED = _BIAS + 5
+_SINKS = _PACKED + 4
+_FLAGS = _QKV + _EXTRAS_LENGTH
+_BACKWARD = 4  # the backward's arguments before the extras beyond those of the forward: grad_out, grad_lse, out, lse
 _DENSE = LoweredMask._fields.index("dense")
 _BLOCKS = LoweredMask._fields.index("blocks")
-_BACKWARD_MASK = 7  # of the backward's: grad_out, grad_lse, q, k, v, out, lse, then as in the forward
+
+
+class Extras(NamedTuple):
+    """The arguments of both operators that are not q, k, v, gradients or flags."""
+
+    mask: LoweredMask
+    bias: LoweredBias
+    packed: Packed | None
+    sinks: Tensor | None
+    seed: Tensor | None
+    scale: float
+    softcap: float
+    dropout_p: float
+
+    def backend_arguments(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
+        """As a backend gets them."""
+        mask = contiguous_mask(self.mask, self.full(q, k))
+        packed = self.packed
+        if packed is not None:
+            cu_seqlens_q, cu_seqlens_k, *longest = packed
+            packed = Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest)
+        return mask, contiguous_bias(self.bias), packed, dense(self.sinks), *self[4:]
+
+    def full(self, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+        """B, Hq, Sq, Skv, in a packed batch those of a padded one."""
+        if self.packed is None:
+            return (*q.shape[:3], k.shape[2])
+        return self.packed.batch, q.shape[1], self.packed.max_len_q, self.packed.max_len_k
+
+
+def parse_extras(flat: Sequence[Any]) -> Extras:
+    """The inverse of `flatten_call`, with what follows it."""
+    cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k, *rest = flat[FLAT_FIELDS + 5 :]
+    packed = None if cu_seqlens_q is None else Packed(cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    return Extras(unflatten(flat[:FLAT_FIELDS]), LoweredBias(*flat[FLAT_FIELDS : FLAT_FIELDS + 5]), packed, *rest)
+
+
+def flatten_call(mask: LoweredMask, bias: LoweredBias, packed: Packed | None) -> tuple[Any, ...]:
+    """The operators' arguments for a mask, a bias and a packing."""
+    return *flatten(mask), *bias, *(packed or (None, None, 0, 0))
 
 
 def problem_fields(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: LoweredMask,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-    requires_grad: bool,
-    bias_requires_grad: bool,
-    deterministic: bool,
+    call: Extras,
+    flags: Sequence[bool],
 ) -> tuple[Any, ...]:
-    """The fields of this call's AttentionProblem, in order."""
-    batch, heads_q, len_q, dim = q.shape
-    _, heads_kv, len_k, dim_v = v.shape
+    """The fields of this call's AttentionProblem, in order. flags: requires_grad, bias_requires_grad,
+    table_requires_grad, slopes_requires_grad, deterministic."""
+    requires_grad, *of_bias, deterministic = flags
+    batch, heads_q, len_q, len_k = call.full(q, k)
+    mask, bias = call.mask, call.bias
     return (
         q.device.type,
         q.dtype,
         batch,
         heads_q,
-        heads_kv,
+        k.shape[1],
         len_q,
         len_k,
-        dim,
-        dim_v,
+        q.shape[3],
+        v.shape[3],
         mask.key_start is not None or mask.key_end is not None,
         mask.band_left is not None or mask.band_right is not None,
         0 if mask.intervals is None else mask.intervals.shape[0],
         mask.dense is not None,
         mask.key_bits is not None,
         mask.blocks is not None,
-        None if bias is None else bias.dtype,
-        bias_requires_grad,
-        softcap != 0.0,
-        sinks is not None,
-        dropout_p != 0.0,
+        None if bias.dense is None else bias.dense.dtype,
+        bias.table is not None,
+        bias.slopes is not None,
+        *of_bias,
+        call.packed is not None,
+        call.softcap != 0.0,
+        call.sinks is not None,
+        call.dropout_p != 0.0,
         requires_grad,
         deterministic,
     )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    mask = lowered_mask(rest[:FLAT_FIELDS], (*q.shape[:3], k.shape[2]))
-    bias, sinks, seed, scale, softcap, dropout_p, requires_grad, bias_requires_grad, deterministic, backend = rest[
-        FLAT_FIELDS:
-    ]
-    sinks = dense(sinks)
-    fields = problem_fields(
-        q, k, v, mask, bias, sinks, softcap, dropout_p, requires_grad, bias_requires_grad, deterministic
-    )
-    chosen = dispatch.choose(AttentionProblem, fields, backend)
-    out, lse = chosen.attention_forward(
-        unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, sinks, seed, scale, softcap, dropout_p
-    )
+    call = parse_extras(rest[:_EXTRAS_LENGTH])
+    chosen = dispatch.choose(AttentionProblem, problem_fields(q, k, v, call, rest[_EXTRAS_LENGTH:-1]), rest[-1])
+    arguments = call.backend_arguments(q, k)
+    out, lse = chosen.attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), *arguments)
     return out, lse
 
 
@@ -109,15 +150,13 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mask = lowered_mask(rest[:FLAT_FIELDS], (*q.shape[:3], k.shape[2]))
-    bias, sinks, seed, scale, softcap, dropout_p, bias_requires_grad, sinks_requires_grad, deterministic, backend = (
-        rest[FLAT_FIELDS:]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call, flags = parse_extras(rest[:_EXTRAS_LENGTH]), rest[_EXTRAS_LENGTH:-1]
+    *of_biases, _, deterministic = flags
+    chosen = dispatch.choose(
+        AttentionProblem, problem_fields(q, k, v, call, (True, *of_biases, deterministic)), rest[-1]
     )
-    sinks = dense(sinks)
-    fields = problem_fields(q, k, v, mask, bias, sinks, softcap, dropout_p, True, bias_requires_grad, deterministic)
-    chosen = dispatch.choose(AttentionProblem, fields, backend)
-    dq, dk, dv, dbias, dsinks = chosen.attention_backward(
+    dq, dk, dv, *others = chosen.attention_backward(
         unit_stride(grad_out),
         dense(grad_lse),
         unit_stride(q),
@@ -125,24 +164,24 @@ def _backward(
         unit_stride(v),
         unit_stride(out),
         dense(lse),
-        mask,
-        bias,
-        sinks,
-        seed,
-        scale,
-        softcap,
-        dropout_p,
-        bias_requires_grad,
-        sinks_requires_grad,
-        deterministic,
+        *call.backend_arguments(q, k),
+        *flags,
     )
-    return in_layout_of(dq, q), in_layout_of(dk, k), in_layout_of(dv, v), dbias, dsinks
+    return in_layout_of(dq, q), in_layout_of(dk, k), in_layout_of(dv, v), *others
 
 
-def lowered_mask(flat: tuple[Any, ...], full: tuple[int, int, int, int]) -> LoweredMask:
+def contiguous_mask(mask: LoweredMask, full: tuple[int, int, int, int]) -> LoweredMask:
     """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0 to (B, Hq, Sq, Skv)."""
+    flat = flatten(mask)
     mask = unflatten([dense(x) if isinstance(x, Tensor) and i != _DENSE else x for i, x in enumerate(flat)])
     return mask if mask.dense is None else mask._replace(dense=mask.dense.expand(full))
+
+
+def contiguous_bias(bias: LoweredBias) -> LoweredBias:
+    """The bias as a backend gets it."""
+    if bias.table is None and bias.slopes is None:
+        return bias
+    return bias._replace(table=dense(bias.table), slopes=dense(bias.slopes))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -153,12 +192,14 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, sinks, *_, bias_requires_grad, sinks_requires_grad, _, _ = rest[2 + FLAT_FIELDS :]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    extras = rest[2 : 2 + _EXTRAS_LENGTH]
+    bias, table, _, slopes, _ = extras[FLAT_FIELDS : FLAT_FIELDS + 5]
+    sinks = extras[_SINKS - _QKV]
     compute = accumulate_dtype(q.dtype)
-    dbias = q.new_empty(bias.shape if bias is not None and bias_requires_grad else (0,), dtype=compute)
-    dsinks = q.new_empty(sinks.shape if sinks is not None and sinks_requires_grad else (0,), dtype=compute)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias, dsinks
+    asked = zip((bias, table, slopes, sinks), rest[2 + _EXTRAS_LENGTH :], strict=False)
+    others = [q.new_empty(t.shape if t is not None and wanted else (0,), dtype=compute) for t, wanted in asked]
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *others  # type: ignore[return-value]
 
 
 def fold_mask(size: int, batch: int, dims: InDims, flat: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -204,52 +245,73 @@ def _fold_broadcast(tensor: Tensor, dim: int | None, size: int, batch: int, at: 
     return lifted.expand(full).flatten(at, at + 1)
 
 
+def _fold_bias(size: int, batch: int, dims: InDims, flat: Sequence[Any]) -> list[Any]:
+    """The bias' arguments with the mapped dimension folded into their batch dimension."""
+    folded = list(flat)
+    for at in (0, 3):  # dense, slopes
+        folded[at] = None if flat[at] is None else _fold_broadcast(flat[at], dims[at], size, batch)
+    return folded
+
+
+def _cannot_fold(dims: InDims, args: tuple[Any, ...]) -> bool:
+    """Whether one call cannot stand for all entries, given the arguments as in the forward: dropout counts batch
+    entries; tables, sinks and seeds have none, and packed batches and slopes of their own no room for more."""
+    return (
+        args[_FLAGS - 1] > 0.0 or args[_PACKED] is not None or is_mapped(dims, _BIAS + 1, _BIAS + 3, _SINKS, _SINKS + 1)
+    )
+
+
 def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-    bias, _, _, _, _, dropout_p, *_ = args[_MASK_END:]
-    if dropout_p > 0.0 or is_mapped(dims, _MASK_END + 1, _MASK_END + 2):
-        return None  # dropout counts batch entries; sinks and seeds have no batch
-    q, k, v = (fold_dim(args[i], dims[i], size) for i in range(3))
+    if _cannot_fold(dims, args):
+        return None
+    q, k, v = (fold_dim(args[i], dims[i], size) for i in range(_QKV))
     batch = q.shape[0] // size
-    mask = fold_mask(size, batch, dims[3:_MASK_END], args[3:_MASK_END])
+    mask = fold_mask(size, batch, dims[_QKV:_BIAS], args[_QKV:_BIAS])
     if mask is None:
         return None
-    bias = None if bias is None else _fold_broadcast(bias, dims[_MASK_END], size, batch)
-    results = attention_forward(q, k, v, *mask, bias, *args[_MASK_END + 1 :])
+    bias = _fold_bias(size, batch, dims[_BIAS:_PACKED], args[_BIAS:_PACKED])
+    results = attention_forward(q, k, v, *mask, *bias, *args[_PACKED:])
     return tuple(t.unflatten(0, (size, batch)) for t in results), (0, 0)
 
 
 def _fold_backward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-    end = _BACKWARD_MASK + FLAT_FIELDS
-    bias, _, _, _, _, dropout_p, bias_requires_grad, sinks_requires_grad, *_ = args[end:]
-    if dropout_p > 0.0 or is_mapped(dims, end + 1, end + 2) or sinks_requires_grad:
+    skipped = (0, 1, 5, 6)  # grad_out, grad_lse, out, lse
+
+    def as_forward(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(value for i, value in enumerate(values) if i not in skipped)
+
+    own, own_dims = as_forward(args), as_forward(dims)
+    bias_requires_grad, *others_require_grad = own[_FLAGS : _FLAGS + 4]
+    if _cannot_fold(own_dims, own) or any(others_require_grad):
         return None
     grad_lse = None if args[1] is None else fold_dim(args[1], dims[1], size)
-    grad_out, *inputs = (fold_dim(args[i], dims[i], size) for i in (0, *range(2, _BACKWARD_MASK)))
+    grad_out, *inputs = (fold_dim(args[i], dims[i], size) for i in (0, *range(2, _QKV + _BACKWARD)))
     batch = grad_out.shape[0] // size
-    mask = fold_mask(size, batch, dims[_BACKWARD_MASK:end], args[_BACKWARD_MASK:end])
+    mask = fold_mask(size, batch, own_dims[_QKV:_BIAS], own[_QKV:_BIAS])
     if mask is None:
         return None
-    rows, bias_dim = 0, dims[end]
-    if bias is not None:
-        if bias_requires_grad and bias_dim is None:
-            bias, bias_dim = bias.expand(size, *bias.shape), 0  # a gradient per entry
-        rows = bias.shape[1 if bias_dim == 0 else 0]
-        bias = _fold_broadcast(bias, bias_dim, size, batch)
-    results = attention_backward(grad_out, grad_lse, *inputs, *mask, bias, *args[end + 1 :])
+    given, bias_dims = list(own[_BIAS:_PACKED]), list(own_dims[_BIAS:_PACKED])
+    rows = 0
+    if given[0] is not None:
+        if bias_requires_grad and bias_dims[0] is None:
+            given[0], bias_dims[0] = given[0].expand(size, *given[0].shape), 0  # a gradient per entry
+        rows = given[0].shape[1 if bias_dims[0] == 0 else 0]
+    bias = _fold_bias(size, batch, tuple(bias_dims), given)
+    results = attention_backward(grad_out, grad_lse, *inputs, *mask, *bias, *own[_PACKED:])
     dq, dk, dv = (t.unflatten(0, (size, batch)) for t in results[:3])
-    dbias, dsinks = results[3:]
-    if not bias_requires_grad:
-        return (dq, dk, dv, dbias, dsinks), (0, 0, 0, None, None)
-    dbias = dbias.unflatten(0, (size, batch))
-    if rows == 1:
-        dbias = dbias.sum(dim=1, keepdim=True)
-    return (dq, dk, dv, dbias, dsinks), (0, 0, 0, 0, None)
+    dbias, *others = results[3:]
+    bias_dim = None
+    if bias_requires_grad:
+        dbias, bias_dim = dbias.unflatten(0, (size, batch)), 0
+        if rows == 1:
+            dbias = dbias.sum(dim=1, keepdim=True)
+    return (dq, dk, dv, dbias, *others), (0, 0, 0, bias_dim, *(None,) * len(others))
 
 
 attention_forward = register(
     "attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, bool requires_grad, bool bias_requires_grad, bool deterministic, "
-    "str backend) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, bool requires_grad, bool bias_requires_grad, "
+    "bool table_requires_grad, bool slopes_requires_grad, bool deterministic, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     _fold_forward,
@@ -257,12 +319,16 @@ attention_forward = register(
 attention_backward = register(
     "attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_EXTRAS}, bool bias_requires_grad, bool sinks_requires_grad, bool deterministic, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_EXTRAS}, bool bias_requires_grad, bool table_requires_grad, bool slopes_requires_grad, "
+    "bool sinks_requires_grad, bool deterministic, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _fold_backward,
 )
+
+_TENSORS = [i for i, type_ in enumerate(_EXTRAS.split(", ")) if type_.startswith("Tensor")]
+_NUMBERS = [i for i in range(_EXTRAS_LENGTH) if i not in _TENSORS]
 
 
 class Attention(torch.autograd.Function):
@@ -277,23 +343,24 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v = inputs[:3]
-        mask = inputs[3:_MASK_END]
-        bias, sinks, seed = inputs[_MASK_END : _MASK_END + 3]
+        extras = inputs[_QKV:_FLAGS]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *output, *mask[: _BAND.start], *mask[_BAND.stop :], bias, sinks, seed)
-        ctx.band = mask[_BAND]
-        ctx.numbers = inputs[_MASK_END + 3 : _MASK_END + 6]
-        ctx.deterministic, ctx.backend = inputs[_MASK_END + 8 :]
+        ctx.save_for_backward(*inputs[:_QKV], *output, *(extras[i] for i in _TENSORS))
+        ctx.numbers = [extras[i] for i in _NUMBERS]
+        ctx.deterministic, ctx.backend = inputs[_FLAGS + 4 :]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, *mask, bias, sinks, seed = ctx.saved_tensors
-        mask[_BAND.start : _BAND.start] = ctx.band
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        extras: list[Any] = [None] * _EXTRAS_LENGTH
+        for places, values in ((_TENSORS, tensors), (_NUMBERS, ctx.numbers)):
+            for i, value in zip(places, values, strict=True):
+                extras[i] = value
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        bias_requires_grad, sinks_requires_grad = ctx.needs_input_grad[_MASK_END : _MASK_END + 2]
-        dq, dk, dv, dbias, dsinks = differentiate_once(
+        learned = (_BIAS, _BIAS + 1, _BIAS + 3, _SINKS)
+        wanted = [ctx.needs_input_grad[i] for i in learned]
+        dq, dk, dv, *others = differentiate_once(
             attention_backward,
             grad_out,
             grad_lse,
@@ -302,22 +369,13 @@ class Attention(torch.autograd.Function):
             v,
             out,
             lse,
-            *mask,
-            bias,
-            sinks,
-            seed,
-            *ctx.numbers,
-            bias_requires_grad,
-            sinks_requires_grad,
+            *extras,
+            *wanted,
             ctx.deterministic,
             ctx.backend,
         )
-        return (
-            dq,
-            dk,
-            dv,
-            *(None,) * FLAT_FIELDS,
-            dbias.to(bias.dtype) if bias_requires_grad else None,
-            dsinks.to(sinks.dtype) if sinks_requires_grad else None,
-            *(None,) * 8,
-        )
+        grads: list[Any] = [dq, dk, dv, *(None,) * (_EXTRAS_LENGTH + 6)]
+        for i, grad, needed in zip(learned, others, wanted, strict=True):
+            if needed:
+                grads[i] = grad.to(extras[i - _QKV].dtype)
+        return tuple(grads)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.ops.library import InDims, VmapResult, dense, register, unit_stride
 from fastattn.problems import DecodeProblem
@@ -26,6 +27,9 @@ def _forward(
     band_right: int | None,
     intervals: Tensor | None,
     bias: Tensor | None,
+    table: Tensor | None,
+    table_first: int,
+    slopes: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     softcap: float,
@@ -41,6 +45,8 @@ def _forward(
         band_left is not None or band_right is not None,
         0 if intervals is None else intervals.shape[0],
         None if bias is None else bias.dtype,
+        table is not None,
+        slopes is not None,
         softcap != 0.0,
         sinks is not None,
     )
@@ -51,7 +57,7 @@ def _forward(
         dense(cache_lengths),
         dense(block_table),
         LoweredMask(band_left=band_left, band_right=band_right, intervals=dense(intervals)),
-        bias,
+        LoweredBias(bias, dense(table), table_first, dense(slopes)),
         dense(sinks),
         scale,
         softcap,
@@ -72,7 +78,8 @@ def _fold(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
 attention_decode_forward = register(
     "attention_decode_forward",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, Tensor? block_table, SymInt? band_left, "
-    "SymInt? band_right, Tensor? intervals, Tensor? bias, Tensor? sinks, float scale, float softcap, str backend) "
+    "SymInt? band_right, Tensor? intervals, Tensor? bias, Tensor? table, SymInt table_first, Tensor? slopes, "
+    "Tensor? sinks, float scale, float softcap, str backend) "
     "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,

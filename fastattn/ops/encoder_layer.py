@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask
-from fastattn.ops.attention import MASK_SCHEMA, fold_mask, lowered_mask
+from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask, unflatten
+from fastattn.ops.attention import MASK_SCHEMA, contiguous_mask, fold_mask
 from fastattn.ops.library import InDims, VmapResult, dense, fold_dim, is_mapped, register
 from fastattn.problems import EncoderLayerProblem
 
@@ -72,7 +72,7 @@ def _forward(
         mask = LoweredMask()
     else:
         full = (x.shape[0], heads, x.shape[1], x.shape[1])
-        mask = lowered_mask(rest[:FLAT_FIELDS], full)
+        mask = contiguous_mask(unflatten(rest[:FLAT_FIELDS]), full)
     fields = problem_fields(x, w1, mask, cu_seqlens is not None, heads, activation, norm_first)
     y: Tensor = dispatch.choose(EncoderLayerProblem, fields, backend).encoder_layer_forward(
         dense(x),

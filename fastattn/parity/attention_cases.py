@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.biases import ALiBi, Bias, RelativeBias, T5Bias
 from fastattn.masks import Mask
+from fastattn.masks.arguments import Align
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
 from fastattn.parity.histogram import check_mask_histogram
 from fastattn.parity.mask_cases import MaskDraw
+from fastattn.parity.packing import Packing
 from fastattn.parity.rule import Conditions, ParityRow, check_attention
 
 _DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 5, 17)
@@ -29,9 +34,10 @@ class AttentionCase:
         heads_kv, group = draw.integer(1, 3), draw.one_of((1, 2, 3, 4, 8), (5, 3, 1, 2, 0.5))
         self.batch, self.heads_kv, self.heads_q = draw.integer(1, 4), heads_kv, heads_kv * group
         self.len_q, self.len_k = self._lengths(draw)
+        self.packing = self._packing(draw) if draw.chance(0.15) and self.len_q * self.len_k else None
         self.dim = draw.one_of(_DIMS, _DIM_WEIGHTS)
         self.dim_v = draw.one_of(_DIMS, _DIM_WEIGHTS) if draw.chance(0.25) else self.dim
-        if draw.chance(0.01):
+        if draw.chance(0.01) and self.packing is None:
             self.batch = 0
         self.loudness = loudness = draw.one_of((1.0, 0.1, 2.0), (8, 1, 1))  # 2: peaked softmax rows
         q = draw.normal((self.batch, self.heads_q, self.len_q, self.dim), self.dtype, loudness)
@@ -60,6 +66,16 @@ class AttentionCase:
         kind = draw.one_of(("same", "other", "one", "none"), (4, 5, 0.4, 0.05))
         return len_q, {"same": len_q, "other": draw.size(2, 2 * most), "one": 1, "none": 0}[kind]
 
+    def _packing(self, draw: Draw) -> Packing:
+        """Lengths up to those of the padded batch, which some sequence has; some may be 0."""
+        lengths = []
+        for longest in (self.len_q, self.len_k):
+            own = [0 if draw.chance(0.1) else draw.integer(0, longest) for _ in range(self.batch)]
+            own[draw.integer(0, self.batch - 1)] = longest
+            lengths.append(own)
+        outside, gap = draw.one_of((0, 3), (2, 1)), draw.one_of((0, 5), (2, 1))
+        return Packing(*lengths, outside=outside, gap=gap, longest_given=draw.chance(0.7))
+
     def _options(self, draw: Draw) -> dict[str, Any]:
         options: dict[str, Any] = {"return_lse": draw.chance(0.6), "deterministic": draw.chance(0.2)}
         # Scores far beyond 10 would leave the rule to chance: the rounding of the score itself, which plain torch has
@@ -71,7 +87,9 @@ class AttentionCase:
         if draw.chance(0.2):
             options["sinks"] = draw.normal((self.heads_q,), draw.one_of((torch.float32, self.dtype)), 2.0)
         if draw.chance(0.3):
-            options["bias"] = self._bias(draw)
+            options["bias"] = (
+                self._bias(draw) if draw.chance(0.5) else draw_distance_bias(draw, self.dtype, self.batch, self.heads_q)
+            )
         if draw.chance(0.2):
             options["dropout_p"] = draw.one_of((0.1, 0.5, 0.9), (5, 3, 1))
             options["dropout_seed"] = torch.tensor([draw.integer(-(2**62), 2**62)], device=draw.device)
@@ -142,7 +160,9 @@ class AttentionCase:
         mask = _short(self.mask)
         options = " ".join(f"{name}={_short(value)}" for name, value in self.options.items())
         dims = f"D={self.dim} Dv={self.dim_v}"
-        return f"{shape} {dims} {str(self.dtype).removeprefix('torch.')} mask={mask} {options} strides {strides}"
+        packed = "" if self.packing is None else f" packed {self.packing.lengths_q} x {self.packing.lengths_k}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{shape} {dims} {dtype}{packed} mask={mask} {options} strides {strides}"
 
     def run(self, backend: str | None) -> list[ParityRow]:
         """Rows of the parity rule and, where the mask is not a float tensor, of the exact mask check."""
@@ -153,6 +173,7 @@ class AttentionCase:
             tensors["v"],
             backend=backend,
             mask=self.mask,
+            packing=self.packing,
             conditions=self.conditions,
             **self.options,
         )
@@ -162,7 +183,29 @@ class AttentionCase:
         shape = (self.batch, self.heads_q, self.heads_kv, self.len_q, self.len_k)
         device = tensors["q"].device
         conditions = {"device": device, "grad": self.conditions.grad, "threads": self.conditions.threads}
+        conditions["packing"] = self.packing
         return rows + check_mask_histogram(self.mask, *shape, self.dtype, backend, **conditions)
+
+
+def draw_distance_bias(
+    draw: Draw, dtype: torch.dtype, batch: int, heads: int, alignments: tuple[Align, ...] = ("bottom-right", "top-left")
+) -> Bias:
+    """ALiBi, a relative table or T5's buckets, of float32 or `dtype`."""
+    align = draw.one_of(alignments)
+    of = draw.one_of((torch.float32, dtype))
+    kind = draw.one_of(("alibi", "relative", "t5"))
+    make: Callable[..., Bias]
+    if kind == "alibi":
+        shape = (batch, heads) if draw.chance(0.2) else (heads,)
+        tensor, make = draw.normal(shape, of, draw.one_of((0.02, 0.5))), ALiBi
+    elif kind == "relative":
+        reach = draw.one_of((0, 1, 7, draw.size(1, 600)))
+        tensor, make = draw.normal((draw.one_of((1, heads), (1, 3)), 2 * reach + 1), of), RelativeBias
+    else:
+        buckets, farthest = draw.one_of(((32, 128), (32, 20), (8, 9), (6, 40)), (3, 1, 1, 1))
+        both, tensor = draw.chance(0.6), draw.normal((buckets, heads), of)
+        make = partial(T5Bias, bidirectional=both, max_distance=farthest)
+    return make(tensor.requires_grad_(draw.chance(0.6)), align=align)
 
 
 def _short(value: object) -> str:

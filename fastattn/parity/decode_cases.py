@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from fastattn import functional, reference
+from fastattn.biases import Dense
 from fastattn.masks import Causal, Mask, SlidingWindow
+from fastattn.parity.attention_cases import draw_distance_bias
 from fastattn.parity.bound import ParityRow
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
 from fastattn.parity.eager import eager_attention
 from fastattn.parity.magnitude import attention_magnitudes
+from fastattn.parity.packing import Packing
 from fastattn.parity.probe import Conditions, Probe, Tensors, run_probe
 from fastattn.reference.decode import gather_pages
 
@@ -34,8 +37,11 @@ def check_attention_decode(
     **options: Any,
 ) -> list[ParityRow]:
     """`fastattn.attention_decode`: out and lse. Arguments as there; options: bias, sinks, scale, softcap."""
+    bias = options.get("bias")
+    if isinstance(bias, Tensor):
+        bias = Dense(bias)
     given = {"k": k_cache, "v": v_cache, "lengths": cache_lengths, "table": block_table}
-    tensors = {"q": q, **given, "bias": options.get("bias"), "sinks": options.get("sinks")}
+    tensors = {"q": q, **given, "bias": None if bias is None else bias.tensor, "sinks": options.get("sinks")}
     inputs = {name: t for name, t in tensors.items() if t is not None}
     numbers = {name: options.get(name) for name in ("scale", "softcap")}
     room = gather_pages(k_cache, block_table).shape[2]
@@ -46,14 +52,23 @@ def check_attention_decode(
             visible[b, ..., :length] = mask.expand(*q.shape[:3], room)[b, ..., :length]
         else:
             visible[b, ..., :length] = True if mask is None else mask.to_dense(*shape)[0]
-    if options.get("bias") is not None:
-        visible = visible & ~torch.isneginf(options["bias"])
+    packing = Packing([q.shape[2]] * q.shape[0], cache_lengths.tolist())  # each length has its own distances
+
+    def biases(t: Tensors) -> dict[str, Tensor]:
+        if bias is None:
+            return {}
+        return {"bias": packing.dense_bias(bias.with_tensor(t["bias"]), (*q.shape[:3], room))}
+
+    for added in biases(inputs).values():
+        visible = visible & ~torch.isneginf(added)
 
     def outputs(found: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         return dict(zip(("out", "lse"), found, strict=True))
 
     def call(function: Any, t: Tensors, **extra: Any) -> dict[str, Tensor]:
-        tensors = {"block_table": t.get("table"), "bias": t.get("bias"), "sinks": t.get("sinks")}
+        own: Any = None if bias is None else bias.with_tensor(t["bias"])
+        own = own.tensor if isinstance(own, Dense) else own
+        tensors = {"block_table": t.get("table"), "bias": own, "sinks": t.get("sinks")}
         return outputs(
             function(t["q"], t["k"], t["v"], t["lengths"], mask=mask, return_lse=True, **tensors, **numbers, **extra)
         )
@@ -65,11 +80,11 @@ def check_attention_decode(
 
     def eager(t: Tensors) -> dict[str, Tensor]:
         tensors, extras = dense(t)
-        return outputs(eager_attention(*tensors, biases=(t["bias"],) if "bias" in t else (), **extras))
+        return outputs(eager_attention(*tensors, biases=tuple(biases(t).values()), **extras))
 
     def magnitudes(t: Tensors, _: Tensors) -> dict[str, Tensor]:
         tensors, extras = dense(t)
-        return attention_magnitudes(*tensors, None, None, biases={"bias": t["bias"]} if "bias" in t else {}, **extras)
+        return attention_magnitudes(*tensors, None, None, biases=biases(t), **extras)
 
     probe = Probe(
         dtype=q.dtype,
@@ -137,6 +152,9 @@ class DecodeCase:
             options["mask"] = {"causal": Causal(), "window": window, "both": Causal() & window}[kind]
         if draw.chance(0.25):
             options["bias"] = draw.normal(broadcast(), draw.one_of((torch.float32, self.dtype)))
+        elif draw.chance(0.3):
+            bias = draw_distance_bias(draw, self.dtype, full[0], full[1], ("bottom-right",))
+            options["bias"] = bias.with_tensor(bias.tensor.detach())
         if draw.chance(0.25):
             options["softcap"] = draw.one_of((2.0, 15.0, 50.0))
         if draw.chance(0.25):

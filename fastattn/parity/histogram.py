@@ -15,6 +15,7 @@ from fastattn import functional
 from fastattn.masks import Mask
 from fastattn.parity.bound import ParityRow, verdict
 from fastattn.parity.guards import poisoned_outputs, torch_threads
+from fastattn.parity.packing import Packing
 from fastattn.reference.attention import dense_mask
 
 RESIDUES = 32
@@ -39,13 +40,17 @@ def check_mask_histogram(
     device: torch.device | str = "cpu",
     grad: bool = True,
     threads: int | None = None,
+    packing: Packing | None = None,
 ) -> list[ParityRow]:
     """Rows for the forward and, with grad, the backward mask, each for low and high digits of the index.
 
     mask: a mask object, or a bool or int32 tensor as `fastattn.attention` takes it. A count of a half dtype rounds to
     the right integer as long as fewer than 64 visible keys (queries) share a residue; lengths up to 1024 are safe.
+    packing: the calls are made packed.
     """
-    visible = dense_mask(mask, (batch, heads_q, len_q, len_k), torch.device(device)).double().cpu()
+    full, place = (batch, heads_q, len_q, len_k), torch.device(device)
+    seen = dense_mask(mask, full, place) if packing is None else packing.visible(mask, full, place)
+    visible = seen.double().cpu()
     count = visible.sum(dim=-1, keepdim=True)
     rows = []
     for high in (False, True):
@@ -55,7 +60,10 @@ def check_mask_histogram(
         k = torch.ones(batch, heads_kv, len_k, 16, device=device, dtype=dtype)
         v.requires_grad_(grad)
         with poisoned_outputs(), torch_threads(threads):
-            out = functional.attention(q, k, v, mask=mask, backend=backend)
+            if packing is None:
+                out = functional.attention(q, k, v, mask=mask, backend=backend)
+            else:
+                out, _ = packing.attention(q, k, v, mask=mask, backend=backend)
         want = visible @ _one_hot_digits(len_k, high)
         rows.append(_integers(f"visible keys ({name} digit)", out.detach().double().cpu() * count, want))
         if grad:

@@ -76,6 +76,19 @@ class Conditions:
             yield
 
 
+def named(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are given."""
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def differentiable(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    """The same tensors; the floating ones (those named, or all) as leaves that require grad."""
+    return {
+        name: t.detach().requires_grad_() if t.is_floating_point() and (not names or name in names) else t
+        for name, t in tensors.items()
+    }
+
+
 def run_probe(probe: Probe, inputs: Tensors, backend: str | None, conditions: Conditions) -> list[ParityRow]:
     """Runs one probe and returns a row per output, per gradient (twice), and for layout, guards and the truth itself.
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastattn import functional, reference
 from fastattn.masks import Mask
+from fastattn.parity.attention import check_attention
 from fastattn.parity.bound import ParityRow, parity, unit_roundoff
 from fastattn.parity.eager import (
-    eager_attention,
     eager_encoder_layer,
     eager_ffn,
     eager_gated_ffn,
@@ -27,7 +27,6 @@ from fastattn.parity.eager import (
 )
 from fastattn.parity.histogram import check_mask_histogram
 from fastattn.parity.magnitude import (
-    attention_magnitudes,
     encoder_layer_magnitudes,
     ffn_magnitudes,
     gated_ffn_magnitudes,
@@ -35,7 +34,7 @@ from fastattn.parity.magnitude import (
     near_kink,
     norm_magnitudes,
 )
-from fastattn.parity.probe import Conditions, Probe, Tensors, run_probe
+from fastattn.parity.probe import Conditions, Probe, Tensors, differentiable, named, run_probe
 from fastattn.reference.attention import dense_mask
 from fastattn.reference.philox import dropout_scale, keep_mask
 
@@ -62,114 +61,6 @@ def failures(rows: list[ParityRow]) -> str:
     return "\n".join(str(row) for row in rows if not row.passed)
 
 
-def _named(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if t is not None}
-
-
-def _differentiable(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
-    """The same tensors; the floating ones (those named, or all) as leaves that require grad."""
-    return {
-        name: t.detach().requires_grad_() if t.is_floating_point() and (not names or name in names) else t
-        for name, t in tensors.items()
-    }
-
-
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    backend: str | None,
-    mask: Mask | Tensor | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    return_lse: bool = True,
-    deterministic: bool = False,
-    conditions: Conditions = DEFAULT,
-) -> list[ParityRow]:
-    """`fastattn.attention`: out, lse, the gradients of q, k, v, sinks, and of a bias or float mask that requires grad.
-
-    Arguments as in `fastattn.attention`; dropout needs an explicit dropout_seed.
-    """
-    batch, heads, len_q = q.shape[:3]
-    full = (batch, heads, len_q, k.size(2))
-    float_mask = isinstance(mask, Tensor) and mask.is_floating_point()
-    names = [name for name, t in (("mask", mask), ("bias", bias)) if isinstance(t, Tensor) and t.requires_grad]
-    tensors = _named(q=q, k=k, v=v, bias=bias, sinks=sinks, mask=mask if isinstance(mask, Tensor) else None)
-    inputs = _differentiable(tensors, "q", "k", "v", "sinks", *names)
-    numbers: dict[str, Any] = {"scale": scale, "softcap": softcap}
-
-    visible = dense_mask(None if float_mask else mask, full, q.device)
-    for name in ("bias", "mask"):
-        if name in tensors and tensors[name].is_floating_point():
-            visible = visible & ~torch.isneginf(tensors[name])
-    keep = None
-    if dropout_p > 0:
-        assert dropout_seed is not None, "check_attention draws no seed of its own: pass dropout_seed"
-        kept = keep_mask(dropout_seed, dropout_p, batch * heads, len_q, k.size(2)).view(full)
-        keep = kept.double() * dropout_scale(dropout_p)
-    unseen = ~visible.any(dim=2).any(dim=1)[:, None, :, None]
-
-    def outputs(found: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        return {"out": found} if isinstance(found, Tensor) else dict(zip(("out", "lse"), found, strict=True))
-
-    def call(t: Tensors) -> dict[str, Any]:
-        return {"mask": t.get("mask", mask), "bias": t.get("bias"), "sinks": t.get("sinks"), **numbers}
-
-    def dropout() -> dict[str, Any]:
-        return {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "return_lse": return_lse}
-
-    def biases(t: Tensors) -> dict[str, Tensor]:
-        return {name: t[name] for name in ("bias", "mask") if name in t and t[name].is_floating_point()}
-
-    def fused(t: Tensors) -> dict[str, Tensor]:
-        chosen = {"deterministic": deterministic, "backend": backend}
-        return outputs(functional.attention(t["q"], t["k"], t["v"], **call(t), **dropout(), **chosen))
-
-    def truth(t: Tensors) -> dict[str, Tensor]:
-        return outputs(reference.attention(t["q"], t["k"], t["v"], **call(t), **dropout()))
-
-    def eager(t: Tensors) -> dict[str, Tensor]:
-        extras = {"visible": visible, "biases": tuple(biases(t).values()), "sinks": t.get("sinks"), "keep": keep}
-        found = eager_attention(t["q"], t["k"], t["v"], **extras, **numbers)
-        return outputs(found if return_lse else found[0])
-
-    def magnitudes(t: Tensors, grads: Tensors) -> dict[str, Tensor]:
-        extras = {"visible": visible, "biases": biases(t), "sinks": t.get("sinks"), "keep": keep}
-        return attention_magnitudes(t["q"], t["k"], t["v"], grads.get("out"), grads.get("lse"), **extras, **numbers)
-
-    def clean(t: Tensors) -> dict[str, Tensor]:
-        return {**t, "k": t["k"].masked_fill(unseen, 0), "v": t["v"].masked_fill(unseen, 0)}
-
-    def form(found: Tensors) -> list[str]:
-        out = found["out"]
-        wrong = [] if out.dtype == q.dtype else [f"out is {out.dtype}, q {q.dtype}"]
-        if not out.transpose(1, 2).is_contiguous():
-            wrong.append(f"out has strides {out.stride()} at shape {tuple(out.shape)}, not those of (B,S,H,D) memory")
-        if "lse" in found and found["lse"].dtype != torch.float32:
-            wrong.append(f"lse is {found['lse'].dtype} instead of float32")
-        return wrong
-
-    probe = Probe(
-        dtype=q.dtype,
-        fused=fused,
-        truth=truth,
-        eager=eager,
-        magnitudes=magnitudes,
-        clean=clean,
-        # sinks and lower-dimensional biases have no batch entry or no head to be judged by
-        group_dims=lambda name, t: 2 if name in ("out", "lse", "q", "k", "v") else max(0, t.dim() - 2),
-        same_layout=frozenset({"q", "k", "v"}),
-        float32_outputs=frozenset({"lse"}),
-        form=form,
-    )
-    return run_probe(probe, inputs, backend, conditions)
-
-
 def check_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -191,7 +82,7 @@ def check_norm(
     """
     stands = (1e-5 if kind == "layer" else torch.finfo(torch.float32).eps) if eps is None else eps
     keep = _kept_rows(x, x.size(-1), dropout_p, dropout_seed)
-    inputs = _differentiable(_named(x=x, weight=weight, bias=bias, residual=residual))
+    inputs = differentiable(named(x=x, weight=weight, bias=bias, residual=residual))
     wide = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
     def outputs(found: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +141,7 @@ def check_linear_act(
         settle=settle,
         form=_dtype_of_x(x),
     )
-    return run_probe(probe, _differentiable(_named(x=x, weight=weight, bias=bias)), backend, conditions)
+    return run_probe(probe, differentiable(named(x=x, weight=weight, bias=bias)), backend, conditions)
 
 
 def check_ffn(
@@ -285,7 +176,7 @@ def check_ffn(
         settle=settle,
         form=_dtype_of_x(x),
     )
-    return run_probe(probe, _differentiable(_named(x=x, w1=w1, b1=b1, w2=w2, b2=b2)), backend, conditions)
+    return run_probe(probe, differentiable(named(x=x, w1=w1, b1=b1, w2=w2, b2=b2)), backend, conditions)
 
 
 def check_gated_ffn(
@@ -323,8 +214,8 @@ def check_gated_ffn(
         settle=settle,
         form=_dtype_of_x(x),
     )
-    tensors = _named(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
-    return run_probe(probe, _differentiable(tensors), backend, conditions)
+    tensors = named(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down)
+    return run_probe(probe, differentiable(tensors), backend, conditions)
 
 
 def _kept_rows(x: Tensor, columns: int, dropout_p: float, dropout_seed: Tensor | None) -> Tensor | None:

@@ -38,7 +38,7 @@ def attention_decode(
             keys[b : b + 1, :, :length],
             values[b : b + 1, :, :length],
             mask=_of_sequence(mask, b, length, full),
-            bias=_of_sequence(bias, b, length, full),
+            bias=_bias_of_sequence(bias, b, length, full),
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -59,6 +59,15 @@ def gather_pages(cache: Tensor, block_table: Tensor | None) -> Tensor:
         block_table.clamp(0, max(cache.shape[0] - 1, 0)).long()
     ]  # entries past a sequence's end may be anything
     return pages.flatten(1, 2).transpose(1, 2)
+
+
+def _bias_of_sequence(
+    bias: Tensor | DenseBias | None, b: int, length: int, full: tuple[int, int, int, int]
+) -> Tensor | None:
+    """One sequence's part of the bias, of an object by the sequence's own length."""
+    if bias is None or isinstance(bias, Tensor):
+        return _of_sequence(bias, b, length, full)
+    return bias.to_dense(*full[:3], length)[b : b + 1]
 
 
 def _of_sequence(given: Any, b: int, length: int, full: tuple[int, int, int, int]) -> Any:

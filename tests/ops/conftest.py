@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn.biases import ALiBi, RelativeBias, T5Bias
 from fastattn.masks import (
     Causal,
     Dilated,
@@ -26,6 +27,7 @@ SEED = torch.tensor([5])
 SEEN = torch.tensor([[1, 1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).bool()
 RANGES = torch.tensor([[0, 3], [1, 7], [2, 4], [5, 5], [0, 7]], dtype=torch.int32).view(1, 1, 5, 2)
 BLOCKS = PerHead([Strided(3), KeyMask(SEEN) | Causal(), Dilated(2, 2), Causal()]) & KeyLengths([5, 7])
+CU_SEQLENS = torch.tensor([[0, 4, 5], [0, 7, 9]], dtype=torch.int32)
 QKV = ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6))
 FFN = ((2, 3, 12), (20, 12), (20,), (10, 20), (10,))
 
@@ -59,6 +61,24 @@ CASES = [
         "attention bias",
         lambda q, k, v, b: fastattn.attention(q, k, v, bias=b, softcap=5.0, return_lse=True),
         (*QKV, (4, 1, 7)),
+    ),
+    Case("attention table", lambda q, k, v, t: fastattn.attention(q, k, v, bias=RelativeBias(t)), (*QKV, (4, 5))),
+    Case(
+        "attention T5",
+        lambda q, k, v, w: fastattn.attention(q, k, v, bias=T5Bias(w, max_distance=6), mask=Causal(), scale=1.0),
+        (*QKV, (8, 4)),
+    ),
+    Case(
+        "attention ALiBi",
+        lambda q, k, v, s: fastattn.attention(q, k, v, bias=ALiBi(s, "top-left"), return_lse=True),
+        (*QKV, (4,)),
+    ),
+    Case(
+        "attention_varlen",
+        lambda q, k, v, s: fastattn.attention_varlen(
+            q, k, v, CU_SEQLENS[0], CU_SEQLENS[1], max_seqlen_q=4, max_seqlen_k=7, mask=SlidingWindow(2, 0), sinks=s
+        ),
+        ((5, 4, 8), (9, 2, 8), (9, 2, 6), (4,)),
     ),
     Case("attention float mask", lambda q, k, v, m: fastattn.attention(q, k, v, mask=m), (*QKV, (2, 1, 5, 7))),
     Case("attention sinks", lambda q, k, v, s: fastattn.attention(q, k, v, sinks=s), (*QKV, (4,))),

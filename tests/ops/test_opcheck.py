@@ -29,6 +29,14 @@ def attention_arguments(dtype, **changes):
         "dense_mask": None,
         **dict.fromkeys(("key_bits", "bounds", "row_ptr", "col", "block_id", "bitmaps", "col_ptr", "row", "row_id")),
         "bias": None,
+        "table": None,
+        "table_first": 0,
+        "slopes": None,
+        "top_left": False,
+        "cu_seqlens_q": None,
+        "cu_seqlens_k": None,
+        "max_len_q": 0,
+        "max_len_k": 0,
         "sinks": None,
         "dropout_seed": None,
         "scale": 0.3,
@@ -36,6 +44,8 @@ def attention_arguments(dtype, **changes):
         "dropout_p": 0.0,
         "requires_grad": True,
         "bias_requires_grad": False,
+        "table_requires_grad": False,
+        "slopes_requires_grad": False,
         "deterministic": False,
         "backend": "",
     }
@@ -64,6 +74,18 @@ VARIANTS = {
     "intervals and bounds": lowered(SlidingWindow(1, 1) | GlobalTokens(1)),
     "blocks": lowered(PerHead([Strided(3), Dilated(2, 2), BigBird(2, 1, 1, 3), Causal()])),
     "bias and sinks": {"bias": r(1, 4, 1, 7), "bias_requires_grad": True, "sinks": r(4), "softcap": 3.0},
+    "table": {"table": r(4, 5), "table_first": -2, "table_requires_grad": True},
+    "slopes": {"slopes": r(1, 4), "slopes_requires_grad": True, "top_left": True},
+    "packed": {
+        "q": r(1, 9, 4, 8, grad=False).transpose(1, 2).requires_grad_(),
+        "k": r(1, 2, 11, 8),
+        "v": r(1, 2, 11, 6),
+        "cu_seqlens_q": torch.tensor([0, 4, 9], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 7, 11], dtype=torch.int32),
+        "max_len_q": 5,
+        "max_len_k": 7,
+        "band_right": 0,
+    },
     "dropout": {"dropout_seed": torch.tensor([3]), "dropout_p": 0.25},
 }
 
@@ -71,12 +93,16 @@ VARIANTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_attention(backend, variant, dtype):
-    if backend == "cpu" and (dtype == torch.float64 or variant.get("bias_requires_grad")):
+    if backend == "cpu" and (dtype == torch.float64 or {"table", "slopes", "cu_seqlens_q"} & variant.keys()):
         backend = ""  # what the native backend refuses falls back
     forward = attention_arguments(dtype, **variant, backend=backend)
+    forward |= {name: forward[name].detach().to(dtype).requires_grad_() for name in "qkv"}
+    if dtype == torch.float64:
+        wide = {name: forward[name] for name in ("table", "slopes") if forward[name] is not None}
+        forward |= {name: t.detach().double().requires_grad_() for name, t in wide.items()}
     torch.library.opcheck(ops.attention_forward, tuple(forward.values()))
     out, lse = ops.attention_forward(**forward)
-    shared = {name: forward[name] for name in list(forward)[3:25]}
+    shared = {name: forward[name] for name in list(forward)[3:33]}
     backward = {
         "grad_out": torch.randn_like(out).requires_grad_(),
         "grad_lse": torch.randn_like(lse),
@@ -84,7 +110,7 @@ def test_attention(backend, variant, dtype):
         "out": out,
         "lse": lse,
         **shared,
-        "bias_requires_grad": forward["bias_requires_grad"],
+        **{name: forward[name] for name in ("bias_requires_grad", "table_requires_grad", "slopes_requires_grad")},
         "sinks_requires_grad": forward["sinks"] is not None,
         "deterministic": False,
         "backend": backend,
@@ -146,7 +172,8 @@ def test_attention_decode(paged):
     caches = [r(*shape, grad=False), r(*shape, grad=False)]
     table = torch.tensor([[0, 2], [1, 0]], dtype=torch.int32) if paged else None
     lengths = torch.tensor([3, 7], dtype=torch.int32)
-    numbers = (2, 0, None, r(1, 4, 1, 8, grad=False), r(4, grad=False), 0.3, 5.0, "")
+    biases = (r(1, 4, 1, 8, grad=False), r(4, 5, grad=False), -2, r(1, 4, grad=False))
+    numbers = (2, 0, None, *biases, r(4, grad=False), 0.3, 5.0, "")
     torch.library.opcheck(ops.attention_decode_forward, (r(2, 4, 1, 8, grad=False), *caches, lengths, table, *numbers))
 
 

@@ -177,5 +177,6 @@ def test_forward_mode_raises_instead_of_dropping_the_tangent():
 
 def test_functions_take_the_arguments_of_their_operators():
     q = torch.randn(1, 1, 2, 4, requires_grad=True)
-    call = (q, q, q, *[None] * 2, 0, *[None] * 16, 0.5, 0.0, 0.0, True, False, False, "")
+    call = (q, q, q, *[None] * 2, 0, *[None] * 13, *[None] * 2, 0, None, False, *[None] * 2, 0, 0, *[None] * 2)
+    call = (*call, 0.5, 0.0, 0.0, True, False, False, False, False, "")
     assert torch.equal(ops.Attention.apply(*call)[0], ops.attention_forward(*call)[0])

@@ -83,7 +83,8 @@ def test_refusals_are_counted_by_reason_and_exceptions_are_failures(monkeypatch)
     def refuse(*args, **options):
         raise NotSupported("attention", "a call", {"reference": ["it is Monday"]})
 
-    monkeypatch.setattr(functional, "attention", refuse)
+    for name in ("attention", "attention_varlen"):
+        monkeypatch.setattr(functional, name, refuse)
     report = verify("attention", "reference", cases=5)
     assert report.passed and report.refused == 5 and report.refusals == {("attention", "it is Monday"): 5}
 

@@ -20,6 +20,8 @@
 #include "../kernels.h"
 #include "backward_tile.h"
 #include "bias_gradient.h"
+#include "distance_gradient.h"
+#include "key_heads.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
@@ -30,103 +32,117 @@ class Backward {
   public:
     explicit Backward(const fastattn_attention &p)
         : p_(p),
-          tiles_(p),
+          tiling_(p),
+          heads_(p),
           bias_(p),
-          heads_(p.batch * p.heads_kv),
-          head_tiles_(p.heads_kv ? p.heads_q / p.heads_kv * tiles_.count : 0),
-          alone_(p.n_threads == 1 ? heads_ : heads_ / p.n_threads * p.n_threads),
           second_walk_(bias_.data && bias_.is_shared(p)),
           shared_bias_(p, statistics_),
-          strip_floats_(TileRecord::floats(p, tiles_.vectors * kLanes, p.len_k)),
-          pool_floats_(alone_ == heads_ ? 0 : p.n_threads * larger(kRoundFloats, strip_floats_)),
-          thread_floats_(round_up(TileBuffers::floats(p) + (alone_ ? strip_floats_ + KeyGradients::floats(p) : 0) +
-                                      (second_walk_ ? SharedBias::tile_floats() : 0), 1024)),
-          scratch_(p.n_threads * thread_floats_ + pool_floats_ + round_floats() + KeyGradients::floats(p) +
-                   (second_walk_ ? StoredStatistics::floats(p) + shared_bias_.sum_floats() : 0) + sink_floats()) {}
+          distance_(p) {}
 
     int run() {
-        if (scratch_.failed()) return FASTATTN_OUT_OF_MEMORY;
-        float *threads = scratch_.take(p_.n_threads * thread_floats_);
-        pool_ = scratch_.take(pool_floats_);
-        round_ = (TileRecord *)scratch_.take(round_floats());
-        sinks_ = scratch_.take(sink_floats());
-        const KeyGradients shared(p_, scratch_);
-        if (second_walk_) statistics_.take(p_, scratch_);
-        float *bias_sums = second_walk_ ? scratch_.take(shared_bias_.sum_floats()) : nullptr;
+        if (tiling_.failed() || heads_.failed() || distance_.failed()) return FASTATTN_OUT_OF_MEMORY;
+        measure();
+        const int64_t thread_floats = round_up(TileBuffers::floats(p_) + (heads_.alone() ? record_floats_ + KeyGradients::floats(p_) : 0) +
+                                                   (second_walk_ ? SharedBias::tile_floats() : 0), 1024);
+        Scratch scratch(p_.n_threads * thread_floats + pool_floats_ + round_floats() + KeyGradients::floats(p_) +
+                        (second_walk_ ? StoredStatistics::floats(p_) + shared_bias_.sum_floats() : 0) + sink_floats());
+        if (scratch.failed()) return FASTATTN_OUT_OF_MEMORY;
+        float *threads = scratch.take(p_.n_threads * thread_floats);
+        pool_ = scratch.take(pool_floats_);
+        round_ = (TileRecord *)scratch.take(round_floats());
+        sinks_ = scratch.take(sink_floats());
+        const KeyGradients shared(p_, scratch);
+        if (second_walk_) statistics_.take(p_, scratch);
+        float *bias_sums = second_walk_ ? scratch.take(shared_bias_.sum_floats()) : nullptr;
 #pragma omp parallel num_threads(p_.n_threads) if (p_.n_threads > 1)
         {
-            Pieces own(threads + omp_get_thread_num() * thread_floats_);
+            Pieces own(threads + omp_get_thread_num() * thread_floats);
             TileBuffers buffers(p_, own);
             float *scores = second_walk_ ? own.take(SharedBias::tile_floats()) : nullptr;
-            if (alone_) {
+            if (heads_.alone()) {
                 const KeyGradients keys(p_, own);
-                float *strip = own.take(strip_floats_);
+                float *memory = own.take(record_floats_);
 #pragma omp for schedule(dynamic)
-                for (int64_t head = 0; head < alone_; head++) head_alone(head, buffers, keys, strip);
+                for (int64_t index = heads_.together(); index < heads_.count(); index++) head_alone(heads_.at(index), buffers, keys, memory);
             }
-            for (int64_t head = alone_; head < heads_; head++) head_together(head, buffers, shared);
+            for (int64_t index = 0; index < heads_.together(); index++) head_together(heads_.at(index), buffers, shared);
             if (second_walk_) {
 #pragma omp for schedule(dynamic)
                 for (int64_t item = 0; item < shared_bias_.items(); item++) shared_bias_.run(item, buffers, scores, bias_sums);
             }
+#pragma omp for schedule(static)
+            for (int64_t part = 0; part < distance_.parts(); part++) distance_.finish(part);
         }
         if (second_walk_) shared_bias_.finish(bias_sums);
+        if (p_.cu_seqlens_q) clear_unowned();
         sum_sinks();
         return FASTATTN_OK;
     }
 
   private:
-    // Query tile `index` of a KV head: the tiles of its first query head, of the next one, and so on.
-    QueryTile tile_of(int64_t head, int64_t index) const {
-        const int64_t group = p_.heads_q / p_.heads_kv, head_q = head % p_.heads_kv * group + index / tiles_.count;
-        return tiles_.tile(head / p_.heads_kv, head_q, index % tiles_.count, p_.len_q);
+    // Sizes of what is held for the largest batch entry.
+    void measure() {
+        for (int64_t b = 0; b < (p_.cu_seqlens_q ? p_.batch : smaller(1, p_.batch)); b++) {
+            const Sequence sequence = sequence_at(p_, b);
+            const QueryTiles tiles(p_, sequence.len_q);
+            head_tiles_ = larger(head_tiles_, heads_.group() * tiles.count);
+            record_floats_ = larger(record_floats_, TileRecord::floats(p_, tiles.lanes(), sequence.len_k));
+        }
+        pool_floats_ = heads_.together() ? p_.n_threads * larger(kRoundFloats, record_floats_) : 0;
     }
 
     void run_tile(TileRecord &record, TileBuffers &buffers, const KeyGradients *keys) const {
-        const QueryTile &tile = record.tile;
-        TileBackward backward(p_, tile, buffers);
+        TileBackward backward(p_, record.tile, buffers);
         const float sink = backward.run(record, second_walk_ ? &statistics_ : nullptr, bias_.data && !second_walk_ ? &bias_ : nullptr, keys);
-        if (p_.grad_sinks) sinks_[(tile.batch * p_.heads_q + tile.head) * tiles_.count + tile.begin / tile.lanes()] = sink;
+        if (p_.grad_sinks) sinks_[tiling_.index(record.tile)] = sink;
     }
 
-    void head_alone(int64_t head, TileBuffers &buffers, const KeyGradients &keys, float *strip) const {
-        keys.clear(p_, {0, p_.len_k});
-        for (int64_t index = 0; index < head_tiles_; index++) {
-            Pieces pieces(strip);
-            TileRecord record(p_, tile_of(head, index), p_.len_k, pieces);
+    void head_alone(const KeyHead &head, TileBuffers &buffers, const KeyGradients &keys, float *memory) const {
+        const Span all = {0, head.sequence.len_k};
+        keys.clear(p_, all);
+        distance_.clear(head.sequence.batch, head.index);
+        for (int64_t index = 0; index < head.tiles(); index++) {
+            Pieces pieces(memory);
+            TileRecord record(p_, head.tile(index), head.sequence.len_k, pieces);
             run_tile(record, buffers, &keys);
+            distance_.add(record);
         }
-        keys.write(p_, head / p_.heads_kv, head % p_.heads_kv, {0, p_.len_k});
+        keys.write(p_, head.sequence, head.index, all);
     }
 
-    void head_together(int64_t head, TileBuffers &buffers, const KeyGradients &keys) {
+    void head_together(const KeyHead &head, TileBuffers &buffers, const KeyGradients &keys) {
         const int64_t parts = 4 * p_.n_threads;
+        const Span all = {0, head.sequence.len_k};
+#pragma omp single nowait
+        distance_.clear(head.sequence.batch, head.index);
 #pragma omp for schedule(static)
-        for (int64_t part = 0; part < parts; part++) keys.clear(p_, key_part({0, p_.len_k}, parts, part));
-        for (int64_t first = 0, size; first < head_tiles_; first += size) {
+        for (int64_t part = 0; part < parts; part++) keys.clear(p_, key_part(all, parts, part));
+        for (int64_t first = 0, size; first < head.tiles(); first += size) {
 #pragma omp single
             gather(head, first);
             size = round_size_;
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < size; i++) run_tile(round_[i], buffers, nullptr);
+#pragma omp single nowait
+            for (int64_t i = 0; i < size; i++) distance_.add(round_[i]);
 #pragma omp for schedule(dynamic)
             for (int64_t part = 0; part < parts; part++) {
-                const KeySpan span = key_part(round_keys(), parts, part);
+                const Span span = key_part(round_keys(), parts, part);
                 for (int64_t i = 0; i < size; i++)
                     for (int64_t block = 0; block < round_[i].n_blocks; block++) keys.add(p_, round_[i], round_[i].blocks[block], span);
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t part = 0; part < parts; part++) keys.write(p_, head / p_.heads_kv, head % p_.heads_kv, key_part({0, p_.len_k}, parts, part));
+        for (int64_t part = 0; part < parts; part++) keys.write(p_, head.sequence, head.index, key_part(all, parts, part));
     }
 
     // The next round: as many tiles as the pool holds, one at least.
-    void gather(int64_t head, int64_t first) {
+    void gather(const KeyHead &head, int64_t first) {
         Pieces pool(pool_);
         int64_t used = 0;
         round_size_ = 0;
-        for (int64_t index = first; index < head_tiles_; index++) {
-            const QueryTile tile = tile_of(head, index);
+        for (int64_t index = first; index < head.tiles(); index++) {
+            const QueryTile tile = head.tile(index);
             const int64_t keys = TileMask(p_, tile).most_keys();
             used += TileRecord::floats(p_, tile.lanes(), keys);
             if (used > pool_floats_) break;
@@ -135,8 +151,8 @@ class Backward {
     }
 
     // The keys that the tiles of the round see.
-    KeySpan round_keys() const {
-        KeySpan span = {p_.len_k, 0};
+    Span round_keys() const {
+        Span span = {INT64_MAX, 0};
         for (int64_t i = 0; i < round_size_; i++) {
             const TileRecord &record = round_[i];
             if (record.n_blocks == 0) continue;
@@ -146,31 +162,43 @@ class Backward {
         return span;
     }
 
-    static KeySpan key_part(KeySpan span, int64_t parts, int64_t part) {
+    static Span key_part(Span span, int64_t parts, int64_t part) {
         const int64_t keys = larger(0, span.end - span.begin), step = larger(kKeyBlock, round_up((keys + parts - 1) / parts, kTileRows));
         return {smaller(span.end, span.begin + part * step), smaller(span.end, span.begin + (part + 1) * step)};
+    }
+
+    // Rows of a packed batch that no sequence owns.
+    void clear_unowned() const {
+        for_unowned(p_.cu_seqlens_q, p_.batch, p_.len_q, p_.rows_q, [&](Span rows) { clear_rows(p_.grad_q, p_.dtype, p_.heads_q, rows, p_.dim_qk); });
+        for_unowned(p_.cu_seqlens_k, p_.batch, p_.len_k, p_.rows_k, [&](Span rows) {
+            clear_rows(p_.grad_k, p_.dtype, p_.heads_kv, rows, p_.dim_qk);
+            clear_rows(p_.grad_v, p_.dtype, p_.heads_kv, rows, p_.dim_v);
+        });
     }
 
     void sum_sinks() const {
         for (int64_t h = 0; p_.grad_sinks && h < p_.heads_q; h++) {
             p_.grad_sinks[h] = 0;
-            for (int64_t b = 0; b < p_.batch; b++)
-                for (int64_t i = 0; i < tiles_.count; i++) p_.grad_sinks[h] += sinks_[(b * p_.heads_q + h) * tiles_.count + i];
+            for (int64_t b = 0; b < p_.batch; b++) {
+                const int64_t tiles = (tiling_.before(b + 1) - tiling_.before(b)) / p_.heads_q;
+                const float *sinks = sinks_ + tiling_.before(b) + h * tiles;
+                for (int64_t i = 0; i < tiles; i++) p_.grad_sinks[h] += sinks[i];
+            }
         }
     }
 
-    int64_t round_floats() const { return alone_ == heads_ ? 0 : Pieces::padded(head_tiles_ * (int64_t)(sizeof(TileRecord) / 4)); }
-    int64_t sink_floats() const { return p_.grad_sinks ? Pieces::padded(p_.batch * p_.heads_q * tiles_.count) : 0; }
+    int64_t round_floats() const { return heads_.together() ? Pieces::padded(head_tiles_ * (int64_t)(sizeof(TileRecord) / 4)) : 0; }
+    int64_t sink_floats() const { return p_.grad_sinks ? Pieces::padded(tiling_.count()) : 0; }
 
     const fastattn_attention &p_;
-    QueryTiles tiles_;
-    BiasGradient bias_;
-    int64_t heads_, head_tiles_, alone_;  // KV heads, query tiles of one, how many heads are worked on by a single thread
-    bool second_walk_;                    // for a bias that is shared
+    const Tiling tiling_;
+    const KeyHeads heads_;
+    const BiasGradient bias_;
+    const bool second_walk_;  // for a bias that is shared
     StoredStatistics statistics_;
-    SharedBias shared_bias_;
-    int64_t strip_floats_, pool_floats_, thread_floats_;
-    Scratch scratch_;
+    const SharedBias shared_bias_;
+    const DistanceGradient distance_;
+    int64_t head_tiles_ = 0, record_floats_ = 0, pool_floats_ = 0;  // query tiles of a KV head, a tile's record, the records of a round: the most
     float *pool_, *sinks_;
     TileRecord *round_;  // the tiles that the threads work on together
     int64_t round_size_ = 0;

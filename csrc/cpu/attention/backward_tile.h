@@ -21,14 +21,15 @@ struct TileRecord {
     int64_t n_blocks;
     float *scores, *grad_scores;     // (key, lane): scores become p, dp becomes ds
     float *slope;                    // derivative of the softcap, or null
+    float *strips;                   // sums of ds along the diagonals of each block, or null
     float *query_rows, *grad_rows;  // (lane, column): queries and output gradients
-
-    static int64_t block_floats(int64_t keys) { return Pieces::padded((keys / kKeyBlock + kMaxIntervals + 1) * (int64_t)(sizeof(KeyBlock) / 4)); }
 
     // Floats of a record of a tile that sees at most `keys` keys.
     static int64_t floats(const fastattn_attention &p, int64_t lanes, int64_t keys) {
-        return lanes * (keys * (p.softcap > 0 ? 3 : 2) + Widths(p).both()) + block_floats(keys) + 5 * 16;
+        return lanes * (keys * (p.softcap > 0 ? 3 : 2) + Widths(p).both()) + block_floats(keys) + strip_floats(p, lanes, keys) + 6 * 16;
     }
+
+    float *diagonals(int64_t block) const { return strips + blocks[block].row + block * tile.lanes(); }
 
     TileRecord(const fastattn_attention &p, const QueryTile &t, int64_t keys, Pieces &pieces) : tile(t), n_blocks(0) {
         const int64_t lanes = t.lanes();
@@ -36,8 +37,16 @@ struct TileRecord {
         scores = pieces.take(lanes * keys);
         grad_scores = pieces.take(lanes * keys);
         slope = p.softcap > 0 ? pieces.take(lanes * keys) : nullptr;
+        strips = wants_gradient(p.distance) ? pieces.take(strip_floats(p, lanes, keys)) : nullptr;
         query_rows = pieces.take(lanes * Widths(p).qk);
         grad_rows = pieces.take(lanes * Widths(p).v);
+    }
+
+  private:
+    static int64_t most_blocks(int64_t keys) { return keys / kKeyBlock + kMaxIntervals + 1; }
+    static int64_t block_floats(int64_t keys) { return Pieces::padded(most_blocks(keys) * (int64_t)(sizeof(KeyBlock) / 4)); }
+    static int64_t strip_floats(const fastattn_attention &p, int64_t lanes, int64_t keys) {
+        return wants_gradient(p.distance) ? keys + most_blocks(keys) * lanes + kLanes : 0;
     }
 };
 
@@ -49,14 +58,14 @@ struct KeyGradients {
     KeyGradients(const fastattn_attention &p, Pieces &pieces)
         : keys(pieces.take(p.len_k * Widths(p).qk)), values(pieces.take(p.len_k * Widths(p).v)) {}
 
-    void clear(const fastattn_attention &p, KeySpan span) const {
+    void clear(const fastattn_attention &p, Span span) const {
         const Widths wide(p);
         memset(keys + span.begin * wide.qk, 0, (size_t)((span.end - span.begin) * wide.qk) * 4);
         memset(values + span.begin * wide.v, 0, (size_t)((span.end - span.begin) * wide.v) * 4);
     }
 
     // What one block of a tile gives to the keys of `span`: the same numbers however the keys are cut into spans.
-    void add(const fastattn_attention &p, const TileRecord &record, const KeyBlock &block, KeySpan span) const {
+    void add(const fastattn_attention &p, const TileRecord &record, const KeyBlock &block, Span span) const {
         const Widths wide(p);
         const int64_t lanes = record.tile.lanes(), begin = larger(block.begin, span.begin), end = smaller(block.begin + block.count, span.end);
         if (begin >= end) return;
@@ -65,9 +74,9 @@ struct KeyGradients {
         multiply_rows(end - begin, wide.qk, lanes, record.grad_scores + at, record.query_rows, keys + begin * wide.qk);
     }
 
-    void write(const fastattn_attention &p, int64_t batch, int64_t head_kv, KeySpan span) const {
+    void write(const fastattn_attention &p, const Sequence &sequence, int64_t head_kv, Span span) const {
         const Widths wide(p);
-        const Rows k = rows_of(p.grad_k, p.dtype, batch, head_kv), v = rows_of(p.grad_v, p.dtype, batch, head_kv);
+        const Rows k = key_rows(p, p.grad_k, sequence, head_kv), v = key_rows(p, p.grad_v, sequence, head_kv);
         const int64_t rows = span.end - span.begin;
         unpack_rows(keys + span.begin * wide.qk, wide.qk, rows, p.dim_qk, p.scale, (void *)k.at(span.begin, 0), p.dtype, k.stride);
         unpack_rows(values + span.begin * wide.v, wide.v, rows, p.dim_v, 1.0f, (void *)v.at(span.begin, 0), p.dtype, v.stride);
@@ -84,14 +93,13 @@ struct Statistics {
     vfloat maximum[kMaxVectors], reciprocal[kMaxVectors], delta[kMaxVectors], lse[kMaxVectors];
 };
 
-// The same for all queries (B,Hq,Sq), kept where a second walk needs them.
+// The same for all queries, kept where a second walk needs them.
 struct StoredStatistics {
     float *maximum = nullptr, *reciprocal, *delta, *lse;
 
-    static int64_t floats(const fastattn_attention &p) { return 4 * Pieces::padded(p.batch * p.heads_q * p.len_q); }
+    static int64_t floats(const fastattn_attention &p) { return 4 * Pieces::padded(queries(p)); }
     void take(const fastattn_attention &p, Pieces &pieces) {
-        const int64_t queries = p.batch * p.heads_q * p.len_q;
-        maximum = pieces.take(queries), reciprocal = pieces.take(queries), delta = pieces.take(queries), lse = pieces.take(queries);
+        maximum = pieces.take(queries(p)), reciprocal = pieces.take(queries(p)), delta = pieces.take(queries(p)), lse = pieces.take(queries(p));
     }
 
     void save(const fastattn_attention &p, const QueryTile &tile, const Statistics &from) const {
@@ -111,9 +119,10 @@ struct StoredStatistics {
     }
 
   private:
+    static int64_t queries(const fastattn_attention &p) { return p.cu_seqlens_q ? p.heads_q * p.rows_q : p.batch * p.heads_q * p.len_q; }
     template <class F>
     static void each(const fastattn_attention &p, const QueryTile &tile, F &&f) {
-        const int64_t first = (tile.batch * p.heads_q + tile.head) * p.len_q + tile.begin;
+        const int64_t first = tile.row(p);
         for (int64_t lane = 0; lane < tile.count; lane++) f(first + lane, (int)(lane / kLanes), (int)(lane % kLanes));
     }
 };
@@ -192,8 +201,8 @@ class TileBackward {
           tile_(tile),
           buffers_(buffers),
           lanes_(tile.lanes()),
-          k_(rows_of(p.k, p.dtype, tile.batch, tile.head / (p.heads_q / p.heads_kv))),
-          v_(rows_of(p.v, p.dtype, tile.batch, tile.head / (p.heads_q / p.heads_kv))) {
+          k_(key_rows(p, p.k, tile, tile.head_kv(p))),
+          v_(key_rows(p, p.v, tile, tile.head_kv(p))) {
         pack_transposed(tile_rows(p.q), tile.count, p.dim_qk, p.scale, buffers.queries, lanes_, tile.vectors);
         pack_transposed(tile_rows(p.grad_out), tile.count, p.dim_v, 1.0f, buffers.grads, lanes_, tile.vectors);
     }
@@ -222,11 +231,12 @@ class TileBackward {
             float *p = record.scores + block.row * lanes_, *ds = record.grad_scores + block.row * lanes_;
             score_gradients(statistics, block.count, p, ds);
             if (bias) bias->add(tile_, block, ds);
+            if (record.strips) sum_diagonals(ds, block.count, tile_.vectors, record.diagonals(i));
             if (record.slope) scale_by(ds, record.slope + block.row * lanes_, block.count * lanes_);
             if (p_.dropout.threshold) drop(block, p);
             const Left loaded = load_block(k_, block, p_.dim_qk, Layout::columns, buffers_.keys);
             multiply_lanes(p_.dim_qk, tile_.vectors, block.count, loaded, ds, buffers_.grad_queries, true);
-            if (keys) keys->add(p_, record, block, {0, p_.len_k});
+            if (keys) keys->add(p_, record, block, {0, tile_.len_k});
         }
         write_queries();
         return sink;
@@ -260,7 +270,7 @@ class TileBackward {
 
   private:
     Rows tile_rows(const fastattn_tensor &t) const {
-        const Rows rows = rows_of(t, p_.dtype, tile_.batch, tile_.head);
+        const Rows rows = query_rows(p_, t, tile_);
         return {rows.at(tile_.begin, 0), rows.dtype, rows.stride};
     }
 
@@ -306,7 +316,7 @@ class TileBackward {
             if (p_.sinks && sink < kInf) sink_sum -= sink * reciprocal * mean;
             s.reciprocal[v][at] = reciprocal;
             s.delta[v][at] = mean;
-            if (p_.grad_lse) s.lse[v][at] = p_.grad_lse[(tile_.batch * p_.heads_q + tile_.head) * p_.len_q + tile_.begin + lane] / total[v][at];
+            if (p_.grad_lse) s.lse[v][at] = p_.grad_lse[tile_.row(p_) + lane] / total[v][at];
         }
         return sink_sum;
     }

@@ -15,7 +15,7 @@ class SharedBias {
         : p_(p),
           target_(p),
           statistics_(statistics),
-          tiles_(p),
+          tiles_(p, p.len_q),
           slots_b_(target_.batch ? p.batch : smaller(1, p.batch)),
           slots_h_(target_.head ? p.heads_q : smaller(1, p.heads_q)),
           parts_(target_.query || p.len_q == 1 ? tiles_.count : smaller(kShares, tiles_.count)) {}
@@ -34,10 +34,13 @@ class SharedBias {
             memset(target.data, 0, (size_t)sum_stride() * 4);
         }
         const int64_t all_b = p_.batch / slots_b_, all_h = p_.heads_q / slots_h_;  // either 1 or all of them
-        for (int64_t batch = b; batch < b + all_b; batch++)
+        for (int64_t batch = b; batch < b + all_b; batch++) {
+            // Tiles as those of the longest sequence, whatever the length: the item's elements of the bias are then its own.
+            const Sequence sequence = sequence_at(p_, batch);
             for (int64_t head = h; head < h + all_h; head++)
-                for (int64_t index = part; index < tiles_.count; index += parts_)
-                    add_tile(tiles_.tile(batch, head, index, p_.len_q), target, buffers, tile_scratch);
+                for (int64_t index = part; index < tiles_.count && index * tiles_.lanes() < sequence.len_q; index += parts_)
+                    add_tile(tiles_.tile(sequence, head, index), target, buffers, tile_scratch);
+        }
     }
 
     // The items' sums into the bias; for one thread.

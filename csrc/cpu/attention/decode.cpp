@@ -16,7 +16,7 @@
 //   17.9, 14.5  fetched into the level-2 cache
 #include "../kernels.h"
 #include "../pack.h"
-#include "mask.h"
+#include "distance.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
@@ -29,7 +29,7 @@ constexpr int kSumVectors = kLanes == 16 ? 2 : 1;  // of a row's output at a tim
 // The queries of one head group and one sequence, and the keys that some of them may see.
 struct Group {
     int64_t batch, head_kv, rows, cache_length;
-    KeySpan span;
+    Span span;
 };
 
 struct Shape {
@@ -45,15 +45,16 @@ struct Shape {
 
 int64_t query_of(const fastattn_decode &p, int64_t row) { return row % p.len_q; }
 int64_t head_of(const fastattn_decode &p, const Group &group, int64_t row) { return group.head_kv * (p.heads_q / p.heads_kv) + row / p.len_q; }
+int64_t position_of(const fastattn_decode &p, const Group &group, int64_t row) { return group.cache_length - p.len_q + query_of(p, row); }
 
 // Visible keys of one query: its share of the band, and of each interval, within the cache.
 struct RowKeys {
-    KeySpan band;
-    KeySpan interval[kMaxIntervals];
+    Span band;
+    Span interval[kMaxIntervals];
     int64_t intervals;
 
     RowKeys(const fastattn_decode &p, const Group &group, int64_t row) : band{0, group.cache_length}, intervals(p.n_intervals) {
-        const int64_t i = query_of(p, row), position = group.cache_length - p.len_q + i;
+        const int64_t i = query_of(p, row), position = position_of(p, group, row);
         if (p.band_has_left) band.begin = larger(band.begin, position - p.band_left);
         if (p.band_has_right) band.end = smaller(band.end, position + p.band_right + 1);
         const fastattn_tensor &t = p.intervals;
@@ -64,9 +65,9 @@ struct RowKeys {
         }
     }
 
-    KeySpan span() const {
+    Span span() const {
         if (!intervals) return band;
-        KeySpan all{INT64_MAX, 0};
+        Span all{INT64_MAX, 0};
         for (int64_t r = 0; r < intervals; r++)
             if (interval[r].begin < interval[r].end) all = {smaller(all.begin, interval[r].begin), larger(all.end, interval[r].end)};
         return all;
@@ -89,7 +90,7 @@ Group group_at(const fastattn_decode &p, const Shape &shape, int64_t index) {
     Group group{index / p.heads_kv, index % p.heads_kv, shape.rows, 0, {INT64_MAX, 0}};
     group.cache_length = larger(0, smaller(p.max_length, p.cache_lengths[group.batch]));
     for (int64_t row = 0; row < shape.rows; row++) {
-        const KeySpan span = RowKeys(p, group, row).span();
+        const Span span = RowKeys(p, group, row).span();
         if (span.begin < span.end) group.span = {smaller(group.span.begin, span.begin), larger(group.span.end, span.end)};
     }
     return group;
@@ -262,6 +263,11 @@ class PartWorker {
             const int64_t base =
                 group_.batch * t.stride[0] + head_of(p_, group_, row) * t.stride[1] + query_of(p_, row) * t.stride[2] + key * t.stride[3];
             for (int64_t c = 0; c < count; c++) scores[c] += load_scalar(offset((const void *)t.data, p_.bias_dtype, base + c * t.stride[3]), p_.bias_dtype);
+        }
+        if (is_given(p_.distance)) {
+            float strip[kBlock];
+            expand_distances<1>(p_.distance, group_.batch, head_of(p_, group_, row), key - position_of(p_, group_, row), count, strip);
+            for (int64_t c = 0; c < count; c += kLanes) store(scores + c, add_finite(load(scores + c), load(strip + c)));
         }
         const RowKeys visible(p_, group_, row);
         if (!visible.covers(key, key + count))

@@ -105,10 +105,9 @@ void write_tile(const fastattn_attention &p, const QueryTile &tile, const Softma
         const float sink = p.sinks ? __builtin_expf(p.sinks[tile.head] - maximum) : 0.0f;
         norm[lane] = total == 0.0f ? 0.0f : 1.0f / (total + sink);
         if (lane < tile.count)
-            p.lse[(tile.batch * p.heads_q + tile.head) * p.len_q + tile.begin + lane] =
-                total == 0.0f ? -kInf : maximum + __builtin_logf(total);
+            p.lse[tile.row(p) + lane] = total == 0.0f ? -kInf : maximum + __builtin_logf(total);
     }
-    const Rows target = rows_of(p.out, p.dtype, tile.batch, tile.head);
+    const Rows target = query_rows(p, p.out, tile);
     unpack_transposed(out, tile.lanes(), tile.count, p.dim_v, norm, (void *)target.at(tile.begin, 0), p.dtype, target.stride);
 }
 
@@ -120,9 +119,9 @@ void fetch(Rows rows, int64_t begin, int64_t count, int64_t columns) {
 }
 
 void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers) {
-    const int64_t head_kv = tile.head / (p.heads_q / p.heads_kv), lanes = tile.lanes();
-    const Rows q = rows_of(p.q, p.dtype, tile.batch, tile.head), out = rows_of(p.out, p.dtype, tile.batch, tile.head);
-    const Rows k = rows_of(p.k, p.dtype, tile.batch, head_kv), v = rows_of(p.v, p.dtype, tile.batch, head_kv);
+    const int64_t lanes = tile.lanes();
+    const Rows q = query_rows(p, p.q, tile), out = query_rows(p, p.out, tile);
+    const Rows k = key_rows(p, p.k, tile, tile.head_kv(p)), v = key_rows(p, p.v, tile, tile.head_kv(p));
     pack_transposed({q.at(tile.begin, 0), q.dtype, q.stride}, tile.count, p.dim_qk, p.scale, buffers.queries, lanes, tile.vectors);
 
     TileMask mask(p, tile);
@@ -145,7 +144,7 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
             scale_by(buffers.scores, buffers.keep, block.count * lanes);
         }
         // The hardware foresees neighbouring blocks only.
-        if (const KeySpan jump = mask.jump(); jump.begin < jump.end) {
+        if (const Span jump = mask.jump(); jump.begin < jump.end) {
             fetch<0>(k, jump.begin, jump.end - jump.begin, p.dim_qk);
             fetch<0>(v, jump.begin, jump.end - jump.begin, p.dim_v);
         }
@@ -157,11 +156,21 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
     write_tile(p, tile, softmax, buffers.out);
 }
 
+// Rows of a packed batch that no sequence owns.
+void clear_unowned(const fastattn_attention &p) {
+    for_unowned(p.cu_seqlens_q, p.batch, p.len_q, p.rows_q, [&](Span rows) {
+        clear_rows(p.out, p.dtype, p.heads_q, rows, p.dim_v);
+        for (int64_t h = 0; h < p.heads_q; h++)
+            for (int64_t row = rows.begin; row < rows.end; row++) p.lse[h * p.rows_q + row] = -kInf;
+    });
+}
+
 }  // namespace
 
 int attention_forward(const fastattn_attention &p) {
-    const QueryTiles tiles(p);
-    const int64_t items = p.batch * p.heads_q * tiles.count;
+    const Tiling tiling(p);
+    if (tiling.failed()) return FASTATTN_OUT_OF_MEMORY;
+    const int64_t items = tiling.count();
     int status = FASTATTN_OK;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
@@ -171,13 +180,10 @@ int attention_forward(const fastattn_attention &p) {
             status = FASTATTN_OUT_OF_MEMORY;
         }
 #pragma omp for schedule(dynamic, larger(1, smaller(8, items / (16 * p.n_threads))))
-        for (int64_t item = 0; item < items; item++) {
-            if (buffers.scratch.failed()) continue;
-            const int64_t head = item / tiles.count;
-            // The last tiles of a causal mask are the longest: they come first.
-            attend(p, tiles.tile(head / p.heads_q, head % p.heads_q, tiles.count - 1 - item % tiles.count, p.len_q), buffers);
-        }
+        for (int64_t item = 0; item < items; item++)
+            if (!buffers.scratch.failed()) attend(p, tiling.from_last(item), buffers);
     }
+    if (p.cu_seqlens_q) clear_unowned(p);
     return status;
 }
 

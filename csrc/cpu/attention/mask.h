@@ -9,10 +9,6 @@ FASTATTN_NAMESPACE_BEGIN
 
 constexpr int kMaxIntervals = 4;
 
-struct KeySpan {
-    int64_t begin, end;
-};
-
 // Keys [begin, begin + count), count <= kKeyBlock; bit r of `seen` says that some query of the tile sees key begin + r. The first and last do.
 struct KeyBlock {
     int64_t begin, count;
@@ -22,12 +18,13 @@ struct KeyBlock {
 
 class TileMask {
   public:
-    TileMask(const fastattn_attention &p, const QueryTile &tile) : p_(p), mask_(p.mask), tile_(tile), words_(tile.lanes()) {
-        KeySpan span = {0, p.len_k};
+    TileMask(const fastattn_attention &p, const QueryTile &tile)
+        : p_(p), mask_(p.mask), tile_(tile), band_offset_(p.mask.band_offset + (p.cu_seqlens_q ? tile.offset : 0)), words_(tile.lanes()) {
+        Span span = {0, tile.len_k};
         if (mask_.key_start) span.begin = larger(span.begin, mask_.key_start[tile.batch]);
         if (mask_.key_end) span.end = smaller(span.end, mask_.key_end[tile.batch]);
-        if (mask_.band_has_left) span.begin = larger(span.begin, tile.begin + mask_.band_offset - mask_.band_left);
-        if (mask_.band_has_right) span.end = smaller(span.end, tile.last() + mask_.band_offset + mask_.band_right + 1);
+        if (mask_.band_has_left) span.begin = larger(span.begin, tile.begin + band_offset_ - mask_.band_left);
+        if (mask_.band_has_right) span.end = smaller(span.end, tile.last() + band_offset_ + mask_.band_right + 1);
         if (mask_.n_intervals) read_intervals(span);
         else if (span.begin < span.end) runs_[n_runs_++] = span;
         if (mask_.blocks.row_ptr.data) {
@@ -49,7 +46,7 @@ class TileMask {
     const KeyBlock &block() const { return block_; }
 
     // The keys that the walk looks at next, where they do not follow the block at once; else none.
-    KeySpan jump() const {
+    Span jump() const {
         int64_t begin = 0;
         if (mask_.blocks.row_ptr.data) {
             if (entry_ < last_entry_) begin = mask_.blocks.col[entry_] * kKeyBlock;
@@ -57,7 +54,7 @@ class TileMask {
             begin = runs_[run_ + 1].begin;
         }
         if (begin <= block_.begin + block_.count) return {0, 0};
-        return {begin, smaller(begin + kKeyBlock, p_.len_k)};
+        return {begin, smaller(begin + kKeyBlock, tile_.len_k)};
     }
 
     // scores(key, lane) = -inf where hidden.
@@ -68,18 +65,18 @@ class TileMask {
     // No more keys than these are visited.
     int64_t most_keys() const {
         int64_t total = 0;
-        if (mask_.blocks.row_ptr.data) return smaller(p_.len_k, (last_entry_ - entry_) * kKeyBlock);
+        if (mask_.blocks.row_ptr.data) return smaller(tile_.len_k, (last_entry_ - entry_) * kKeyBlock);
         for (int r = 0; r < n_runs_; r++) total += runs_[r].end - runs_[r].begin;
         return total;
     }
 
   private:
     // The tile's intervals by lanes, what every lane of interval r sees, and their union as disjoint ascending runs.
-    void read_intervals(KeySpan span) {
+    void read_intervals(Span span) {
         const fastattn_tensor &t = mask_.intervals;
         for (int64_t r = 0; r < mask_.n_intervals; r++) {
             const int32_t *bounds = (const int32_t *)t.data + r * t.stride[0] + tile_.batch * t.stride[1] + tile_.head * t.stride[2];
-            KeySpan inner = {INT32_MIN, INT32_MAX}, outer = {INT32_MAX, INT32_MIN};
+            Span inner = {INT32_MIN, INT32_MAX}, outer = {INT32_MAX, INT32_MIN};
             for (int64_t lane = 0; lane < tile_.lanes(); lane++) {
                 const int32_t *bound = bounds + tile_.query(lane) * t.stride[3];
                 const int64_t start = bound[0], end = bound[1];
@@ -94,10 +91,10 @@ class TileMask {
     }
 
     // Keeps the runs disjoint and ascending.
-    void add_run(KeySpan run) {
+    void add_run(Span run) {
         if (run.begin >= run.end) return;
         int kept = 0;
-        KeySpan others[kMaxIntervals];
+        Span others[kMaxIntervals];
         for (int r = 0; r < n_runs_; r++) {
             if (runs_[r].end < run.begin || run.end < runs_[r].begin) others[kept++] = runs_[r];
             else run = {smaller(run.begin, runs_[r].begin), larger(run.end, runs_[r].end)};
@@ -123,7 +120,7 @@ class TileMask {
 
     bool advance_entry() {
         if (n_runs_ == 0) return false;
-        const KeySpan span = {runs_[0].begin, runs_[n_runs_ - 1].end};
+        const Span span = {runs_[0].begin, runs_[n_runs_ - 1].end};
         for (; entry_ < last_entry_; entry_++) {
             const int64_t column = mask_.blocks.col[entry_] * kKeyBlock, id = mask_.blocks.id[entry_];
             const int64_t begin = larger(span.begin, column), end = smaller(span.end, column + kKeyBlock);
@@ -146,7 +143,7 @@ class TileMask {
             words_.keep([&](int64_t lane) { return bitmap_[tile_.query(lane) % kKeyBlock] >> (begin % kKeyBlock); });
         if (!band_covers(begin, count))
             words_.keep([&](int64_t lane) {
-                const int64_t position = tile_.query(lane) + mask_.band_offset - begin;
+                const int64_t position = tile_.query(lane) + band_offset_ - begin;
                 const int64_t end = mask_.band_has_right ? position + mask_.band_right + 1 : count;
                 return bits_between(mask_.band_has_left ? position - mask_.band_left : 0, end);
             });
@@ -195,8 +192,8 @@ class TileMask {
     }
 
     bool band_covers(int64_t begin, int64_t count) const {
-        if (mask_.band_has_left && begin < tile_.last() + mask_.band_offset - mask_.band_left) return false;
-        return !mask_.band_has_right || begin + count - 1 <= tile_.begin + mask_.band_offset + mask_.band_right;
+        if (mask_.band_has_left && begin < tile_.last() + band_offset_ - mask_.band_left) return false;
+        return !mask_.band_has_right || begin + count - 1 <= tile_.begin + band_offset_ + mask_.band_right;
     }
 
     bool intervals_cover(int64_t begin, int64_t count) const {
@@ -216,12 +213,13 @@ class TileMask {
     const fastattn_attention &p_;
     const fastattn_mask &mask_;
     QueryTile tile_;
-    KeySpan runs_[kMaxIntervals] = {};
+    int64_t band_offset_;
+    Span runs_[kMaxIntervals] = {};
     int n_runs_ = 0, run_ = 0;
     int64_t position_ = 0;                 // in the runs
     int64_t entry_ = 0, last_entry_ = 0;   // in the block row
     const uint64_t *bitmap_ = nullptr;     // of the block, null: all visible
-    KeySpan inner_[kMaxIntervals];
+    Span inner_[kMaxIntervals];
     int32_t starts_[kMaxIntervals][kMaxLanes], ends_[kMaxIntervals][kMaxLanes];
     KeyBlock block_ = {};
     bool partial_ = false;

@@ -6,35 +6,10 @@
 // vector operations without a single horizontal sum; and a mask is one word of bits per lane.
 #pragma once
 #include "../micro.h"
-#include "../pack.h"
 #include "../philox.h"
-#include "mask.h"
+#include "distance.h"
 
 FASTATTN_NAMESPACE_BEGIN
-
-FASTATTN_INLINE Rows rows_of(const fastattn_tensor &t, int32_t dtype, int64_t b, int64_t h) {
-    return {offset((const void *)t.data, dtype, b * t.stride[0] + h * t.stride[1]), dtype, t.stride[2]};
-}
-
-// Tiles of nearly equal size instead of full ones and a small rest. With block masks a tile lies within a row of blocks.
-struct QueryTiles {
-    int64_t count, vectors;
-    explicit QueryTiles(const fastattn_attention &p) {
-        const int64_t widest = p.mask.blocks.row_ptr.data ? kBlockVectors : kTileVectors;
-        count = (p.len_q + widest * kLanes - 1) / (widest * kLanes);
-        vectors = count ? ((p.len_q + count - 1) / count + kLanes - 1) / kLanes : 0;
-        if (!p.mask.blocks.row_ptr.data) return;
-        while (vectors & (vectors - 1)) vectors++;
-        count = (p.len_q + vectors * kLanes - 1) / larger(1, vectors * kLanes);
-    }
-    QueryTile tile(int64_t b, int64_t h, int64_t index, int64_t len_q) const {
-        const int64_t begin = index * vectors * kLanes;
-        return {b, h, begin, smaller(vectors * kLanes, len_q - begin), vectors};
-    }
-
-  private:
-    static constexpr int64_t kBlockVectors = 4;
-};
 
 // A block of K or V for the micro-kernel: in place for float32 rows, else converted; rows that no query of the tile sees are read as 0, because
 // what lies there may be NaN.
@@ -140,6 +115,7 @@ static inline void score_tile(const fastattn_attention &p, const QueryTile &tile
     multiply_blocked(block.count, tile.vectors, p.dim_qk, keys, queries, scores);
     if (p.softcap > 0) apply_softcap(p, scores, block.count * tile.lanes(), slope);
     if (p.bias.data) add_bias(p, tile, block.begin, block.count, scores);
+    if (is_given(p.distance)) add_distance_bias(p, tile, block.begin, block.count, scores);
     mask.apply(scores);
 }
 

@@ -3,25 +3,11 @@
 // Every form of a lowered mask gives such words with a few integer operations and AND joins the forms. A word of zeros in every lane is an empty
 // tile, ones in every lane a full one, and the OR of the lanes names the keys that nobody sees.
 #pragma once
-#include "../simd.h"
+#include "sequences.h"
 
 FASTATTN_NAMESPACE_BEGIN
 
 constexpr int64_t kKeyBlock = 64;
-constexpr int kMaxVectors = 4;  // query vectors in a tile
-constexpr int64_t kMaxLanes = kMaxVectors * kLanes;
-
-// Queries [begin, begin + count) of one head; lane l is query begin + l, lanes past `count` are padding.
-struct QueryTile {
-    int64_t batch, head;
-    int64_t begin, count;
-    int64_t vectors;
-
-    int64_t lanes() const { return vectors * kLanes; }
-    int64_t last() const { return begin + count - 1; }
-    int64_t query(int64_t lane) const { return begin + smaller(lane, count - 1); }  // padding repeats the last query
-};
-
 // Bits 0 to n - 1; all of them from n = 64 on, none below 1.
 FASTATTN_INLINE uint64_t bits_below(int64_t n) {
     const int64_t clamped = larger(0, smaller(n, 64));

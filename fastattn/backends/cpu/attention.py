@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import dropout_arguments, native
-from fastattn.backends.views import address, broadcast_view, mask_arguments, view
+from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
+from fastattn.packed import Packed
 
 
 def attention_forward(
@@ -18,7 +20,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
@@ -29,7 +32,7 @@ def attention_forward(
     out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
     lse = torch.empty(batch, heads, len_q, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
-    call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    call = _call_arguments(q, k, v, out, lse, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
     native().attention_forward(*call)
     return out, lse
 
@@ -43,34 +46,41 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
     bias_requires_grad: bool,
+    table_requires_grad: bool,
+    slopes_requires_grad: bool,
     sinks_requires_grad: bool,
     deterministic: bool,  # every sum of these kernels has a fixed order
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide = [_writable(grad) for grad in (dq, dk, dv)]
     sinks = None if sinks is None else sinks.float()
+    dbias = torch.zeros(bias.dense.shape if bias.dense is not None and bias_requires_grad else 0, dtype=torch.float32)
+    dtable = torch.empty(bias.table.shape if bias.table is not None and table_requires_grad else 0, dtype=torch.float32)
+    dslopes = torch.empty(
+        bias.slopes.shape if bias.slopes is not None and slopes_requires_grad else 0, dtype=torch.float32
+    )
     dsinks = torch.empty(q.shape[1] if sinks_requires_grad else 0, dtype=torch.float32)
-    dbias = torch.zeros(bias.shape if bias is not None and bias_requires_grad else 0, dtype=torch.float32)
-    call = _call_arguments(q, k, v, out, lse, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    call = _call_arguments(q, k, v, out, lse, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
     native().attention_backward(
         *call,
-        view(grad_out),
+        broadcast_view(grad_out),
         address(grad_lse),
-        *map(view, wide),
-        address(dsinks if sinks_requires_grad else None),
+        *map(broadcast_view, wide),
         broadcast_view(dbias if bias_requires_grad else None),
+        *map(address, (dtable, dslopes, dsinks)),
     )
     for grad, written in zip((dq, dk, dv), wide, strict=True):
         if written is not grad:
             grad.copy_(written)
-    return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, dtable, dslopes, dsinks
 
 
 def _writable(grad: Tensor) -> Tensor:
@@ -85,7 +95,8 @@ def _call_arguments(
     out: Tensor,
     lse: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
@@ -94,20 +105,22 @@ def _call_arguments(
 ) -> tuple[Any, ...]:
     batch, heads_q, len_q, dim_qk = q.shape
     _, heads_kv, len_k, dim_v = v.shape
-    if bias is not None:
-        bias = bias.expand(batch, heads_q, len_q, len_k)
+    places = (0, 0, 0, 0)
+    if packed is not None:
+        places = (packed.cu_seqlens_q.data_ptr(), packed.cu_seqlens_k.data_ptr(), len_q, len_k)
+        batch, len_q, len_k = packed.batch, packed.max_len_q, packed.max_len_k
+    dense = None if bias.dense is None else bias.dense.expand(batch, heads_q, len_q, len_k)
     return (
         DTYPES[q.dtype],
         torch.get_num_threads(),
         (batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v),
-        view(q),
-        view(k),
-        view(v),
-        view(out),
+        places,
+        *map(broadcast_view, (q, k, v, out)),
         lse.data_ptr(),
         mask_arguments(mask, batch, heads_q),
-        broadcast_view(bias),
-        0 if bias is None else DTYPES[bias.dtype],
+        broadcast_view(dense),
+        0 if dense is None else DTYPES[dense.dtype],
+        distance_arguments(bias),
         address(sinks),
         scale,
         softcap,

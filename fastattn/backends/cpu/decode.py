@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import native
-from fastattn.backends.views import address, view
+from fastattn.backends.views import address, distance_arguments, view
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 
 
@@ -18,7 +19,7 @@ def attention_decode(
     cache_lengths: Tensor,
     block_table: Tensor | None,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
     sinks: Tensor | None,
     scale: float,
     softcap: float,
@@ -35,8 +36,9 @@ def attention_decode(
     intervals = mask.intervals
     if intervals is not None:
         intervals = intervals.expand(-1, batch, heads, -1, -1)
-    if bias is not None:
-        bias = bias.expand(batch, heads, len_q, room)
+    dense = bias.dense
+    if dense is not None:
+        dense = dense.expand(batch, heads, len_q, room)
     native().attention_decode(
         DTYPES[q.dtype],
         torch.get_num_threads(),
@@ -51,8 +53,9 @@ def attention_decode(
         (mask.band_left, mask.band_right),
         None if intervals is None else (intervals.data_ptr(), *intervals.stride()[:4]),
         0 if intervals is None else intervals.shape[0],
-        view(bias),
-        0 if bias is None else DTYPES[bias.dtype],
+        view(dense),
+        0 if dense is None else DTYPES[dense.dtype],
+        distance_arguments(bias),
         address(sinks),
         scale,
         softcap,

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, place
 from fastattn.backends.views import address, broadcast_view, mask_arguments, view
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
+from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 
 _MAX_DIM = 256
@@ -20,6 +22,10 @@ def attention_reasons(problem: AttentionProblem) -> list[str]:
     reasons = device_reasons(problem.device_type)
     if problem.dtype not in _DTYPES:
         reasons.append(f"the CUDA attention takes bfloat16 and float16, and q is {problem.dtype}")
+    if problem.table or problem.slopes:
+        reasons.append("the CUDA attention takes no bias by distance")
+    if problem.packed:
+        reasons.append("the CUDA attention takes no packed batches")
     if problem.requires_grad:
         reasons.append("the CUDA attention has no backward")
     if not (1 <= problem.dim_qk <= _MAX_DIM and 1 <= problem.dim_v <= _MAX_DIM):
@@ -38,7 +44,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
@@ -54,8 +61,9 @@ def attention_forward(
     out = q.new_empty(batch, len_q, heads_q, dim_v).transpose(1, 2)
     lse = q.new_empty(batch, heads_q, len_q, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
-    if bias is not None:
-        bias = bias.expand(batch, heads_q, len_q, len_k)
+    added = bias.dense
+    if added is not None:
+        added = added.expand(batch, heads_q, len_q, len_k)
     blocks = mask.blocks
     load().attention_forward(
         dtype=DTYPES[q.dtype],
@@ -68,8 +76,8 @@ def attention_forward(
         mask=mask_arguments(mask, batch, heads_q),
         n_blocks=0 if blocks is None else blocks.col.numel(),
         n_bitmaps=0 if blocks is None else blocks.bitmaps.shape[0],
-        bias=broadcast_view(bias),
-        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
+        bias=broadcast_view(added),
+        bias_dtype=0 if added is None else DTYPES[added.dtype],
         sinks=address(sinks),
         scale=scale,
         softcap=softcap,

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, plan_keys, plan_queries
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
+from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
@@ -34,6 +36,10 @@ def attention_reasons(problem: AttentionProblem) -> list[str]:
     for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
         if length >= _MAX_LENGTH:
             reasons.append(f"the Triton attention takes fewer than 2**30 positions, and {name} is {length}")
+    if problem.table or problem.slopes:
+        reasons.append("the Triton attention takes no bias by distance")
+    if problem.packed:
+        reasons.append("the Triton attention takes no packed batches")
     tiles = -(-max(problem.len_q, problem.len_k) // 16)
     if problem.batch * problem.heads_q * tiles >= _MAX_PROGRAMS:
         reasons.append(f"the Triton attention has too many tiles: {problem.batch} x {problem.heads_q} x {tiles}")
@@ -45,7 +51,8 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
@@ -58,7 +65,7 @@ def attention_forward(
     batch, heads, len_q, _ = q.shape
     out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(batch, heads, len_q, dtype=torch.float32)
-    call = Call(q, k, v, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+    call = Call(q, k, v, mask, bias.dense, sinks, dropout_seed, scale, softcap, dropout_p)
     if 0 in (batch, heads, len_q):
         return out, lse
     tile = call.tile("forward")
@@ -84,24 +91,27 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     mask: LoweredMask,
-    bias: Tensor | None,
+    bias: LoweredBias,
+    packed: Packed | None,
     sinks: Tensor | None,
     dropout_seed: Tensor | None,
     scale: float,
     softcap: float,
     dropout_p: float,
     bias_requires_grad: bool,
+    table_requires_grad: bool,
+    slopes_requires_grad: bool,
     sinks_requires_grad: bool,
     deterministic: bool,  # every sum of these kernels has a fixed order
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the protocol."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dbias, dsinks = lse.new_empty(0), lse.new_empty(0)
     if lse.numel() == 0:
-        dbias = lse.new_zeros(bias.shape) if bias is not None and bias_requires_grad else dbias
+        dbias = lse.new_zeros(bias.dense.shape) if bias.dense is not None and bias_requires_grad else dbias
         dsinks = lse.new_zeros(q.shape[1]) if sinks_requires_grad else dsinks
-        return dq, dk.zero_(), dv.zero_(), dbias, dsinks
-    call = Call(q, k, v, mask, bias, sinks, dropout_seed, scale, softcap, dropout_p)
+        return dq, dk.zero_(), dv.zero_(), dbias, lse.new_empty(0), lse.new_empty(0), dsinks
+    call = Call(q, k, v, mask, bias.dense, sinks, dropout_seed, scale, softcap, dropout_p)
     grad_out, out = _addressable(grad_out), _addressable(out)
     call.arguments |= {"out": out, **_strides("out", out), "lse": lse, "grad_lse": grad_lse}
     call.arguments |= {"grad_out": grad_out, **_strides("grad_out", grad_out)}
@@ -110,14 +120,14 @@ def attention_backward(
     written = {name: _writable(grad) for name, grad in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv))}
     _launch_queries(call, written["grad_q"], sink_terms)
     _launch_keys(call, written["grad_k"], written["grad_v"])
-    if bias is not None and bias_requires_grad:
-        dbias = _launch_bias(call, bias)
+    if bias.dense is not None and bias_requires_grad:
+        dbias = _launch_bias(call, bias.dense)
     if sink_terms is not None:
         dsinks = sink_terms.sum(dim=(0, 2))
     for grad, wide in zip((dq, dk, dv), written.values(), strict=True):
         if wide is not grad:
             grad.copy_(wide)
-    return dq, dk, dv, dbias, dsinks
+    return dq, dk, dv, dbias, lse.new_empty(0), lse.new_empty(0), dsinks
 
 
 def _launch_queries(call: Call, grad_q: Tensor, sink_terms: Tensor | None) -> None:
