@@ -23,7 +23,7 @@ from fastattn.bench.rows import Result, Row, with_ratios
 from fastattn.bench.timing import QUICK, Effort, Timing, own_stream, time_jobs
 from fastattn.bench.truth import Expected
 from fastattn.dispatch import BackendWarning
-from fastattn.environment import device_environment
+from fastattn.environment import device_environment, version_of
 from fastattn.errors import NotSupported
 from fastattn.parity.bound import ParityRow
 
@@ -96,13 +96,20 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
     return Result(
         rows=[_with_share(row, works[row.question], limits) for row in rows],
         limits=limits,
-        environment=device_environment(options.device),
+        environment={**device_environment(options.device), "peers": _peers(rows)},
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         seconds=time.perf_counter() - began,
         quick=options.quick,
         failures=failures,
         left_out=left_out,
     )
+
+
+def _peers(rows: list[Row]) -> dict[str, str]:
+    """The versions of the packages, beside torch, of those that were timed."""
+    timed = {row.provider for row in rows if row.median_ms is not None}
+    packages = {provider.package for provider in PROVIDERS if provider.name in timed and provider.package}
+    return {package: version_of(package) or "unknown" for package in sorted(packages)}
 
 
 def _with_share(row: Row, work: Work, limits: Limits) -> Row:
@@ -145,12 +152,10 @@ class _Question:
 
     def _admit(self, provider: Provider) -> bool:
         """Enters a row for the provider; False, with the reason in it, where it does not take part."""
-        reason = provider.unavailable_reason(self.options.device)
+        reason = provider.unavailable_reason(self.options.device) or provider.refuses(self.case, self.direction)
         joins = self.direction in self.case.compiled if self.options.compiled is None else self.options.compiled
         if reason is None and provider.compiles and not joins:
             reason = "left out: it compiles for seconds for every shape; --compile lets it join every case"
-        if reason is None:
-            reason = provider.refuses(self.case, self.direction)
         self.rows[provider.name] = self._row(provider, reason)
         return reason is None
 

@@ -18,9 +18,10 @@ from fastattn.bench.cases.base import DIRECTIONS, Case, generator
 from fastattn.bench.cases.ffn import FfnCase
 from fastattn.bench.cases.model import ModelCase
 from fastattn.bench.cases.norm import NormCase
+from fastattn.bench.cases.packed import PackedCase
 from fastattn.bench.cases.visible import Visible
 
-SUITES = ("attention", "decode", "norm", "ffn", "model")
+SUITES = ("attention", "packed", "decode", "norm", "ffn", "model")
 
 _QUICK_LENGTH, _QUICK_ROWS, _QUICK_WIDTH = 64, 16, 64
 
@@ -238,6 +239,27 @@ def _density_sweep(choice: Choice) -> list[Case]:
 # --- The other suites -------------------------------------------------------------------------------------------
 
 
+def _packed(choice: Choice) -> list[Case]:
+    """Of models that see padding, and of those that decode, which are trained on packed documents."""
+    found: list[Case] = []
+    for name, shape, batch, length in choice.of_shapes():
+        if not (shape.padded or (shape.causal and choice.all_directions)):
+            continue
+        lengths = _uneven(max(batch, 4), length)
+        group = f"Packed batches, {sum(lengths)} tokens in sequences of up to {length}"
+        sizes = {"heads_q": shape.heads_q, "heads_kv": shape.heads_kv, "dim": 16 if choice.quick else shape.dim}
+        title = f"{name}, {len(lengths)} x up to {length}"
+        options = {**sizes, "lengths": lengths, "causal": shape.causal, "compiled": choice.compiled, **choice.common}
+        found.append(PackedCase(name=title, group=group, **options))
+    return found
+
+
+def _uneven(batch: int, length: int) -> tuple[int, ...]:
+    """Sequences of an eighth of full length to all of it; the first is full."""
+    drawn = torch.randint(length // 8, length + 1, (batch - 1,), generator=generator()).tolist()
+    return (length, *drawn)
+
+
 def _decode(choice: Choice) -> list[Case]:
     """Cached lengths from half to all of the capacity, heads as in the models that decode."""
     found: list[Case] = []
@@ -366,6 +388,7 @@ def _model(choice: Choice) -> list[Case]:
 
 _SUITE_CASES: dict[str, Callable[[Choice], list[Case]]] = {
     "attention": _attention,
+    "packed": _packed,
     "decode": _decode,
     "norm": _norm,
     "ffn": _ffn,

@@ -45,12 +45,14 @@ class Provider:
     """One implementation. A subclass names itself, the suites it serves, and how it runs a case.
 
     ours: a backend of fastattn; ratios compare these with the others. compiles: it compiles anew for each shape.
+    package: the distribution it comes from, where that is not torch's or ours.
     """
 
     name: str
     suites: frozenset[str]
     ours = False
     compiles = False
+    package = ""
 
     def unavailable_reason(self, device: str) -> str | None:
         """Why this machine cannot run it at all, or None."""

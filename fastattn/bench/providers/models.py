@@ -78,6 +78,7 @@ class TransformersEager(ModelProvider):
     """transformers with its attention written out."""
 
     name = "transformers eager"
+    package = "transformers"
     models = ("bert",)
 
     def make(self, case: ModelCase) -> tuple[Any, str]:
@@ -127,12 +128,11 @@ class _Exported(ModelProvider):
 
     trains = False
     keeps_memory = True
-    _PACKAGE: str
 
     def unavailable_reason(self, device: str) -> str | None:
         if device != "cpu":
             return "it takes part on CPUs"
-        return None if importlib.util.find_spec(self._PACKAGE) else f"{self._PACKAGE} is not installed"
+        return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
 
     def exportable(self, case: ModelCase) -> tuple[nn.Module, dict[str, Tensor]]:
         """The model called by position, and its inputs."""
@@ -144,7 +144,7 @@ class OnnxRuntime(_Exported):
     """The model exported to ONNX, on ONNX Runtime's CPU provider with torch's number of threads."""
 
     name = "ONNX Runtime"
-    _PACKAGE = "onnxruntime"
+    package = "onnxruntime"
 
     def unavailable_reason(self, device: str) -> str | None:
         missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -177,7 +177,7 @@ class OpenVino(_Exported):
     """The model converted by OpenVINO, on its CPU plugin in float32 with torch's number of threads."""
 
     name = "OpenVINO"
-    _PACKAGE = "openvino"
+    package = "openvino"
 
     def make(self, case: ModelCase) -> tuple[Any, str]:
         import openvino
