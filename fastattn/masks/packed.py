@@ -115,16 +115,16 @@ def _stack(found: list[Blocks], rows: int, columns: int) -> Blocks:
             Blocks(
                 _lengthen(own.row_ptr, heads, rows) + entries,
                 own.col,
-                own.id + bitmaps * (own.id > 0),
+                torch.where(own.id > 0, own.id + bitmaps, 0),
                 own.bitmaps[1:] if parts else own.bitmaps,
                 _lengthen(own.col_ptr, heads, columns) + entries,
                 own.row,
-                own.row_id + bitmaps * (own.row_id > 0),
+                torch.where(own.row_id > 0, own.row_id + bitmaps, 0),
             )
         )
         entries += own.col.numel()
         bitmaps += own.bitmaps.shape[0] - 1
-    return Blocks(*(torch.cat(field).to(field[0].dtype) for field in zip(*parts, strict=True)))
+    return Blocks(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
 def _lengthen(pointers: Tensor, heads: int, lines: int) -> Tensor:

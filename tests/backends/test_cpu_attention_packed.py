@@ -17,7 +17,7 @@ from fastattn.backends.cpu.attention import attention_backward, attention_forwar
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
-from fastattn.parity.guards import GuardedTensors, poisoned_outputs, torch_threads
+from fastattn.parity.guards import poisoned_outputs, torch_threads
 from fastattn.reference.philox import dropout_scale, keep_mask
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="the CPU library is not built")
@@ -104,9 +104,7 @@ class Call:
         )
         return cut_q, cut_k, 0
 
-    def _scores(
-        self, b: int, leaves: dict[str, Tensor], at_q: slice, at_k: slice, entry: int
-    ) -> tuple[Tensor, Tensor]:
+    def _scores(self, b: int, leaves: dict[str, Tensor], at_q: slice, at_k: slice, entry: int) -> tuple[Tensor, Tensor]:
         """The weights of sequence b, dropout included, (Hq, Lq, Lk), and its log-sum-exp."""
         heads = self.q.shape[1]
         q = leaves["dq"][entry, :, at_q]
@@ -187,7 +185,8 @@ def make_call(
         (batch, (rows_q, rows_k)), places = (len(lens), lens[0]), None
     q = draw(batch, rows_q, heads[0], dims[0]).transpose(1, 2)
     k, v = (draw(batch, rows_k, heads[1], dim).transpose(1, 2) for dim in dims)
-    grad_out, grad_lse = draw(batch, heads[0], rows_q, dims[1]), torch.randn(batch, heads[0], rows_q, generator=generator)
+    grad_out = draw(batch, heads[0], rows_q, dims[1])
+    grad_lse = torch.randn(batch, heads[0], rows_q, generator=generator)
     call = Call(lens, q, k, v, grad_out, grad_lse, places)
     if places is not None:
         for index, tensors in ((0, (q, grad_out, grad_lse)), (1, (k, v))):
@@ -225,7 +224,9 @@ def check(call: Call, found: dict[str, Tensor], label: str) -> None:
         if name == "lse":
             assert torch.equal(got.isneginf(), want.isneginf()), f"{label}: lse is -inf elsewhere"
             got, want = got.nan_to_num(neginf=0.0), want.nan_to_num(neginf=0.0)
-        worst = float((got - want).abs().max() / want.abs().max().clamp(min=1.0))
+        # Elements of dtable and dslopes are sums over many pairs, most of which cancel.
+        floor = max(1.0, call.q.shape[2] * call.q.shape[1] / 64) if name in ("dbias", "dtable", "dslopes") else 1.0
+        worst = float((got - want).abs().max() / want.abs().max().clamp(min=floor))
         assert worst <= 8 * roundoff, f"{label}: {name} off by {worst:.2g}"
         if name in ("out", "dq", "dk", "dv"):
             assert not got[want == 0.0].any(), f"{label}: {name} is not 0 where nothing is seen"
@@ -245,7 +246,8 @@ def random_call(seed: int) -> Call:
     """Anything together with anything."""
     rng = random.Random(seed)
     packed = rng.random() < 0.7
-    lens = [(rng.choice([0, 1, rng.randint(1, 150)]), rng.choice([0, 1, rng.randint(1, 200)])) for _ in range(rng.randint(1, 5))]
+    count = rng.randint(1, 5)
+    lens = [(rng.choice([0, 1, rng.randint(1, 150)]), rng.choice([0, 1, rng.randint(1, 200)])) for _ in range(count)]
     if not packed:
         lens = [(rng.randint(1, 150), rng.randint(1, 150))] * rng.randint(1, 3)
     heads_kv = rng.choice([1, 2, 3])
@@ -283,11 +285,6 @@ def random_call(seed: int) -> Call:
         call.softcap = 5.0
     if rng.random() < 0.3:
         call.grad_lse = None
-    return call
-
-
-def hide_unseen(call: Call) -> Call:
-    """Keys that nobody sees may hold anything: the truth reads NaN there as 0."""
     return call
 
 

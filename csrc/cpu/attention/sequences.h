@@ -88,9 +88,9 @@ struct QueryTiles {
         const int64_t widest = p.mask.blocks.row_ptr.data ? kBlockVectors : kTileVectors;
         count = (len + widest * kLanes - 1) / (widest * kLanes);
         vectors = count ? ((len + count - 1) / count + kLanes - 1) / kLanes : 0;
-        if (!p.mask.blocks.row_ptr.data) return;
+        if (count == 0 || !p.mask.blocks.row_ptr.data) return;
         while (vectors & (vectors - 1)) vectors++;
-        count = (len + vectors * kLanes - 1) / larger(1, vectors * kLanes);
+        count = (len + lanes() - 1) / lanes();
     }
     int64_t lanes() const { return vectors * kLanes; }
     QueryTile tile(const Sequence &sequence, int64_t head, int64_t index) const {
