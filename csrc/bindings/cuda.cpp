@@ -166,14 +166,17 @@ void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t 
     if (error != 0) check(error, call_of("norm_backward", rows, width, call.x_dtype, device));
 }
 
-void attention_forward(int dtype, const Sizes &sizes, const View &q, const View &k, const View &v, const View &out, std::uintptr_t lse, const Mask &m,
-                       std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype, std::uintptr_t sinks, float scale,
-                       float softcap, const Dropout &dropout, int device, std::uintptr_t stream) {
+void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+                       std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
+                       const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
+                       std::uintptr_t stream) {
     fastattn_cuda_attention call{};
     call.device = device;
     call.stream = pointer<void>(stream);
     call.dtype = dtype;
     std::tie(call.batch, call.heads_q, call.heads_kv, call.len_q, call.len_k, call.dim_qk, call.dim_v) = std::tuple_cat(sizes);
+    call.cu_seqlens_q = pointer<const std::int32_t>(packed[0]), call.cu_seqlens_k = pointer<const std::int32_t>(packed[1]);
+    call.rows_q = packed[2], call.rows_k = packed[3];
     call.q = tensor(q), call.k = tensor(k), call.v = tensor(v), call.out = tensor(out);
     call.lse = pointer<float>(lse);
     call.mask = mask(m);
@@ -181,6 +184,7 @@ void attention_forward(int dtype, const Sizes &sizes, const View &q, const View 
     call.n_bitmaps = n_bitmaps;
     call.bias = tensor(bias);
     call.bias_dtype = bias_dtype;
+    call.distance = distance_bias(distance);
     call.sinks = pointer<const float>(sinks);
     call.scale = scale;
     call.softcap = softcap;
@@ -190,7 +194,8 @@ void attention_forward(int dtype, const Sizes &sizes, const View &q, const View 
     if (error == 0) return;
     std::ostringstream name;
     name << "attention_forward on cuda:" << device << " with q (" << call.batch << ", " << call.heads_q << ", " << call.len_q << ", " << call.dim_qk
-         << ") and v (" << call.batch << ", " << call.heads_kv << ", " << call.len_k << ", " << call.dim_v << ") (dtype " << dtype << ")";
+         << ") and v (" << call.batch << ", " << call.heads_kv << ", " << call.len_k << ", " << call.dim_v << ")"
+         << (call.cu_seqlens_q ? ", packed," : "") << " (dtype " << dtype << ")";
     check(error, name.str());
 }
 
@@ -219,8 +224,9 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("rstd"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight_parts"), py::arg("grad_bias_parts"),
                py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("parts"), py::arg("offset"), py::arg("dropout"),
                py::arg("device"), py::arg("stream"), "The gradients of norm_forward.");
-    module.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
-               py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"), py::arg("bias_dtype"),
-               py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"), py::arg("device"), py::arg("stream"),
+    module.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
+               py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"),
+               py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"),
+               py::arg("device"), py::arg("stream"),
                "out and lse of one attention call; sizes are batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v.");
 }

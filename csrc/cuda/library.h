@@ -100,12 +100,15 @@ typedef struct {
     void *stream;
     int32_t dtype;
     int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+    const int32_t *cu_seqlens_q, *cu_seqlens_k;  // of a packed batch, or null
+    int64_t rows_q, rows_k;
     fastattn_tensor q, k, v, out;  // last dimension contiguous, three strides
     float *lse;                    // (B,Hq,Sq) contiguous
     fastattn_mask mask;
     int64_t n_blocks, n_bitmaps;  // extents of mask.blocks
     fastattn_tensor bias;
     int32_t bias_dtype;
+    fastattn_distance_bias distance;
     const float *sinks;
     float scale, softcap;
     fastattn_cuda_dropout dropout;

@@ -21,7 +21,6 @@ _FFN = replace(_LINEAR, op="ffn", hidden_features=64)
 
 ROWS: dict[str, Problem] = {
     "attention": _ATTENTION,
-    "with bfloat16 and float16": replace(_ATTENTION, dtype=torch.bfloat16),
     "with grouped heads (GQA, MQA), Dv != D": replace(_ATTENTION, heads_kv=1, dim_v=32),
     "with causal and sliding-window masks": replace(_ATTENTION, band=True),
     "with key lengths and key ranges": replace(_ATTENTION, key_range=True),
@@ -32,13 +31,23 @@ ROWS: dict[str, Problem] = {
     "with a bias that requires grad": replace(
         _ATTENTION, bias=torch.float32, bias_requires_grad=True, requires_grad=True
     ),
+    "with ALiBi, relative and T5 biases": replace(_ATTENTION, table=True, slopes=True),
+    "with their gradients": replace(
+        _ATTENTION,
+        table=True,
+        slopes=True,
+        table_requires_grad=True,
+        slopes_requires_grad=True,
+        requires_grad=True,
+    ),
+    "with packed batches (`attention_varlen`)": replace(_ATTENTION, packed=True),
     "with softcap": replace(_ATTENTION, softcap=True),
     "with sinks": replace(_ATTENTION, sinks=True),
     "with dropout": replace(_ATTENTION, dropout=True),
     "attention_decode": _DECODE,
     "with a paged cache": replace(_DECODE, paged=True),
     "with a window, a bias, softcap or sinks": replace(
-        _DECODE, band=True, bias=torch.float32, softcap=True, sinks=True
+        _DECODE, band=True, bias=torch.float32, table=True, slopes=True, softcap=True, sinks=True
     ),
     "layer_norm, rms_norm": _NORM,
     "with dropout and residual add": replace(_NORM, dropout=True, residual_dtype=torch.float32),
@@ -54,13 +63,28 @@ def _accepts(backend: str, problem: Problem) -> bool:
     return not module.not_supported_reasons(replace(problem, device_type=_DEVICE[backend]))
 
 
-def verdict(backend: str, problem: Problem) -> str:
-    """ "yes", "forward" (there is no backward for this), or "no"."""
+def _in_half(problem: Problem) -> Problem:
+    """The same call in bfloat16; backends take float16 alike."""
+    if isinstance(problem, LinearProblem):
+        return replace(problem, dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
+    return replace(problem, dtype=torch.bfloat16)
+
+
+def _directions(backend: str, problem: Problem) -> str:
     if isinstance(problem, (DecodeProblem, EncoderLayerProblem)):  # inference only
         return "forward" if _accepts(backend, problem) else "no"
     if _accepts(backend, replace(problem, requires_grad=True)):
         return "yes"
     return "forward" if not problem.requires_grad and _accepts(backend, problem) else "no"
+
+
+def verdict(backend: str, problem: Problem) -> str:
+    """ "yes", "forward" (there is no backward for this), or "no"; with the dtypes where they differ."""
+    single, half = _directions(backend, problem), _directions(backend, _in_half(problem))
+    if single == half:
+        return single
+    parts = [f"{what}, {dtypes}" for what, dtypes in ((single, "float32"), (half, "half")) if what != "no"]
+    return "; ".join(parts)
 
 
 def support_table() -> str:

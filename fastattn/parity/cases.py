@@ -22,6 +22,7 @@ class Case(Protocol):
     """One drawn call of an operation."""
 
     dtype: torch.dtype
+    conditions: Conditions
 
     def describe(self) -> str:
         """What is called, in one line."""

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastattn.dispatch import backends
@@ -53,7 +53,8 @@ class Failure:
 class VerifyReport:
     """What `verify` found. worst: keyed (op, dtype, quantity). refusals: keyed (op, reason).
 
-    cases: drawn, per op. checked: how many of them ran and were compared; the others were refused.
+    cases: drawn, per op. checked: how many of them ran and were compared; the others were refused. forward_only: how
+    many of those checked have gradients that the backend refuses, so that only their forward was compared.
     """
 
     backend: str
@@ -64,6 +65,7 @@ class VerifyReport:
     refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     checked: int = 0
+    forward_only: int = 0
     seconds: float = 0.0
 
     @property
@@ -84,6 +86,7 @@ class VerifyReport:
             "passed": self.passed,
             "cases": dict(self.cases),
             "checked": self.checked,
+            "forward_only": self.forward_only,
             "refused": self.refused,
             "seconds": self.seconds,
             "worst": [
@@ -147,8 +150,8 @@ def verify(
     only: indices to run instead of range(cases), which is how a case is replayed. isa: run the cpu backend's kernels of
     that instruction set. progress is called after each case.
     Raises ValueError for an unknown op, backend or instruction set, and RuntimeError for a backend that this machine
-    cannot use. A refusal (fastattn.NotSupported) is counted by reason; any other exception of
-    a call is a failure of that case.
+    cannot use. A refusal (fastattn.NotSupported) is counted by reason, and a case refused with its gradients is tried
+    again without them; any other exception of a call is a failure of that case.
     """
     if op != "all" and op not in OPERATIONS:
         raise ValueError(f"op={op!r} is unknown: pass one of {', '.join(OPERATIONS)}, or all")
@@ -181,8 +184,20 @@ def _instruction_set(isa: str | None) -> Iterator[None]:
 
 
 def _run_case(report: VerifyReport, op: str, index: int, device: str) -> None:
-    case = draw_case(op, report.seed, index, device)
     report.cases[op] += 1
+    case = draw_case(op, report.seed, index, device)
+    reasons = _refused(report, op, index, case)
+    if reasons and case.conditions.grad:
+        case = draw_case(op, report.seed, index, device)
+        case.conditions = replace(case.conditions, grad=False, without_gradient=frozenset())
+        forward = _refused(report, op, index, case)
+        report.forward_only += not forward
+        reasons += [why for why in forward if why not in reasons]
+    report.refusals.update((op, why) for why in reasons)
+
+
+def _refused(report: VerifyReport, op: str, index: int, case: Case) -> list[str]:
+    """Runs the case and records what came of it, unless the backend refuses it: its reasons, else none."""
     try:
         # the truths of a small case are fastest on one thread; the case itself sets the count of the call under test
         with warnings.catch_warnings(), torch_threads(1):
@@ -190,9 +205,9 @@ def _run_case(report: VerifyReport, op: str, index: int, device: str) -> None:
             warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
             rows = case.run(report.backend)
     except NotSupported as refusal:
-        reasons = refusal.reasons.get(report.backend) or [str(refusal)]
-        report.refusals.update((op, why) for why in reasons)
+        return refusal.reasons.get(report.backend) or [str(refusal)]
     except Exception as error:  # any crash of the backend is that case's failure; the other cases still run
         report.record_exception(op, index, case, error)
     else:
         report.record(op, index, case, rows)
+    return []

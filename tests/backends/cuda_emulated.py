@@ -6,7 +6,6 @@ are called directly, so that each output is compared, statistics included, and s
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from fastattn.backends import cuda, reference
 from fastattn.backends.cuda import library
+from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.masks.lowered import Blocks, LoweredMask
+from fastattn.packed import Packed
 from fastattn.parity.bound import unit_roundoff
-from fastattn.parity.cases import draw_case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -115,17 +115,6 @@ def test_a_stopped_kernel_is_an_exception_with_call_and_place() -> None:
 # --- Attention ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("index", range(48))
-def test_drawn_attention_forward(index: int) -> None:
-    """The cases of `fastattn verify` without their backward, in the half dtypes."""
-    case = draw_case("attention", 8, index)
-    if case.dtype is F32:
-        pytest.skip("the CUDA attention takes no float32")
-    case.conditions = replace(case.conditions, grad=False, without_gradient=frozenset())
-    failed = [row for row in case.run("cuda") if not row.passed]
-    assert not failed, f"{case.describe()}\n" + "\n".join(map(str, failed))
-
-
 class Attention(NamedTuple):
     dim: int
     dim_v: int
@@ -144,19 +133,22 @@ def half_inputs(shape: Attention) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(shape.dtype), k.to(shape.dtype), v.to(shape.dtype)
 
 
+def agree(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], v: Tensor) -> None:
+    """out and lse of the kernel against those in float64."""
+    # Each p and the result are rounded once: two roundings of at most max|v|, and one more of slack.
+    bound = 3 * unit_roundoff(v.dtype) * float(v.abs().max())
+    assert float((found[0].double() - truth[0]).abs().max()) <= bound
+    assert torch.equal(found[1] == -torch.inf, truth[1] == -torch.inf)
+    seen = truth[1] != -torch.inf
+    assert not seen.any() or float((found[1].double() - truth[1])[seen].abs().max()) <= 1e-4
+
+
 def check_forward(shape: Attention, mask: LoweredMask, visible: Tensor, scale: float | None = None) -> None:
     """The kernel under `mask` against float64 under the bool tensor `visible` (B, Hq, Sq, Skv)."""
     q, k, v = half_inputs(shape)
-    scale = shape.dim**-0.5 if scale is None else scale
-    out, lse = cuda.attention_forward(q, k, v, mask, None, None, None, scale, shape.softcap, 0.0)
+    rest = None, None, None, shape.dim**-0.5 if scale is None else scale, shape.softcap, 0.0
     exact = (q.double(), k.double(), v.double(), LoweredMask(dense=visible))
-    truth, true_lse = reference.attention_forward(*exact, None, None, None, scale, shape.softcap, 0.0)
-    # Each p and the result are rounded once: two roundings of at most max|v|, and one more of slack.
-    bound = 3 * unit_roundoff(shape.dtype) * float(v.abs().max())
-    assert float((out.double() - truth).abs().max()) <= bound
-    assert torch.equal(lse == -torch.inf, true_lse == -torch.inf)
-    seen = true_lse != -torch.inf
-    assert float((lse.double() - true_lse)[seen].abs().max()) <= 1e-4
+    agree(cuda.attention_forward(q, k, v, mask, NO_BIAS, *rest), reference.attention_forward(*exact, NO_BIAS, *rest), v)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256, 8, 20, 72, 136])
@@ -243,10 +235,90 @@ def test_keys_band_and_blocks_together() -> None:
     check_forward(Attention(48, 80, len_q, len_k), mask, random & band & keys)
 
 
+def in_double(bias: LoweredBias) -> LoweredBias:
+    return LoweredBias(*(part.double() if isinstance(part, Tensor) else part for part in bias))
+
+
+BIASES = {
+    "table": LoweredBias(table=torch.randn(2, 41), first=-30),
+    "one table for all heads, one column": LoweredBias(table=torch.randn(1, 1), first=7),
+    "slopes": LoweredBias(slopes=torch.tensor([[0.5, 0.01]])),
+    "slopes per batch entry, top left": LoweredBias(slopes=torch.rand(2, 2), top_left=True),
+    "all": LoweredBias(torch.randn(2, 1, 150, 1), torch.randn(2, 300), -100, torch.rand(1, 2), True),
+    "finite stays finite": LoweredBias(
+        torch.full((1, 1, 1, 1), -3e38), torch.full((1, 9), -3e38), -100, torch.tensor([[3e38, 0.0]])
+    ),
+    "hidden by -inf": LoweredBias(table=torch.tensor([[0.0, -torch.inf, 1.0]]), first=-1),
+}
+
+
+@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_by_distance(name: str, dim: int) -> None:
+    shape = Attention(dim, dim, 150, 213, softcap=15.0 if name == "all" else 0.0)
+    q, k, v = half_inputs(shape)
+    mask = LoweredMask(band_offset=63, band_right=40)
+    rest = None, None, None, dim**-0.5, shape.softcap, 0.0
+    found = cuda.attention_forward(q, k, v, mask, BIASES[name], *rest)
+    truth = reference.attention_forward(q.double(), k.double(), v.double(), mask, in_double(BIASES[name]), *rest)
+    if (
+        name == "finite stays finite"
+    ):  # every score is the same lowest number: a mean, and an lse at the end of the range
+        visible = torch.arange(213) <= torch.arange(150).view(-1, 1) + 63 + 40
+        mean = (visible / visible.sum(dim=1, keepdim=True)).double() @ v.double()
+        assert float((found[0].double() - mean).abs().max()) <= 3 * unit_roundoff(v.dtype) * float(v.abs().max())
+        assert found[1].isfinite().all()
+    else:
+        agree(found, truth, v)
+
+
+class Sequences(NamedTuple):
+    """A packed batch: cu_seqlens, the rows that the tensors have, the longest lengths."""
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    rows: tuple[int, int]
+    longest: tuple[int, int]
+
+
+PACKED = {
+    "several": Sequences((0, 70, 70, 71, 260), (0, 33, 40, 170, 170), (260, 170), (190, 140)),
+    "rows of no sequence": Sequences((5, 20, 150), (3, 70, 100), (170, 110), (130, 67)),
+    "cut off": Sequences((0, 100, 300), (0, 150, 260), (300, 260), (64, 70)),
+    "past the tensors": Sequences((0, 50, 120), (0, 90, 200), (100, 150), (128, 128)),
+    "no queries": Sequences((4, 4, 4), (0, 3, 9), (9, 9), (0, 9)),
+    "no sequences": Sequences((0,), (0,), (5, 5), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("dim", [64, 192])
+@pytest.mark.parametrize("kind", ["plain", "causal", "intervals", "bias and dropout"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_batches(name: str, kind: str, dim: int) -> None:
+    at = PACKED[name]
+    cu = [torch.tensor(ends, dtype=torch.int32) for ends in (at.q, at.k)]
+    packed, batch = Packed(cu[0], cu[1], *at.longest), len(at.q) - 1
+    q = torch.randn(at.rows[0], 4, dim).to(BF16).transpose(0, 1)[None]
+    k, v = (torch.randn(at.rows[1], 2, dim).to(BF16).transpose(0, 1)[None] for _ in range(2))
+    mask, bias, seed, p = LoweredMask(), NO_BIAS, None, 0.0
+    if kind == "causal":
+        mask = LoweredMask(band_right=0, band_left=50)
+    elif kind == "intervals":
+        bounds = torch.randint(0, at.longest[1] + 9, (2, batch, 1, at.longest[0], 2), dtype=torch.int32)
+        mask = LoweredMask(intervals=bounds.sort(dim=-1).values, key_end=torch.full((batch,), 100, dtype=torch.int32))
+    elif kind == "bias and dropout":
+        dense = torch.randn(batch, 1, 1, at.longest[1])
+        bias = LoweredBias(dense, torch.randn(4, 60), -20, torch.rand(1, 4))
+        seed, p = torch.tensor([77]), 0.25
+    rest = packed, torch.randn(4), seed, dim**-0.5, 0.0, p
+    exact = q.double(), k.double(), v.double(), mask, in_double(bias), packed, rest[1].double(), *rest[2:]
+    agree(cuda.attention_forward(q, k, v, mask, bias, *rest), reference.attention_forward(*exact), v / (1 - p))
+
+
 def test_keys_that_nobody_sees_may_hold_anything() -> None:
     q, k, v = half_inputs(Attention(64, 64, 100, 130))
     end = torch.tensor([70, 0], dtype=torch.int32)
-    arguments = LoweredMask(key_end=end), None, None, None, 0.125, 0.0, 0.0
+    arguments = LoweredMask(key_end=end), NO_BIAS, None, None, None, 0.125, 0.0, 0.0
     want = cuda.attention_forward(q, k, v, *arguments)
     for b, first in enumerate(end):
         k[b, :, first:], v[b, :, first:] = torch.nan, torch.inf
@@ -260,7 +332,7 @@ def test_keys_that_nobody_sees_may_hold_anything() -> None:
 def test_nan_in_a_query_is_not_hidden() -> None:
     q, k, v = half_inputs(Attention(64, 64, 70, 70))
     q[0, 0, 3] = torch.nan
-    out, lse = cuda.attention_forward(q, k, v, LoweredMask(), None, None, None, 0.125, 0.0, 0.0)
+    out, lse = cuda.attention_forward(q, k, v, LoweredMask(), NO_BIAS, None, None, None, 0.125, 0.0, 0.0)
     assert out[0, 0, 3].isnan().all()
     assert lse[0, 0, 3].isnan()
     assert out.isnan().sum() == 64
@@ -272,7 +344,7 @@ def test_forward_is_bitwise_repeatable_whatever_order_warps_run_in(monkeypatch: 
     for seed in range(3):
         monkeypatch.setenv("FASTATTN_EMULATION_SEED", str(seed))
         mask = LoweredMask(band_right=0)
-        results.append(cuda.attention_forward(q, k, v, mask, None, torch.zeros(2), None, 0.125, 0.0, 0.0))
+        results.append(cuda.attention_forward(q, k, v, mask, NO_BIAS, None, torch.zeros(2), None, 0.125, 0.0, 0.0))
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(lse, results[0][1])

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(THREADS) rotate_async(Global<const float> in, 
     const int i = static_cast<int>(threadIdx.x);
     for (int half = 0; half < 2; half++) {
         const int at = half * THREADS / 2 + 4 * i;
-        if (i < THREADS / 8) copy_async(tile, at, in, fault == MISALIGNED ? at + 1 : at, 4);
+        if (i < THREADS / 8) copy_async(tile, at, in, fault == MISALIGNED ? at + 1 : at);
         copy_async_commit();
     }
     if (fault != IN_FLIGHT) fault == EARLY_READ ? copy_async_wait<1>() : copy_async_wait<0>();

@@ -96,6 +96,21 @@ def test_refusals_are_counted_by_reason_and_exceptions_are_failures(monkeypatch)
     assert len(report.failures) == 3 and "it is Tuesday" in report.failures[0].exception
 
 
+def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
+    real = functional.attention
+
+    def forward_only(q, *args, **options):
+        if q.requires_grad:
+            raise NotSupported("attention", "a call", {"reference": ["it has no backward"]})
+        return real(q, *args, **options)
+
+    monkeypatch.setattr(functional, "attention", forward_only)
+    report = verify("attention", "reference", cases=20)
+    assert report.passed and report.checked == 20 and not report.refused
+    assert 10 <= report.forward_only == report.refusals["attention", "it has no backward"] < 20
+    assert not any(name.startswith("d") for _, _, name in report.worst)
+
+
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="op='atention' is unknown"):
         verify("atention", "reference")

@@ -3,7 +3,9 @@
 #include "dispatch.cuh"
 
 extern "C" int fastattn_cuda_attention_forward(const fastattn_cuda_attention *call) {
-    if (call->batch == 0 || call->heads_q == 0 || call->len_q == 0) return cudaSuccess;
+    // A packed batch without queries in its sequences may have rows of no sequence.
+    const int64_t rows = call->cu_seqlens_q ? call->rows_q : call->len_q;
+    if (call->batch == 0 || call->heads_q == 0 || rows == 0) return cudaSuccess;
     const DeviceGuard guard(call->device);
     if (guard.error() != cudaSuccess) return guard.error();
     switch (call->dtype) {

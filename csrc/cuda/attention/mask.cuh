@@ -12,10 +12,6 @@
 constexpr int KEYS = MASK_BLOCK;  // of a tile
 constexpr int MAX_INTERVALS = 4;
 
-__device__ __forceinline__ int clamp(int64_t x, int low, int high) { return x < low ? low : x > high ? high : static_cast<int>(x); }
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
-
 // Bits [low, high) of a word; the bounds may lie outside of it.
 __device__ __forceinline__ uint64_t bit_range(int low, int high) {
     low = larger(low, 0);
@@ -43,56 +39,101 @@ template <int ROWS, bool DENSE>
 class MaskWalk {
 public:
     static constexpr int BLOCK_ROWS = ROWS / MASK_BLOCK;
+    static constexpr int SCRATCH = 4 * MAX_INTERVALS + 20;
 
-    __device__ __forceinline__ MaskWalk(const MaskParams &mask, int b, int h, int row, int len_q, int len_k, const Shared<int> &scratch)
-        : mask_(mask), b_(b), h_(h), row_(row), rows_(smaller(ROWS, len_q - row)), len_q_(len_q), len_k_(len_k), spans_(scratch) {
-        keys_ = {0, len_k};
-        if (mask.key_start) keys_.low = clamp(mask.key_start.get(b), 0, len_k);
-        if (mask.key_end) keys_.high = clamp(mask.key_end.get(b), 0, len_k);
-        Span reach = keys_;
-        if (mask.has_left) reach.low = larger(reach.low, band_low(row));
-        if (mask.has_right) reach.high = smaller(reach.high, band_high(row + rows_ - 1));
-        if (mask.n_intervals > 0) {
-            reduce_intervals();
-            int low = len_k, high = 0;
-            for (int r = 0; r < mask.n_intervals; r++) {
-                low = smaller(low, hull(r).low);
-                high = larger(high, hull(r).high);
-            }
-            reach = {larger(reach.low, low), smaller(reach.high, high)};
+    // scratch: shared memory of SCRATCH integers. What the walk needs seldom lies there: registers belong to the accumulators.
+    __device__ __forceinline__ MaskWalk(const MaskParams &mask, int b, int h, int row, const Sequence &sequence, const Shared<int> &scratch)
+        : mask_(mask), row_(row), len_q_(sequence.len_q), len_k_(sequence.len_k), scratch_(scratch) {
+        const int64_t at = mask.band_offset + sequence.band_shift;
+        const Bounds bounds = {{clamp(at - mask.band_left, -FAR, FAR), clamp(at + mask.band_right + 1, -FAR, FAR)},
+                               {mask.key_start ? clamp(mask.key_start.get(b), 0, len_k_) : 0, mask.key_end ? clamp(mask.key_end.get(b), 0, len_k_) : len_k_}};
+        // Keys that some query sees lie in `reach`; those in `sure` all of them see.
+        Span reach = bounds.keys, sure = bounds.keys;
+        if (mask.has_left) {
+            reach.low = larger(reach.low, band_low(bounds, row));
+            sure.low = larger(sure.low, band_low(bounds, last_row()));
         }
+        if (mask.has_right) {
+            reach.high = smaller(reach.high, band_high(bounds, last_row()));
+            sure.high = smaller(sure.high, band_high(bounds, row));
+        }
+        if (threadIdx.x == 0) scratch_.store<2>(PLACE, {{b, h}});
+        if (mask.n_intervals > 0) {
+            sync_block();
+            reduce_intervals();
+            Span all = {len_k_, 0}, widest = {0, 0};
+            for (int r = 0; r < mask.n_intervals; r++) {
+                all = {smaller(all.low, hull(r).low), larger(all.high, hull(r).high)};
+                if (core(r).high - core(r).low > widest.high - widest.low) widest = core(r);
+            }
+            reach = {larger(reach.low, all.low), smaller(reach.high, all.high)};
+            sure = {larger(sure.low, widest.low), smaller(sure.high, widest.high)};
+        }
+        if (mask.key_bits || mask.row_ptr.data || mask.dense.data) sure = {0, 0};
         next_ = reach.low / KEYS;
-        end_ = reach.high > reach.low ? (reach.high + KEYS - 1) / KEYS : 0;
+        int last[2] = {0, 0};
         if (mask.row_ptr.data) {
 #pragma unroll
             for (int i = 0; i < BLOCK_ROWS; i++) {
                 const int block_row = row / MASK_BLOCK + i;
-                const bool exists = block_row * MASK_BLOCK < len_q;
-                const int64_t at = mask.row_ptr.at(b, h, 0) + block_row;
-                entry_[i] = exists ? mask.row_ptr.data.get(at) : 0;
-                last_[i] = exists ? mask.row_ptr.data.get(at + 1) : 0;
+                if (block_row * MASK_BLOCK >= len_q_) continue;
+                const int64_t entry = mask.row_ptr.at(b, h, 0) + block_row;
+                entry_[i] = mask.row_ptr.data.get(entry);
+                last[i] = mask.row_ptr.data.get(entry + 1);
             }
         }
+        if (threadIdx.x == 0) {
+            scratch_.store<4>(BOUNDS, {{bounds.band.low, bounds.band.high, bounds.keys.low, bounds.keys.high}});
+            const int end = reach.high > reach.low ? (reach.high + KEYS - 1) / KEYS : 0;
+            scratch_.store<4>(ENDS, {{end, (sure.low + KEYS - 1) / KEYS, sure.high / KEYS, 0}});
+            scratch_.store<4>(PLACE, {{b, h, last[0], last[1]}});
+        }
+        settle(false);
+        sync_block();
     }
 
-    // The next tile that some query sees. All threads of the block call this.
+    // The next tile that some query sees. All threads of the block call this, and settle() when all have.
     __device__ __forceinline__ KeyTile next() {
-        for (; next_ < end_; next_++) {
+        const Pack<int, 4> state = scratch_.load<4>(STATE);
+        next_ = state.at[0], begun_ = state.at[1], entry_[0] = state.at[2], entry_[1] = state.at[3];
+        const Pack<int, 4> ends = scratch_.load<4>(ENDS);
+        const int end = ends.at[0];
+        for (; next_ < end; next_++) {
             KeyTile tile = {next_ * KEYS, true, ~uint64_t(0), {0, 0}};
-            if (mask_.row_ptr.data && !find_blocks(tile)) break;
+            if (next_ >= ends.at[1] && next_ < ends.at[2]) {
+                next_++;
+                return tile;
+            }
+            if (mask_.row_ptr.data && !find_blocks(tile, end)) break;
             if (!look(tile)) continue;
             next_ = tile.begin / KEYS + 1;
             return tile;
         }
-        next_ = end_;
+        next_ = INT_MAX;
         return {-1, false, 0, {0, 0}};
     }
+
+    // Whether there was a tile before.
+    __device__ __forceinline__ bool begun() const { return begun_ != 0; }
+    // Keeps the place in shared memory until the next call of next(): between barriers of the block.
+    __device__ __forceinline__ void settle(bool begun = true) const {
+        if (threadIdx.x == 0) scratch_.store<4>(STATE, {{next_, begun, entry_[0], entry_[1]}});
+    }
+
+    // Whether the tile is full, told by one thread before a barrier and asked by all behind it.
+    __device__ __forceinline__ void tell(const KeyTile &tile) const {
+        if (threadIdx.x == 0) scratch_.set(FULL, tile.full);
+    }
+    __device__ __forceinline__ bool is_full() const { return scratch_.get(FULL) != 0; }
 
     // What query `row` sees of a tile, dense mask apart. 0 behind the last query.
     __device__ __forceinline__ uint64_t visible(const KeyTile &tile, int row) const {
         if (row >= len_q_) return 0;
         uint64_t word = tile.keys;
-        if (mask_.has_left || mask_.has_right) word &= bit_range(band_low(row) - tile.begin, band_high(row) - tile.begin);
+        if (mask_.has_left || mask_.has_right) {
+            const Bounds bounds = load_bounds();
+            word &= bit_range(band_low(bounds, row) - tile.begin, band_high(bounds, row) - tile.begin);
+        }
         if (mask_.n_intervals > 0) {
             uint64_t either = 0;
             for (int r = 0; r < mask_.n_intervals; r++) {
@@ -111,7 +152,7 @@ public:
 
     // Whether the dense mask lets query `row` see `key`; both exist.
     __device__ __forceinline__ bool dense_sees(int row, int key) const {
-        return mask_.dense.data.get(mask_.dense.at(b_, h_, row) + key * mask_.dense.inner) != 0;
+        return mask_.dense.data.get(at(mask_.dense, row) + key * mask_.dense.inner) != 0;
     }
     __device__ __forceinline__ bool has_dense_rows() const { return DENSE && mask_.dense.data && !is_key_mask(); }
 
@@ -119,15 +160,38 @@ private:
     // A mask that no head and no query distinguishes hides keys from everybody: they then count as zeros.
     __device__ __forceinline__ bool is_key_mask() const { return mask_.dense.head == 0 && mask_.dense.row == 0; }
 
+    struct Bounds {
+        Span band;  // about a query's number
+        Span keys;  // of the batch entry
+    };
+    // Where things lie in scratch_, behind hull and core of each interval. ENDS: the last tile's, and those of the tiles that are surely full.
+    // STATE: what settle() keeps. PLACE: batch entry and head, then where the block rows end.
+    static constexpr int BOUNDS = 4 * MAX_INTERVALS, ENDS = BOUNDS + 4, STATE = ENDS + 4, PLACE = STATE + 4, FULL = PLACE + 4;
+
+    // Where a query's row of a tensor of the mask begins.
+    template <typename T>
+    __device__ __forceinline__ int64_t at(const Strided<T> &tensor, int row) const {
+        const Pack<int, 2> place = scratch_.load<2>(PLACE);
+        return tensor.at(place.at[0], place.at[1], row);
+    }
+
+    __device__ __forceinline__ Bounds load_bounds() const {
+        const Pack<int, 4> found = scratch_.load<4>(BOUNDS);
+        return {{found.at[0], found.at[1]}, {found.at[2], found.at[3]}};
+    }
+    __device__ __forceinline__ int last_row() const { return smaller(row_ + ROWS, len_q_) - 1; }
+
     // Keys [band_low, band_high) of a query.
-    __device__ __forceinline__ int band_low(int row) const { return mask_.has_left ? clamp(row + mask_.band_offset - mask_.band_left, 0, len_k_) : 0; }
-    __device__ __forceinline__ int band_high(int row) const {
-        return mask_.has_right ? clamp(row + mask_.band_offset + mask_.band_right + 1, 0, len_k_) : len_k_;
+    __device__ __forceinline__ int band_low(const Bounds &bounds, int row) const {
+        return mask_.has_left ? smaller(larger(row + bounds.band.low, 0), len_k_) : 0;
+    }
+    __device__ __forceinline__ int band_high(const Bounds &bounds, int row) const {
+        return mask_.has_right ? smaller(larger(row + bounds.band.high, 0), len_k_) : len_k_;
     }
 
     __device__ __forceinline__ Span interval_of(int r, int row) const {
-        const int64_t at = mask_.intervals.at(b_, h_, row) + r * mask_.interval_stride;
-        return {clamp(mask_.intervals.data.get(at), 0, len_k_), clamp(mask_.intervals.data.get(at + 1), 0, len_k_)};
+        const int64_t pair = at(mask_.intervals, row) + r * mask_.interval_stride;
+        return {clamp(mask_.intervals.data.get(pair), 0, len_k_), clamp(mask_.intervals.data.get(pair + 1), 0, len_k_)};
     }
 
     // Per interval: the hull of what the queries see by it, and the core that all of them see. Threads of the first warp take rows each.
@@ -136,8 +200,8 @@ private:
         if (thread < WARP) {
             for (int r = 0; r < mask_.n_intervals; r++) {
                 int hull_low = len_k_, hull_high = 0, core_low = 0, core_high = len_k_;
-                for (int i = thread; i < rows_; i += WARP) {
-                    const Span interval = interval_of(r, row_ + i);
+                for (int i = row_ + thread; i <= last_row(); i += WARP) {
+                    const Span interval = interval_of(r, i);
                     core_low = larger(core_low, interval.low);
                     core_high = smaller(core_high, interval.high);
                     if (interval.low >= interval.high) continue;
@@ -151,30 +215,31 @@ private:
                     core_low = larger(core_low, shuffle_xor(core_low, step));
                     core_high = smaller(core_high, shuffle_xor(core_high, step));
                 }
-                if (thread == 0) spans_.store<4>(4 * r, {{hull_low, hull_high, core_low, core_high}});
+                if (thread == 0) scratch_.store<4>(4 * r, {{hull_low, hull_high, core_low, core_high}});
             }
         }
         sync_block();
     }
-    __device__ __forceinline__ Span hull(int r) const { return {spans_.get(4 * r), spans_.get(4 * r + 1)}; }
-    __device__ __forceinline__ Span core(int r) const { return {spans_.get(4 * r + 2), spans_.get(4 * r + 3)}; }
+    __device__ __forceinline__ Span hull(int r) const { return {scratch_.get(4 * r), scratch_.get(4 * r + 1)}; }
+    __device__ __forceinline__ Span core(int r) const { return {scratch_.get(4 * r + 2), scratch_.get(4 * r + 3)}; }
 
-    // Moves on to the next tile in which some block row has a block, and notes which; false where there is none before end_.
-    __device__ __forceinline__ bool find_blocks(KeyTile &tile) {
+    // Moves on to the next tile in which some block row has a block, and notes which; false where there is none before tile `end`.
+    __device__ __forceinline__ bool find_blocks(KeyTile &tile, int end) {
         int column = INT_MAX;
 #pragma unroll
         for (int i = 0; i < BLOCK_ROWS; i++) {
-            while (entry_[i] < last_[i] && mask_.col.get(entry_[i]) < next_) entry_[i]++;
-            if (entry_[i] < last_[i]) column = smaller(column, mask_.col.get(entry_[i]));
+            const int last = scratch_.get(PLACE + 2 + i);
+            while (entry_[i] < last && mask_.col.get(entry_[i]) < next_) entry_[i]++;
+            if (entry_[i] < last) column = smaller(column, mask_.col.get(entry_[i]));
         }
-        if (column >= end_) return false;
+        if (column >= end) return false;
         next_ = column;
         tile.begin = column * KEYS;
 #pragma unroll
         for (int i = 0; i < BLOCK_ROWS; i++) {
-            const bool exists = entry_[i] < last_[i] && mask_.col.get(entry_[i]) == column;
+            const bool exists = entry_[i] < scratch_.get(PLACE + 2 + i) && mask_.col.get(entry_[i]) == column;
             tile.block[i] = exists ? mask_.id.get(entry_[i]) : -1;
-            if (tile.block[i] != 0 && i * MASK_BLOCK < rows_) tile.full = false;
+            if (tile.block[i] != 0 && row_ + i * MASK_BLOCK < len_q_) tile.full = false;
         }
         return true;
     }
@@ -182,16 +247,17 @@ private:
     // Whether some query sees some key of the tile; notes which keys there are and whether the tile is full.
     __device__ __forceinline__ bool look(KeyTile &tile) const {
         const int begin = tile.begin, end = begin + KEYS;
-        tile.keys = bit_range(keys_.low - begin, keys_.high - begin);
+        const Bounds bounds = load_bounds();
+        tile.keys = bit_range(bounds.keys.low - begin, bounds.keys.high - begin);
         if (mask_.key_bits)
-            tile.keys &= static_cast<uint64_t>(mask_.key_bits.get(static_cast<int64_t>(b_) * mask_.key_words + begin / KEYS));
+            tile.keys &= static_cast<uint64_t>(mask_.key_bits.get(static_cast<int64_t>(scratch_.get(PLACE)) * mask_.key_words + begin / KEYS));
         if (DENSE && mask_.dense.data && is_key_mask()) tile.keys &= key_mask_word(begin);
         if (tile.keys == 0) return false;
         tile.full = tile.full && tile.keys == ~uint64_t(0);
         if (mask_.has_left || mask_.has_right) {
-            const int last = row_ + rows_ - 1;
-            if (!Span{band_low(row_), band_high(last)}.meets(begin, end)) return false;
-            tile.full = tile.full && Span{band_low(last), band_high(row_)}.covers(begin, end);
+            const int last = last_row();
+            if (!Span{band_low(bounds, row_), band_high(bounds, last)}.meets(begin, end)) return false;
+            tile.full = tile.full && Span{band_low(bounds, last), band_high(bounds, row_)}.covers(begin, end);
         }
         if (mask_.n_intervals > 0) {
             bool met = false, covered = false;
@@ -219,7 +285,7 @@ private:
     __device__ __forceinline__ bool dense_tile_any(int begin) const {
         bool any = false;
         const int keys = smaller(KEYS, len_k_ - begin);
-        for (int i = static_cast<int>(threadIdx.x); i < rows_ * KEYS; i += static_cast<int>(blockDim.x)) {
+        for (int i = static_cast<int>(threadIdx.x); i < (last_row() - row_ + 1) * KEYS; i += static_cast<int>(blockDim.x)) {
             const int key = i % KEYS;
             any = any || (key < keys && dense_sees(row_ + i / KEYS, begin + key));
         }
@@ -227,9 +293,9 @@ private:
     }
 
     const MaskParams &mask_;
-    int b_, h_, row_, rows_, len_q_, len_k_;
-    Span keys_;            // of the batch entry
-    int next_, end_;       // tiles
-    int entry_[2] = {0, 0}, last_[2] = {0, 0};  // form D: the rest of each block row
-    Shared<int> spans_;    // 4 per interval
+    int row_, len_q_, len_k_;
+    Shared<int> scratch_;
+    // Valid between next() and settle().
+    int next_, begun_;       // tile; whether there was one
+    int entry_[2] = {0, 0};  // form D: the rest of each block row begins there
 };

@@ -1,14 +1,15 @@
 // attention forward on mma.sync: compute capability 8.0 and, through PTX, everything after it.
 //
-// Contract   out = softmax(s) v and lse = log sum exp(s), s = softcap(scale q k^T) + bias under the lowered mask, forms A to D, or a dense one;
+// Contract   out = softmax(s) v and lse = log sum exp(s), s = softcap(scale q k^T) + biases under the lowered mask, forms A to D, or a dense one;
 //            one sink per head in the denominator of out; dropout as common/philox.h has it. q (B,Hq,Sq,D), k (B,Hkv,Skv,D), v (B,Hkv,Skv,Dv) in
-//            float16 or bfloat16, any strides, D and Dv up to DIM. A query that sees no key gets 0 and -inf.
+//            float16 or bfloat16, any strides, D and Dv up to DIM, or the rows of a packed batch. A query that sees no key gets 0 and -inf.
 // Numerics   s, statistics and sums in float32, exp2 with scale log2(e) folded in; p is rounded to the dtype of v for the second product and
 //            summed unrounded. The row maximum is exact, so every p lies in [0, 1].
 // Algorithm  A block owns ROWS queries of one head, a warp 16 M of them, with their accumulators in registers. It walks over the tiles of 64 keys
 //            that the mask does not leave empty: while S = Q K^T and its softmax run, V is on its way to shared memory, and while O += P V runs, the
 //            next K. Full tiles skip the mask code. Blocks are numbered so that the last query tiles, under a causal mask the longest, start
-//            first. EXTRAS holds what few calls need (softcap, bias, dropout, dense masks, scale <= 0), out of the way of those that do not.
+//            first. A bias of distance has ROWS + 63 values in a tile: they are worked out once per tile, in shared memory. EXTRAS holds what few
+//            calls need (softcap, biases, dropout, dense masks, scale <= 0), out of the way of those that do not.
 // Measured   not yet: compiled for sm_80 and sm_90 and run in the emulation, never on a GPU.
 #pragma once
 #include <cfloat>
@@ -25,23 +26,31 @@ template <typename T, int DIM, int ROWS, int M, bool EXTRAS>
 struct Sm80Forward {
     static constexpr int WARPS = ROWS / (16 * M), THREADS = WARPS * WARP;
     static constexpr int S_TILES = KEYS / 8, O_TILES = DIM / 8;
+    // Small heads leave registers for a third block on a multiprocessor: more warps to compute while others wait.
+    static constexpr int BLOCKS = !EXTRAS && DIM <= 64 ? 3 : 1;
+    static constexpr int DISTANCES = EXTRAS ? ROWS + KEYS : 0;
     using QTile = Tile<T, ROWS, DIM>;
     using KTile = Tile<T, KEYS, DIM>;
+    using Copy = TileCopy<T, DIM, THREADS>;
     using Walk = MaskWalk<ROWS, EXTRAS>;
-    static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + MAX_INTERVALS * 16;
+    static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + (ROWS + 2 * THREADS * M) * 8 + DISTANCES * 4;
+
+    enum { K_HEAD, V_HEAD, OUT_HEAD, LSE_HEAD };
 
     const AttentionParams<T> &p;
     int b, h, row;        // of the block's first query
     int warp_row;         // of this warp's first query within the block
+    Sequence sequence;
     float s[M][S_TILES][4], o[M][O_TILES][4];
-    float row_max[M][2], row_sum[M][2];  // row_sum: of this thread's columns
+    uint32_t rounded[M][S_TILES / 2][4];
 
     __device__ __forceinline__ Sm80Forward(const AttentionParams<T> &params, int entry, int tile)
         : p(params),
           b(entry / params.heads_q),
           h(entry % params.heads_q),
           row(tile * ROWS),
-          warp_row(static_cast<int>(threadIdx.x) / WARP * 16 * M) {}
+          warp_row(static_cast<int>(threadIdx.x) / WARP * 16 * M),
+          sequence(sequence_of(params, b)) {}
 
     // Query (within the sequence) of accumulator half `half` of slab m.
     __device__ __forceinline__ int query(int m, int half) const {
@@ -87,62 +96,106 @@ struct Sm80Forward {
         return value;
     }
 
-    // Raw products become exponents of 2: scaled, capped, biased. Only elements that the word lets through are biased.
-    __device__ __forceinline__ float exponent(float raw, int query, int key, bool seen) const {
-        float x = raw * p.scale;
-        if (p.softcap != 0.0f) x = p.softcap * tanhf(x / p.softcap);
-        x *= LOG2E;
-        if (p.bias && seen) {
-            const float bias = bias_at(query, key);
-            float add = bias * LOG2E;
-            // A finite bias stays finite: only -inf hides.
-            if (fabsf(bias) <= FLT_MAX && fabsf(add) > FLT_MAX) add = bias < 0.0f ? -FLT_MAX : FLT_MAX;
-            x += add;
-        }
-        return x;
+    // A bias in units of log 2. A finite one stays finite: only -inf hides.
+    static __device__ __forceinline__ float in_log2(float bias) { return sum_of(0.0f, bias * LOG2E, bias); }
+    // a + b, finite where a and `given`, of which b was made, are.
+    static __device__ __forceinline__ float sum_of(float a, float b, float given) {
+        const float sum = a + b;
+        if (!(fabsf(sum) > FLT_MAX) || fabsf(a) > FLT_MAX || fabsf(given) > FLT_MAX) return sum;
+        return sum < 0.0f ? -FLT_MAX : FLT_MAX;
     }
 
-    // Hides what this warp's queries do not see; with EXTRAS also turns products into exponents.
-    __device__ __forceinline__ void prepare(const Walk &walk, const KeyTile &tile) {
-        if (!EXTRAS && tile.full) return;
+    // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1.
+    __device__ __forceinline__ void fill_distances(const Shared<float> &distances, int first_key) const {
+        const DistanceParams &d = p.distance;
+        for (int i = static_cast<int>(threadIdx.x); i < ROWS + KEYS - 1; i += THREADS) {
+            const int distance = i - (ROWS - 1) + first_key - row - sequence.distance_shift;
+            float bias = 0.0f;
+            if (d.table) bias = d.table.get(h * d.table_stride + clamp(distance - d.table_first, 0, static_cast<int>(d.table_size) - 1));
+            if (d.slopes) {
+                const float slope = d.slopes.get(b * d.slopes_stride + h);
+                bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
+            }
+            distances.set(i, in_log2(bias));
+        }
+    }
+
+    // What each query of the block sees of a tile, a thread for a query; only where somebody asks.
+    __device__ __forceinline__ void fill_words(const Shared<uint64_t> &words, const Walk &walk, const KeyTile &tile) const {
+        walk.tell(tile);
+        if (tile.full && !(EXTRAS && p.bias)) return;
+        for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += THREADS) words.set(i, walk.visible(tile, row + i));
+    }
+
+    // Products become exponents of 2, scaled, capped and biased, and what this warp's queries do not see becomes -inf. Without EXTRAS the scale
+    // waits for exp2, and a full tile is left alone.
+    __device__ __forceinline__ void prepare(const Walk &walk, const KeyTile &tile, const Shared<uint64_t> &words, const Shared<float> &distances) {
+        if constexpr (EXTRAS) {
+            const float factor = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * LOG2E;
+            each([&](float &x, int, int, int) { x *= factor; });
+            if (p.softcap != 0.0f) each([&](float &x, int, int, int) { x = p.softcap * LOG2E * tanhf(x); });
+            if (p.distance)
+                each([&](float &x, int m, int half, int column) {
+                    const float bias = distances.get(column + row - query(m, half) + ROWS - 1);
+                    x = sum_of(x, bias, bias);
+                });
+        }
+        if (walk.is_full() && !(EXTRAS && p.bias)) return;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half);
-                const uint64_t word = (tile.full ? ~uint64_t(0) : walk.visible(tile, i)) & (i < p.len_q ? ~uint64_t(0) : 0);
+                const uint64_t word = words.get(i - row) >> column(0, 0);  // bit 8 n + e: whether the query sees element e of column tile n
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float &x = s[m][n][2 * half + e];
-                        bool seen = word >> column(n, e) & 1;
+                        bool seen = word >> (8 * n + e) & 1;
                         if constexpr (EXTRAS) {
                             const int key = tile.begin + column(n, e);
                             if (seen && walk.has_dense_rows()) seen = walk.dense_sees(i, key);
-                            x = exponent(x, i, key, seen);
+                            if (seen && p.bias) {
+                                const float bias = bias_at(i, key);
+                                x = sum_of(x, in_log2(bias), bias);
+                            }
                         }
                         if (!seen) x = -INFINITY;
                     }
             }
     }
 
-    // p = 2^(s - max) in place of s; the sums and what is accumulated so far follow the new maximum.
-    __device__ __forceinline__ void soften() {
-        const float to_log2 = EXTRAS ? 1.0f : p.scale * LOG2E;
+    // Calls f(score, m, half, column within the tile of keys) for each of this thread's scores.
+    template <typename F>
+    __device__ __forceinline__ void each(const F &f) {
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
+            for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, column(n, e));
+    }
+
+    // p = 2^(s - max) in place of s; the sums and what is accumulated so far follow the new maximum. Maxima and sums (of its
+    // own columns) of a thread's 2 M rows lie in shared memory in between: the products need their registers.
+    __device__ __forceinline__ void soften(const Shared<float> &maxima, const Shared<float> &sums) {
+        const float to_log2 = EXTRAS ? 1.0f : p.scale * LOG2E;
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            const int own = (static_cast<int>(threadIdx.x) * M + m) * 2;
+            Pack<float, 2> row_max = maxima.template load<2>(own), row_sum = sums.template load<2>(own);
+#pragma unroll
             for (int half = 0; half < 2; half++) {
-                float greatest = row_max[m][half];
+                float greatest = row_max.at[half];
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++) greatest = fmaxf(greatest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
                 greatest = fmaxf(greatest, shuffle_xor(greatest, 1));
                 greatest = fmaxf(greatest, shuffle_xor(greatest, 2));
                 const float base = greatest == -INFINITY ? 0.0f : greatest * to_log2;
-                const float shrink = exp2_fast(row_max[m][half] * to_log2 - base);
-                row_max[m][half] = greatest;
-                float sum = row_sum[m][half] * shrink;
+                const float shrink = exp2_fast(row_max.at[half] * to_log2 - base);
+                row_max.at[half] = greatest;
+                float sum = row_sum.at[half] * shrink;
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++)
 #pragma unroll
@@ -151,13 +204,16 @@ struct Sm80Forward {
                         x = exp2_fast(fmaf(x, to_log2, -base));
                         sum += x;
                     }
-                row_sum[m][half] = sum;
+                row_sum.at[half] = sum;
 #pragma unroll
                 for (int n = 0; n < O_TILES; n++) {
                     o[m][n][2 * half] *= shrink;
                     o[m][n][2 * half + 1] *= shrink;
                 }
             }
+            maxima.template store<2>(own, row_max);
+            sums.template store<2>(own, row_sum);
+        }
     }
 
     // Zeroes what is dropped; the scale of what is kept comes at the end. One call of the generator serves a thread's eight elements of 32 keys.
@@ -179,32 +235,35 @@ struct Sm80Forward {
                 }
     }
 
+    // p in the dtype of v: the left operand of the second product.
+    __device__ __forceinline__ void round() {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) rounded[m][n / 2][n % 2 * 2 + half] = pack_pair<T>(s[m][n][2 * half], s[m][n][2 * half + 1]);
+    }
+
     __device__ __forceinline__ void accumulate(const KTile &v) {
 #pragma unroll
         for (int key = 0; key < KEYS; key += 16) {
-            uint32_t left[M][4];
-#pragma unroll
-            for (int m = 0; m < M; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float(&x)[4] = s[m][key / 8 + i / 2];
-                    left[m][i] = pack_pair<T>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
-                }
 #pragma unroll
             for (int n = 0; n < O_TILES; n += 2) {
                 uint32_t right[4];
                 v.right_operand(right, key, 8 * n);
 #pragma unroll
                 for (int m = 0; m < M; m++) {
-                    mma<T>(o[m][n], left[m], right[0], right[1]);
-                    mma<T>(o[m][n + 1], left[m], right[2], right[3]);
+                    mma<T>(o[m][n], rounded[m][key / 16], right[0], right[1]);
+                    mma<T>(o[m][n + 1], rounded[m][key / 16], right[2], right[3]);
                 }
             }
         }
     }
 
     // Normalises and writes lse and out, the latter through this warp's rows of the tile of q, which nobody else reads.
-    __device__ __forceinline__ void finish(const QTile &q) {
+    __device__ __forceinline__ void finish(const QTile &q, const Shared<float> &maxima, const Shared<float> &sums, const Shared<int64_t> &heads) {
+        const int64_t out_head = heads.get(OUT_HEAD), lse_head = heads.get(LSE_HEAD);
         const float to_log2 = EXTRAS ? 1.0f : p.scale * LOG2E;
         const int lane = static_cast<int>(threadIdx.x) % WARP;
         sync_warp();
@@ -212,20 +271,21 @@ struct Sm80Forward {
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float sum = row_sum[m][half];
+                const int own = (static_cast<int>(threadIdx.x) * M + m) * 2 + half;
+                float sum = sums.get(own);
                 sum += shuffle_xor(sum, 1);
                 sum += shuffle_xor(sum, 2);
                 const bool sees = !(sum == 0.0f);  // the greatest p is 1, and NaN is not hidden
-                const float base = row_max[m][half] * to_log2;
+                const float base = maxima.get(own) * to_log2;
                 const int i = query(m, half);
-                if (lane % 4 == 0 && i < p.len_q) {
+                if (lane % 4 == 0 && i < sequence.len_q) {
                     // Scores at the end of float32's range were clamped there in units of log 2.
                     const float lse = fabsf(base) == FLT_MAX ? base : (base + log2f(sum)) * LN2;
-                    p.lse.set((static_cast<int64_t>(b) * p.heads_q + h) * p.len_q + i, sees ? lse : -INFINITY);
+                    p.lse.set(lse_head + i, sees ? lse : -INFINITY);
                 }
                 float factor = sees ? 1.0f / sum : 0.0f;
                 if (p.sinks && sees) {
-                    const float sink = p.sinks.get(h) * LOG2E, top = fmaxf(base, sink), shrink = exp2f(base - top);
+                    const float sink = p.sinks.get(static_cast<unsigned>(h)) * LOG2E, top = fmaxf(base, sink), shrink = exp2f(base - top);
                     factor = shrink / (sum * shrink + exp2f(sink - top));
                 }
                 if (EXTRAS && p.dropout) factor *= p.dropout.keep_scale;
@@ -239,9 +299,9 @@ struct Sm80Forward {
         sync_warp();
         for (int i = lane; i < 16 * M * QTile::CHUNKS; i += WARP) {
             const int r = warp_row + i / QTile::CHUNKS, first = i % QTile::CHUNKS * 8;
-            if (row + r >= p.len_q || first >= p.dim_v) continue;
+            if (row + r >= sequence.len_q || first >= p.dim_v) continue;
             const Pack<T, 8> chunk = q.data.template load<8>(r * QTile::STRIDE + first);
-            const int64_t at = p.out.at(b, h, row + r) + first;
+            const int64_t at = out_head + (row + r) * p.out.row + first;
             if (p.out_vectors) {
                 p.out.data.template store<8>(at, chunk);
             } else {
@@ -252,18 +312,46 @@ struct Sm80Forward {
         }
     }
 
+    // out 0 and lse -inf for rows [begin, end) of a packed batch.
+    __device__ __forceinline__ void clear(int begin, int end) const {
+        for (int i = begin + static_cast<int>(threadIdx.x) / WARP; i < end; i += WARPS) {
+            const int lane = static_cast<int>(threadIdx.x) % WARP;
+            if (lane == 0) p.lse.set(static_cast<int64_t>(h) * p.packed.rows_q + i, -INFINITY);
+            for (int d = lane; d < p.dim_v; d += WARP) p.out.data.set(p.out.at(0, h, i) + d, from_float<T>(0.0f));
+        }
+    }
+    // The rows of no sequence: before the first, behind the last, and what is behind the longest length that was told.
+    __device__ __forceinline__ void clear_unowned() const {
+        if (b == 0) clear(0, sequence.first_q);
+        const int end = b + 1 < p.batch ? clamp(p.packed.cu_q.get(b + 1), 0, p.packed.rows_q) : p.packed.rows_q;
+        clear(sequence.first_q + sequence.len_q, end);
+    }
+
     __device__ __forceinline__ void run() {
+        if (p.packed.cu_q) {
+            if (row == 0) clear_unowned();
+            if (row >= sequence.len_q) return;
+        }
         SharedArena arena;
         const QTile q{arena.take<T>(QTile::SIZE)};
         const KTile k{arena.take<T>(KTile::SIZE)}, v{arena.take<T>(KTile::SIZE)};
-        Walk walk(p.mask, b, h, row, p.len_q, p.len_k, arena.take<int>(4 * MAX_INTERVALS));
+        // Where the sequence's rows of this head begin: not in registers, which are few.
+        const Shared<int64_t> heads = arena.take<int64_t>(4);
+        if (threadIdx.x == 0) {
+            const int h_kv = h / p.group;
+            heads.set(K_HEAD, p.k.at(b, h_kv, sequence.first_k));
+            heads.set(V_HEAD, p.v.at(b, h_kv, sequence.first_k));
+            heads.set(OUT_HEAD, p.out.at(b, h, sequence.first_q));
+            heads.set(LSE_HEAD, (static_cast<int64_t>(p.packed.cu_q ? 0 : b) * p.heads_q + h) * p.packed.rows_q + sequence.first_q);
+        }
+        Walk walk(p.mask, b, h, row, sequence, arena.take<int>(Walk::SCRATCH));
+        const Shared<uint64_t> words = arena.take<uint64_t>(ROWS);
+        const Shared<float> maxima = arena.take<float>(THREADS * 2 * M), sums = arena.take<float>(THREADS * 2 * M), distances = arena.take<float>(DISTANCES);
+        Pack<float, 2 * M> none;
 #pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                row_max[m][half] = -INFINITY;
-                row_sum[m][half] = 0.0f;
-            }
+        for (float &x : none.at) x = -INFINITY;
+        maxima.template store<2 * M>(static_cast<int>(threadIdx.x) * 2 * M, none);
+        sums.template store<2 * M>(static_cast<int>(threadIdx.x) * 2 * M, {});
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -271,35 +359,45 @@ struct Sm80Forward {
 #pragma unroll
                 for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
-        const int64_t k_head = p.k.at(b, h / p.group, 0), v_head = p.v.at(b, h / p.group, 0);
-        q.template load<THREADS>(p.q, p.q_vectors, p.q.at(b, h, 0), row, p.dim_qk, [&](int r) { return row + r < p.len_q; });
-        for (bool first = true;; first = false) {
+        const Copy copy;
+        copy.load(q, p.q, p.q_vectors, p.q.at(b, h, sequence.first_q), row, p.dim_qk, row + ROWS <= sequence.len_q,
+                  [&](int n) { return row + static_cast<int>(copy.row) + n < sequence.len_q; });
+        for (;;) {
             const KeyTile tile = walk.next();
-            if (tile.begin >= 0)
-                k.template load<THREADS>(p.k, p.k_vectors, k_head, tile.begin, p.dim_qk, [&](int r) { return tile.keys >> r & 1; });
+            const uint64_t keys = tile.keys >> copy.row;
+            const bool all = tile.keys == ~uint64_t(0);
+            const auto lives = [&](int n) { return keys >> n & 1; };
+            if (tile.begin >= 0) {
+                copy.load(k, p.k, p.k_vectors, heads.get(K_HEAD), tile.begin, p.dim_qk, all, lives);
+                fill_words(words, walk, tile);
+                if (EXTRAS && p.distance) fill_distances(distances, tile.begin);
+            }
             copy_async_commit();
-            if (!first) accumulate(v);
+            if (walk.begun()) accumulate(v);
             copy_async_wait<0>();
             if (tile.begin < 0) {
-                if (first) sync_block();  // the tile of q, which finish() writes, is no longer being filled
+                if (!walk.begun()) sync_block();  // the tile of q, which finish() writes, is no longer being filled
                 break;
             }
-            sync_block();  // k has come, and every warp is done with the v before
-            v.template load<THREADS>(p.v, p.v_vectors, v_head, tile.begin, p.dim_v, [&](int r) { return tile.keys >> r & 1; });
+            sync_block();  // k, words and distances have come, and every warp is done with the v before
+            walk.settle();
+            copy.load(v, p.v, p.v_vectors, heads.get(V_HEAD), tile.begin, p.dim_v, all, lives);
             copy_async_commit();
             score(q, k);
-            prepare(walk, tile);
-            soften();
+            prepare(walk, tile, words, distances);
+            soften(maxima, sums);
             if (EXTRAS && p.dropout) drop_out(seed, tile.begin);
+            round();
             copy_async_wait<0>();
-            sync_block();  // v has come, and every warp is done with k
+            sync_block();  // v has come, and every warp is done with k, words and distances
         }
-        finish(q);
+        finish(q, maxima, sums, heads);
     }
 };
 
 template <typename T, int DIM, int ROWS, int M, bool EXTRAS>
-__global__ void __launch_bounds__(Sm80Forward<T, DIM, ROWS, M, EXTRAS>::THREADS, 1) attention_forward_sm80(const __grid_constant__ AttentionParams<T> p) {
+__global__ void __launch_bounds__(Sm80Forward<T, DIM, ROWS, M, EXTRAS>::THREADS, Sm80Forward<T, DIM, ROWS, M, EXTRAS>::BLOCKS)
+    attention_forward_sm80(const __grid_constant__ AttentionParams<T> p) {
     const int entry = static_cast<int>(blockIdx.x) % p.entries, tile = p.q_tiles - 1 - static_cast<int>(blockIdx.x) / p.entries;
     Sm80Forward<T, DIM, ROWS, M, EXTRAS>(p, entry, tile).run();
 }

@@ -15,26 +15,6 @@ struct Tile {
 
     Shared<T> data;
 
-    // Fills the tile from rows first, first + 1, ... of one head, zeros where a row is not alive or its columns end. 16-byte copies are under way
-    // when this returns, in the group that is open; single elements (where the tensor allows no 16 bytes) are there.
-    template <int THREADS, typename Alive>
-    __device__ __forceinline__ void load(const Strided<const T> &from, bool vectors, int64_t head_at, int first, int width, const Alive &alive) const {
-        for (int i = static_cast<int>(threadIdx.x); i < ROWS * CHUNKS; i += THREADS) {
-            const int row = i / CHUNKS, column = i % CHUNKS * 8;
-            const int left = width - column, valid = !alive(row) || left <= 0 ? 0 : left < 8 ? left : 8;
-            const int64_t at = valid > 0 ? head_at + (first + row) * from.row + column : 0;
-            if (vectors) {
-                copy_async(data, row * STRIDE + column, from.data, at, valid);
-            } else {
-                Pack<uint16_t, 8> chunk = {};
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    if (j < valid) chunk.at[j] = from.data.template as<const uint16_t>().get(at + j);
-                data.template as<uint16_t>().template store<8>(row * STRIDE + column, chunk);
-            }
-        }
-    }
-
     // The A fragment of rows [row, row + 16), columns [column, column + 16).
     __device__ __forceinline__ void left_operand(uint32_t (&fragment)[4], int row, int column) const {
         const int lane = static_cast<int>(threadIdx.x) % WARP;
@@ -49,5 +29,55 @@ struct Tile {
     __device__ __forceinline__ void right_operand(uint32_t (&fragment)[4], int row, int column) const {
         const int lane = static_cast<int>(threadIdx.x) % WARP;
         load_matrices_transposed(fragment, data, (row + lane % 16) * STRIDE + column + lane / 16 * 8);
+    }
+};
+
+// How THREADS threads share the copying of such tiles: a thread takes the same columns of every STEP-th row, so that all of its addresses follow
+// from one by constants. Rows of 3 * 2^n chunks are copied in three slices.
+template <typename T, int DIM, int THREADS>
+struct TileCopy {
+    static constexpr int CHUNKS = DIM / 8, ACROSS = CHUNKS & -CHUNKS, STEP = THREADS / ACROSS;
+    static constexpr int STRIDE = Tile<T, STEP, DIM>::STRIDE;
+
+    unsigned row, column;  // of the first chunk of this thread
+
+    __device__ __forceinline__ TileCopy() : row(threadIdx.x / ACROSS), column(threadIdx.x % ACROSS * 8) {}
+
+    // Fills a tile from rows [first, first + ROWS) of one head, whose rows begin at head_at; zeros where a row is not alive or its columns end.
+    // alive(n) is asked about the n-th row after this thread's first one, unless all are. 16-byte copies are under way when this returns, in the
+    // group that is open; zeros, and the single elements of a tensor that allows no 16 bytes, are there.
+    template <int ROWS, typename Alive>
+    __device__ __forceinline__ void load(const Tile<T, ROWS, DIM> &to, const Strided<const T> &from, bool vectors, int64_t head_at, unsigned first,
+                                         unsigned width, bool all, const Alive &alive) const {
+        static_assert(ROWS % STEP == 0);
+        int64_t at = head_at + (first + row) * from.row + column;
+        const int64_t step = STEP * from.row;
+        const int to_at = static_cast<int>(row * STRIDE + column);
+        if (vectors && all && width == DIM) {
+#pragma unroll
+            for (int n = 0; n < ROWS; n += STEP, at += step)
+#pragma unroll
+                for (int aside = 0; aside < DIM; aside += 8 * ACROSS) copy_async(to.data, to_at + n * STRIDE + aside, from.data, at + aside);
+            return;
+        }
+#pragma unroll 1
+        for (int n = 0; n < ROWS; n += STEP, at += step) {
+            const bool lives = all || alive(n);
+#pragma unroll 1
+            for (unsigned aside = 0; aside < DIM; aside += 8 * ACROSS) {
+                const int chunk_at = to_at + n * STRIDE + static_cast<int>(aside);
+                if (vectors && lives && column + aside < width) {
+                    copy_async(to.data, chunk_at, from.data, at + aside);
+                    continue;
+                }
+                Pack<uint16_t, 8> chunk = {};
+                if (!vectors) {
+#pragma unroll
+                    for (unsigned j = 0; j < 8; j++)
+                        if (lives && column + aside + j < width) chunk.at[j] = from.data.template as<const uint16_t>().get(at + aside + j);
+                }
+                to.data.template as<uint16_t>().template store<8>(chunk_at, chunk);
+            }
+        }
     }
 };

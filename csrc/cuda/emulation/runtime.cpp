@@ -322,8 +322,7 @@ void Block::wait(size_t left, const Where &where) {
         std::shuffle(landing.begin(), landing.end(), random_);
         for (const AsyncCopy &copy : landing) {
             for (int i = 0; i < 4; i++) word(copy.to + 4 * i).copying = false;
-            std::memset(copy.to, 0, 16);
-            if (copy.valid_bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
+            std::memcpy(copy.to, copy.from, 16);
             check_shared(copy.to, 16, true, where);
         }
     }

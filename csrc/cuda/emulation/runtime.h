@@ -33,7 +33,6 @@ using Where = std::source_location;
 struct AsyncCopy {
     unsigned char *to;
     const unsigned char *from;
-    int valid_bytes;
     Where where;
 };
 

@@ -4,12 +4,10 @@
 
 #include "memory.cuh"
 
-// 16 bytes to to[to_at ...]: the first `valid` elements from from[from_at ...], zeros after them. Both ends aligned to 16 bytes.
+// 16 bytes to to[to_at ...] from from[from_at ...], both aligned to 16 bytes.
 template <typename T>
-__device__ __forceinline__ void copy_async(const Shared<T> &to, int to_at, const Global<const T> &from, int64_t from_at, int valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address(to_at)), "l"(from.address() + from_at),
-                 "r"(valid * static_cast<int>(sizeof(T)))
-                 : "memory");
+__device__ __forceinline__ void copy_async(const Shared<T> &to, int to_at, const Global<const T> &from, int64_t from_at) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address(to_at)), "l"(from.address() + from_at) : "memory");
 }
 // Closes the group of the copies issued so far.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

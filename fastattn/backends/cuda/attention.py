@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, place
-from fastattn.backends.views import address, broadcast_view, mask_arguments, view
+from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -22,10 +22,6 @@ def attention_reasons(problem: AttentionProblem) -> list[str]:
     reasons = device_reasons(problem.device_type)
     if problem.dtype not in _DTYPES:
         reasons.append(f"the CUDA attention takes bfloat16 and float16, and q is {problem.dtype}")
-    if problem.table or problem.slopes:
-        reasons.append("the CUDA attention takes no bias by distance")
-    if problem.packed:
-        reasons.append("the CUDA attention takes no packed batches")
     if problem.requires_grad:
         reasons.append("the CUDA attention has no backward")
     if not (1 <= problem.dim_qk <= _MAX_DIM and 1 <= problem.dim_v <= _MAX_DIM):
@@ -52,7 +48,8 @@ def attention_forward(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Sq, Dv), a transposed view of (B, Sq, Hq, Dv) memory; lse (B, Hq, Sq) float32.
+    """out (B, Hq, Sq, Dv), a transposed view of (B, Sq, Hq, Dv) memory; lse (B, Hq, Sq) float32. For a packed batch B
+    is 1 and Sq all rows.
 
     RuntimeError with the call, the CUDA error and the shapes where the launch fails.
     """
@@ -60,24 +57,30 @@ def attention_forward(
     _, heads_kv, len_k, dim_v = v.shape
     out = q.new_empty(batch, len_q, heads_q, dim_v).transpose(1, 2)
     lse = q.new_empty(batch, heads_q, len_q, dtype=torch.float32)
+    places = (0, 0, 0, 0)
+    if packed is not None:
+        if packed.batch == 0:  # all rows are of no sequence
+            return out.zero_(), lse.fill_(-torch.inf)
+        places = (packed.cu_seqlens_q.data_ptr(), packed.cu_seqlens_k.data_ptr(), len_q, len_k)
+        batch, len_q, len_k = packed.batch, packed.max_len_q, packed.max_len_k
     sinks = None if sinks is None else sinks.float()
-    added = bias.dense
-    if added is not None:
-        added = added.expand(batch, heads_q, len_q, len_k)
+    dense = None if bias.dense is None else bias.dense.expand(batch, heads_q, len_q, len_k)
     blocks = mask.blocks
     load().attention_forward(
         dtype=DTYPES[q.dtype],
         sizes=(batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v),
-        q=view(q),
-        k=view(k),
-        v=view(v),
-        out=view(out),
+        packed=places,
+        q=broadcast_view(q),
+        k=broadcast_view(k),
+        v=broadcast_view(v),
+        out=broadcast_view(out),
         lse=lse.data_ptr(),
         mask=mask_arguments(mask, batch, heads_q),
         n_blocks=0 if blocks is None else blocks.col.numel(),
         n_bitmaps=0 if blocks is None else blocks.bitmaps.shape[0],
-        bias=broadcast_view(added),
-        bias_dtype=0 if added is None else DTYPES[added.dtype],
+        bias=broadcast_view(dense),
+        bias_dtype=0 if dense is None else DTYPES[dense.dtype],
+        distance=distance_arguments(bias),
         sinks=address(sinks),
         scale=scale,
         softcap=softcap,
