@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu-check"
 STAGE_SECONDS = 520.0
 OPERATIONS = ("attention", "norm", "linear_act", "ffn", "gated_ffn")
-SUITES = ("attention", "decode", "norm", "ffn", "model")
-BENCH_SHARES = {"attention": 0.55, "decode": 0.1, "norm": 0.1, "ffn": 0.12, "model": 0.13}
+SUITES = ("attention", "packed", "decode", "norm", "ffn", "model")
+BENCH_SHARES = {"attention": 0.5, "packed": 0.05, "decode": 0.1, "norm": 0.1, "ffn": 0.12, "model": 0.13}
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 

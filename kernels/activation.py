@@ -1,9 +1,10 @@
-"""Bias and activation after a matrix product, gated pairs, and their backward with the sums for bias gradients.
+"""Bias, activation and dropout after a matrix product, gated pairs, and backward with the sums for bias gradients.
 
 Contract
-    forward    pre = x + bias          y = act(pre) up
-    backward   with h the forward's y: dpre = dh up act'(pre)          dup = dh act(pre)          h = act(pre) up
+    forward    pre = x + bias          y = act(pre) up m
+    backward   with h the forward's y: dpre = dh m up act'(pre)        dup = dh m act(pre)        h = act(pre) up m
                dbias = sum over rows of dpre, and of dup
+    with m the dropout multiplier, 1 without a seed: what fastattn.reference.philox draws, with entry 0
     (rows, columns), contiguous, of one of float32, bfloat16 and float16; bias of any of the three; bias, up and every
     output but y optional. Activations by number: fastattn.backends.codes.
 
@@ -25,6 +26,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.numerics import narrow, tanh
+from fastattn.kernels.philox import dropout_tile
 
 
 @triton.jit
@@ -57,9 +59,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def activation_forward_kernel(
-    x, bias, up, pre, y, rows, columns, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+    x, bias, up, seed_pointer, pre, y, rows, columns, threshold, keep_scale,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows, block of columns). y and pre may be x itself."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -72,14 +75,18 @@ def activation_forward_kernel(
     active, slope = _activate(value, ACTIVATION)
     if up is not None:
         active *= tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    if seed_pointer is not None:
+        active *= dropout_tile(
+            tl.load(seed_pointer), row.to(tl.int32), 0, tl.program_id(1) * BLOCK_C, threshold, keep_scale, BLOCK_C
+        )  # fmt: skip
     if pre is not None:
         tl.store(pre + at, narrow(value, pre.dtype.element_ty), mask=inside)
     tl.store(y + at, narrow(active, y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "threshold"])
 def activation_backward_kernel(
-    grad_h, pre, up, grad_pre, grad_up, h, pre_sums, up_sums, rows, columns,
+    grad_h, pre, up, seed_pointer, grad_pre, grad_up, h, pre_sums, up_sums, rows, columns, threshold, keep_scale,
     ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (part, block of columns) takes row blocks part, part + parts, ... and writes row `part` of the sums."""
@@ -92,6 +99,11 @@ def activation_backward_kernel(
         at = row[:, None] * columns + column[None, :]
         grad = tl.load(grad_h + at, mask=inside, other=0.0).to(tl.float32)
         active, slope = _activate(tl.load(pre + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+        if seed_pointer is not None:
+            factor = dropout_tile(
+                tl.load(seed_pointer), row.to(tl.int32), 0, tl.program_id(1) * BLOCK_C, threshold, keep_scale, BLOCK_C
+            )  # fmt: skip
+            grad *= factor
         grad_value = grad * slope
         if up is not None:
             other = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
@@ -103,6 +115,8 @@ def activation_backward_kernel(
                 up_sum += tl.sum(grad_other, 0)
         tl.store(grad_pre + at, narrow(grad_value, grad_pre.dtype.element_ty), mask=inside)
         if h is not None:
+            if seed_pointer is not None:
+                active *= factor
             tl.store(h + at, narrow(active, h.dtype.element_ty), mask=inside)
         if pre_sums is not None:
             pre_sum += tl.sum(grad_value, 0)

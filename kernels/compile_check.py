@@ -5,7 +5,7 @@ and sm_100, some for sm_86: the same tiles, arguments and options as on a GPU. O
 architecture, registers, stack bytes, shared memory, tensor-core instructions. Exit code 1 where
 - shared memory is over the architecture's limit,
 - a kernel that multiplies half-precision tiles has no tensor-core instruction,
-- a forward for half inputs of head dims up to 128 without options has a stack (spilled registers),
+- a forward for half inputs of head dims up to 128 without options or biases has a stack (spilled registers),
 - a stack is larger than compiled.json, beside this file, says. --write writes that file anew.
 """
 
@@ -33,25 +33,30 @@ MULTIPLYING = (
     "attention_queries_kernel",
     "attention_keys_kernel",
     "attention_bias_kernel",
+    "attention_distance_kernel",
 )
 
 
 class Variant(NamedTuple):
     """A call of the backend. mask: of attention, or the name of another operation, whose width is dim. options: bias,
-    softcap, sinks and dropout of attention, all at once."""
+    softcap, sinks and dropout of attention, all at once. distance: biases by distance, with gradients. packed: of
+    attention."""
 
     dtype: str
     dim: int
     dim_v: int
     mask: str
     options: bool = False
+    distance: bool = False
+    packed: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
     short: bool = False
 
     @property
     def name(self) -> str:
         dims = f"d{self.dim}" if self.dim == self.dim_v else f"d{self.dim}/{self.dim_v}"
-        return " ".join([self.dtype, dims, self.mask, *(["options"] if self.options else [])])
+        extras = [name for name in ("options", "distance", "packed") if getattr(self, name)]
+        return " ".join([self.dtype, dims, self.mask, *extras])
 
 
 VARIANTS = [
@@ -67,6 +72,11 @@ VARIANTS = [
     Variant("bfloat16", 128, 128, "keys", options=True, archs=(90,)),
     Variant("bfloat16", 64, 64, "blocks", archs=(80, 90)),
     Variant("bfloat16", 128, 128, "intervals", archs=(90,)),
+    Variant("bfloat16", 64, 64, "causal", distance=True),
+    Variant("bfloat16", 128, 128, "none", distance=True, archs=(90,)),
+    Variant("float32", 64, 64, "intervals", distance=True, packed=True, archs=(80,)),
+    Variant("bfloat16", 64, 64, "causal", packed=True, archs=(80, 90)),
+    Variant("bfloat16", 128, 128, "causal", packed=True, archs=(90,)),
     Variant("bfloat16", 1024, 1024, "norm"),
     Variant("bfloat16", 16384, 16384, "norm", archs=(90,)),
     Variant("bfloat16", 1024, 1024, "linear_act", archs=(80, 90, 100)),
@@ -103,14 +113,15 @@ def launches(variant: Variant, arch: int) -> list[Any]:
 
 
 def _call_layer(variant: Variant) -> None:
-    """A norm with all options, or a feed-forward layer, of (64, dim) rows."""
+    """A norm with all options, a linear layer, or a feed-forward layer with dropout, of (64, dim) rows."""
     from fastattn.backends import triton as backend
 
     dtype, dim = getattr(torch, variant.dtype), variant.dim
     x = torch.empty(64, dim, dtype=dtype, device="meta")
     weight, bias = x.new_empty(dim, dim), x.new_empty(dim)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
     if variant.mask == "norm":
-        residual, seed = x.float(), torch.empty(1, dtype=torch.int64, device="meta")
+        residual = x.float()
         y, z, mean, rstd = backend.norm_forward(x, bias, bias, residual, seed, "layer", 1e-5, 0.0, 0.1)
         backend.norm_backward(y, z, z, bias, mean, rstd, seed, "layer", 0.0, 0.1, dtype, True, True)
     elif variant.mask == "linear_act":
@@ -118,13 +129,15 @@ def _call_layer(variant: Variant) -> None:
         backend.linear_act_backward(y, x, weight, pre, "gelu", True, True, True)
     else:
         weights = (weight, bias, weight, bias, weight, bias)
-        y, gate, up = backend.gated_ffn_forward(x, *weights, "silu", True)
-        backend.gated_ffn_backward(y, x, weight, weight, weight, gate, up, "silu", *[True] * 7)
+        y, gate, up = backend.gated_ffn_forward(x, *weights, seed, "silu", 0.1, True)
+        backend.gated_ffn_backward(y, x, weight, weight, weight, gate, up, seed, "silu", 0.1, *[True] * 7)
 
 
 def _call_attention(variant: Variant) -> None:
     from fastattn.backends import triton as backend
+    from fastattn.biases.lowered import LoweredBias
     from fastattn.masks.lowered import Blocks, LoweredMask
+    from fastattn.packed import Packed
 
     dtype, meta = getattr(torch, variant.dtype), torch.device("meta")
     batch, heads, heads_kv, length = 2, 8, 4, 1024
@@ -155,19 +168,27 @@ def _call_attention(variant: Variant) -> None:
             )
         ),
     }
-    # (B, S, H, D) in memory, as projections leave them
-    q = tensor(batch, length, heads, variant.dim).transpose(1, 2)
-    k = tensor(batch, length, heads_kv, variant.dim).transpose(1, 2)
-    v = tensor(batch, length, heads_kv, variant.dim_v).transpose(1, 2)
-    bias = tensor(1, heads, length, length) if variant.options else None
+    # (B, S, H, D) in memory, as projections leave them; packed (1, B S, H, D)
+    rows = (1, batch * length) if variant.packed else (batch, length)
+    q = tensor(*rows, heads, variant.dim).transpose(1, 2)
+    k = tensor(*rows, heads_kv, variant.dim).transpose(1, 2)
+    v = tensor(*rows, heads_kv, variant.dim_v).transpose(1, 2)
+    packed = Packed(numbers(batch + 1), numbers(batch + 1), length, length) if variant.packed else None
+    bias = LoweredBias(
+        dense=tensor(1, heads, length, length) if variant.options else None,
+        table=tensor(heads, 257, dtype=torch.float32) if variant.distance else None,
+        first=-128,
+        slopes=tensor(1, heads, dtype=torch.float32) if variant.distance else None,
+    )
     sinks = tensor(heads, dtype=torch.float32) if variant.options else None
     seed = tensor(1, dtype=torch.int64) if variant.options else None
-    extras = (masks[variant.mask], bias, sinks, seed, 0.125, 30.0 * variant.options, 0.1 * variant.options)
+    extras = (
+        masks[variant.mask], bias, packed, sinks, seed, 0.125, 30.0 * variant.options, 0.1 * variant.options
+    )  # fmt: skip
     out, lse = backend.attention_forward(q, k, v, *extras)
     grad_lse = lse if variant.options else None
-    backend.attention_backward(
-        out, grad_lse, q, k, v, out, lse, *extras, variant.options, variant.options, deterministic=True
-    )
+    wanted = (variant.options, variant.distance, variant.distance, variant.options)
+    backend.attention_backward(out, grad_lse, q, k, v, out, lse, *extras, *wanted, deterministic=True)
 
 
 def compile_launch(variant: Variant, arch: int, index: int) -> Compiled:
@@ -235,7 +256,7 @@ def troubles(found: Compiled, variant: Variant, committed: dict[str, int]) -> li
         wrong.append(f"{found.shared} bytes of shared memory, {SHARED_LIMIT[found.arch]} are there")
     if half and found.kernel in MULTIPLYING and found.tensor_core == "-":
         wrong.append("no tensor-core instruction")
-    plain = half and max(variant.dim, variant.dim_v) <= 128 and not variant.options
+    plain = half and max(variant.dim, variant.dim_v) <= 128 and not (variant.options or variant.distance)
     if plain and found.kernel == "attention_forward_kernel" and found.stack > 0:
         wrong.append(f"a stack of {found.stack} bytes in a plain forward")
     if found.key not in committed:
@@ -272,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
             wrong = troubles(found, variant, results if given.write else committed)
             failed += bool(wrong)
             print(
-                f"{found.kernel:26s} {found.variant:32s} sm_{found.arch:<4d} {found.registers:4d} registers "
+                f"{found.kernel:26s} {found.variant:36s} sm_{found.arch:<4d} {found.registers:4d} registers "
                 f"{found.stack:6d} stack {found.shared:7d} shared  {found.tensor_core}"
                 + "".join(f"\n    FAILED: {sentence}" for sentence in wrong),
                 flush=True,

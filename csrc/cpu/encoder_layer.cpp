@@ -17,19 +17,8 @@
 #include "operands.h"
 #include "workspace.h"
 
-#include <stdio.h>
 FASTATTN_NAMESPACE_BEGIN
 namespace {
-#ifdef __AMX_BF16__
-static double T[16]; static long TN; static inline double tick(){ return (double)__builtin_ia32_rdtsc(); }
-#define LAP(i) { double now_=tick(); if (omp_get_thread_num()==0) T[i]+=now_-lap_; lap_=now_; }
-#define START double lap_=tick();
-static int knob(const char*n,int d){ const char*v=getenv(n); return v?atoi(v):d; }
-#else
-#define LAP(i)
-#define START
-static int knob(const char*,int d){return d;}
-#endif
 
 // ---- One kernel after the other --------------------------------------------------------------------------------------------------------
 
@@ -149,7 +138,7 @@ class Plan {
         chunks = larger(1, (p.hidden + kChunk - 1) / kChunk);
         ld = round_up(p.embed, form.strip_width());
         const int64_t row_floats = 2 * ld + operand_floats(1, p.embed) + operand_floats(1, kChunk);
-        block_rows = knob("FA_ROWS",(int)larger(kWordRows, smaller(kBlockRows, kBlockFloats / row_floats / kWordRows * kWordRows)));
+        block_rows = larger(kWordRows, smaller(kBlockRows, kBlockFloats / row_floats / kWordRows * kWordRows));
         square_floats = form.strips(p.embed) * form.right_depth(p.embed);
         up_floats = form.strips(kChunk) * form.right_depth(p.embed);
         down_floats = form.strips(p.embed) * form.right_depth(kChunk);
@@ -235,7 +224,7 @@ class Worker {
             }
             source = {normal, FASTATTN_FLOAT32, plan_.ld, 1};
         }
-START const Left left = pack_left(form_, source, {0, rows.size()}, {0, e}, operand_, nonfinite_);LAP(1)
+        const Left left = pack_left(form_, source, {0, rows.size()}, {0, e}, operand_, nonfinite_);
         for (int64_t i = 0; i < 3; i++) {
             const Piece piece = plan_.piece(i);
             void *target = offset((void *)plan_.qkv, p_.dtype, rows.begin * 3 * e + i * e);
@@ -243,16 +232,13 @@ START const Left left = pack_left(form_, source, {0, rows.size()}, {0, e}, opera
                 with_dtype(p_.dtype, [&]<int dtype>() { store_tile<dtype>(piece.layer->bias, tile, columns, target, 3 * e); });
             });
         }
-LAP(2)
     }
 
     // Rows of the attention's result, which lie in y, to rows of y.
     void finish(Range rows) {
         const int64_t e = p_.embed, count = rows.size();
         const Operand mixed{offset((const void *)p_.y, p_.dtype, rows.begin * e), p_.dtype, e, 1};
-START
         into(rows_, false, plan_.piece(3), pack_left(form_, mixed, {0, count}, {0, e}, operand_, nonfinite_), count);
-LAP(4)
         // Norm last: what is normalised is also the residual. Norm first: the residual stays in rows_.
         float *normal = !p_.norm_first ? rows_ : form_.parts ? sums_ : operand_;
         for (int64_t r = 0; r < count; r++) {
@@ -261,11 +247,9 @@ LAP(4)
             normalise(p_.norm_first ? p_.norm2 : p_.norm1, row, normal + r * plan_.ld, FASTATTN_FLOAT32);
         }
         const Left left = pack_left(form_, {normal, FASTATTN_FLOAT32, plan_.ld, 1}, {0, count}, {0, e}, operand_, nonfinite_);
-LAP(5)
         for (int64_t chunk = 0; chunk < plan_.chunks; chunk++) {
             const Piece up = plan_.piece(4 + 2 * chunk), down = plan_.piece(5 + 2 * chunk);
-            const Left hid=activated(up, left, count); LAP(6)
- into(sums_, chunk > 0, down, hid, count); LAP(7)
+            into(sums_, chunk > 0, down, activated(up, left, count), count);
         }
         for (int64_t r = 0; r < count; r++) {
             float *row = sums_ + r * plan_.ld;
@@ -274,7 +258,6 @@ LAP(5)
             if (!p_.norm_first) normalise(p_.norm2, row, target, p_.dtype);
             else for (int64_t c = 0; c < e; c += kLanes) store_any(offset(target, p_.dtype, c), p_.dtype, load(row + c), lanes_left(c, e));
         }
-LAP(8)
     }
 
   private:
@@ -298,7 +281,7 @@ LAP(8)
     // The strip after this one comes in while `rows` rows go through this one. Pieces lie behind each other: the next strip may be of the next.
     Ahead next_strip(const float *strip, int64_t strip_floats, int64_t rows) const {
         const int64_t lines = kWordDepth * larger(1, form_.parts) * kWordVectors, tiles = (rows + kWordRows - 1) / kWordRows;
-        static int on=knob("FA_AHEAD",1); return {strip + strip_floats, on?(lines + tiles - 1) / tiles:0};
+        return {strip + strip_floats, (lines + tiles - 1) / tiles};
     }
 
     // use(tile of rows, columns of the piece) with the product in tile_.
@@ -445,25 +428,19 @@ Outcome by_blocks(const fastattn_encoder_layer &p, Form form) {
     {
         const MatrixUnit unit;
         Worker worker(plan, omp_get_thread_num());
-START
 #pragma omp for schedule(dynamic)
         for (int64_t strip = 0; strip < strips; strip++) worker.pack(strip);
-LAP(0)
         share(worker, [&](Range rows) { worker.project(rows); });
     }
     if (outcome.nonfinite && form.parts == 3) return outcome;
-    START outcome.status = attend(p, plan.qkv, p.y, plan.lse);
-    LAP(3) if (outcome.status != FASTATTN_OK) return outcome;
+    outcome.status = attend(p, plan.qkv, p.y, plan.lse);
+    if (outcome.status != FASTATTN_OK) return outcome;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const MatrixUnit unit;
         Worker worker(plan, omp_get_thread_num());
         share(worker, [&](Range rows) { worker.finish(rows); });
     }
-#ifdef __AMX_BF16__
-    if (++TN==20) for(double&t:T) t=0;
-    if (TN==40) { const char*names[]={"pack","packx","qkv","attend","out","norm1+pack","up+gelu","down","norm2"}; for(int i=0;i<9;i++) fprintf(stderr,"%s %.2f ms  ",names[i],T[i]/20/2.6e6); fprintf(stderr,"\n"); }
-#endif
     return outcome;
 }
 

@@ -24,7 +24,9 @@ def broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
     """As view, with strides 0 in dimensions of one element too: by them the kernels know what is broadcast."""
     if tensor is None:
         return None
-    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    shape, strides = tensor.shape, tensor.stride()
+    if 1 in shape:  # what follows is a tenth of a small call's time
+        strides = tuple([0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])
     return (tensor.data_ptr(), *strides)
 
 

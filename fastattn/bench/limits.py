@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -20,8 +20,6 @@ import torch
 from fastattn.bench.cases.base import Work, dtype_name
 from fastattn.bench.providers.base import Job
 from fastattn.bench.timing import Effort, empty_graph_ms, time_jobs
-
-_FLOPS_PER_ROUND = 2 * 16 * 16  # one multiply and one add, 16 chains of 16 lanes
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,21 @@ class Limits:
         if dtype == "float32" and self.fma is not None:
             flops = max(flops, self.fma)
         return max(work.flops / flops, work.bytes / self.copy)
+
+    def best(self, other: Limits) -> Limits:
+        """The better of two measurements, each of the same dtypes."""
+
+        def better(choose: Callable[[Iterable[float]], float], a: float | None, b: float | None) -> float | None:
+            known = [x for x in (a, b) if x is not None]
+            return choose(known) if known else None
+
+        return Limits(
+            product={dtype: max(rate, other.product[dtype]) for dtype, rate in self.product.items()},
+            copy=max(self.copy, other.copy),
+            fma=better(max, self.fma, other.fma),
+            empty_ms=better(min, self.empty_ms, other.empty_ms),
+            notes=self.notes,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "notes": list(self.notes)}
@@ -83,12 +96,13 @@ def _fma(quick: bool) -> tuple[float | None, str]:
         return None, reason
     threads, rounds = torch.get_num_threads(), 10_000 if quick else 5_000_000
     library.fma_loop.argtypes, library.fma_loop.restype = [ctypes.c_long], ctypes.c_float
+    library.fma_flops.restype = ctypes.c_long
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:  # a foreign call holds no interpreter lock, and needs no OpenMP
         for _ in range(5):
             began = time.perf_counter()
             list(pool.map(library.fma_loop, [rounds] * threads))
-            best = max(best, _FLOPS_PER_ROUND * rounds * threads / (time.perf_counter() - began))
+            best = max(best, library.fma_flops() * rounds * threads / (time.perf_counter() - began))
     return best, ""
 
 

@@ -125,11 +125,12 @@ def merge(parts: Iterable[Result]) -> Result:
     results = list(parts)
     last = results[-1]
     rows = {row.key: row for result in results for row in result.rows}
+    peers = {name: version for result in results for name, version in result.environment.get("peers", {}).items()}
     product = {dtype: rate for result in results for dtype, rate in result.limits.product.items()}
     return Result(
         rows=list(rows.values()),
         limits=replace(last.limits, product=product),
-        environment=last.environment,
+        environment={**last.environment, "peers": peers},
         date=last.date,
         seconds=sum(result.seconds for result in results),
         quick=any(result.quick for result in results),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fastattn.bench.cases.base import Case, OpCase, dtype_name
+from fastattn.bench.cases.base import Case, OpCase, Work, dtype_name
 from fastattn.bench.cases.model import ModelCase
 from fastattn.bench.limits import Limits, measure_limits
 from fastattn.bench.memory import peak_memory
@@ -23,23 +23,24 @@ from fastattn.bench.rows import Result, Row, with_ratios
 from fastattn.bench.timing import QUICK, Effort, Timing, own_stream, time_jobs
 from fastattn.bench.truth import Expected
 from fastattn.dispatch import BackendWarning
-from fastattn.environment import device_environment
+from fastattn.environment import device_environment, version_of
 from fastattn.errors import NotSupported
 from fastattn.parity.bound import ParityRow
 
 Step = Callable[[str], object]
+_KEPT = "peak memory is not known: it keeps its working memory between calls"
 
 
 @dataclass(frozen=True)
 class Options:
     """directions: a subset of those that the cases have; empty takes all of theirs. memory: measure peak memory.
-    compiled: let providers join that compile anew for every shape. only: providers by name, or None for all. budget:
-    seconds after which no further case is begun."""
+    compiled: whether providers join that compile anew for every shape; None: on the cases that say so. only: providers
+    by name, or None for all. budget: seconds after which no further case is begun."""
 
     device: str = "cpu"
     directions: tuple[str, ...] = ()
     memory: bool = True
-    compiled: bool = True
+    compiled: bool | None = None
     quick: bool = False
     only: frozenset[str] | None = None
     effort: Effort = field(default_factory=Effort)
@@ -63,7 +64,8 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
     """Runs the cases and returns all rows. `step` is told before each (case, direction) what comes next.
 
     A result that breaks the parity rule, or one of our backends that fails other than by refusing, is a failure of the
-    run; so is an error of the truths themselves. A peer that fails is a row with its reason.
+    run; so is an error of the truths themselves. A peer that fails is a row with its reason. The limits are measured
+    before and after all cases, for a shared machine is not the same all the time; the better of both counts.
     """
     began = time.perf_counter()
     if options.quick:
@@ -73,8 +75,9 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
         warnings.filterwarnings("ignore", module="torch")
         step("measuring the limits")
         dtypes = list(dict.fromkeys(case.dtype for case in cases))
-        limits = measure_limits(options.device, dtypes, quick=options.quick)
+        before = measure_limits(options.device, dtypes, quick=options.quick)
         rows: list[Row] = []
+        works: dict[tuple[str, str, str, str], Work] = {}
         failures: list[str] = []
         left_out: list[str] = []
         try:
@@ -83,15 +86,17 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
                     left_out.append(f"{case.suite}: {case.name}, {direction}")
                     continue
                 step(f"{case.suite}: {case.name}, {direction}")
-                found, failed = _Question(case, direction, options, limits).answer()
+                found, failed = _Question(case, direction, options).answer()
                 rows += found
+                works |= {row.question: case.work(direction) for row in found}
                 failures += failed
         finally:
             Sdpa.any()
+        limits = before.best(measure_limits(options.device, dtypes, quick=options.quick))
     return Result(
-        rows=rows,
+        rows=[_with_share(row, works[row.question], limits) for row in rows],
         limits=limits,
-        environment=device_environment(options.device),
+        environment={**device_environment(options.device), "peers": _peers(rows)},
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         seconds=time.perf_counter() - began,
         quick=options.quick,
@@ -100,11 +105,24 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
     )
 
 
+def _peers(rows: list[Row]) -> dict[str, str]:
+    """The versions of the packages, beside torch, of those that were timed."""
+    timed = {row.provider for row in rows if row.median_ms is not None}
+    packages = {provider.package for provider in PROVIDERS if provider.name in timed and provider.package}
+    return {package: version_of(package) or "unknown" for package in sorted(packages)}
+
+
+def _with_share(row: Row, work: Work, limits: Limits) -> Row:
+    if row.median_ms is None:
+        return row
+    return replace(row, share_of_limit=limits.seconds(work, row.dtype) / (row.median_ms / 1e3))
+
+
 class _Question:
     """One case in one direction, asked of every provider."""
 
-    def __init__(self, case: Case, direction: str, options: Options, limits: Limits) -> None:
-        self.case, self.direction, self.options, self.limits = case, direction, options, limits
+    def __init__(self, case: Case, direction: str, options: Options) -> None:
+        self.case, self.direction, self.options = case, direction, options
         self.rows: dict[str, Row] = {}
         self.failures: list[str] = []
 
@@ -123,8 +141,7 @@ class _Question:
             self.rows[name] = self._timed(self.rows[name], jobs[name], timing)
         if self.options.memory:
             for name, job in jobs.items():
-                peak = peak_memory(job.call, self.options.device, grad=job.grad)
-                self.rows[name] = replace(self.rows[name], peak_memory=peak)
+                self.rows[name] = self._measured(self.rows[name], job)
         jobs.clear()
         if not self.options.quick:  # what a failed provider's traceback still holds may be large
             gc.collect()
@@ -135,11 +152,10 @@ class _Question:
 
     def _admit(self, provider: Provider) -> bool:
         """Enters a row for the provider; False, with the reason in it, where it does not take part."""
-        reason = provider.unavailable_reason(self.options.device)
-        if reason is None and provider.compiles and not (self.options.compiled and self.case.compiled):
+        reason = provider.unavailable_reason(self.options.device) or provider.refuses(self.case, self.direction)
+        joins = self.direction in self.case.compiled if self.options.compiled is None else self.options.compiled
+        if reason is None and provider.compiles and not joins:
             reason = "left out: it compiles for seconds for every shape; --compile lets it join every case"
-        if reason is None:
-            reason = provider.refuses(self.case, self.direction)
         self.rows[provider.name] = self._row(provider, reason)
         return reason is None
 
@@ -182,16 +198,18 @@ class _Question:
             f"{case.suite}: {case.name}, {self.direction}, {dtype_name(case.dtype)}, {provider}: {reason}"
         )
 
+    def _measured(self, row: Row, job: Job) -> Row:
+        if job.keeps_memory:
+            return replace(row, note="; ".join(filter(None, [row.note, _KEPT])))
+        return replace(row, peak_memory=peak_memory(job.call, self.options.device, grad=job.grad))
+
     def _timed(self, row: Row, job: Job, timing: Timing) -> Row:
-        seconds = timing.median / 1e3
-        least = self.limits.seconds(self.case.work(self.direction), row.dtype)
         return replace(
             row,
             median_ms=timing.median,
             iqr_ms=timing.quartiles,
             samples=len(timing.samples),
-            rate=row.work / seconds,
-            share_of_limit=least / seconds,
+            rate=row.work / (timing.median / 1e3),
             note="; ".join(filter(None, [job.note, timing.note])),
         )
 

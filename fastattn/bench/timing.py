@@ -20,7 +20,7 @@ import torch
 from fastattn.bench.providers.base import Job
 
 _SAMPLE_SECONDS = 1e-3
-_SLOW_SECONDS = 0.5
+_SLOW_SECONDS, _FAR_BEHIND = 0.1, 3.0
 _FLUSH_L2_TIMES = 2
 _LEAST_FLUSH_BYTES = 256 * 2**20
 
@@ -29,14 +29,15 @@ _LEAST_FLUSH_BYTES = 256 * 2**20
 class Effort:
     """How long to time: at least `rounds` rounds, then on until `seconds` are over or `most` rounds are made.
 
-    few: the rounds after which a call that takes over half a second stays out.
+    few: the rounds after which a call stays out that takes over a tenth of a second and three times as long as the
+    fastest: its place is clear, and minutes of a run would go into it.
     """
 
     rounds: int = 5
-    seconds: float = 1.5
+    seconds: float = 1.0
     most: int = 200
     warm_up: int = 2
-    few: int = 2
+    few: int = 3
 
 
 QUICK = Effort(rounds=2, seconds=0.0, most=2, warm_up=1, few=1)
@@ -98,13 +99,18 @@ class _CpuTimer:
         began = time.perf_counter()
         for number in range(self.effort.most):
             turn = number % len(names)
+            behind = self._far_behind(samples) if number >= self.effort.few else set()
             for name in names[turn:] + names[:turn]:
-                slow = len(samples[name]) >= self.effort.few and min(samples[name]) > 1e3 * _SLOW_SECONDS
-                if not slow:
+                if name not in behind:
                     samples[name].append(1e3 * self._seconds(jobs[name], self._calls[name]))
             if number + 1 >= self.effort.rounds and time.perf_counter() - began > self.effort.seconds:
                 break
         return {name: Timing(found) for name, found in samples.items()}
+
+    @staticmethod
+    def _far_behind(samples: dict[str, list[float]]) -> set[str]:
+        fastest = min(min(found) for found in samples.values())
+        return {name for name, found in samples.items() if min(found) > max(1e3 * _SLOW_SECONDS, _FAR_BEHIND * fastest)}
 
     @staticmethod
     def _seconds(call: Callable[[], object], times: int) -> float:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from typer.core import TyperGroup
 
 from fastattn.bench.cases.base import DIRECTIONS
@@ -22,7 +22,7 @@ from fastattn.bench.report import write_report
 from fastattn.bench.report.table import print_result
 from fastattn.bench.rows import Result, merge, read_result
 from fastattn.bench.run import Options, questions, run_bench
-from fastattn.cli.console import wide_console
+from fastattn.cli.console import progress_bar, wide_console
 from fastattn.dispatch import BackendWarning
 from fastattn.environment import device_environment
 
@@ -75,8 +75,9 @@ def run(
     ] = None,
     match: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Let providers join that compile for every shape.")
-    ] = True,
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Providers that compile for every shape join all cases, or none."),
+    ] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
     output: Annotated[Path | None, typer.Option("--json", help="Write every figure into this JSON file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.md, plots and results.json to this folder.")] = None,
@@ -122,8 +123,7 @@ def _device(name: str) -> str:
 
 
 def _run(wanted: list[Any], options: Options, console: Console) -> Result:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(questions(wanted, options)))
         begun = -1  # the first step measures the limits
 
@@ -143,7 +143,7 @@ def _write(result: Result, output: Path | None, report: Path | None, append: boo
     if report is not None:
         held = append and (report / "results.json").exists()
         files = write_report(merge([read_result(report), result]) if held else result, report)
-        console.print(f"report: {files[1]}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"report: {files[1]}", highlight=False, soft_wrap=True)
 
 
 @bench.command()
@@ -158,7 +158,7 @@ def compare(
         found = compare_results(read_result(old), read_result(new))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console.print(found.text(), markup=False, highlight=False, soft_wrap=True)
+    console.print(found.text(), highlight=False, soft_wrap=True)
     if strict and any(change.row.ours and change.verdict == Change.SLOWER for change in found.changes):
         raise typer.Exit(1)
 
@@ -178,13 +178,13 @@ def tune(
     console = wide_console()
     with console.status("tuning") as status, warnings.catch_warnings():
         warnings.simplefilter("ignore", BackendWarning)
-        found = run_tune(where, _DTYPES[named], quick=quick, step=lambda text: status.update(f"tuning {text}"))
+        found = run_tune(where, _DTYPES[named], quick=quick, step=lambda text: status.update(Text(f"tuning {text}")))
     if output is not None:
         entries = [asdict(tuned) for tuned in found]
         content = {"environment": device_environment(where), "dtype": named, "quick": quick, "entries": entries}
         output.write_text(json.dumps(content, indent=1, default=str) + "\n")
     for tuned in found:
-        console.print(str(tuned), markup=False, highlight=False, soft_wrap=True)
+        console.print(str(tuned), highlight=False, soft_wrap=True)
     if not found:
         console.print("no backend that this machine can use has anything to tune", highlight=False)
 

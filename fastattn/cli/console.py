@@ -1,11 +1,21 @@
-"""The console that commands print to."""
+"""The console that commands print to, and the progress bar on it."""
 
 from __future__ import annotations
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 
 def wide_console(*, stderr: bool = False) -> Console:
-    """A console as wide as its terminal, or 120 columns where there is none, so that tables in a log stay readable."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
+    """A console as wide as its terminal, or 120 columns where there is none, so that tables in a log stay readable.
+
+    It prints texts as they are: reasons and shapes hold square brackets, which rich would take for markup.
+    """
+    console = Console(stderr=stderr, markup=False)
+    return console if console.is_terminal else Console(stderr=stderr, markup=False, width=120)
+
+
+def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
+    """A bar that is gone when it is done: what is going on, how many of how many, how long already."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *more, console=console, transient=True)

@@ -31,13 +31,23 @@ ROWS: dict[str, Problem] = {
     "with a bias that requires grad": replace(
         _ATTENTION, bias=torch.float32, bias_requires_grad=True, requires_grad=True
     ),
+    "with ALiBi, relative and T5 biases": replace(_ATTENTION, table=True, slopes=True),
+    "with their gradients": replace(
+        _ATTENTION,
+        table=True,
+        slopes=True,
+        table_requires_grad=True,
+        slopes_requires_grad=True,
+        requires_grad=True,
+    ),
+    "with packed batches (`attention_varlen`)": replace(_ATTENTION, packed=True),
     "with softcap": replace(_ATTENTION, softcap=True),
     "with sinks": replace(_ATTENTION, sinks=True),
     "with dropout": replace(_ATTENTION, dropout=True),
     "attention_decode": _DECODE,
     "with a paged cache": replace(_DECODE, paged=True),
     "with a window, a bias, softcap or sinks": replace(
-        _DECODE, band=True, bias=torch.float32, softcap=True, sinks=True
+        _DECODE, band=True, bias=torch.float32, table=True, slopes=True, softcap=True, sinks=True
     ),
     "layer_norm, rms_norm": _NORM,
     "with dropout and residual add": replace(_NORM, dropout=True, residual_dtype=torch.float32),

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fastattn.backends import cuda, triton
-from fastattn.cli.console import wide_console
+from fastattn.cli.console import progress_bar, wide_console
 from fastattn.dispatch import backends
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
 from fastattn.parity.run import VerifyReport
@@ -28,8 +29,8 @@ def default_backend() -> str:
     return next((name for name in ("cuda", "cpu") if usable[name] is None), "reference")
 
 
-def _ratio(ratio: float) -> str:
-    return f"[red]{ratio:.3g}[/red]" if not ratio <= 1.0 else f"{ratio:.3f}"
+def _ratio(ratio: float) -> Text:
+    return Text(f"{ratio:.3g}", style="red") if not ratio <= 1.0 else Text(f"{ratio:.3f}")
 
 
 def worst_table(report: VerifyReport, op: str) -> Table:
@@ -44,12 +45,13 @@ def worst_table(report: VerifyReport, op: str) -> Table:
         if key_op == op:
             quantities[name.removesuffix(" * 2^-12")] = None
     for name in quantities:
-        cells, rows = [], 0
+        cells: list[Text] = []
+        rows = 0
         for dtype in _DTYPES:
             found = [report.worst.get((op, dtype, name + suffix)) for suffix in ("", " * 2^-12")]
             ratios = [worst.ratio for worst in found if worst is not None]
             rows += sum(worst.rows for worst in found if worst is not None)
-            cells.append(_ratio(max(ratios)) if ratios else "")
+            cells.append(_ratio(max(ratios)) if ratios else Text())
         table.add_row(name, *cells, str(rows))
     return table
 
@@ -64,7 +66,7 @@ def _print(report: VerifyReport, console: Console) -> None:
             table.add_row(op, str(count), reason)
         console.print(table, highlight=False)
     for failure in report.failures[:_SHOWN_FAILURES]:
-        console.print(str(failure), style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(str(failure), style="red", highlight=False, soft_wrap=True)
     if len(report.failures) > _SHOWN_FAILURES:
         console.print(f"... and {len(report.failures) - _SHOWN_FAILURES} more failures", style="red")
     verdict = "all within the bound" if report.passed else f"{len(report.failures)} FAILED"
@@ -81,8 +83,7 @@ def _run(
     op: str, backend: str, cases: int, seed: int, only: list[int] | None, isa: str | None, console: Console
 ) -> VerifyReport:
     total = (len(OPERATIONS) if op == "all" else 1) * (cases if only is None else len(only))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+    with progress_bar(console, TimeRemainingColumn()) as progress:
         task = progress.add_task(f"{op} on {backend}", total=total)
         return run_verify(
             op,
@@ -129,7 +130,7 @@ def verify(
             seed, index = parse_token(repro)
             only = [index]
             described = draw_case(op, seed, index).describe()
-            console.print(f"{op} {repro}: {described}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{op} {repro}: {described}", highlight=False, soft_wrap=True)
         report = _run(op, name, cases, seed, only, isa, console)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None

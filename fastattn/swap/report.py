@@ -144,14 +144,16 @@ class SwapReport:
         return "\n".join([self._headline(), *(line.rstrip() for line in text), *self._footnotes()])
 
     def __rich__(self) -> Table:
-        """The same table for a rich console."""
+        """The same table for a rich console, with nothing in it taken for markup."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=self._headline(), caption="\n".join(self._footnotes()) or None)
+        caption = Text("\n".join(self._footnotes()), style="table.caption")
+        table = Table(title=Text(self._headline(), style="table.title"), caption=caption or None)
         for column in _COLUMNS:
             table.add_column(column, justify="right" if column == "calls" else "left")
         for line in _table(self.rows):
-            table.add_row(*line)
+            table.add_row(*map(Text, line))
         return table
 
     def _headline(self) -> str:

@@ -1,14 +1,14 @@
-"""Attention backward: gradients of q, of k and v, of the bias and of the sinks. No atomics: the same bits every run.
+"""Attention backward: gradients of q, of k and v, and of the sinks. No atomics: the same bits every run.
 
     p = softmax(s), with the sink in its denominator;  dp = dropout'(grad_out v^T);  delta = sum over keys of p dp
     ds = p (dp - delta) + grad_lse softmax(s), the last one without the sink
     grad_q = scale ds k,  grad_k = scale ds^T q,  grad_v = dropout(p)^T grad_out
     grad_sink = - sum over queries of p_sink delta
-With a softcap ds is also multiplied by 1 - tanh^2, after grad_bias = ds was taken.
+With a softcap ds is also multiplied by 1 - tanh^2; biases get it as it was before.
 
 Contract
     Tensors as in forward.py; grad_out and out have any strides with a contiguous last dimension, lse is the forward's.
-    norm and centre, float32 (B, Hq, Sq), are written by the queries kernel and read by the two others, run after it.
+    norm and centre, float32 (B, Hq, Sq), are written by the queries kernel and read by the others, run after it.
 
 Numerics
     With e = exp(s - lse) a row's terms are p = e norm and ds = e (dp norm - centre). From a float32 lse and a rounded
@@ -22,9 +22,7 @@ Numerics
 Algorithm
     queries: a program keeps a query tile and walks the key tiles it sees, three products each. keys: a program keeps a
     key tile and walks the query tiles that see it, head after head of its group, four products each, transposed so that
-    p and ds are left operands as they stand. bias: a program keeps a tile of the bias and walks the batch entries,
-    heads and tiles that share it, two products each; where these are many and tiles few, several programs write parts
-    that the host adds.
+    p and ds are left operands as they stand. Gradients of biases: bias.py.
 
 Measured
     not yet on a GPU: compiled for sm_80, sm_90 and sm_100, checked on the CPU through Triton's interpreter.
@@ -35,10 +33,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.mask import VARYING, range_of_keys, visible_keys, visible_pairs
+from fastattn.kernels.attention.mask import (
+    VARYING,
+    band_at,
+    sequence_of,
+    visible_keys,
+    visible_pairs,
+)
 from fastattn.kernels.attention.tile import (
     accumulate,
+    base_of,
     exp_distance,
+    exponent_base,
     load_rows,
     plan_keys,
     plan_queries,
@@ -54,66 +60,61 @@ from fastattn.kernels.numerics import LOG2E
 from fastattn.kernels.philox import dropout_tile
 
 
-@triton.jit
-def _base_of(lse, unit, FOLDED: tl.constexpr):
-    """What exp_distance subtracts; a row that sees nothing, or that is none, gets +inf, which makes every e 0."""
-    base = tl.where(lse == -float("inf"), float("inf"), lse)
-    if FOLDED:
-        base *= LOG2E
-    return base
-
-
 @triton.jit(do_not_specialize=VARYING)
 def attention_queries_kernel(
-    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, out_b, out_h, out_s, lse,
+    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, out_b, out_h, out_s, lse, lse_b, lse_h,
     grad_out, grad_out_b, grad_out_h, grad_out_s, grad_lse, grad_q, grad_q_b, grad_q_h, grad_q_s,
     norm_out, centre_out, sink_terms,
     key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,
     intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q, bitmaps,
     dense, dense_b, dense_h, dense_q, dense_k,
     tiles, full_counts, partial_counts, order, plan_b, plan_h,
-    bias, bias_b, bias_h, bias_q, bias_k, sinks, seed_pointer, threshold, keep_scale,
+    bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+    cu_q, cu_k, rows_q, rows_k, sinks, seed_pointer, threshold, keep_scale,
     batches, heads_q, group, len_q, len_k, section, scale, softcap, tolerance,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr, LAST_FIRST: tl.constexpr,
-    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, FOLDED: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, TOP_LEFT: tl.constexpr, FOLDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """grad_q, norm, centre and the sinks' terms, by query tile. With CHECKED a tile is walked again where its estimated
     centre is off by more than `tolerance` of the largest row of |ds|."""
     key_mask = (key_start, key_end, key_bits, words, key_flags, flags_b, flags_k)
-    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
-                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
     plan = (tiles, full_counts, partial_counts, order, plan_b, plan_h)
-    bias_of = (bias, bias_b, bias_h, bias_q, bias_k)
+    packed = (cu_q, cu_k, rows_q, rows_k)
     tiles_q, tiles_k = tl.cdiv(len_q, BLOCK_Q), tl.cdiv(len_k, BLOCK_K)
     entry, rank = scheduled(batches * heads_q, tiles_q, section)
     batch, head = entry // heads_q, entry % heads_q
     tile_q = tile_of_rank(rank, plan, batch, head, tiles_q, LISTED, LAST_FIRST)
+    start_q, start_k, len_q, len_k, ends = sequence_of(packed, batch, len_q, len_k)
+    band_low, band_high = band_at(packed, band_low, band_high, ends)
+    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
+                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
+    position = ends
+    if TOP_LEFT:
+        position = ends * 0
+    bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+               position)  # fmt: skip
     first_q = tile_q * BLOCK_Q
     rows = first_q + tl.arange(0, BLOCK_Q)
     within = rows < len_q
-    wide_batch, wide_head, wide_kv = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-    k_base = k + wide_batch * k_b + wide_kv * k_h
-    v_base = v + wide_batch * v_b + wide_kv * v_h
-    q_one, q_two = load_rows(
-        q + wide_batch * q_b + wide_head * q_h, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST
-    )  # fmt: skip
-    g_one, g_two = load_rows(
-        grad_out + wide_batch * grad_out_b + wide_head * grad_out_h, first_q, grad_out_s, within,
-        BLOCK_Q, DIM_V, WIDE_V, REST_V,
-    )  # fmt: skip
-    o_one, o_two = load_rows(
-        out + wide_batch * out_b + wide_head * out_h, first_q, out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V
-    )  # fmt: skip
+    k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s)
+    v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s)
+    q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
+    g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s)
+    o_base = base_of(out, batch, out_b, head, out_h, start_q, out_s)
+    q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)
+    g_one, g_two = load_rows(g_base, first_q, grad_out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V)
+    o_one, o_two = load_rows(o_base, first_q, out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V)
     delta = tl.sum(g_one.to(tl.float32) * o_one.to(tl.float32), 1)
     if REST_V > 0:
         delta += tl.sum(g_two.to(tl.float32) * o_two.to(tl.float32), 1)
-    row = entry.to(tl.int64) * len_q + rows
+    row = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + start_q + rows
     log_sum = tl.load(lse + row, mask=within, other=-float("inf"))
     unit = unit_of(scale, FOLDED)
-    base = _base_of(log_sum, unit, FOLDED)
+    base = exponent_base(log_sum, unit, FOLDED)
     sink = tl.zeros((BLOCK_Q,), tl.float32)  # e of the sink
     if sinks is not None:
         sink = tl.where(log_sum == -float("inf"), 0.0, tl.exp2((tl.load(sinks + head) - log_sum) * LOG2E))
@@ -126,7 +127,8 @@ def attention_queries_kernel(
         seed = tl.load(seed_pointer)
 
     full, partial, low, full_low, full_high, position = plan_keys(
-        key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
+        key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, tiles_k, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q,
+        BLOCK_K,
     )  # fmt: skip
     one = tl.zeros((BLOCK_Q, WIDE), tl.float32)
     two = one
@@ -195,10 +197,8 @@ def attention_queries_kernel(
         else:
             two = one
 
-    store_rows(
-        grad_q + wide_batch * grad_q_b + wide_head * grad_q_h, first_q, grad_q_s, within, one, two,
-        BLOCK_Q, DIM, WIDE, REST,
-    )  # fmt: skip
+    grad_base = base_of(grad_q, batch, grad_q_b, head, grad_q_h, start_q, grad_q_s)
+    store_rows(grad_base, first_q, grad_q_s, within, one, two, BLOCK_Q, DIM, WIDE, REST)
     tl.store(norm_out + row, norm, mask=within)
     tl.store(centre_out + row, centre, mask=within)
     if sink_terms is not None:
@@ -207,38 +207,48 @@ def attention_queries_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_keys_kernel(
-    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, lse, norm_out, centre_out,
+    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, lse, lse_b, lse_h, norm_out, centre_out,
     grad_out, grad_out_b, grad_out_h, grad_out_s,
     grad_k, grad_k_b, grad_k_h, grad_k_s, grad_v, grad_v_b, grad_v_h, grad_v_s,
     key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,
     intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q, bitmaps,
     dense, dense_b, dense_h, dense_q, dense_k,
     tiles, full_counts, partial_counts, order, plan_b, plan_h,
-    bias, bias_b, bias_h, bias_q, bias_k, seed_pointer, threshold, keep_scale,
+    bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+    cu_q, cu_k, rows_q, rows_k, seed_pointer, threshold, keep_scale,
     batches, heads_q, group, len_q, len_k, section, scale, softcap,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
-    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, FOLDED: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, TOP_LEFT: tl.constexpr, FOLDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v. One program per (batch entry, key head, key tile); its tiles are keys x queries."""
     key_mask = (key_start, key_end, key_bits, words, key_flags, flags_b, flags_k)
-    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
-                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
     plan = (tiles, full_counts, partial_counts, order, plan_b, plan_h)
-    bias_of = (bias, bias_b, bias_h, bias_q, bias_k)
+    packed = (cu_q, cu_k, rows_q, rows_k)
     tiles_q, tiles_k = tl.cdiv(len_q, BLOCK_Q), tl.cdiv(len_k, BLOCK_K)
     heads_kv = heads_q // group
     entry_kv, rank = scheduled(batches * heads_kv, tiles_k, section)
     batch, head_kv = entry_kv // heads_kv, entry_kv % heads_kv
     tile_k = tile_of_rank(rank, plan, batch, head_kv * group, tiles_k, LISTED, False)
+    start_q, start_k, len_q, len_k, ends = sequence_of(packed, batch, len_q, len_k)
+    band_low, band_high = band_at(packed, band_low, band_high, ends)
+    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
+                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
+    position = ends
+    if TOP_LEFT:
+        position = ends * 0
+    bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+               position)  # fmt: skip
     first_k = tile_k * BLOCK_K
     keys = first_k + tl.arange(0, BLOCK_K)
     seen = visible_keys(key_mask, batch, keys, len_k)
-    wide_batch, wide_kv = batch.to(tl.int64), head_kv.to(tl.int64)
-    k_one, k_two = load_rows(k + wide_batch * k_b + wide_kv * k_h, first_k, k_s, seen, BLOCK_K, DIM, WIDE, REST)
-    v_one, v_two = load_rows(v + wide_batch * v_b + wide_kv * v_h, first_k, v_s, seen, BLOCK_K, DIM_V, WIDE_V, REST_V)
+    k_base = base_of(k, batch, k_b, head_kv, k_h, start_k, k_s)
+    v_base = base_of(v, batch, v_b, head_kv, v_h, start_k, v_s)
+    k_one, k_two = load_rows(k_base, first_k, k_s, seen, BLOCK_K, DIM, WIDE, REST)
+    v_one, v_two = load_rows(v_base, first_k, v_s, seen, BLOCK_K, DIM_V, WIDE_V, REST_V)
     unit = unit_of(scale, FOLDED)
     if seed_pointer is not None:
         seed = tl.load(seed_pointer)
@@ -254,10 +264,12 @@ def attention_keys_kernel(
     for member in range(group):
         head = head_kv * group + member
         entry = batch * heads_q + head
-        q_base = q + wide_batch * q_b + head.to(tl.int64) * q_h
-        g_base = grad_out + wide_batch * grad_out_b + head.to(tl.int64) * grad_out_h
+        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
+        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s)
+        first_row = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + start_q
         full, partial, low, full_low, full_high, position = plan_queries(
-            key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
+            key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, tiles_q, len_q, len_k, LISTED, HAS_BAND,
+            BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         for PARTIAL in tl.static_range(2):
             for i in range(partial if PARTIAL else full):
@@ -266,7 +278,7 @@ def attention_keys_kernel(
                 within = rows < len_q
                 q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)
                 g_one, g_two = load_rows(g_base, first_q, grad_out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V)
-                row = entry.to(tl.int64) * len_q + rows
+                row = first_row + rows
                 log_sum = tl.load(lse + row, mask=within, other=-float("inf"))
                 norm = tl.load(norm_out + row, mask=within, other=0.0)
                 centre = tl.load(centre_out + row, mask=within, other=0.0)
@@ -281,7 +293,7 @@ def attention_keys_kernel(
                         len_k, HAS_BAND, INTERVALS,
                     )  # fmt: skip
                     score = tl.where(pairs, score, -float("inf"))
-                e = exp_distance(score, _base_of(log_sum, unit, FOLDED)[None, :], unit, FOLDED)
+                e = exp_distance(score, exponent_base(log_sum, unit, FOLDED)[None, :], unit, FOLDED)
                 weight = e * norm[None, :]
                 grad_weight = products(v_one, v_two, g_one, g_two, REST_V, PRECISION)
                 if seed_pointer is not None:
@@ -298,115 +310,7 @@ def attention_keys_kernel(
     dk_one *= scale
     if REST > 0:
         dk_two *= scale
-    store_rows(
-        grad_k + wide_batch * grad_k_b + wide_kv * grad_k_h, first_k, grad_k_s, exists, dk_one, dk_two,
-        BLOCK_K, DIM, WIDE, REST,
-    )  # fmt: skip
-    store_rows(
-        grad_v + wide_batch * grad_v_b + wide_kv * grad_v_h, first_k, grad_v_s, exists, dv_one, dv_two,
-        BLOCK_K, DIM_V, WIDE_V, REST_V,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=VARYING)
-def attention_bias_kernel(
-    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, lse, norm_out, centre_out,
-    grad_out, grad_out_b, grad_out_h, grad_out_s, grad_bias, states,
-    key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,
-    intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q, bitmaps,
-    dense, dense_b, dense_h, dense_q, dense_k, plan_b, plan_h,
-    bias, bias_b, bias_h, bias_q, bias_k, seed_pointer, threshold, keep_scale,
-    heads_q, group, len_q, len_k, scale, softcap,
-    bias_batches, bias_heads, bias_len_q, bias_len_k, bias_tiles_q, bias_tiles_k, pairs, shared_heads,
-    DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
-    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    SUMS_Q: tl.constexpr, SUMS_K: tl.constexpr,
-):  # fmt: skip
-    """grad_bias (parts, *bias.shape) float32. Program (bias entry and tile, part) adds up pairs of batch entry and head
-    part, part + parts, ... of the `pairs` that share the bias entry, and all tiles along dimensions of size 1 (SUMS_Q,
-    SUMS_K)."""
-    key_mask = (key_start, key_end, key_bits, words, key_flags, flags_b, flags_k)
-    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
-                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
-    bias_of = (bias, bias_b, bias_h, bias_q, bias_k)
-    tiles_q, tiles_k = tl.cdiv(len_q, BLOCK_Q), tl.cdiv(len_k, BLOCK_K)
-    bias_tiles = bias_tiles_q * bias_tiles_k
-    bias_entry, bias_tile = tl.program_id(0) // bias_tiles, tl.program_id(0) % bias_tiles
-    own_q, own_k = bias_tile // bias_tiles_k, bias_tile % bias_tiles_k
-    unit = unit_of(scale, False)
-    if seed_pointer is not None:
-        seed = tl.load(seed_pointer)
-    begin_q, end_q = own_q, own_q + 1
-    if SUMS_Q:
-        end_q = tiles_q
-    begin_k, end_k = own_k, own_k + 1
-    if SUMS_K:
-        end_k = tiles_k
-
-    total = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    for pair in range(tl.program_id(1), pairs, tl.num_programs(1)):
-        batch = pair // shared_heads + bias_entry // bias_heads
-        head = pair % shared_heads + bias_entry % bias_heads
-        entry = batch * heads_q + head
-        wide_batch, wide_head, wide_kv = batch.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-        q_base = q + wide_batch * q_b + wide_head * q_h
-        k_base = k + wide_batch * k_b + wide_kv * k_h
-        v_base = v + wide_batch * v_b + wide_kv * v_h
-        g_base = grad_out + wide_batch * grad_out_b + wide_head * grad_out_h
-        for tile_q in range(begin_q, end_q):
-            first_q = tile_q * BLOCK_Q
-            rows = first_q + tl.arange(0, BLOCK_Q)
-            within = rows < len_q
-            row = entry.to(tl.int64) * len_q + rows
-            base = _base_of(tl.load(lse + row, mask=within, other=-float("inf")), unit, False)
-            norm = tl.load(norm_out + row, mask=within, other=0.0)
-            centre = tl.load(centre_out + row, mask=within, other=0.0)
-            q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)
-            g_one, g_two = load_rows(g_base, first_q, grad_out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V)
-            low, full_low, full_high, high = range_of_keys(
-                key_mask, pair_mask, batch, first_q, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K
-            )  # fmt: skip
-            for tile_k in range(tl.maximum(begin_k, low), tl.minimum(end_k, high)):
-                visited = tile_k >= low
-                if LISTED:
-                    at = ((batch * plan_b + head * plan_h) * tiles_q + tile_q).to(tl.int64) * tiles_k + tile_k
-                    visited = tl.load(states + at) > 0
-                if visited:
-                    first_k = tile_k * BLOCK_K
-                    keys = first_k + tl.arange(0, BLOCK_K)
-                    seen = visible_keys(key_mask, batch, keys, len_k)
-                    k_one, k_two = load_rows(k_base, first_k, k_s, seen, BLOCK_K, DIM, WIDE, REST)
-                    v_one, v_two = load_rows(v_base, first_k, v_s, seen, BLOCK_K, DIM_V, WIDE_V, REST_V)
-                    product = products(q_one, q_two, k_one, k_two, REST, PRECISION)
-                    score, slope = scores_of(
-                        product, bias_of, batch, head, rows[:, None], keys[None, :], len_q, len_k, scale, softcap,
-                        False, SOFTCAP,
-                    )  # fmt: skip
-                    visible = visible_pairs(
-                        seen[None, :], pair_mask, batch, head, rows[:, None], keys[None, :], first_k // 64, len_q,
-                        len_k, HAS_BAND, INTERVALS,
-                    )  # fmt: skip
-                    e = exp_distance(tl.where(visible, score, -float("inf")), base[:, None], unit, False)
-                    grad_weight = products(g_one, g_two, v_one, v_two, REST_V, PRECISION)
-                    if seed_pointer is not None:
-                        grad_weight *= dropout_tile(seed, rows, entry, first_k, threshold, keep_scale, BLOCK_K)
-                    total += e * (grad_weight * norm[:, None] - centre[:, None])
-
-    target = (
-        grad_bias + (tl.program_id(1).to(tl.int64) * bias_batches * bias_heads + bias_entry) * bias_len_q * bias_len_k
-    )
-    rows = own_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    keys = own_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    if SUMS_Q:
-        if SUMS_K:
-            tl.store(target, tl.sum(tl.sum(total, 1), 0))
-        else:
-            tl.store(target + keys, tl.sum(total, 0), mask=keys < len_k)
-    else:
-        if SUMS_K:
-            tl.store(target + rows, tl.sum(total, 1), mask=rows < len_q)
-        else:
-            at = target + rows.to(tl.int64)[:, None] * bias_len_k + keys[None, :]
-            tl.store(at, total, mask=(rows < len_q)[:, None] & (keys < len_k)[None, :])
+    dk_base = base_of(grad_k, batch, grad_k_b, head_kv, grad_k_h, start_k, grad_k_s)
+    dv_base = base_of(grad_v, batch, grad_v_b, head_kv, grad_v_h, start_k, grad_v_s)
+    store_rows(dk_base, first_k, grad_k_s, exists, dk_one, dk_two, BLOCK_K, DIM, WIDE, REST)
+    store_rows(dv_base, first_k, grad_v_s, exists, dv_one, dv_two, BLOCK_K, DIM_V, WIDE_V, REST_V)

@@ -4,8 +4,9 @@ log-sum-exp.
 Contract
     q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv), out (B, Hq, Sq, Dv), lse (B, Hq, Sq) float32. One of
     float32, bfloat16 and float16; any strides, with a contiguous last dimension; D and Dv from 1 to 256; query head h
-    reads key head h // group. The mask is that of mask.py, the bias any (B, Hq, Sq, Skv) by strides, dropout that of
-    fastattn.reference.philox.
+    reads key head h // group. The mask is that of mask.py; biases are any (B, Hq, Sq, Skv) by strides and functions of
+    the distance from query to key (tile.py, scores_of); dropout is that of fastattn.reference.philox. A packed batch is
+    one entry of q, k, v and out whose rows cu_seqlens divides into sequences; rows of none are not written.
 
 Numerics
     Scores, softmax and sums in float32; weights are rounded to the dtype of v for their product. A query that sees no
@@ -24,9 +25,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.mask import VARYING, visible_keys, visible_pairs
+from fastattn.kernels.attention.mask import VARYING, band_at, sequence_of, visible_keys, visible_pairs
 from fastattn.kernels.attention.tile import (
     accumulate,
+    base_of,
     exp_distance,
     load_rows,
     plan_keys,
@@ -44,37 +46,44 @@ from fastattn.kernels.philox import dropout_tile
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward_kernel(
-    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, out_b, out_h, out_s, lse,
+    q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, out_b, out_h, out_s, lse, lse_b, lse_h,
     key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,
     intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q, bitmaps,
     dense, dense_b, dense_h, dense_q, dense_k,
     tiles, full_counts, partial_counts, order, plan_b, plan_h,
-    bias, bias_b, bias_h, bias_q, bias_k, sinks, seed_pointer, threshold, keep_scale,
+    bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+    cu_q, cu_k, rows_q, rows_k, sinks, seed_pointer, threshold, keep_scale,
     batches, heads_q, group, len_q, len_k, section, scale, softcap,
     DIM: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     DIM_V: tl.constexpr, WIDE_V: tl.constexpr, REST_V: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr, LAST_FIRST: tl.constexpr,
-    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, FOLDED: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, TOP_LEFT: tl.constexpr, FOLDED: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch entry, query head, query tile)."""
     key_mask = (key_start, key_end, key_bits, words, key_flags, flags_b, flags_k)
-    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
-                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
     plan = (tiles, full_counts, partial_counts, order, plan_b, plan_h)
-    bias_of = (bias, bias_b, bias_h, bias_q, bias_k)
+    packed = (cu_q, cu_k, rows_q, rows_k)
     tiles_q, tiles_k = tl.cdiv(len_q, BLOCK_Q), tl.cdiv(len_k, BLOCK_K)
     entry, rank = scheduled(batches * heads_q, tiles_q, section)
     batch, head = entry // heads_q, entry % heads_q
     tile_q = tile_of_rank(rank, plan, batch, head, tiles_q, LISTED, LAST_FIRST)
+    start_q, start_k, len_q, len_k, ends = sequence_of(packed, batch, len_q, len_k)
+    band_low, band_high = band_at(packed, band_low, band_high, ends)
+    pair_mask = (band_low, band_high, intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
+                 bitmaps, dense, dense_b, dense_h, dense_q, dense_k)  # fmt: skip
+    position = ends
+    if TOP_LEFT:
+        position = ends * 0
+    bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+               position)  # fmt: skip
     first_q = tile_q * BLOCK_Q
     rows = first_q + tl.arange(0, BLOCK_Q)
     within = rows < len_q
     head_kv = head // group
-    wide_batch, wide_head, wide_kv = batch.to(tl.int64), head.to(tl.int64), head_kv.to(tl.int64)
-    q_base = q + wide_batch * q_b + wide_head * q_h
-    k_base = k + wide_batch * k_b + wide_kv * k_h
-    v_base = v + wide_batch * v_b + wide_kv * v_h
+    q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
+    k_base = base_of(k, batch, k_b, head_kv, k_h, start_k, k_s)
+    v_base = base_of(v, batch, v_b, head_kv, v_h, start_k, v_s)
     q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)
     unit = unit_of(scale, FOLDED)
     if seed_pointer is not None:
@@ -87,7 +96,8 @@ def attention_forward_kernel(
     if REST_V > 0:
         two = tl.zeros((BLOCK_Q, REST_V), tl.float32)
     full, partial, low, full_low, full_high, position = plan_keys(
-        key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q, BLOCK_K
+        key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, tiles_k, len_q, len_k, LISTED, HAS_BAND, BLOCK_Q,
+        BLOCK_K,
     )  # fmt: skip
     for PARTIAL in tl.static_range(2):
         for i in range(partial if PARTIAL else full):
@@ -112,7 +122,7 @@ def attention_forward_kernel(
             before = highest
             highest = tl.maximum(highest, tl.max(score, 1))
             base = highest
-            if PARTIAL or bias is not None:
+            if PARTIAL or bias is not None or table is not None:
                 base = tl.where(highest == -float("inf"), 0.0, highest)  # -inf - -inf would be NaN
             if FOLDED:
                 base *= unit
@@ -137,7 +147,8 @@ def attention_forward_kernel(
     one *= norm[:, None]
     if REST_V > 0:
         two *= norm[:, None]
-    out_base = out + wide_batch * out_b + wide_head * out_h
+    out_base = base_of(out, batch, out_b, head, out_h, start_q, out_s)
     store_rows(out_base, first_q, out_s, within, one, two, BLOCK_Q, DIM_V, WIDE_V, REST_V)
     log_sum = natural + tl.log(tl.where(total == 0.0, 1.0, total))
-    tl.store(lse + entry.to(tl.int64) * len_q + rows, tl.where(total == 0.0, -float("inf"), log_sum), mask=within)
+    lse_base = base_of(lse, batch, lse_b, head, lse_h, start_q, 1)
+    tl.store(lse_base + rows, tl.where(total == 0.0, -float("inf"), log_sum), mask=within)

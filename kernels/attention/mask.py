@@ -7,7 +7,9 @@ A kernel holds a mask in two tuples, of which absent parts are None:
                interval, batch, head; block_ids (query blocks, key blocks), -1 where empty, and strides by batch, head,
                query block; bitmaps; the dense mask and its four strides
 Which keys a query tile visits follows from numbers alone for key_start, key_end and the band (`range_of_keys`,
-`range_of_queries`). Everything else is planned: classify_kernel and classify_dense_kernel find the state of every tile
+`range_of_queries`). In a packed batch `sequence_of` says where the rows of an entry lie and how many there are, and
+all else is counted within them: lengths, masks, tiles. The band then starts from each sequence's end (`band_at`).
+Everything else is planned: classify_kernel and classify_dense_kernel find the state of every tile
 (0 empty, 1 partial, 2 full), and compact_kernel lists, per row or column of tiles, the full ones from the front and the
 partial ones from the back. Tiles of form D hold at most one block of 64 keys.
 """
@@ -22,10 +24,41 @@ FAR = tl.constexpr(1 << 30)
 # Arguments that follow from lengths and batches, of any kernel here: Triton would compile anew where one is 1, or
 # becomes or ceases to be a multiple of 16.
 VARYING = (
-    "len_q", "len_k", "batches", "section", "threshold", "band_low", "band_high", "words", "by_interval", "intervals_b",
-    "intervals_h", "ids_b", "ids_h", "ids_q", "plan_b", "plan_h", "plan_heads", "rows", "columns", "by_entry", "by_row",
-    "by_column", "bias_batches", "bias_len_q", "bias_len_k", "bias_tiles_q", "bias_tiles_k", "pairs",
+    "len_q", "len_k", "batches", "section", "threshold", "band_low", "band_high", "words", "by_interval",
+    "intervals_b", "intervals_h", "ids_b", "ids_h", "ids_q", "plan_b", "plan_h", "plan_heads", "rows", "columns",
+    "by_entry", "by_row", "by_column", "rows_q", "rows_k", "lse_b", "lse_h", "table_first", "table_last", "slopes_b",
+    "items", "bias_batches", "bias_len_q", "bias_len_k", "bias_tiles_q", "bias_tiles_k", "pairs",
 )  # fmt: skip
+
+
+@triton.jit
+def sequence_of(packed, batch, len_q, len_k):
+    """(first row of q, first of k, queries, keys, keys less queries) of a batch entry. packed: cu_seqlens of q and k,
+    or None in a padded batch, and the rows that q and k have; len_q and len_k are the greatest lengths."""
+    cu_q, cu_k, rows_q, rows_k = packed
+    if cu_q is None:
+        return len_q * 0, len_k * 0, len_q, len_k, len_k - len_q
+    else:
+        start_q, there_q, long_q = _span(cu_q, batch, len_q, rows_q)
+        start_k, there_k, long_k = _span(cu_k, batch, len_k, rows_k)
+        return start_q, start_k, there_q, there_k, long_k - long_q
+
+
+@triton.jit
+def _span(cu, batch, longest, rows):
+    """Start of a sequence, its elements up to the longest and to the last row of the tensor, and its length."""
+    start, end = tl.load(cu + batch), tl.load(cu + batch + 1)
+    there = tl.maximum(tl.minimum(tl.minimum(end, rows) - start, longest), 0)
+    return start, tl.where(start < 0, 0, there), end - start
+
+
+@triton.jit
+def band_at(packed, band_low, band_high, ends):
+    """The band's limits in a batch entry whose keys less queries are `ends`."""
+    if packed[0] is None:
+        return band_low, band_high
+    else:
+        return tl.maximum(band_low + ends, -FAR), tl.minimum(band_high + ends, FAR)
 
 
 @triton.jit
@@ -105,6 +138,7 @@ def range_of_keys(
         full_end = tl.minimum(end, first_query + band_high + 1)
         begin = tl.maximum(begin, first_query + band_low)
         end = tl.minimum(end, last_query + band_high + 1)
+    end = tl.where(first_query < len_q, end, begin)  # a short sequence of a packed batch leaves query tiles empty
     return _in_tiles(begin, full_begin, full_end, end, BLOCK_K)
 
 
@@ -162,7 +196,7 @@ def block_ids_kernel(table, row_ptr, col, id, rows, columns, CHUNK: tl.constexpr
 def classify_kernel(
     states, key_start, key_end, key_bits, words, key_flags, flags_b, flags_k, band_low, band_high,
     intervals, by_interval, intervals_b, intervals_h, block_ids, ids_b, ids_h, ids_q,
-    plan_heads, len_q, len_k,
+    plan_heads, cu_q, cu_k, rows_q, rows_k, len_q, len_k,
     HAS_BAND: tl.constexpr, INTERVALS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """states (entries, query tiles, key tiles) uint8 by all but the dense mask. Program (entry and query tile, chunk of
@@ -170,18 +204,21 @@ def classify_kernel(
     tiles_q, tiles_k = tl.cdiv(len_q, BLOCK_Q), tl.cdiv(len_k, BLOCK_K)
     entry, tile_q = tl.program_id(0) // tiles_q, tl.program_id(0) % tiles_q
     batch, head = entry // plan_heads, entry % plan_heads
+    packed = (cu_q, cu_k, rows_q, rows_k)
+    start_q, start_k, len_q, len_k, ends = sequence_of(packed, batch, len_q, len_k)
+    band_low, band_high = band_at(packed, band_low, band_high, ends)
     first, last = tile_q * BLOCK_Q, tl.minimum(tile_q * BLOCK_Q + BLOCK_Q, len_q) - 1
     tile_k = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     starts = tile_k * BLOCK_K
-    ends = starts + BLOCK_K
+    stops = starts + BLOCK_K
 
     keys = starts[:, None] + tl.arange(0, BLOCK_K)[None, :]
     key_mask = (key_start, key_end, key_bits, words, key_flags, flags_b, flags_k)
     seen = visible_keys(key_mask, batch, keys, len_k).to(tl.int32)
-    some, every = tl.max(seen, 1) > 0, tl.min(seen, 1) > 0
+    some, every = (tl.max(seen, 1) > 0) & (first < len_q), tl.min(seen, 1) > 0
     if HAS_BAND:
-        some = some & (ends > first + band_low) & (starts <= last + band_high)
-        every = every & (starts >= last + band_low) & (ends <= first + band_high + 1)
+        some = some & (stops > first + band_low) & (starts <= last + band_high)
+        every = every & (starts >= last + band_low) & (stops <= first + band_high + 1)
     if INTERVALS > 0:
         queries = first + tl.arange(0, BLOCK_Q)
         within = queries < len_q
@@ -193,8 +230,8 @@ def classify_kernel(
             hull_end = tl.max(tl.where(holds_any, end, -FAR), 0)
             core_start = tl.max(tl.where(within, start, -FAR), 0)
             core_end = tl.min(tl.where(within, end, FAR), 0)
-            touched = touched | ((ends > hull_start) & (starts < hull_end))
-            covered = covered | ((starts >= core_start) & (ends <= core_end))
+            touched = touched | ((stops > hull_start) & (starts < hull_end))
+            covered = covered | ((starts >= core_start) & (stops <= core_end))
         some, every = some & touched, every & covered
     if block_ids is not None:
         BLOCKS: tl.constexpr = (BLOCK_Q + 63) // 64
@@ -211,12 +248,14 @@ def classify_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def classify_dense_kernel(
-    states, dense, dense_b, dense_h, dense_q, dense_k, plan_heads, len_q, len_k,
+    states, dense, dense_b, dense_h, dense_q, dense_k, plan_heads, cu_q, cu_k, rows_q, rows_k, len_q, len_k,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Lowers states to what the dense mask leaves of them. Program (entry and query tile, key tile)."""
     tiles_q, tiles_k = tl.cdiv(len_q, BLOCK_Q), tl.cdiv(len_k, BLOCK_K)
     entry, tile_q = tl.program_id(0) // tiles_q, tl.program_id(0) % tiles_q
+    packed = (cu_q, cu_k, rows_q, rows_k)
+    start_q, start_k, len_q, len_k, ends = sequence_of(packed, entry // plan_heads, len_q, len_k)
     at_state = states + tl.program_id(0).to(tl.int64) * tiles_k + tl.program_id(1)
     state = tl.load(at_state).to(tl.int32)
     queries = (tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)[:, None]

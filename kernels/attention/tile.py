@@ -29,6 +29,12 @@ def scheduled(entries, tiles, section):
 
 
 @triton.jit
+def base_of(tensor, batch, by_batch, head, by_head, start, by_row):
+    """Where the rows of a batch entry and head begin; `start` is that of its sequence in a packed batch."""
+    return tensor + batch.to(tl.int64) * by_batch + head.to(tl.int64) * by_head + start.to(tl.int64) * by_row
+
+
+@triton.jit
 def load_piece(
     base, first_row, stride, within, ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -105,8 +111,12 @@ def scores_of(
     product, bias_of, batch, head, queries, keys, len_q, len_k, scale, softcap,
     FOLDED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Scores before the mask, and the softcap's derivative. queries and keys: one a row, the other a column."""
-    bias, bias_b, bias_h, bias_q, bias_k = bias_of
+    """Scores before the mask, and the softcap's derivative. queries and keys: one a row, the other a column.
+
+    bias_of: the dense bias and its strides; the table of a bias by distance, its stride by head, the distance of its
+    first column, the number of its last one; ALiBi's slopes and their stride by batch; and the position of query 0."""
+    (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
+     position) = bias_of  # fmt: skip
     score, slope = product, product
     if not FOLDED:
         score = product * scale
@@ -119,6 +129,15 @@ def scores_of(
         at += queries.to(tl.int64) * bias_q + keys.to(tl.int64) * bias_k
         added = tl.load(at, mask=(queries < len_q) & (keys < len_k), other=0.0).to(tl.float32)
         score = tl.where(added == -float("inf"), added, tl.maximum(score + added, LOWEST))  # only -inf hides
+    if table is not None:
+        column = tl.minimum(tl.maximum(keys - queries - (position + table_first), 0), table_last)
+        added = tl.load(table + head * table_h + column)
+        hides = (added == -float("inf")) | (score == -float("inf"))
+        score = tl.where(hides, -float("inf"), tl.maximum(score + added, LOWEST))
+    if slopes is not None:
+        away = tl.abs(keys - queries - position).to(tl.float32)
+        sloped = tl.maximum(score - tl.load(slopes + batch * slopes_b + head) * away, LOWEST)
+        score = tl.where(score == -float("inf"), score, sloped)
     return score, slope
 
 
@@ -141,17 +160,26 @@ def exp_distance(score, base, unit, FOLDED: tl.constexpr):
 
 
 @triton.jit
+def exponent_base(lse, unit, FOLDED: tl.constexpr):
+    """What exp_distance subtracts in backward; a row that sees nothing, or that is none, gets +inf, which makes e 0."""
+    base = tl.where(lse == -float("inf"), float("inf"), lse)
+    if FOLDED:
+        base *= LOG2E
+    return base
+
+
+@triton.jit
 def plan_keys(
-    key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, len_q, len_k,
+    key_mask, pair_mask, plan, batch, head, tile_q, tiles_q, tiles_k, len_q, len_k,
     LISTED: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(full, partial, low, full_low, full_high, position in tiles): how many key tiles of each kind a query tile
-    visits, and what tile_at needs to name them."""
+    visits, and what tile_at needs to name them. tiles_q and tiles_k: of the greatest lengths."""
     tiles, full_counts, partial_counts, order, plan_b, plan_h = plan
     if LISTED:
         row = (batch * plan_b + head * plan_h) * tiles_q + tile_q
         full, partial = tl.load(full_counts + row), tl.load(partial_counts + row)
-        return full, partial, full, full, full, row.to(tl.int64) * tl.cdiv(len_k, BLOCK_K)
+        return full, partial, full, full, full, row.to(tl.int64) * tiles_k
     else:
         low, full_low, full_high, high = range_of_keys(
             key_mask, pair_mask, batch, tile_q * BLOCK_Q, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K
@@ -161,7 +189,7 @@ def plan_keys(
 
 @triton.jit
 def plan_queries(
-    key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, len_q, len_k,
+    key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, tiles_q, len_q, len_k,
     LISTED: tl.constexpr, HAS_BAND: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As plan_keys: the query tiles that a key tile visits."""
@@ -169,7 +197,7 @@ def plan_queries(
     if LISTED:
         row = (batch * plan_b + head * plan_h) * tiles_k + tile_k
         full, partial = tl.load(full_counts + row), tl.load(partial_counts + row)
-        return full, partial, full, full, full, row.to(tl.int64) * tl.cdiv(len_q, BLOCK_Q)
+        return full, partial, full, full, full, row.to(tl.int64) * tiles_q
     else:
         low, full_low, full_high, high = range_of_queries(
             key_mask, pair_mask, batch, tile_k * BLOCK_K, len_q, len_k, HAS_BAND, BLOCK_Q, BLOCK_K

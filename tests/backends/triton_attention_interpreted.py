@@ -7,6 +7,7 @@ Tiles are made small, so that a few hundred positions hold empty, partial and fu
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastattn.backends import reference
 from fastattn.backends import triton as backend
+from fastattn.backends.triton import interpreter, launch
 from fastattn.backends.triton.plan import mask_arguments, plan_keys, plan_queries
 from fastattn.kernels import tiles
 from fastattn.masks.lowered import Blocks, LoweredMask, visible
@@ -263,3 +265,14 @@ def test_gradients_of_broadcast_biases(shape: tuple[int, int, int, int], monkeyp
         found.append(module.attention_backward(grad, lse, q, k, v, out, lse, *extras, True, True, True)[3])
     assert found[0].shape == bias.shape
     assert (found[0] - found[1]).abs().max() <= 2**-17 * found[1].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_shortcuts_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What interpreter.py puts in the place of Triton's operators, all but the matrix product, computes the same."""
+    monkeypatch.setattr(interpreter._Shortcuts, "dot", lambda self, slow: slow)
+    mask, _ = random_mask("range bits band interval", seed=8)
+    quick = outputs(backend, mask, dtype, options=True)
+    monkeypatch.setattr(launch, "at_speed", contextlib.nullcontext)
+    for name, value in outputs(backend, mask, dtype, options=True).items():
+        assert torch.equal(value, quick[name]), name

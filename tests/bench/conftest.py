@@ -34,4 +34,6 @@ def quick_run(*suites: str, shapes: tuple[str, ...] | None = None, **options) ->
 def result() -> Result:
     """Every suite but model on the shapes of BERT and T5, quick, with memory."""
     with torch_threads(1):
-        return quick_run("attention", "decode", "norm", "ffn", shapes=("bert-base", "t5-base", "gpt2"), memory=True)
+        return quick_run(
+            "attention", "packed", "decode", "norm", "ffn", shapes=("bert-base", "t5-base", "gpt2"), memory=True
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from fastattn.bench.cases.attention import T5_BUCKETS, AttentionCase, t5_buckets
 from fastattn.bench.cases.base import OpCase
 from fastattn.bench.cases.grid import SHAPES, SUITES, Choice, cases
 from fastattn.bench.cases.model import ModelCase
+from fastattn.bench.cases.packed import PackedCase
 from fastattn.bench.cases.visible import BLOCK, Visible
+from fastattn.biases import T5Bias
+from fastattn.masks import Causal
 
 COMMON = {"device": "cpu", "dtype": torch.float32}
 VISIBLES = [
@@ -52,6 +56,7 @@ def test_t5_buckets_are_those_of_transformers() -> None:
     distance = torch.arange(-300, 301)
     want = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=T5_BUCKETS, max_distance=128)
     assert torch.equal(t5_buckets(distance), want)
+    assert torch.equal(T5Bias(torch.zeros(T5_BUCKETS, 1)).bucket(distance), want)
 
 
 def test_every_shape_and_suite_has_cases_of_different_names() -> None:
@@ -78,7 +83,7 @@ def test_work_counts_what_is_visible() -> None:
 
 
 def _tiny() -> list[OpCase]:
-    found = cases(("attention", "decode", "norm", "ffn"), Choice("cpu", torch.float32, quick=True))
+    found = cases(("attention", "packed", "decode", "norm", "ffn"), Choice("cpu", torch.float32, quick=True))
     return [case for case in found if isinstance(case, OpCase) and case.work("forward").flops < 1e8]
 
 
@@ -108,6 +113,10 @@ def _whole(case, t):
         bias = t["table"][case.buckets()].permute(2, 0, 1) if case.t5_bias else None
         mask = case.visible.dense(case.batch, case.len_q, case.len_k, "cpu")
         return (reference.attention(t["q"], t["k"], t["v"], mask=mask, bias=bias, scale=case.scale),)
+    if case.suite == "packed":
+        parts = [[t[n][a:b].transpose(0, 1)[None] for n in "qkv"] for a, b in pairwise(case.bounds)]
+        mask = Causal() if case.causal else None
+        return (torch.cat([reference.attention(*part, mask=mask)[0].transpose(0, 1) for part in parts]),)
     if case.suite == "norm":
         extras = {"kind": case.kind, "eps": case.eps, "residual": t.get("residual"), "return_residual": case.residual}
         found = reference.norm(t["x"], t["weight"], t.get("bias"), **extras)
@@ -115,6 +124,19 @@ def _whole(case, t):
     if case.gated:
         return (reference.gated_ffn(t["x"], t["w_gate"], t["w_up"], t["w_down"], case.activation),)
     return (reference.ffn(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2"), case.activation),)
+
+
+def test_a_packed_case_is_its_padded_batch_without_padding() -> None:
+    sizes = {"heads_q": 4, "heads_kv": 2, "dim": 8, "name": "", "group": "", **COMMON}
+    for causal in (False, True):
+        case = PackedCase(lengths=(5, 1, 3), causal=causal, **sizes)
+        padded, tensors = case.padded(), case.tensors()
+        assert case.bounds == [0, 5, 6, 9] == case.cu_seqlens().tolist() and padded.visible.lengths == (5, 1, 3)
+        for tensor in tensors.values():
+            assert case.pad(tensor).shape[::2] == (3, 5) and torch.equal(case.unpad(case.pad(tensor)), tensor)
+        pairs = sum(n * (n + 1) // 2 if causal else n * n for n in case.lengths)
+        assert case.work("forward").flops == 4 * 4 * pairs * 8
+        assert case.work("both").bytes == 3 * case.work("forward").bytes == 6 * 9 * 6 * 8 * 4
 
 
 def test_model_cases_count_valid_tokens() -> None:

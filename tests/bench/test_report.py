@@ -46,10 +46,17 @@ def test_sweeps_are_drawn_with_the_ideal_line(tmp_path) -> None:
 
 
 def test_the_terminal_shows_times_absences_and_failures(result) -> None:
-    console = Console(width=160, file=io.StringIO(), record=True)
-    print_result(replace(result, failures=["norm: something"], left_out=["ffn: later"]), console)
+    console = Console(width=160, file=io.StringIO(), record=True, markup=False)
+    rows = [replace(row, reason=row.reason and f"{row.reason} [bold]") for row in result.rows]
+    print_result(replace(result, rows=rows, failures=["norm: something"], left_out=["ffn: later"]), console)
     shown = console.export_text()
-    for said in ("x best other", "fastattn reference", "it runs on GPUs only", "FAILED norm: something", "ffn: later"):
+    for said in (
+        "it runs on GPUs only [bold]",
+        "x best other",
+        "fastattn reference",
+        "FAILED norm: something",
+        "ffn: later",
+    ):
         assert said in shown
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import fields, replace
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 import fastattn
 from fastattn import dispatch
 from fastattn.bench import run as run_module
+from fastattn.bench.limits import Limits
 from fastattn.bench.providers import PROVIDERS
-from fastattn.bench.providers.base import Provider
+from fastattn.bench.providers.base import Job, Provider
+from fastattn.bench.providers.compiled import no_compiler
 from fastattn.bench.rows import Row, merge, read_result, with_ratios
+from fastattn.bench.timing import Effort, time_jobs
 
 from .conftest import LEFT_OUT, quick_cases, quick_run
 
@@ -21,7 +25,7 @@ from .conftest import LEFT_OUT, quick_cases, quick_run
 def test_rows_hold_what_was_promised(result) -> None:
     assert result.passed and result.quick and result.limits.copy > 0
     timed = [row for row in result.rows if row.median_ms is not None]
-    assert {row.suite for row in timed} == {"attention", "decode", "norm", "ffn"}
+    assert {row.suite for row in timed} == {"attention", "packed", "decode", "norm", "ffn"}
     for row in timed:
         assert row.verified is True and 0 <= row.worst <= 1 and row.reason is None
         assert row.iqr_ms[0] <= row.median_ms <= row.iqr_ms[1] and row.samples >= 2
@@ -33,15 +37,13 @@ def test_rows_hold_what_was_promised(result) -> None:
 
 
 def test_absent_providers_are_listed_with_their_reason(result) -> None:
-    reasons = {row.provider: row.reason for row in result.rows if row.suite == "attention"}
+    asked = [row for row in result.rows if row.suite == "attention" and row.direction == "forward"]
+    reasons = {row.provider: row.reason for row in asked}
     assert reasons["FlashAttention-3"] == "it runs on GPUs only"
     assert reasons["torch sdpa cuDNN"] == "torch has it for GPUs only"
     for name, reason in dispatch.backends().items():
         if reason is not None:
             assert reasons[f"fastattn {name}"] == reason
-    if not hasattr(fastattn, "attention_decode"):
-        decode = {row.provider: row.reason for row in result.rows if row.suite == "decode"}
-        assert "does not exist in this version" in decode["fastattn reference attention_decode"]
     for name in LEFT_OUT[:2]:
         assert "--compile" in reasons[name]
 
@@ -127,6 +129,34 @@ def test_compiled_providers_join_when_asked() -> None:
     assert row.verified or row.reason, row
 
 
+def test_compilers_join_the_cases_that_say_so_unless_told_otherwise() -> None:
+    (case,) = quick_cases("ffn", shapes=("bert-base",))
+
+    def reason(compiled: bool | None, directions: tuple[str, ...]) -> str | None:
+        options = run_module.Options(quick=True, compiled=compiled)
+        question = run_module._Question(replace(case, compiled=directions), "forward", options)
+        question._admit(next(p for p in PROVIDERS if p.name == "torch.compile"))
+        return question.rows["torch.compile"].reason
+
+    for compiled, directions in ((None, ("both",)), (False, ("forward",))):
+        assert "--compile lets it join" in (reason(compiled, directions) or "")
+    assert reason(None, ("forward",)) == reason(True, ()) == no_compiler("cpu")
+
+
+def test_the_better_of_two_measurements_is_the_limit() -> None:
+    calm, busy = Limits({"float32": 9.0}, copy=5.0, fma=None, empty_ms=1.0), Limits({"float32": 2.0}, 6.0, 3.0, 2.0)
+    assert calm.best(busy) == busy.best(calm) == Limits({"float32": 9.0}, 6.0, 3.0, 1.0)
+
+
+def test_a_call_far_behind_the_fastest_is_made_a_few_times_only() -> None:
+    def sleep(seconds: float) -> Job:
+        return Job(lambda: (time.sleep(seconds),), ("",))
+
+    effort = Effort(rounds=5, seconds=0.0, most=5, warm_up=1, few=2)
+    found = time_jobs({"fast": sleep(0.02), "near": sleep(0.05), "far": sleep(0.15)}, "cpu", effort)
+    assert {name: len(timing.samples) for name, timing in found.items()} == {"fast": 5, "near": 5, "far": 2}
+
+
 def test_json_round_trip(result, tmp_path) -> None:
     file = tmp_path / "results.json"
     result.write(file)
@@ -149,14 +179,16 @@ def test_merging_replaces_rows_of_the_same_key(result) -> None:
 
 
 def test_models_are_verified_and_say_what_was_swapped() -> None:
-    found = quick_run("model", only=frozenset({"torch as it is", "fastattn swap"}))
+    found = quick_run("model", only=frozenset({"torch as it is", "fastattn swap"}), memory=True)
     assert found.passed
     rows = {(row.case, row.provider): row for row in found.rows}
     for (case, provider), row in rows.items():
         if row.reason == "transformers is not installed":
             continue
         assert row.verified and row.median_ms, (case, row.reason)
+        kept = provider == "fastattn swap" and row.direction == "forward"
         assert provider != "fastattn swap" or "swapped: " in row.note
+        assert ("keeps its working memory" in row.note) == kept and (not kept or row.peak_memory is None)
     assert any(row.direction == "both" for row in found.rows), "a training step is among them"
 
 

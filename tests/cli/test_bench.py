@@ -39,10 +39,26 @@ def test_attention_of_a_shape_as_json_and_compared_with_itself(tmp_path) -> None
     said = _run("attention", "--shapes", "bert-base", "--json", str(file), *QUICK)
     assert "bert-base" in said and "x best other" in said and "why it has no times" in said
     found = json.loads(file.read_text())
-    promised = {"provider", "case", "verified", "median_ms", "iqr_ms", "work", "rate", "ratio", "share_of_limit"}
-    assert all(promised | {"peak_memory", "reason"} <= set(row) for row in found["rows"])
     assert {row["direction"] for row in found["rows"]} == {"forward", "both"}
     assert "rows are the same within the noise" in _run("compare", str(file), str(file), "--strict")
+
+
+def test_a_row_holds_every_figure_or_the_reason_why_it_has_none(tmp_path) -> None:
+    file = tmp_path / "f.json"
+    _run("attention", "--shapes", "bert-base", "--json", str(file), *(o for o in QUICK if o != "--no-memory"))
+    rows = json.loads(file.read_text())["rows"]
+    assert {"torch eager", "torch sdpa flash", "torch sdpa cuDNN"} <= {row["provider"] for row in rows}
+    figures = ("median_ms", "iqr_ms", "rate", "ratio", "share_of_limit", "peak_memory")
+    for row in rows:
+        assert row["case"].startswith("bert-base") and row["work"] > 0 and row["work_unit"] == "FLOP"
+        if row["reason"] is not None:
+            assert len(row["reason"]) > 10 and row["verified"] is None
+            assert all(row[name] is None for name in figures)
+            continue
+        assert row["verified"] is True and row["iqr_ms"][0] <= row["median_ms"] <= row["iqr_ms"][1]
+        memory = isinstance(row["peak_memory"], int) or sys.platform != "linux"
+        assert memory and all(row[name] > 0 for name in ("rate", "ratio", "share_of_limit"))
+    assert any(row["reason"] is None for row in rows)
 
 
 def test_runs_are_added_to_a_report(tmp_path) -> None:

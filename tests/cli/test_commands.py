@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 
 import fastattn
 from fastattn import dispatch, functional
+from fastattn.cli import explain, info, verify
 from fastattn.cli.app import app
+from fastattn.parity.run import VerifyReport
 
 RUNNER = CliRunner()
 
@@ -110,6 +113,29 @@ def test_verify_under_another_instruction_set():
         _run("verify", "--op", "norm", "--backend", "cpu", "--cases", "3", "--isa", isa)
     assert "mmx" in _run("verify", "--op", "norm", "--backend", "cpu", "--isa", "mmx", code=2)
     assert cpu.isa() == before
+
+
+BRACKETS = "it is missing: pip install 'fastattn[triton]'; see [red]colours[/red]"
+
+
+def test_square_brackets_in_a_reason_are_printed_as_they_are(monkeypatch):
+    monkeypatch.setattr(info, "backends", lambda: {**dispatch.backends(), "triton": BRACKETS})
+    assert BRACKETS in _run("info")
+
+    def explain_problem(problem, backend):
+        found = dispatch.explain_problem(problem, backend)
+        return replace(found, chosen=None, reasons={"cpu": [BRACKETS]})
+
+    monkeypatch.setattr(explain, "explain_problem", explain_problem)
+    assert BRACKETS in _run("explain", code=1)
+
+    def run_verify(op, backend, cases, seed, **_):
+        report = VerifyReport(backend, seed)
+        report.refusals[op, BRACKETS] += 1
+        return report
+
+    monkeypatch.setattr(verify, "run_verify", run_verify)
+    assert BRACKETS in _run("verify", "--op", "norm", "--backend", "reference")
 
 
 def test_without_typer_or_rich_the_command_says_what_to_install():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.triton.launch import architecture, launch
-from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, plan_keys, plan_queries
+from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -20,6 +20,7 @@ _MAX_DIM = 256
 _MAX_LENGTH = 2**30  # positions and band limits are added in int32
 _MAX_PROGRAMS = 2**31
 _BIAS_PROGRAMS = 512  # what keeps a GPU busy; with fewer tiles of the bias its gradient is summed up in parts
+_TABLE_SUMS = 2**24  # numbers of all partial sums of a table's gradient
 _SECTION_BYTES = 32 * 2**20  # keys and values that programs running at the same time may share an L2 cache for
 
 
@@ -36,10 +37,6 @@ def attention_reasons(problem: AttentionProblem) -> list[str]:
     for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
         if length >= _MAX_LENGTH:
             reasons.append(f"the Triton attention takes fewer than 2**30 positions, and {name} is {length}")
-    if problem.table or problem.slopes:
-        reasons.append("the Triton attention takes no bias by distance")
-    if problem.packed:
-        reasons.append("the Triton attention takes no packed batches")
     tiles = -(-max(problem.len_q, problem.len_k) // 16)
     if problem.batch * problem.heads_q * tiles >= _MAX_PROGRAMS:
         reasons.append(f"the Triton attention has too many tiles: {problem.batch} x {problem.heads_q} x {tiles}")
@@ -62,23 +59,22 @@ def attention_forward(
     """See the protocol."""
     from fastattn.kernels.attention.forward import attention_forward_kernel
 
-    batch, heads, len_q, _ = q.shape
-    out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
-    lse = q.new_empty(batch, heads, len_q, dtype=torch.float32)
-    call = Call(q, k, v, mask, bias.dense, sinks, dropout_seed, scale, softcap, dropout_p)
-    if 0 in (batch, heads, len_q):
+    _, heads, rows, _ = q.shape
+    out = q.new_empty(q.shape[0], rows, heads, v.shape[3]).transpose(1, 2)
+    lse = q.new_empty(q.shape[0], heads, rows, dtype=torch.float32)
+    if packed is not None:  # rows that belong to no sequence
+        out.zero_()
+        lse.fill_(-torch.inf)
+    call = Call(q, k, v, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
+    if 0 in (call.batch, heads, call.len_q):
         return out, lse
     tile = call.tile("forward")
-    plan = plan_keys(call.mask, len_q, k.shape[2], tile.block_q, tile.block_k)
-    arguments = call.arguments | call.of_tile(tile, plan, -(-len_q // tile.block_q))
-    arguments |= {"out": out, **_strides("out", out), "lse": lse}
-    launch(
-        attention_forward_kernel,
-        (batch * heads * -(-len_q // tile.block_q),),
-        arguments,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    tiles = -(-call.len_q // tile.block_q)
+    plan = plan_keys(call.mask, call.len_q, call.len_k, tile.block_q, tile.block_k)
+    arguments = call.arguments | call.of_tile(tile, plan, tiles)
+    arguments |= {"out": out, **call.strides("out", out), "lse": lse}
+    grid = (call.batch * heads * tiles,)
+    launch(attention_forward_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
     return out, lse
 
 
@@ -106,68 +102,77 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the protocol."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    dbias, dsinks = lse.new_empty(0), lse.new_empty(0)
-    if lse.numel() == 0:
-        dbias = lse.new_zeros(bias.dense.shape) if bias.dense is not None and bias_requires_grad else dbias
-        dsinks = lse.new_zeros(q.shape[1]) if sinks_requires_grad else dsinks
-        return dq, dk.zero_(), dv.zero_(), dbias, lse.new_empty(0), lse.new_empty(0), dsinks
-    call = Call(q, k, v, mask, bias.dense, sinks, dropout_seed, scale, softcap, dropout_p)
+    call = Call(q, k, v, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
+    if packed is not None or lse.numel() == 0:  # what belongs to no sequence, or is seen by no query
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    if 0 in (call.batch, lse.numel(), call.len_q):
+        dbias, dtable, dslopes = (
+            lse.new_zeros((0,) if t is None or not asked else t.shape)
+            for t, asked in (
+                (bias.dense, bias_requires_grad),
+                (bias.table, table_requires_grad),
+                (bias.slopes, slopes_requires_grad),
+            )
+        )
+        return dq, dk, dv, dbias, dtable, dslopes, lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
     grad_out, out = _addressable(grad_out), _addressable(out)
-    call.arguments |= {"out": out, **_strides("out", out), "lse": lse, "grad_lse": grad_lse}
-    call.arguments |= {"grad_out": grad_out, **_strides("grad_out", grad_out)}
+    call.arguments |= {"out": out, **call.strides("out", out), "lse": lse, "grad_lse": grad_lse}
+    call.arguments |= {"grad_out": grad_out, **call.strides("grad_out", grad_out)}
     call.arguments |= {"norm_out": torch.empty_like(lse), "centre_out": torch.empty_like(lse)}
-    sink_terms = torch.empty_like(lse) if sinks_requires_grad else None
+    sink_terms = torch.zeros_like(lse) if sinks_requires_grad else None
     written = {name: _writable(grad) for name, grad in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv))}
     _launch_queries(call, written["grad_q"], sink_terms)
     _launch_keys(call, written["grad_k"], written["grad_v"])
+    dbias, dtable, dslopes, dsinks = (lse.new_empty(0) for _ in range(4))
     if bias.dense is not None and bias_requires_grad:
         dbias = _launch_bias(call, bias.dense)
+    if table_requires_grad or slopes_requires_grad:
+        dtable, dslopes = _launch_distance(call, bias, table_requires_grad, slopes_requires_grad)
     if sink_terms is not None:
         dsinks = sink_terms.sum(dim=(0, 2))
     for grad, wide in zip((dq, dk, dv), written.values(), strict=True):
         if wide is not grad:
             grad.copy_(wide)
-    return dq, dk, dv, dbias, lse.new_empty(0), lse.new_empty(0), dsinks
+    return dq, dk, dv, dbias, dtable, dslopes, dsinks
 
 
 def _launch_queries(call: Call, grad_q: Tensor, sink_terms: Tensor | None) -> None:
     from fastattn.kernels.attention.backward import attention_queries_kernel
 
-    batch, heads, len_q, _ = call.q.shape
     tile = call.tile("queries")
-    tiles = -(-len_q // tile.block_q)
-    plan = plan_keys(call.mask, len_q, call.k.shape[2], tile.block_q, tile.block_k)
+    tiles = -(-call.len_q // tile.block_q)
+    plan = plan_keys(call.mask, call.len_q, call.len_k, tile.block_q, tile.block_k)
     arguments = call.arguments | call.of_tile(tile, plan, tiles)
     arguments |= {
         "grad_q": grad_q,
-        **_strides("grad_q", grad_q),
+        **call.strides("grad_q", grad_q),
         "sink_terms": sink_terms,
         "CHECKED": call.q.dtype != torch.float32,
         "tolerance": torch.finfo(call.q.dtype).eps / 4,
     }
-    grid = (batch * heads * tiles,)
+    grid = (call.batch * call.heads * tiles,)
     launch(attention_queries_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _launch_keys(call: Call, grad_k: Tensor, grad_v: Tensor) -> None:
     from fastattn.kernels.attention.backward import attention_keys_kernel
 
-    batch, heads_kv, len_k, _ = call.k.shape
     tile = call.tile("keys")
-    tiles = -(-len_k // tile.block_k)
-    plan = plan_queries(call.mask, call.q.shape[2], len_k, tile.block_q, tile.block_k)
+    tiles = -(-call.len_k // tile.block_k)
+    plan = plan_queries(call.mask, call.len_q, call.len_k, tile.block_q, tile.block_k)
     arguments = call.arguments | call.of_tile(tile, plan, tiles)
-    arguments |= {"grad_k": grad_k, **_strides("grad_k", grad_k), "grad_v": grad_v, **_strides("grad_v", grad_v)}
-    grid = (batch * heads_kv * tiles,)
+    arguments |= {"grad_k": grad_k, **call.strides("grad_k", grad_k)}
+    arguments |= {"grad_v": grad_v, **call.strides("grad_v", grad_v)}
+    grid = (call.batch * call.k.shape[1] * tiles,)
     launch(attention_keys_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _launch_bias(call: Call, bias: Tensor) -> Tensor:
     """dbias float32 of bias' shape: the sum of what a few programs for each of its tiles found."""
-    from fastattn.kernels.attention.backward import attention_bias_kernel
+    from fastattn.kernels.attention.bias import attention_bias_kernel
 
-    batch, heads, len_q, _ = call.q.shape
-    len_k = call.k.shape[2]
+    batch, heads, len_q, len_k = call.batch, call.heads, call.len_q, call.len_k
     sums_q, sums_k = bias.shape[2] < len_q, bias.shape[3] < len_k
     tile = call.tile("bias")
     tiles_q = 1 if sums_q else -(-len_q // tile.block_q)
@@ -194,8 +199,45 @@ def _launch_bias(call: Call, bias: Tensor) -> Tensor:
     return grad_bias.sum(dim=0)
 
 
+def _launch_distance(
+    call: Call, bias: LoweredBias, table_requires_grad: bool, slopes_requires_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """dtable and dslopes float32 of their shapes, empty where not asked for."""
+    from fastattn.kernels.attention.bias import attention_distance_kernel
+
+    tile = call.tile("bias")
+    tile = tile._replace(block_q=min(tile.block_q, tile.block_k))
+    tiles = -(-call.len_q // tile.block_q)
+    rows, columns = (1, 1) if not table_requires_grad or bias.table is None else bias.table.shape
+    shared_heads = call.heads // rows
+    items = call.batch * shared_heads * tiles
+    parts = max(1, min(items, -(-_BIAS_PROGRAMS // rows), _TABLE_SUMS // (rows * columns)))
+    device = call.q.device
+    table_sums = torch.zeros(parts, rows, columns, dtype=torch.float32, device=device)
+    slope_sums = torch.empty(call.batch, call.heads, tiles, dtype=torch.float32, device=device)
+    plan = plan_keys(call.mask, call.len_q, call.len_k, tile.block_q, tile.block_k)
+    arguments = call.arguments | call.of_tile(tile, plan, parts)
+    arguments |= {
+        "table_sums": table_sums,
+        "slope_sums": slope_sums,
+        "states": plan.states,
+        "table_last": columns - 1 if table_requires_grad else call.arguments["table_last"],
+        "items": items,
+        "shared_heads": shared_heads,
+        "SUMS_TABLE": table_requires_grad,
+        "SUMS_SLOPES": slopes_requires_grad,
+    }
+    launch(attention_distance_kernel, (rows, parts), arguments, num_warps=tile.warps, num_stages=tile.stages)
+    dtable = table_sums.sum(dim=0) if table_requires_grad else table_sums.new_empty(0)
+    dslopes = table_sums.new_empty(0)
+    if slopes_requires_grad and bias.slopes is not None:
+        dslopes = slope_sums.sum(dim=2).sum_to_size(bias.slopes.shape)
+    return dtable, dslopes
+
+
 class Call:
-    """What forward and backward kernels get alike."""
+    """What forward and backward kernels get alike. batch, len_q, len_k: of a packed batch its sequences and the most
+    that one may have."""
 
     def __init__(
         self,
@@ -203,7 +245,8 @@ class Call:
         k: Tensor,
         v: Tensor,
         mask: LoweredMask,
-        bias: Tensor | None,
+        bias: LoweredBias,
+        packed: Packed | None,
         sinks: Tensor | None,
         dropout_seed: Tensor | None,
         scale: float,
@@ -213,32 +256,45 @@ class Call:
         from fastattn.kernels.tiles import pieces
 
         q, k, v = (_addressable(t) for t in (q, k, v))
-        self.q, self.k, self.v = q, k, v
-        batch, heads, len_q, dim = q.shape
-        _, heads_kv, len_k, dim_v = v.shape
-        self.mask: Mask = mask_arguments(mask, batch, heads, len_q, len_k)
+        self.q, self.k, self.v, self.is_packed = q, k, v, packed is not None
+        self.batch, self.heads, self.len_q, dim = q.shape
+        _, heads_kv, self.len_k, dim_v = v.shape
+        rows_q, rows_k = self.len_q, self.len_k
+        if packed is not None:
+            self.batch, self.len_q, self.len_k = packed.batch, packed.max_len_q, packed.max_len_k
+        self.mask: Mask = mask_arguments(mask, self.batch, self.heads, self.len_q, self.len_k, packed, rows_q, rows_k)
         wide, rest = pieces(dim)
         wide_v, rest_v = pieces(dim_v)
-        steps = (0, 0, 0, 0) if bias is None else bias.expand(batch, heads, len_q, len_k).stride()
+        full = (self.batch, self.heads, self.len_q, self.len_k)
+        steps = (0, 0, 0, 0) if bias.dense is None else bias.dense.expand(full).stride()
         self.arguments: dict[str, Any] = {
             "q": q,
             "k": k,
             "v": v,
-            **_strides("q", q),
-            **_strides("k", k),
-            **_strides("v", v),
+            **self.strides("q", q),
+            **self.strides("k", k),
+            **self.strides("v", v),
+            "lse_b": 0 if self.is_packed else self.heads * rows_q,
+            "lse_h": rows_q,
             **self.mask.arguments,
-            "bias": bias,
+            "bias": bias.dense,
             **dict(zip(("bias_b", "bias_h", "bias_q", "bias_k"), steps, strict=True)),
+            "table": bias.table,
+            "table_h": 0 if bias.table is None or bias.table.shape[0] == 1 else bias.table.shape[1],
+            "table_first": near(bias.first),
+            "table_last": 0 if bias.table is None else bias.table.shape[1] - 1,
+            "slopes": bias.slopes,
+            "slopes_b": 0 if bias.slopes is None or bias.slopes.shape[0] == 1 else self.heads,
+            "TOP_LEFT": bias.top_left and (bias.table is not None or bias.slopes is not None),
             "sinks": None if sinks is None else sinks.float(),
             "seed_pointer": dropout_seed if dropout_p > 0.0 else None,
             "threshold": dropout_threshold(dropout_p),
             "keep_scale": dropout_scale(dropout_p),
-            "batches": batch,
-            "heads_q": heads,
-            "group": heads // max(heads_kv, 1),
-            "len_q": len_q,
-            "len_k": len_k,
+            "batches": self.batch,
+            "heads_q": self.heads,
+            "group": self.heads // max(heads_kv, 1),
+            "len_q": self.len_q,
+            "len_k": self.len_k,
             "scale": scale,
             "softcap": softcap,
             "DIM": dim,
@@ -247,10 +303,15 @@ class Call:
             "DIM_V": dim_v,
             "WIDE_V": wide_v,
             "REST_V": rest_v,
-            "FOLDED": scale > 0.0 and softcap == 0.0 and bias is None,
+            "FOLDED": scale > 0.0 and softcap == 0.0 and all(t is None for t in (bias.dense, bias.table, bias.slopes)),
             "SOFTCAP": softcap != 0.0,
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
+
+    def strides(self, name: str, tensor: Tensor) -> dict[str, int]:
+        """Strides of batch, head and row under the names the kernels know them by; a packed batch is one entry."""
+        found = {f"{name}_{letter}": tensor.stride(d) for d, letter in enumerate("bhs")}
+        return found | {f"{name}_b": 0} if self.is_packed else found
 
     def tile(self, kernel: str) -> Any:
         """The Tile of a kernel for this call."""
@@ -263,21 +324,16 @@ class Call:
 
     def of_tile(self, tile: Any, plan: Plan, tiles: int) -> dict[str, Any]:
         """The arguments that depend on the tile shape. tiles: how many programs a batch entry and head has."""
-        per_head = self.k.shape[2] * (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
+        per_head = self.len_k * (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
         section = self.arguments["group"] * max(1, _SECTION_BYTES // max(per_head, 1))
         most = (_MAX_PROGRAMS - 1) // max(tiles, 1)
         return {
             **plan.arguments,
             "BLOCK_Q": tile.block_q,
             "BLOCK_K": tile.block_k,
-            "section": max(1, min(section, self.q.shape[0] * self.q.shape[1], most)),
+            "section": max(1, min(section, self.batch * self.heads, most)),
             "LAST_FIRST": self.mask.arguments["HAS_BAND"],
         }
-
-
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    """Strides of batch, head and row under the names the kernels know them by."""
-    return {f"{name}_{letter}": tensor.stride(d) for d, letter in enumerate("bhs")}
 
 
 def _addressable(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.backends.triton.interpreter import patching_once
+from fastattn.backends.triton.interpreter import at_speed
 
 
 class Launch(NamedTuple):
@@ -51,7 +51,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **opti
         return
     device = next(a.device for a in taken.values() if isinstance(a, torch.Tensor))
     # Triton launches on the current device's current stream; this makes it that of the arguments.
-    with torch.cuda.device(device) if device.type == "cuda" else patching_once():
+    with torch.cuda.device(device) if device.type == "cuda" else at_speed():
         kernel[grid](**taken, **options)
 
 

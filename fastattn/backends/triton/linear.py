@@ -18,6 +18,7 @@ from torch.nn import functional
 from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.triton.launch import launch
 from fastattn.problems import LinearProblem
+from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -39,8 +40,6 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
     widest = max(problem.hidden_features, problem.out_features)
     if widest >= _MAX_COLUMNS:
         reasons.append(f"the Triton {problem.op} takes fewer than {_MAX_COLUMNS} features, not {widest}")
-    if problem.dropout:
-        reasons.append(f"the Triton {problem.op} has no dropout")
     return reasons
 
 
@@ -97,11 +96,11 @@ def ffn_forward(
     b2: Tensor | None,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
-    hidden, pre = _project(x, w1, b1, activation, save_pre)
+    hidden, pre = _project(x, w1, b1, activation, save_pre, dropout=_dropout(dropout_seed, dropout_p))
     return functional.linear(hidden, w2, b2), pre
 
 
@@ -114,7 +113,7 @@ def ffn_backward(
     pre: Tensor,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     x_requires_grad: bool,
     w1_requires_grad: bool,
     b1_requires_grad: bool,
@@ -122,7 +121,14 @@ def ffn_backward(
     b2_requires_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the protocol."""
-    found = _activation_backward(activation, grad_y @ w2, pre, sums=b1_requires_grad, keep_h=w2_requires_grad)
+    found = _activation_backward(
+        activation,
+        grad_y @ w2,
+        pre,
+        dropout=_dropout(dropout_seed, dropout_p),
+        sums=b1_requires_grad,
+        keep_h=w2_requires_grad,
+    )
     dx = found["grad_pre"] @ w1 if x_requires_grad else x.new_empty(0)
     dw1 = _grad_weight(found["grad_pre"], x, w1_requires_grad)
     dw2 = _grad_weight(grad_y, found["h"], w2_requires_grad)
@@ -140,12 +146,12 @@ def gated_ffn_forward(
     b_down: Tensor | None,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the protocol."""
     up = functional.linear(x, w_up, b_up)
-    hidden, gate = _project(x, w_gate, b_gate, activation, save_pre, up)
+    hidden, gate = _project(x, w_gate, b_gate, activation, save_pre, up, _dropout(dropout_seed, dropout_p))
     return functional.linear(hidden, w_down, b_down), gate, up if save_pre else x.new_empty(0)
 
 
@@ -160,7 +166,7 @@ def gated_ffn_backward(
     up: Tensor,
     dropout_seed: Tensor | None,
     activation: str,
-    dropout_p: float,  # 0: dropout is refused
+    dropout_p: float,
     x_requires_grad: bool,
     w_gate_requires_grad: bool,
     b_gate_requires_grad: bool,
@@ -175,6 +181,7 @@ def gated_ffn_backward(
         grad_y @ w_down,
         gate,
         up,
+        dropout=_dropout(dropout_seed, dropout_p),
         sums=b_gate_requires_grad,
         up_sums=b_up_requires_grad,
         keep_h=w_down_requires_grad,
@@ -196,10 +203,28 @@ def gated_ffn_backward(
     )
 
 
+def _dropout(seed: Tensor | None, dropout_p: float) -> dict[str, Any]:
+    """Kernel arguments for the dropout of the hidden layer."""
+    return {
+        "seed_pointer": seed if dropout_p > 0.0 else None,
+        "threshold": dropout_threshold(dropout_p),
+        "keep_scale": dropout_scale(dropout_p),
+    }
+
+
+_NO_DROPOUT = _dropout(None, 0.0)
+
+
 def _project(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool, up: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    save_pre: bool,
+    up: Tensor | None = None,
+    dropout: dict[str, Any] = _NO_DROPOUT,
 ) -> tuple[Tensor, Tensor]:
-    """act(x W^T + b) up, and x W^T + b where save_pre, else empty."""
+    """act(x W^T + b) up, under dropout, and x W^T + b where save_pre, else empty."""
     from fastattn.kernels.activation import activation_forward_kernel
 
     # A half product is rounded when it is stored, so there the matrix product adds the bias itself, before rounding.
@@ -208,6 +233,7 @@ def _project(
     y = torch.empty_like(product) if save_pre else product  # in place: the product becomes pre, or y
     rows, columns = _rows(product).shape
     arguments = {
+        **dropout,
         "x": product,
         "bias": kernel_bias,
         "up": up,
@@ -230,6 +256,7 @@ def _activation_backward(
     pre: Tensor,
     up: Tensor | None = None,
     *,
+    dropout: dict[str, Any] = _NO_DROPOUT,
     sums: bool,
     up_sums: bool = False,
     keep_h: bool = False,
@@ -247,6 +274,7 @@ def _activation_backward(
         return torch.zeros(shape, dtype=torch.float32, device=pre.device) if wanted else None
 
     arguments: dict[str, Any] = {
+        **dropout,
         "grad_h": grad_h.contiguous(),
         "pre": pre,
         "up": up,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.triton.launch import launch
 from fastattn.masks.lowered import Blocks, LoweredMask
+from fastattn.packed import Packed
 
 _FAR = 1 << 30
 _CHUNK = 32  # key tiles that one program of classify_kernel looks at
@@ -34,12 +35,26 @@ class Plan(NamedTuple):
     states: Tensor | None
 
 
-def mask_arguments(mask: LoweredMask, batch: int, heads: int, len_q: int, len_k: int) -> Mask:
-    """Kernel arguments for a mask whose dense part is expanded to (batch, heads, len_q, len_k)."""
+def mask_arguments(
+    mask: LoweredMask,
+    batch: int,
+    heads: int,
+    len_q: int,
+    len_k: int,
+    packed: Packed | None = None,
+    rows_q: int = 0,
+    rows_k: int = 0,
+) -> Mask:
+    """Kernel arguments for a mask whose dense part is expanded to (batch, heads, len_q, len_k), and for the sequences
+    of a packed batch among rows_q queries and rows_k keys."""
     dense, flags = mask.dense, None
     if dense is not None and _is_key_mask(dense):
         dense, flags = None, dense
     arguments: dict[str, Any] = {
+        "cu_q": None if packed is None else packed.cu_seqlens_q,
+        "cu_k": None if packed is None else packed.cu_seqlens_k,
+        "rows_q": rows_q,
+        "rows_k": rows_k,
         "key_start": mask.key_start,
         "key_end": mask.key_end,
         "key_bits": mask.key_bits,
@@ -48,8 +63,8 @@ def mask_arguments(mask: LoweredMask, batch: int, heads: int, len_q: int, len_k:
         "flags_b": 0 if flags is None else _stride(flags, 0),
         "flags_k": 0 if flags is None else _stride(flags, 3),
         "HAS_BAND": mask.band_left is not None or mask.band_right is not None,
-        "band_low": -_FAR if mask.band_left is None else _near(mask.band_offset - mask.band_left),
-        "band_high": _FAR if mask.band_right is None else _near(mask.band_offset + mask.band_right),
+        "band_low": -_FAR if mask.band_left is None else near(mask.band_offset - mask.band_left),
+        "band_high": _FAR if mask.band_right is None else near(mask.band_offset + mask.band_right),
     }
     intervals = mask.intervals
     arguments |= {"intervals": intervals, "INTERVALS": 0 if intervals is None else intervals.shape[0]}
@@ -62,7 +77,7 @@ def mask_arguments(mask: LoweredMask, batch: int, heads: int, len_q: int, len_k:
     steps = (0, 0, 0, 0) if dense is None else tuple(_stride(dense, d) for d in range(4))
     arguments |= {"dense": dense, **dict(zip(("dense_b", "dense_h", "dense_q", "dense_k"), steps, strict=True))}
 
-    by_batch = any(t is not None for t in (mask.key_start, mask.key_end, mask.key_bits))
+    by_batch = any(t is not None for t in (mask.key_start, mask.key_end, mask.key_bits, packed))
     for name in ("flags_b", "intervals_b", "ids_b", "dense_b"):
         by_batch |= arguments[name] != 0
     by_head = any(arguments[name] != 0 for name in ("intervals_h", "ids_h", "dense_h"))
@@ -180,6 +195,6 @@ def _stride(tensor: Tensor, dim: int) -> int:
     return 0 if tensor.shape[dim] == 1 else tensor.stride(dim)
 
 
-def _near(number: int) -> int:
+def near(number: int) -> int:
     """Band limits beyond any distance become one that sums of positions cannot overflow with."""
     return max(-_FAR, min(_FAR, number))

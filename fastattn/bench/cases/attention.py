@@ -123,7 +123,7 @@ class DecodeCase(AttentionCase):
     suite: ClassVar[str] = "decode"
 
     directions: tuple[str, ...] = ("forward",)
-    compiled: bool = False
+    compiled: tuple[str, ...] = ()
 
     @property
     def counted(self) -> str:

@@ -39,8 +39,8 @@ class Case(ABC):
     """One computation at one size.
 
     group: the title of the table or plot that the case belongs to. axis: what varies within the group ("length", ...),
-    with x the case's place on it; None for a list of unlike cases. compiled: whether providers that compile anew for
-    every shape (torch.compile, FlexAttention) join.
+    with x the case's place on it; None for a list of unlike cases. compiled: the directions in which providers join
+    that compile anew for every shape (torch.compile, FlexAttention), for seconds.
     """
 
     suite: ClassVar[str]
@@ -52,7 +52,7 @@ class Case(ABC):
     axis: str | None = None
     x: float = 0.0
     directions: tuple[str, ...] = ("forward", "both")
-    compiled: bool = True
+    compiled: tuple[str, ...] = DIRECTIONS
 
     @abstractmethod
     def parameters(self) -> dict[str, object]:

@@ -1,6 +1,8 @@
 """Which cases a run has: per suite, device and choice of model shapes.
 
-Sizes differ by device so that a CPU finishes in minutes and a GPU is filled. A quick run has the same cases, tiny.
+Sizes differ by device so that a CPU finishes in minutes and a GPU is filled. On a CPU the long sweeps have few heads,
+so that implementations that write their scores down take part, and a direction or an activation that would only repeat
+another's picture is left out. A quick run has the same cases, tiny.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from typing import Any, Literal
 import torch
 
 from fastattn.bench.cases.attention import AttentionCase, DecodeCase
-from fastattn.bench.cases.base import Case, generator
+from fastattn.bench.cases.base import DIRECTIONS, Case, generator
 from fastattn.bench.cases.ffn import FfnCase
 from fastattn.bench.cases.model import ModelCase
 from fastattn.bench.cases.norm import NormCase
+from fastattn.bench.cases.packed import PackedCase
 from fastattn.bench.cases.visible import Visible
 
-SUITES = ("attention", "decode", "norm", "ffn", "model")
+SUITES = ("attention", "packed", "decode", "norm", "ffn", "model")
 
 _QUICK_LENGTH, _QUICK_ROWS, _QUICK_WIDTH = 64, 16, 64
 
@@ -45,13 +48,13 @@ class ModelShape:
 
 
 SHAPES: dict[str, ModelShape] = {
-    "bert-base": ModelShape(12, 12, 64, 768, 3072, "gelu", "layer", padded=True, cpu=(4, 512), gpu=(32, 512)),
-    "gpt2": ModelShape(12, 12, 64, 768, 3072, "gelu_tanh", "layer", causal=True, cpu=(2, 1024), gpu=(16, 1024)),
+    "bert-base": ModelShape(12, 12, 64, 768, 3072, "gelu", "layer", padded=True, cpu=(2, 512), gpu=(32, 512)),
+    "gpt2": ModelShape(12, 12, 64, 768, 3072, "gelu_tanh", "layer", causal=True, cpu=(1, 1024), gpu=(16, 1024)),
     "t5-base": ModelShape(12, 12, 64, 768, 3072, "relu", "rms", bias=False, t5_bias=True, cpu=(2, 512), gpu=(32, 512)),
     "llama-8b": ModelShape(
         32, 8, 128, 4096, 14336, "silu", "rms", gated=True, bias=False, causal=True, cpu=(1, 1024), gpu=(2, 4096)
     ),
-    "longformer": ModelShape(12, 12, 64, 768, 3072, "gelu", "layer", window=256, cpu=(1, 4096), gpu=(4, 4096)),
+    "longformer": ModelShape(12, 12, 64, 768, 3072, "gelu", "layer", window=256, cpu=(1, 2048), gpu=(4, 4096)),
 }
 """Of the models' papers and configurations; batch and length are ours. longformer: its window without global tokens."""
 
@@ -68,6 +71,16 @@ class Choice:
     @property
     def gpu(self) -> bool:
         return self.device == "cuda" and not self.quick
+
+    @property
+    def all_directions(self) -> bool:
+        """Whether every case is taken forward and backward, not only those that show something new."""
+        return self.gpu or self.quick or self.shapes is not None
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """The directions in which compilers join a case that resembles one that they join in all."""
+        return DIRECTIONS if self.all_directions else ("forward",)
 
     @property
     def common(self) -> dict[str, Any]:
@@ -119,6 +132,7 @@ def _attention(choice: Choice) -> list[Case]:
                 dim=16 if choice.quick else shape.dim,
                 visible=seen,
                 t5_bias=shape.t5_bias,
+                compiled=DIRECTIONS if name == "bert-base" else choice.compiled,
                 **choice.common,
             )
         )
@@ -143,7 +157,7 @@ def _length_sweep(choice: Choice) -> list[Case]:
     tokens = 16384 if choice.gpu else lengths[-1]
     dims = (64, 128, 256) if choice.gpu else (16,) if choice.quick else (64,)
     for dim in dims:
-        heads = 2048 // dim if choice.gpu else 2 if choice.quick else 8
+        heads = 2048 // dim if choice.gpu else 2 if choice.quick else 4
         for causal in (False, True) if choice.gpu else (True,):
             kind = "causal" if causal else "full"
             group = f"Attention against length, {kind}, head dim {dim}, {tokens} tokens"
@@ -156,9 +170,9 @@ def _length_sweep(choice: Choice) -> list[Case]:
     return found
 
 
-def _compiled(choice: Choice, length: int, dim: int) -> bool:
-    """Whether compilers join a length of the sweep: one length of the common head dims."""
-    return length == (4096 if choice.gpu else 1024) and dim <= 128
+def _compiled(choice: Choice, length: int, dim: int) -> tuple[str, ...]:
+    """Compilers join at one length of the common head dims."""
+    return choice.compiled if length == (4096 if choice.gpu else 1024) and dim <= 128 else ()
 
 
 def _dim_sweep(choice: Choice) -> list[Case]:
@@ -166,7 +180,7 @@ def _dim_sweep(choice: Choice) -> list[Case]:
         return []
     length, heads = (32, 2) if choice.quick else (1024, 8)
     group = f"Attention against head dim, full, length {length}"
-    place = {"axis": "head dim", "compiled": False, "directions": ("forward",)}
+    place = {"axis": "head dim", "compiled": (), "directions": ("forward",)}
     return [
         _square(choice, f"full, head dim {dim}, 1 x {length}", group, length, heads, dim, x=dim, **place)
         for dim in ((16, 24) if choice.quick else (32, 64, 128, 256))
@@ -174,7 +188,7 @@ def _dim_sweep(choice: Choice) -> list[Case]:
 
 
 def _window_sweep(choice: Choice) -> list[Case]:
-    length, heads, dim = (64, 2, 16) if choice.quick else (16384, 16, 128) if choice.gpu else (4096, 8, 64)
+    length, heads, dim = (64, 2, 16) if choice.quick else (16384, 16, 128) if choice.gpu else (4096, 2, 64)
     group = f"Attention against a causal window, length {length}"
     widths = (8, 16) if choice.quick else (256, 1024, 4096) if choice.gpu else (64, 256, 1024)
     found: list[Case] = [
@@ -188,7 +202,7 @@ def _window_sweep(choice: Choice) -> list[Case]:
             axis="window",
             x=width,
             visible=Visible(left=width, right=0),
-            compiled=width == 256,
+            compiled=choice.compiled if width == 256 else (),
             directions=("forward", "both") if width == 256 or choice.gpu else ("forward",),
         )
         for width in widths
@@ -196,12 +210,12 @@ def _window_sweep(choice: Choice) -> list[Case]:
     if not choice.quick and not choice.gpu:
         seen = Visible(left=256, right=0)
         name = "causal window 256, 1 x 8192"
-        found.append(_square(choice, name, "Long documents", 8192, 8, 64, visible=seen, compiled=False))
+        found.append(_square(choice, name, "Long documents", 8192, 4, 64, visible=seen, compiled=()))
     return found
 
 
 def _density_sweep(choice: Choice) -> list[Case]:
-    length, heads, dim = (128, 2, 16) if choice.quick else (8192, 16, 128) if choice.gpu else (4096, 8, 64)
+    length, heads, dim = (128, 2, 16) if choice.quick else (8192, 16, 128) if choice.gpu else (4096, 2, 64)
     group = f"Attention against density, 64 x 64 blocks, length {length}"
     densities = (0.5, 1.0) if choice.quick else (0.05, 0.1, 0.25, 0.5, 1.0)
     return [
@@ -215,7 +229,7 @@ def _density_sweep(choice: Choice) -> list[Case]:
             axis="density",
             x=density,
             visible=Visible(density=density),
-            compiled=choice.gpu and density == 0.25,
+            compiled=("forward", "both") if choice.gpu and density == 0.25 else (),
             directions=("forward", "both") if choice.gpu else ("forward",),
         )
         for density in densities
@@ -223,6 +237,27 @@ def _density_sweep(choice: Choice) -> list[Case]:
 
 
 # --- The other suites -------------------------------------------------------------------------------------------
+
+
+def _packed(choice: Choice) -> list[Case]:
+    """Of models that see padding, and of those that decode, which are trained on packed documents."""
+    found: list[Case] = []
+    for name, shape, batch, length in choice.of_shapes():
+        if not (shape.padded or (shape.causal and choice.all_directions)):
+            continue
+        lengths = _uneven(max(batch, 4), length)
+        group = f"Packed batches, {sum(lengths)} tokens in sequences of up to {length}"
+        sizes = {"heads_q": shape.heads_q, "heads_kv": shape.heads_kv, "dim": 16 if choice.quick else shape.dim}
+        title = f"{name}, {len(lengths)} x up to {length}"
+        options = {**sizes, "lengths": lengths, "causal": shape.causal, "compiled": choice.compiled, **choice.common}
+        found.append(PackedCase(name=title, group=group, **options))
+    return found
+
+
+def _uneven(batch: int, length: int) -> tuple[int, ...]:
+    """Sequences of an eighth of full length to all of it; the first is full."""
+    drawn = torch.randint(length // 8, length + 1, (batch - 1,), generator=generator()).tolist()
+    return (length, *drawn)
 
 
 def _decode(choice: Choice) -> list[Case]:
@@ -272,6 +307,8 @@ def _norm(choice: Choice) -> list[Case]:
                 rows=rows,
                 width=width,
                 residual=residual,
+                compiled=DIRECTIONS if choice.all_directions or residual else (),
+                directions=("forward", "both") if choice.all_directions or residual else ("forward",),
                 **choice.common,
             )
             for residual in (False, True)
@@ -291,6 +328,10 @@ def _ffn(choice: Choice) -> list[Case]:
         if key in seen:
             continue
         seen.add(key)
+        # On a CPU training a llama-8b block takes seconds a call, and gpt2's is bert-base's but for its activation.
+        trains = (choice.all_directions or name in ("bert-base", "t5-base")) and (
+            choice.gpu or choice.quick or not shape.gated
+        )
         found.append(
             FfnCase(
                 name=f"{name}: {'gated ' if shape.gated else ''}{shape.activation}, {rows} x {width} x {hidden}",
@@ -301,7 +342,8 @@ def _ffn(choice: Choice) -> list[Case]:
                 activation=shape.activation,
                 gated=shape.gated,
                 bias=shape.bias,
-                directions=("forward", "both") if choice.gpu or not shape.gated else ("forward",),
+                compiled=DIRECTIONS if name == "bert-base" else choice.compiled,
+                directions=("forward", "both") if trains else ("forward",),
                 **choice.common,
             )
         )
@@ -313,7 +355,7 @@ def _model(choice: Choice) -> list[Case]:
     if choice.shapes is not None and "bert-base" not in choice.shapes:
         return []
     common: dict[str, Any] = {"device": choice.device, "dtype": torch.float32}
-    bert = ((2, 24),) if choice.quick else ((8, 360), (32, 128))
+    bert = ((2, 24),) if choice.quick else ((8, 360), (32, 128)) if choice.gpu else ((4, 360), (16, 128))
     found: list[Case] = [
         ModelCase(
             name=f"MiniLM BERT, inference, {batch} x {length}{', padded' if padded else ''}",
@@ -327,7 +369,7 @@ def _model(choice: Choice) -> list[Case]:
         )
         for (batch, length), padded in zip(bert, (False, True), strict=False)
     ]
-    batch, length = (2, 16) if choice.quick else (8, 256)
+    batch, length = (2, 16) if choice.quick else (8, 256) if choice.gpu else (4, 256)
     for direction, what in (("forward", "inference"), ("both", "training step")):
         found.append(
             ModelCase(
@@ -346,6 +388,7 @@ def _model(choice: Choice) -> list[Case]:
 
 _SUITE_CASES: dict[str, Callable[[Choice], list[Case]]] = {
     "attention": _attention,
+    "packed": _packed,
     "decode": _decode,
     "norm": _norm,
     "ffn": _ffn,

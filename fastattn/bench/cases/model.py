@@ -94,9 +94,9 @@ class ModelCase(Case):
         return made
 
     def _encoder(self) -> nn.Module:
-        layer = nn.TransformerEncoderLayer(
-            ENCODER["width"], ENCODER["heads"], ENCODER["hidden"], dropout=self.dropout, batch_first=True
-        )
+        sizes = ENCODER["width"], ENCODER["heads"], ENCODER["hidden"]
+        # Not torch's default, relu: near its kink rounding decides a gradient, and no bound on errors holds.
+        layer = nn.TransformerEncoderLayer(*sizes, dropout=self.dropout, activation="gelu", batch_first=True)
         return nn.TransformerEncoder(layer, ENCODER["layers"])
 
     def valid(self) -> Tensor:
@@ -133,7 +133,7 @@ class ModelCase(Case):
         valid = self.valid()
         runs: dict[str, dict[str, Tensor]] = {}
         for kind, dtype in (("ref", torch.float64), ("eager", self.dtype)):
-            with _plain_torch(), torch.set_grad_enabled(backward):
+            with plain_torch(), torch.set_grad_enabled(backward):
                 model = copy.deepcopy(self.build("eager")).to(dtype)
                 inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.inputs().items()}
                 out, grads = run_once(self, model, inputs, backward=backward)
@@ -178,7 +178,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_torch() -> Iterator[None]:
+def plain_torch() -> Iterator[None]:
     """Inside, torch.nn's encoder layers run their modules and not the fused inference path."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

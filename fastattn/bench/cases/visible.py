@@ -90,7 +90,7 @@ class Visible:
         return torch.stack([self.rows(b, 0, len_q, len_q, len_k, device) for b in range(entries)]).unsqueeze(1)
 
     def mask(self, len_q: int, len_k: int, device: str) -> masks.Mask | None:
-        """The same as a mask of fastattn. Blocks are a masks.Predicate, or a bool tensor where masks has no such."""
+        """The same as a mask of fastattn. Blocks are a masks.Predicate."""
         found: list[masks.Mask] = []
         if self.left is not None or self.right is not None:
             found.append(
@@ -107,12 +107,7 @@ class Visible:
 
     def _blocks(self, len_q: int, len_k: int, device: str) -> masks.Mask:
         layout = self.layout(len_q, len_k).to(device)
-        rule = getattr(masks, "Predicate", None)
-        if rule is not None:
-            found: masks.Mask = rule(lambda b, h, q, k: layout[q // BLOCK, k // BLOCK])
-            return found
-        grown = layout.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return masks.Dense(grown[:len_q, :len_k].contiguous())
+        return masks.Predicate(lambda b, h, q, k: layout[q // BLOCK, k // BLOCK])
 
     def pairs(self, batch: int, len_q: int, len_k: int) -> int:
         """Visible (query, key) pairs of one head, over the whole batch."""

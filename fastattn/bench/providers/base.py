@@ -21,13 +21,15 @@ class Job:
     """One timed call. names: of the tensors it returns. grad: whether autograd records.
 
     verify: what is called to check the answers, where that is not the timed call itself (a training step whose timed
-    form drops at random). note: what a reader should know about how it runs.
+    form drops at random). keeps_memory: its working memory stays with it between calls, so that one call's peak says
+    nothing. note: what a reader should know about how it runs.
     """
 
     call: Run
     names: tuple[str, ...]
     grad: bool = False
     verify: Run | None = None
+    keeps_memory: bool = False
     note: str = ""
 
 
@@ -43,12 +45,14 @@ class Provider:
     """One implementation. A subclass names itself, the suites it serves, and how it runs a case.
 
     ours: a backend of fastattn; ratios compare these with the others. compiles: it compiles anew for each shape.
+    package: the distribution it comes from, where that is not torch's or ours.
     """
 
     name: str
     suites: frozenset[str]
     ours = False
     compiles = False
+    package = ""
 
     def unavailable_reason(self, device: str) -> str | None:
         """Why this machine cannot run it at all, or None."""

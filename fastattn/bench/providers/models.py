@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.bench.cases.base import Case
-from fastattn.bench.cases.model import ModelCase, run_once
+from fastattn.bench.cases.model import ModelCase, plain_torch, run_once
 from fastattn.bench.providers.base import Inputs, Job, Provider
 from fastattn.bench.providers.compiled import compile_fresh, no_compiler
 
@@ -22,11 +25,13 @@ _LEARNING_RATE = 1e-3
 
 
 class ModelProvider(Provider):
-    """A way to run a model. `make` returns what is called with the model's inputs, and a note."""
+    """A way to run a model. `make` returns what is called with the model's inputs, and a note. keeps_memory: of
+    inference, as in Job."""
 
     suites = frozenset({"model"})
     models: tuple[str, ...] = ("bert", "encoder")
     trains = True
+    keeps_memory = False
 
     def serves(self, case: Case) -> bool:
         return isinstance(case, ModelCase) and case.model in self.models
@@ -47,7 +52,8 @@ class ModelProvider(Provider):
         model, note = self.make(case)
         given = case.inputs()
         if direction == "forward":
-            return Job(lambda: (case.output(model(**given)),), ("out",), note=note)
+            kept = self.keeps_memory
+            return Job(lambda: (case.output(model(**given)),), ("out",), keeps_memory=kept, note=note)
         return _training_job(case, model, given, note)
 
 
@@ -72,6 +78,7 @@ class TransformersEager(ModelProvider):
     """transformers with its attention written out."""
 
     name = "transformers eager"
+    package = "transformers"
     models = ("bert",)
 
     def make(self, case: ModelCase) -> tuple[Any, str]:
@@ -120,19 +127,24 @@ class _Exported(ModelProvider):
     """A runtime of its own, for inference on CPUs."""
 
     trains = False
-    _PACKAGE: str
+    keeps_memory = True
 
     def unavailable_reason(self, device: str) -> str | None:
         if device != "cpu":
             return "it takes part on CPUs"
-        return None if importlib.util.find_spec(self._PACKAGE) else f"{self._PACKAGE} is not installed"
+        return None if importlib.util.find_spec(self.package) else f"{self.package} is not installed"
+
+    def exportable(self, case: ModelCase) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The model called by position, and its inputs."""
+        given = case.inputs()
+        return _Positional(case.build(), tuple(given), case.output).eval(), given
 
 
 class OnnxRuntime(_Exported):
     """The model exported to ONNX, on ONNX Runtime's CPU provider with torch's number of threads."""
 
     name = "ONNX Runtime"
-    _PACKAGE = "onnxruntime"
+    package = "onnxruntime"
 
     def unavailable_reason(self, device: str) -> str | None:
         missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -142,15 +154,15 @@ class OnnxRuntime(_Exported):
     def make(self, case: ModelCase) -> tuple[Any, str]:
         import onnxruntime
 
-        model, given = case.build(), case.inputs()
+        model, given = self.exportable(case)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "model.onnx"
-            wrapped = _Positional(model, tuple(given), case.output)
-            torch.onnx.export(
-                wrapped, tuple(given.values()), str(target), input_names=list(given), dynamo=True, verbose=False
-            )
+            with _quiet_export():
+                torch.onnx.export(
+                    model, tuple(given.values()), str(target), input_names=list(given), dynamo=True, verbose=False
+                )
             session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         names = [node.name for node in session.get_inputs()]
         arrays = {name: given[name].numpy() for name in names}
@@ -165,15 +177,14 @@ class OpenVino(_Exported):
     """The model converted by OpenVINO, on its CPU plugin in float32 with torch's number of threads."""
 
     name = "OpenVINO"
-    _PACKAGE = "openvino"
+    package = "openvino"
 
     def make(self, case: ModelCase) -> tuple[Any, str]:
         import openvino
 
-        model, given = case.build(), case.inputs()
-        wrapped = _Positional(model, tuple(given), case.output)
-        with torch.no_grad():
-            converted = openvino.convert_model(wrapped, example_input=tuple(given.values()))
+        model, given = self.exportable(case)
+        with _quiet_export(), torch.no_grad():
+            converted = openvino.convert_model(model, example_input=tuple(given.values()))
         settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.compile_model(converted, "CPU", settings)
         arrays = [tensor.numpy() for tensor in given.values()]
@@ -182,6 +193,20 @@ class OpenVino(_Exported):
             return torch.from_numpy(compiled(arrays)[0])
 
         return call, ""
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Inside, torch.nn's encoder layers are plain modules, for no exporter knows their fused operator, and neither
+    tracing nor exporting talks about what the model does not use."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), plain_torch():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _Positional(nn.Module):
@@ -196,10 +221,12 @@ class _Positional(nn.Module):
 
 
 class Swapped(ModelProvider):
-    """The model after fastattn.swap; the note says what it took over."""
+    """The model after fastattn.swap; the note says what it took over. In inference whole encoder layers share one
+    workspace, which the library keeps."""
 
     name = "fastattn swap"
     ours = True
+    keeps_memory = True
 
     def make(self, case: ModelCase) -> tuple[Any, str]:
         model = case.build()

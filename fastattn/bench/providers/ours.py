@@ -9,18 +9,16 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import biases
 from fastattn.bench.cases.attention import T5_MAX_DISTANCE, AttentionCase
 from fastattn.bench.cases.base import Case, OpCase, itemsize
 from fastattn.bench.cases.ffn import FfnCase
 from fastattn.bench.cases.norm import NormCase
-from fastattn.bench.cases.visible import BLOCK
 from fastattn.bench.providers.base import Provider, Run
-from fastattn.bench.providers.formulas import gathered_bias
 from fastattn.bench.providers.torch_eager import scores_do_not_fit
+from fastattn.biases import T5Bias
 from fastattn.dispatch import ORDER
 
-_SLOW_SCORES = 2**28
+_SLOW_SCORES = 2**27
 
 
 class Ours(Provider):
@@ -42,9 +40,8 @@ class Ours(Provider):
     def refuses(self, case: Case, direction: str) -> str | None:
         if self.backend != "reference" or not isinstance(case, AttentionCase):
             return None
-        if case.device == "cpu" and case.score_bytes > _SLOW_SCORES:
-            return f"left out: it writes down {case.score_bytes / 1e9:.1f} GB of scores, for seconds"
-        return scores_do_not_fit(case, direction, widened=4 // itemsize(case.dtype))  # it computes in float32
+        wide = 4 // itemsize(case.dtype)  # it computes in float32
+        return scores_do_not_fit(case, direction, wide, slow=_SLOW_SCORES)
 
     def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
         if isinstance(case, AttentionCase):
@@ -55,10 +52,10 @@ class Ours(Provider):
         return self._ffn(case, tensors)
 
     def note(self, case: Case) -> str:
-        if isinstance(case, AttentionCase) and case.t5_bias and not hasattr(biases, "T5Bias"):
-            return "bias gathered from its table into a tensor: biases.T5Bias does not exist in this version"
+        if isinstance(case, AttentionCase) and case.t5_bias:
+            return "bias given as biases.T5Bias"
         if isinstance(case, AttentionCase) and case.visible.density is not None:
-            return f"blocks given as masks.{type(case.visible.mask(BLOCK, BLOCK, 'cpu')).__name__}"
+            return "blocks given as masks.Predicate"
         return ""
 
     def _attention(self, case: AttentionCase, tensors: Mapping[str, Tensor]) -> Run:
@@ -68,14 +65,9 @@ class Ours(Provider):
             "scale": case.scale,
             "backend": self.backend,
         }
-        if not case.t5_bias:
-            return lambda: (fastattn.attention(q, k, v, **options),)
-        table = tensors["table"]
-        named = getattr(biases, "T5Bias", None)
-        if named is not None:
-            return lambda: (fastattn.attention(q, k, v, bias=named(table, True, T5_MAX_DISTANCE), **options),)
-        buckets = case.buckets()
-        return lambda: (fastattn.attention(q, k, v, bias=gathered_bias(table, buckets), **options),)
+        if case.t5_bias:
+            options["bias"] = T5Bias(tensors["table"], bidirectional=True, max_distance=T5_MAX_DISTANCE)
+        return lambda: (fastattn.attention(q, k, v, **options),)
 
     def _norm(self, case: NormCase, tensors: Mapping[str, Tensor]) -> Run:
         x, weight, bias, residual = (tensors.get(n) for n in ("x", "weight", "bias", "residual"))
@@ -100,7 +92,7 @@ class Ours(Provider):
 
 
 class OurDecode(Provider):
-    """fastattn.attention_decode, where this version has it."""
+    """fastattn.attention_decode."""
 
     suites = frozenset({"decode"})
     ours = True
@@ -110,8 +102,6 @@ class OurDecode(Provider):
         self.name = f"fastattn {backend} attention_decode"
 
     def unavailable_reason(self, device: str) -> str | None:
-        if not hasattr(fastattn, "attention_decode"):
-            return "fastattn.attention_decode does not exist in this version"
         return Ours(self.backend).unavailable_reason(device)
 
     def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
@@ -119,6 +109,5 @@ class OurDecode(Provider):
         q, k, v = (tensors[n] for n in "qkv")
         ends = case.visible.lengths or (case.len_k,) * case.batch
         lengths = torch.tensor(ends, dtype=torch.int32, device=case.device)
-        options = {"scale": case.scale, "backend": self.backend}
-        decode = getattr(fastattn, "attention_decode")  # noqa: B009  the type checker may not know the name yet
-        return lambda: (decode(q, k, v, lengths, **options),)
+        options: dict[str, Any] = {"scale": case.scale, "backend": self.backend}
+        return lambda: (fastattn.attention_decode(q, k, v, lengths, **options),)

@@ -26,6 +26,7 @@ class FlashAttention3(Provider):
     """FlashAttention-3 for Hopper: the package fa3-fwd (forward only), or flash_attn_interface built from source."""
 
     name = "FlashAttention-3"
+    package = "fa3-fwd"
     suites = frozenset({"attention", "decode"})
     _MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 
@@ -65,7 +66,7 @@ class FlashAttention3(Provider):
 
     def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
         assert isinstance(case, AttentionCase)
-        module = importlib.import_module(_first_installed(*self._MODULES) or "")
+        module = self.module()
         q, k, v = (tensors[n].transpose(1, 2) for n in "qkv")
         causal = case.visible.left is None and case.visible.right == 0
         window = tuple(-1 if side is None else side for side in (case.visible.left, case.visible.right))
@@ -77,6 +78,9 @@ class FlashAttention3(Provider):
             options["window_size"] = window
         return lambda: (self._tensor(module.flash_attn_func(q, k, v, **options)),)
 
+    def module(self) -> Any:
+        return importlib.import_module(_first_installed(*self._MODULES) or "")
+
     @staticmethod
     def _tensor(found: Any) -> Tensor:
         out: Tensor = found[0] if isinstance(found, tuple) else found
@@ -87,6 +91,7 @@ class Liger(Provider):
     """Liger-Kernel's Triton norms, and its SiLU product between torch's linear layers."""
 
     name = "Liger"
+    package = "liger-kernel"
     suites = frozenset({"norm", "ffn"})
 
     def unavailable_reason(self, device: str) -> str | None:

@@ -16,13 +16,16 @@ from fastattn.bench.providers.base import Provider, Run, too_large
 from fastattn.bench.providers.formulas import formula, gathered_bias, torch_norm
 
 _SCORE_MATRICES = {"forward": 3, "backward": 5, "both": 5}
+_SLOW_SCORES = 2**29
 
 
-def scores_do_not_fit(case: Case, direction: str, widened: int = 1) -> str | None:
-    """Why matrices of scores cannot be written down, for implementations that do. widened: the bytes of an element in
-    them, over those of an input's."""
+def scores_do_not_fit(case: Case, direction: str, widened: int = 1, slow: int = _SLOW_SCORES) -> str | None:
+    """Why matrices of scores are not written down, for implementations that do. widened: the bytes of an element in
+    them, over those of an input's. slow: the bytes of one above which it takes a CPU too long."""
     if not isinstance(case, AttentionCase):
         return None
+    if case.device == "cpu" and case.score_bytes > slow:
+        return f"left out: it writes down {case.score_bytes / 1e9:.1f} GB of scores, for seconds"
     wanted = _SCORE_MATRICES[direction] * widened * case.score_bytes
     return too_large(wanted, "its matrices of scores", case.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,18 @@ def _draw(rows: list[Row], title: str, subtitle: str, colours: dict[str, str], t
             first = sorted(range(len(names)), key=lambda i: not names[i].startswith("fastattn"))
             place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.01, 0.0), "ncols": 6}
             figure.legend([handles[i] for i in first], [names[i] for i in first], **place, frameon=False, fontsize=8.5)
-        figure.savefig(target, dpi=130)
+        _save(figure, target)
         plt.close(figure)
+
+
+def _save(figure: Any, target: Path) -> None:
+    """In 64 colours, which a plot does not go beyond to the eye and which make its file a third as large."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def _lines(rows: list[Row]) -> dict[str, list[Row]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fastattn.bench.report import text
@@ -13,25 +12,28 @@ from fastattn.bench.rows import Result, Row
 
 
 def print_result(result: Result, console: Console) -> None:
-    """A table per question, each absent provider with its reason, then the limits, the machine and the failures."""
+    """A table per question, each absent provider with its reason, then the limits, the machine and the failures.
+
+    console: one that takes no markup, for reasons hold square brackets.
+    """
     for rows in text.by_question(result.rows).values():
         console.print(_question_table(rows), highlight=False)
     absent = _absent_table(result.rows)
     if absent.row_count:
         console.print(absent, highlight=False)
-    console.print(f"limits: {text.limits_line(result.limits)}", markup=False, highlight=False)
-    console.print(text.where_line(result), markup=False, highlight=False)
+    console.print(f"limits: {text.limits_line(result.limits)}", highlight=False)
+    console.print(text.where_line(result), highlight=False)
     if result.left_out:
-        console.print(f"left out, time was up: {'; '.join(result.left_out)}", markup=False, highlight=False)
+        console.print(f"left out, time was up: {'; '.join(result.left_out)}", highlight=False)
     for failure in result.failures:
-        console.print(f"FAILED {failure}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"FAILED {failure}", style="bold red", highlight=False, soft_wrap=True)
 
 
 def _question_table(rows: list[Row]) -> Table:
     first = rows[0]
     work = text.scaled(first.work, first.work_unit)
     title = f"{first.suite}: {first.case}, {text.direction_name(first)}, {first.dtype}, {work}"
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("provider")
     for name in ("ms, median (quartiles)", "rate", "x best other", "of limit", "peak MB"):
         table.add_column(name, justify="right")
@@ -45,7 +47,7 @@ def _question_table(rows: list[Row]) -> Table:
         table.add_row(row.provider, *cells, style=style)
     notes = [f"{row.provider}: {row.note}" for row in rows if row.note]
     if notes:
-        table.caption, table.caption_justify = escape("\n".join(notes)), "left"
+        table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
 
 
@@ -57,5 +59,5 @@ def _absent_table(rows: Iterable[Row]) -> Table:
             reasons.setdefault((row.provider, row.reason), []).append(row)
     table = Table("provider", "cases", "why it has no times", title="Absent", title_justify="left")
     for (provider, reason), kept in reasons.items():
-        table.add_row(provider, str(len(kept)), escape(reason), style="red" if kept[0].verified is False else "")
+        table.add_row(provider, str(len(kept)), reason, style="red" if kept[0].verified is False else "")
     return table

@@ -86,7 +86,8 @@ def where_line(result: Result) -> str:
     else:
         parts.append(f"{found['threads']} threads, {found['instruction_set'] or 'no native library'}")
     commit = f" ({found['commit']})" if found.get("commit") else ""
-    parts += [f"torch {found['torch']}", f"fastattn {found['fastattn']}{commit}", result.date]
+    peers = [f"{name} {version}" for name, version in found.get("peers", {}).items()]
+    parts += [f"torch {found['torch']}", *peers, f"fastattn {found['fastattn']}{commit}", result.date]
     return ", ".join(parts)
 
 

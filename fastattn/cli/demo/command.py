@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from fastattn.cli.console import wide_console
+from fastattn.cli.console import progress_bar, wide_console
 from fastattn.cli.demo.check import Agreement, compare, difference
 from fastattn.cli.demo.memory import measure_apart
 from fastattn.cli.demo.model import (
@@ -99,23 +99,18 @@ def run_demo(plan: Plan, console: Console) -> Result:
         status.update(f"embedding {len(texts)} passages with the original and the swapped model")
         batches = padded_batches(tokenizer, texts, _CORPUS_BATCH, _LONGEST)
         agreement = compare(models["eager"], models["sdpa"], models["fastattn"], report, batches)
-    console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(report), highlight=False, soft_wrap=True)
     _print_agreement(agreement, texts, console)
     timings, compile_diff = _time_all(plan, models, tokenizer, texts, console)
     console.print(_timing_table(timings))
     for timing in timings:
         for name, note in timing.notes.items():
-            console.print(f"{timing.name}, {name}: {note}", style="yellow", markup=False, highlight=False)
+            console.print(f"{timing.name}, {name}: {note}", style="yellow", highlight=False)
     models.clear()
     memory, setting = _memory(plan, names, console) if plan.with_memory else ({}, "")
     if memory:
         console.print(_memory_table(memory, setting))
     return Result(agreement, report, timings, compile_diff, memory, setting, time.perf_counter() - began)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def _time_all(
@@ -124,7 +119,7 @@ def _time_all(
     """The timings, and the largest difference of the compiled model over the timed batches."""
     timings: list[Timing] = []
     worst: float | None = None
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("timing", total=len(plan.settings))
         for size, length in plan.settings:
             batch = full_batch(tokenizer, texts, size, length)
@@ -143,7 +138,7 @@ def _time_all(
 def _memory(plan: Plan, names: list[str], console: Console) -> tuple[dict[str, dict[str, float | str | None]], str]:
     size, length = max(plan.settings, key=lambda setting: setting[0] * setting[1] ** 2)
     found = {}
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("peak memory", total=len(names))
         for name in names:
             progress.update(task, description=f"peak memory: {name}")
@@ -153,17 +148,17 @@ def _memory(plan: Plan, names: list[str], console: Console) -> tuple[dict[str, d
 
 
 def _print_agreement(agreement: Agreement, texts: list[str], console: Console) -> None:
-    good, bad = "[green]yes[/green]", "[red]no[/red]"
+    good, bad = Text("yes", style="green"), Text("no", style="red")
     table = Table(show_header=False, box=None, title="The same answers?", title_justify="left")
     table.add_row("largest difference from eager, valid tokens", f"{agreement.max_abs_diff:.2e}")
     table.add_row("the same for torch's own sdpa", f"{agreement.sdpa_diff:.2e}")
-    agree = good if agreement.neighbours_agree else f"{bad}: {agreement.neighbours_differing} of {len(texts)} differ"
+    agree = good if agreement.neighbours_agree else bad + f": {agreement.neighbours_differing} of {len(texts)} differ"
     table.add_row(f"nearest-passage lists of {len(texts)} passages agree", agree)
     table.add_row("every swapped module ran, none fell back", good if agreement.all_called else bad)
     console.print(table, highlight=False)
     for here, there in agreement.examples[:: max(1, len(texts) // 3)][:3]:
         for label, index in (("passage", here), ("nearest", there)):
-            console.print(f"  {label}: {texts[index][:90]}", markup=False, highlight=False)
+            console.print(f"  {label}: {texts[index][:90]}", highlight=False)
 
 
 def _timing_table(timings: list[Timing]) -> Table:
@@ -248,7 +243,7 @@ def demo(
             draw(result.timings, f"{model_name(folder)} before and after fastattn.swap", subtitle(), plot)
             console.print(f"plot: {plot}", highlight=False)
     except DemoError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         raise typer.Exit(2) from None
     agreement = result.agreement
     if not (agreement.neighbours_agree and agreement.all_called and agreement.max_abs_diff <= TOLERANCE):
