@@ -275,44 +275,55 @@ FASTATTN_INLINE vfloat tanh(vfloat x) {
 
 // ---- Whole blocks of kLanes x kLanes: log2(kLanes) rounds over pairs of rows ------------------------------------------------------------
 
-// Lanes (l without bit `distance`) of a and of b side by side, or with `upper` the lanes with that bit.
-template <bool upper>
-FASTATTN_INLINE vfloat halves(vfloat a, vfloat b, int distance) {
-#if defined(__clang__)
+// Lanes (l without bit `distance`) of a and of b side by side, or with `upper` the lanes with that bit. In intrinsics where the compiler would
+// shuffle by an index vector, which takes three instructions or more.
+template <bool upper, int distance>
+FASTATTN_INLINE vfloat halves(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+    vint index;
+    for (int lane = 0; lane < kLanes; lane++) index[lane] = (upper ? lane | distance : lane & ~distance) + (lane & distance ? kLanes : 0);
+    return (vfloat)_mm512_permutex2var_ps((__m512)a, (__m512i)index, (__m512)b);
+#elif defined(__AVX2__)
+    const __m256 x = (__m256)a, y = (__m256)b;
+    if constexpr (distance == 1) return (vfloat)(upper ? _mm256_blend_ps(_mm256_movehdup_ps(x), y, 0xaa) : _mm256_blend_ps(x, _mm256_moveldup_ps(y), 0xaa));
+    else if constexpr (distance == 2) return (vfloat)(upper ? _mm256_shuffle_ps(x, y, 0xee) : _mm256_shuffle_ps(x, y, 0x44));
+    else return (vfloat)(upper ? _mm256_permute2f128_ps(x, y, 0x31) : _mm256_permute2f128_ps(x, y, 0x20));
+#elif defined(__SSE2__)
+    const __m128 x = (__m128)a, y = (__m128)b;
+    if constexpr (distance == 2) return (vfloat)(upper ? _mm_movehl_ps(y, x) : _mm_movelh_ps(x, y));
+    const __m128 mixed = upper ? _mm_shuffle_ps(x, y, 0xdd) : _mm_shuffle_ps(x, y, 0x88);
+    return (vfloat)_mm_shuffle_ps(mixed, mixed, 0xd8);
+#else
     vfloat result;
     for (int lane = 0; lane < kLanes; lane++) {
         const int from = upper ? lane | distance : lane & ~distance;
         result[lane] = (lane & distance) ? b[from] : a[from];
     }
     return result;
-#else
-    vint index;
-    for (int lane = 0; lane < kLanes; lane++) index[lane] = (upper ? lane | distance : lane & ~distance) + (lane & distance ? kLanes : 0);
-    return __builtin_shuffle(a, b, index);
 #endif
 }
 
 // row[i][j] <-> row[j][i]
+template <int distance = 1>
 FASTATTN_INLINE void transpose(vfloat (&row)[kLanes]) {
-#pragma GCC unroll 4
-    for (int distance = 1; distance < kLanes; distance *= 2)
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i++) {
-            if (i & distance) continue;
-            const vfloat a = row[i], b = row[i + distance];
-            row[i] = halves<false>(a, b, distance);
-            row[i + distance] = halves<true>(a, b, distance);
-        }
+    for (int i = 0; i < kLanes; i++) {
+        if (i & distance) continue;
+        const vfloat a = row[i], b = row[i + distance];
+        row[i] = halves<false, distance>(a, b);
+        row[i + distance] = halves<true, distance>(a, b);
+    }
+    if constexpr (2 * distance < kLanes) transpose<2 * distance>(row);
 }
 
 // Lane i of the result is the sum of row[i].
+template <int distance = 1>
 FASTATTN_INLINE vfloat sums(vfloat (&row)[kLanes]) {
-#pragma GCC unroll 4
-    for (int distance = 1; distance < kLanes; distance *= 2)
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; i += 2 * distance)
-            row[i] = halves<false>(row[i], row[i + distance], distance) + halves<true>(row[i], row[i + distance], distance);
-    return row[0];
+    for (int i = 0; i < kLanes; i += 2 * distance)
+        row[i] = halves<false, distance>(row[i], row[i + distance]) + halves<true, distance>(row[i], row[i + distance]);
+    if constexpr (2 * distance < kLanes) return sums<2 * distance>(row);
+    else return row[0];
 }
 
 FASTATTN_NAMESPACE_END

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.backends import cpu
+from fastattn.biases.lowered import NO_BIAS
 from fastattn.masks.lowered import LoweredMask
 from fastattn.parity.rule import check_linear_act, failures
 from fastattn.parity.run import verify
@@ -161,7 +162,7 @@ def test_two_intervals_of_keys_are_a_union(dtype: torch.dtype) -> None:
     intervals = torch.cat([start, start + torch.randint(-10, 30, start.shape)], -1).to(torch.int32)
     j = torch.arange(150)
     visible = ((j >= intervals[..., :1]) & (j < intervals[..., 1:])).any(0).expand(2, 2, 70, 150)
-    tail = (None, None, None, 0.25, 0.0, 0.0)
+    tail = (NO_BIAS, None, None, None, 0.25, 0.0, 0.0)
     by_intervals = cpu.attention_forward(q, k, v, LoweredMask(intervals=intervals), *tail)
     by_bools = cpu.attention_forward(q, k, v, LoweredMask(dense=visible), *tail)
     for a, b in zip(by_intervals, by_bools, strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastattn.backends import cpu, reference
 from fastattn.backends.cpu.attention import attention_backward, attention_forward
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import Blocks, LoweredMask
 from fastattn.masks.lowered import visible as lowered_visible
 from fastattn.parity.guards import poisoned_outputs, torch_threads
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="th
 ISAS = cpu.available_isas() if cpu.unavailable_reason() is None else []
 WIDTH = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 BLOCK = 64
+GRADS = ("dq", "dk", "dv", "dbias", "dtable", "dslopes", "dsinks")
 
 
 @dataclass(frozen=True)
@@ -218,25 +220,26 @@ class Call:
 
     def run(self, threads: int = 2, bias_grad: bool = True) -> dict[str, Tensor]:
         numbers = (self.q.shape[3] ** -0.5, self.softcap, self.dropout_p)
-        extras = (self.mask, self.bias, self.sinks, self.seed)
+        extras = (self.mask, LoweredBias(self.bias), None, self.sinks, self.seed)
         with poisoned_outputs(), torch_threads(threads):
             out, lse = attention_forward(self.q, self.k, self.v, *extras, *numbers)
-            wanted = (self.bias is not None and bias_grad, self.sinks is not None, True)
+            wanted = (self.bias is not None and bias_grad, False, False, self.sinks is not None, True)
             inputs = (self.grad_out, self.grad_lse, self.q, self.k, self.v, out, lse)
             grads = attention_backward(*inputs, *extras, *numbers, *wanted)
-        return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv", "dbias", "dsinks"), grads, strict=True))}
+        return {"out": out, "lse": lse, **dict(zip(GRADS, grads, strict=True))}
 
     def truth(self) -> dict[str, Tensor]:
         numbers = (self.q.shape[3] ** -0.5, self.softcap, self.dropout_p)
         hidden = ~self.seen.any(dim=2).any(dim=1)[:, None, :, None]
         q, k, v = self.q.double(), self.k.double().masked_fill(hidden, 0), self.v.double().masked_fill(hidden, 0)
         bias = None if self.bias is None else self.bias.double()
-        extras = (LoweredMask(dense=self.seen), bias, None if self.sinks is None else self.sinks.double(), self.seed)
+        sinks = None if self.sinks is None else self.sinks.double()
+        extras = (LoweredMask(dense=self.seen), LoweredBias(bias), None, sinks, self.seed)
         out, lse = reference.attention_forward(q, k, v, *extras, *numbers)
-        wanted = (self.bias is not None, self.sinks is not None, True)
+        wanted = (self.bias is not None, False, False, self.sinks is not None, True)
         inputs = (self.grad_out.double(), self.grad_lse.double(), q, k, v, out, lse)
         grads = reference.attention_backward(*inputs, *extras, *numbers, *wanted)
-        return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv", "dbias", "dsinks"), grads, strict=True))}
+        return {"out": out, "lse": lse, **dict(zip(GRADS, grads, strict=True))}
 
 
 def make_call(

@@ -3,10 +3,14 @@ the other. Lowered masks and biases are made by hand: `fastattn.masks` and `fast
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from fastattn.backends.cpu.attention import attention_backward, attention_forwar
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
-from fastattn.parity.guards import poisoned_outputs, torch_threads
+from fastattn.parity.guards import GuardedTensors, poisoned_outputs, torch_threads
 from fastattn.reference.philox import dropout_scale, keep_mask
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="the CPU library is not built")
@@ -246,8 +250,7 @@ def random_call(seed: int) -> Call:
     """Anything together with anything."""
     rng = random.Random(seed)
     packed = rng.random() < 0.7
-    count = rng.randint(1, 5)
-    lens = [(rng.choice([0, 1, rng.randint(1, 150)]), rng.choice([0, 1, rng.randint(1, 200)])) for _ in range(count)]
+    lens = [tuple(rng.choice([0, 1, rng.randint(1, n)]) for n in (150, 200)) for _ in range(rng.randint(1, 5))]
     if not packed:
         lens = [(rng.randint(1, 150), rng.randint(1, 150))] * rng.randint(1, 3)
     heads_kv = rng.choice([1, 2, 3])
@@ -292,3 +295,128 @@ def random_call(seed: int) -> Call:
 def test_random_calls(isa: str, seed: int) -> None:
     call = random_call(seed)
     check(call, call.run(threads=1 + seed % 3), f"{isa}, seed {seed}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_distances(isa: str, packed: bool, form: str) -> None:
+    for seed, lens in enumerate(LENGTHS if packed else [[(70, 70)] * 3, [(33, 150)], [(150, 1)] * 2, [(1, 90)]]):
+        call = with_distances(make_call(seed, lens, (4, 2), packed=packed), random.Random(seed), form)
+        check(call, call.run(), f"{isa}, {form}, {lens}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_longer_sequences_are_cut_off(isa: str, dtype: torch.dtype) -> None:
+    """What lies beyond the longest lengths is NaN here, and aligned at the sequence's own end what lies before."""
+    lens = [(90, 40), (10, 130), (65, 65), (3, 4)]
+    for cut in ((64, 64), (1, 200), (33, 1), (0, 7)):
+        call = make_call(3, lens, (2, 1), dtype=dtype, cut=cut, gap=2)
+        with_distances(call, random.Random(1), "both")
+        call.mask = LoweredMask(band_left=70, band_right=20)
+        check(call, call.run(), f"{isa}, at most {cut}")
+
+
+def test_cu_seqlens_past_the_end_of_the_tensors(isa: str) -> None:
+    call = make_call(4, [(20, 30), (40, 50)])
+    assert call.packed is not None
+    ends = (call.packed.cu_seqlens_q + torch.tensor([0, 0, 7], dtype=torch.int32)), call.packed.cu_seqlens_k.clone()
+    ends[1][1:] += 25  # the second sequence then begins inside what was its own and ends outside
+    guards = GuardedTensors()
+    call.q, call.k, call.v = (guards.embed(name, getattr(call, name)) for name in "qkv")
+    call.packed = Packed(*ends, 47, 90)
+    call.lens = [(20, 55), (47, 50)]
+    found = call.run()
+    want = call.truth()
+    assert not guards.damage()
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        torch.testing.assert_close(found[name].double(), want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_everything_hidden_by_the_table(isa: str) -> None:
+    """-inf in the table hides a distance; a query all of whose keys are hidden gives 0 and -inf."""
+    for packed in (True, False):
+        call = make_call(5, [(70, 70)], packed=packed)
+        table = torch.full((2, 60), -math.inf)
+        table[0, 20:] = torch.randn(40)
+        call.bias = LoweredBias(table=table, first=-30)
+        found, want = call.run(), call.truth()
+        assert found["lse"][0, 1].isneginf().all() and not found["out"][0, 1].any()
+        for name in ("out", "dq", "dk", "dv", "dtable"):
+            torch.testing.assert_close(found[name].double(), want[name].nan_to_num(0.0), rtol=1e-5, atol=2e-5)
+
+
+def test_sums_of_the_lowest_floats_stay_finite(isa: str) -> None:
+    lowest = torch.finfo(torch.float32).min
+    call = make_call(6, [(40, 70)], packed=False)
+    dense = torch.full((1, 1, 1, 70), lowest)
+    call.bias = LoweredBias(dense, torch.full((1, 3), lowest), -1, torch.full((1, 2), 3e36))
+    call.q = call.q * 0
+    found = call.run()
+    assert found["lse"].isfinite().all()
+    mean = call.v.mean(dim=2, keepdim=True).expand_as(found["out"])
+    torch.testing.assert_close(found["out"], mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_bitwise_equal_for_any_number_of_threads(isa: str, packed: bool) -> None:
+    """Some heads are worked on by all threads, others by one: every sum has the same order."""
+    lens = [(300, 290), (40, 41), (7, 9), (90, 33)] if packed else [(200, 200)] * 3
+    for form in ("table", "one row", "both"):
+        call = with_distances(make_call(8, lens, (2, 1), packed=packed), random.Random(2), form, columns=65)
+        call.sinks, call.seed, call.dropout_p = torch.randn(2), torch.tensor([8]), 0.1
+        call.bias = call.bias._replace(dense=torch.randn(1, 2, 1, call.longest[1]))
+        first = call.run(threads=1)
+        for threads in (2, 2, 3, 5):
+            again = call.run(threads=threads)
+            for name, tensor in first.items():
+                assert torch.equal(tensor, again[name]), f"{isa}, {form}: {name} differs with {threads} threads"
+
+
+def test_nothing_is_summed_unless_asked() -> None:
+    call = with_distances(make_call(9, [(70, 70)]), random.Random(3), "both")
+    found, some = call.run(wanted=(False,) * 4), call.run(wanted=(False, True, False, False))
+    assert [found[name].numel() for name in GRADS[3:]] == [0, 0, 0, 0]
+    assert [some[name].numel() for name in GRADS[3:]] == [0, call.bias.table.numel(), 0, 0]  # type: ignore[union-attr]
+
+
+def seconds_of_threads() -> dict[str, int]:
+    """Clock ticks that every thread of the process has run for."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            found[task.name] = sum(map(int, (task / "stat").read_text().rpartition(")")[2].split()[11:13]))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="tells threads apart by /proc")
+def test_one_long_sequence_keeps_every_thread_busy() -> None:
+    """One head of one sequence is nearly all of the work: two threads share it, forward and backward."""
+    call = make_call(10, [(3000, 3000), (5, 5), (20, 20), (1, 1)], (1, 1), (64, 64))
+    call.run(threads=2)
+    before = seconds_of_threads()
+    for _ in range(3):
+        call.run(threads=2)
+    ran = sorted(ticks - before.get(name, 0) for name, ticks in seconds_of_threads().items())
+    assert ran[-2] > 0.25 * ran[-1], f"clock ticks of the threads: {ran}"
+
+
+def test_the_memory_of_a_table_is_linear_in_the_length() -> None:
+    """Forward and backward with the gradient of T5's table: a dense bias would take 256 MiB a head here."""
+    script = """
+import resource, torch
+from fastattn.backends.cpu.attention import attention_backward, attention_forward
+from fastattn.biases.lowered import LoweredBias
+from fastattn.masks.lowered import LoweredMask
+torch.set_num_threads(2)
+def run(q):
+    extras = (LoweredMask(), LoweredBias(table=torch.randn(1, 257), first=-128), None, None, None, 0.25, 0.0, 0.0)
+    out, lse = attention_forward(q, q, q, *extras)
+    return attention_backward(out, None, q, q, q, out, lse, *extras, False, True, False, False, True)
+q = torch.randn(1, 1, 8192, 16)
+run(q[:, :, :256])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert run(q)[4].abs().sum() > 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 48, f"peak memory grew by {run.stdout} MiB"

@@ -38,7 +38,7 @@ class SharedBias {
             // Tiles as those of the longest sequence, whatever the length: the item's elements of the bias are then its own.
             const Sequence sequence = sequence_at(p_, batch);
             for (int64_t head = h; head < h + all_h; head++)
-                for (int64_t index = part; index < tiles_.count && index * tiles_.lanes() < sequence.len_q; index += parts_)
+                for (int64_t index = part; index < tiles_.count && tiles_.begin(index) < sequence.len_q; index += parts_)
                     add_tile(tiles_.tile(sequence, head, index), target, buffers, tile_scratch);
         }
     }

@@ -81,25 +81,38 @@ FASTATTN_INLINE Rows key_rows(const fastattn_attention &p, const fastattn_tensor
     return rows_of(t, p.dtype, sequence.batch, head_kv, sequence.first_k);
 }
 
-// `len` queries as tiles of nearly equal size instead of full ones and a small rest. With block masks a tile lies within a row of blocks.
-struct QueryTiles {
-    int64_t count, vectors;
+// `len` queries as tiles of nearly equal size instead of full ones and a small rest. With block masks every 64 queries by themselves, so that a tile
+// lies within a row of blocks.
+class QueryTiles {
+  public:
+    int64_t count;
+
     QueryTiles(const fastattn_attention &p, int64_t len) {
-        const int64_t widest = p.mask.blocks.row_ptr.data ? kBlockVectors : kTileVectors;
-        count = (len + widest * kLanes - 1) / (widest * kLanes);
-        vectors = count ? ((len + count - 1) / count + kLanes - 1) / kLanes : 0;
-        if (count == 0 || !p.mask.blocks.row_ptr.data) return;
-        while (vectors & (vectors - 1)) vectors++;
-        count = (len + lanes() - 1) / lanes();
+        if (p.mask.blocks.row_ptr.data) {
+            constexpr int64_t kWidest = kLanes == 16 ? kMaxVectors : kTileVectors;
+            vectors_ = smaller(kWidest, (smaller(len, kBlockRows) + kLanes - 1) / kLanes);
+            group_ = kBlockRows;
+            per_group_ = (kBlockRows + kWidest * kLanes - 1) / (kWidest * kLanes);
+            count = len / group_ * per_group_ + (vectors_ ? (len % group_ + lanes() - 1) / lanes() : 0);
+        } else {
+            count = (len + kTileVectors * kLanes - 1) / (kTileVectors * kLanes);
+            vectors_ = count ? ((len + count - 1) / count + kLanes - 1) / kLanes : 0;
+            group_ = lanes();
+            per_group_ = 1;
+        }
     }
-    int64_t lanes() const { return vectors * kLanes; }
+
+    int64_t lanes() const { return vectors_ * kLanes; }  // of the widest tile
+    int64_t begin(int64_t index) const { return index / per_group_ * group_ + index % per_group_ * lanes(); }
+    int64_t index(int64_t begin) const { return begin / group_ * per_group_ + begin % group_ / lanes(); }
     QueryTile tile(const Sequence &sequence, int64_t head, int64_t index) const {
-        const int64_t begin = index * lanes();
-        return {sequence, head, begin, smaller(lanes(), sequence.len_q - begin), vectors};
+        const int64_t first = begin(index), count = smaller(smaller(lanes(), group_ - first % group_), sequence.len_q - first);
+        return {sequence, head, first, count, per_group_ == 1 ? vectors_ : (count + kLanes - 1) / kLanes};
     }
 
   private:
-    static constexpr int64_t kBlockVectors = 4;
+    static constexpr int64_t kBlockRows = 64;
+    int64_t vectors_, group_, per_group_;  // in every `group_` queries so many tiles
 };
 
 // All query tiles of a call in order: by batch entry, then by head, then by query.
@@ -119,7 +132,7 @@ class Tiling {
     int64_t count() const { return before(p_.batch); }
     // Tiles of the batch entries before this one.
     int64_t before(int64_t batch) const { return p_.cu_seqlens_q ? before_[batch] : batch * p_.heads_q * padded_; }
-    int64_t index(const QueryTile &tile) const { return before(tile.batch) + tile.head * QueryTiles(p_, tile.len_q).count + tile.begin / tile.lanes(); }
+    int64_t index(const QueryTile &tile) const { return before(tile.batch) + tile.head * tiles(tile).count + tiles(tile).index(tile.begin); }
 
     // Tile `item`, the tiles of a head counted from its last: those of a causal mask are the longest, which should start first.
     QueryTile from_last(int64_t item) const {
@@ -134,12 +147,14 @@ class Tiling {
             }
         }
         const Sequence sequence = sequence_at(p_, low);
-        const QueryTiles tiles(p_, sequence.len_q);
+        const QueryTiles tiles = this->tiles(sequence);
         const int64_t within = item - before(low);
         return tiles.tile(sequence, within / tiles.count, tiles.count - 1 - within % tiles.count);
     }
 
   private:
+    QueryTiles tiles(const Sequence &sequence) const { return QueryTiles(p_, sequence.len_q); }
+
     const fastattn_attention &p_;
     int64_t padded_;  // tiles of a head, when not packed
     int64_t *before_;
