@@ -28,12 +28,16 @@ struct Sm80Forward {
     static constexpr int S_TILES = KEYS / 8, O_TILES = DIM / 8;
     // Small heads leave registers for a third block on a multiprocessor: more warps to compute while others wait.
     static constexpr int BLOCKS = !EXTRAS && DIM <= 64 ? 3 : 1;
+    // Threads that share the maxima of their rows: four, or for want of registers none.
+    static constexpr int SHARING = M == 1 ? 4 : 1, MAXIMA = THREADS / SHARING * 2 * M;
     static constexpr int DISTANCES = EXTRAS ? ROWS + KEYS : 0;
     using QTile = Tile<T, ROWS, DIM>;
     using KTile = Tile<T, KEYS, DIM>;
     using Copy = TileCopy<T, DIM, THREADS>;
     using Walk = MaskWalk<ROWS, EXTRAS>;
-    static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + (ROWS + 2 * THREADS * M) * 8 + DISTANCES * 4;
+    static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * 8 + MAXIMA * 4 +
+                                        THREADS * M * 8 + DISTANCES * 4;
+    static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
     enum { K_HEAD, V_HEAD, OUT_HEAD, LSE_HEAD };
 
@@ -177,14 +181,14 @@ struct Sm80Forward {
                 for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, column(n, e));
     }
 
-    // p = 2^(s - max) in place of s; the sums and what is accumulated so far follow the new maximum. Maxima and sums (of its
-    // own columns) of a thread's 2 M rows lie in shared memory in between: the products need their registers.
+    // p = 2^(s - max) in place of s; the sums and what is accumulated so far follow the new maximum. The maxima of a
+    // thread's 2 M rows and the sums of its part of them lie in shared memory in between: the products need their registers.
     __device__ __forceinline__ void soften(const Shared<float> &maxima, const Shared<float> &sums) {
         const float to_log2 = EXTRAS ? 1.0f : p.scale * LOG2E;
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            const int own = (static_cast<int>(threadIdx.x) * M + m) * 2;
-            Pack<float, 2> row_max = maxima.template load<2>(own), row_sum = sums.template load<2>(own);
+            const int own = (static_cast<int>(threadIdx.x) * M + m) * 2, rows = (static_cast<int>(threadIdx.x) / SHARING * M + m) * 2;
+            Pack<float, 2> row_max = maxima.template load<2>(rows), row_sum = sums.template load<2>(own);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float greatest = row_max.at[half];
@@ -211,7 +215,7 @@ struct Sm80Forward {
                     o[m][n][2 * half + 1] *= shrink;
                 }
             }
-            maxima.template store<2>(own, row_max);
+            if (threadIdx.x % SHARING == 0) maxima.template store<2>(rows, row_max);
             sums.template store<2>(own, row_sum);
         }
     }
@@ -276,7 +280,7 @@ struct Sm80Forward {
                 sum += shuffle_xor(sum, 1);
                 sum += shuffle_xor(sum, 2);
                 const bool sees = !(sum == 0.0f);  // the greatest p is 1, and NaN is not hidden
-                const float base = maxima.get(own) * to_log2;
+                const float base = maxima.get((static_cast<int>(threadIdx.x) / SHARING * M + m) * 2 + half) * to_log2;
                 const int i = query(m, half);
                 if (lane % 4 == 0 && i < sequence.len_q) {
                     // Scores at the end of float32's range were clamped there in units of log 2.
@@ -289,18 +293,17 @@ struct Sm80Forward {
                     factor = shrink / (sum * shrink + exp2f(sink - top));
                 }
                 if (EXTRAS && p.dropout) factor *= p.dropout.keep_scale;
-                const int at = (i - row) * QTile::STRIDE;
 #pragma unroll
                 for (int n = 0; n < O_TILES; n++) {
                     const uint32_t pair = pack_pair<T>(sees ? o[m][n][2 * half] * factor : 0.0f, sees ? o[m][n][2 * half + 1] * factor : 0.0f);
-                    q.data.template as<uint32_t>().set((at + column(n, 0)) / 2, pair);
+                    q.data.template as<uint32_t>().set(static_cast<int>(static_cast<unsigned>(QTile::at(i - row, column(n, 0))) / 2), pair);
                 }
             }
         sync_warp();
         for (int i = lane; i < 16 * M * QTile::CHUNKS; i += WARP) {
             const int r = warp_row + i / QTile::CHUNKS, first = i % QTile::CHUNKS * 8;
             if (row + r >= sequence.len_q || first >= p.dim_v) continue;
-            const Pack<T, 8> chunk = q.data.template load<8>(r * QTile::STRIDE + first);
+            const Pack<T, 8> chunk = q.data.template load<8>(QTile::at(r, first));
             const int64_t at = out_head + (row + r) * p.out.row + first;
             if (p.out_vectors) {
                 p.out.data.template store<8>(at, chunk);
@@ -346,11 +349,11 @@ struct Sm80Forward {
         }
         Walk walk(p.mask, b, h, row, sequence, arena.take<int>(Walk::SCRATCH));
         const Shared<uint64_t> words = arena.take<uint64_t>(ROWS);
-        const Shared<float> maxima = arena.take<float>(THREADS * 2 * M), sums = arena.take<float>(THREADS * 2 * M), distances = arena.take<float>(DISTANCES);
+        const Shared<float> maxima = arena.take<float>(MAXIMA), sums = arena.take<float>(THREADS * 2 * M), distances = arena.take<float>(DISTANCES);
         Pack<float, 2 * M> none;
 #pragma unroll
         for (float &x : none.at) x = -INFINITY;
-        maxima.template store<2 * M>(static_cast<int>(threadIdx.x) * 2 * M, none);
+        if (threadIdx.x % SHARING == 0) maxima.template store<2 * M>(static_cast<int>(threadIdx.x) / SHARING * 2 * M, none);
         sums.template store<2 * M>(static_cast<int>(threadIdx.x) * 2 * M, {});
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -407,7 +410,7 @@ cudaError_t launch_sm80_forward(const fastattn_cuda_attention &call) {
     using Kernel = Sm80Forward<T, DIM, ROWS, M, EXTRAS>;
     const AttentionParams<T> p = attention_params<T>(call, ROWS);
     const int64_t blocks = static_cast<int64_t>(p.q_tiles) * call.batch * call.heads_q;
-    if (blocks > INT_MAX) return cudaErrorInvalidValue;
+    if (blocks > INT_MAX || call.rows_q > INT_MAX || call.rows_k > INT_MAX) return cudaErrorInvalidValue;
     const Launch how = {"attention_forward_sm80", dim3(static_cast<unsigned>(blocks)), dim3(Kernel::THREADS), Kernel::SHARED_BYTES, call.stream};
     return launch<Kernel::THREADS>(how, attention_forward_sm80<T, DIM, ROWS, M, EXTRAS>, p);
 }

@@ -1,5 +1,4 @@
-// Tiles of rows in shared memory: ROWS rows of DIM elements, each row 16 bytes longer than its elements, so that the eight rows that ldmatrix
-// reads at once lie in different banks.
+// Tiles of rows in shared memory: ROWS rows of DIM elements, laid out so that the eight rows that ldmatrix reads at once lie in different banks.
 #pragma once
 #include <primitives/copy_async.cuh>
 #include <primitives/mma.cuh>
@@ -9,26 +8,43 @@
 
 template <typename T, int ROWS, int DIM>
 struct Tile {
-    static constexpr int STRIDE = DIM + 8;
+    // By rows that are 16 bytes longer than their elements, which costs no instruction; or, where that would be more than the 99 KiB that a block
+    // has on some devices (8.6, 8.9, 12.0), by an order of the chunks of 16 bytes that differs from row to row.
+    static constexpr bool REORDERED = DIM == 256;
+    static constexpr int STRIDE = REORDERED ? DIM : DIM + 8;
     static constexpr int SIZE = ROWS * STRIDE;
     static constexpr int CHUNKS = DIM / 8;
 
     Shared<T> data;
 
+    static __device__ __forceinline__ int at(int row, int column) {
+        const unsigned c = static_cast<unsigned>(column), r = static_cast<unsigned>(row);
+        return row * STRIDE + static_cast<int>(REORDERED ? c / 64 * 64 + (c % 64 ^ r % 8 * 8) : c);
+    }
+
     // The A fragment of rows [row, row + 16), columns [column, column + 16).
     __device__ __forceinline__ void left_operand(uint32_t (&fragment)[4], int row, int column) const {
-        const int lane = static_cast<int>(threadIdx.x) % WARP;
-        load_matrices(fragment, data, (row + lane % 16) * STRIDE + column + lane / 16 * 8);
+        const unsigned lane = threadIdx.x % WARP;
+        load_matrices(fragment, data, lane_at(row, lane % 16, column, lane / 16 * 8));
     }
     // The B fragments of the transpose, columns [row, row + 8) in the first two words and [row + 8, row + 16) in the others.
     __device__ __forceinline__ void right_transposed(uint32_t (&fragment)[4], int row, int column) const {
-        const int lane = static_cast<int>(threadIdx.x) % WARP;
-        load_matrices(fragment, data, (row + lane % 8 + lane / 16 * 8) * STRIDE + column + lane / 8 % 2 * 8);
+        const unsigned lane = threadIdx.x % WARP;
+        load_matrices(fragment, data, lane_at(row, lane % 8 + lane / 16 * 8, column, lane / 8 % 2 * 8));
     }
     // The B fragments of rows [row, row + 16): columns [column, column + 8) in the first two words and the next eight in the others.
     __device__ __forceinline__ void right_operand(uint32_t (&fragment)[4], int row, int column) const {
-        const int lane = static_cast<int>(threadIdx.x) % WARP;
-        load_matrices_transposed(fragment, data, (row + lane % 16) * STRIDE + column + lane / 16 * 8);
+        const unsigned lane = threadIdx.x % WARP;
+        load_matrices_transposed(fragment, data, lane_at(row, lane % 16, column, lane / 16 * 8));
+    }
+
+private:
+    // at() of row + lane_row, column + lane_column, where row is a multiple of 8 and column one of 16, in a form whose part that depends on the
+    // lane is the same for many of them.
+    static __device__ __forceinline__ int lane_at(int row, unsigned lane_row, int column, unsigned lane_column) {
+        if constexpr (!REORDERED) return (row + static_cast<int>(lane_row)) * STRIDE + column + static_cast<int>(lane_column);
+        const unsigned aside = (lane_column ^ lane_row % 8 * 8) ^ static_cast<unsigned>(column % 64);
+        return static_cast<int>(lane_row * STRIDE + aside) + row * STRIDE + column / 64 * 64;
     }
 };
 
@@ -37,8 +53,6 @@ struct Tile {
 template <typename T, int DIM, int THREADS>
 struct TileCopy {
     static constexpr int CHUNKS = DIM / 8, ACROSS = CHUNKS & -CHUNKS, STEP = THREADS / ACROSS;
-    static constexpr int STRIDE = Tile<T, STEP, DIM>::STRIDE;
-
     unsigned row, column;  // of the first chunk of this thread
 
     __device__ __forceinline__ TileCopy() : row(threadIdx.x / ACROSS), column(threadIdx.x % ACROSS * 8) {}
@@ -52,12 +66,12 @@ struct TileCopy {
         static_assert(ROWS % STEP == 0);
         int64_t at = head_at + (first + row) * from.row + column;
         const int64_t step = STEP * from.row;
-        const int to_at = static_cast<int>(row * STRIDE + column);
+        const auto to_at = [&](int n, int aside) { return Tile<T, ROWS, DIM>::at(static_cast<int>(row) + n, static_cast<int>(column) + aside); };
         if (vectors && all && width == DIM) {
 #pragma unroll
             for (int n = 0; n < ROWS; n += STEP, at += step)
 #pragma unroll
-                for (int aside = 0; aside < DIM; aside += 8 * ACROSS) copy_async(to.data, to_at + n * STRIDE + aside, from.data, at + aside);
+                for (int aside = 0; aside < DIM; aside += 8 * ACROSS) copy_async(to.data, to_at(n, aside), from.data, at + aside);
             return;
         }
 #pragma unroll 1
@@ -65,7 +79,7 @@ struct TileCopy {
             const bool lives = all || alive(n);
 #pragma unroll 1
             for (unsigned aside = 0; aside < DIM; aside += 8 * ACROSS) {
-                const int chunk_at = to_at + n * STRIDE + static_cast<int>(aside);
+                const int chunk_at = to_at(n, static_cast<int>(aside));
                 if (vectors && lives && column + aside < width) {
                     copy_async(to.data, chunk_at, from.data, at + aside);
                     continue;
