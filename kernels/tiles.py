@@ -69,7 +69,7 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
         },
     },
-    "bias": {
+    "bias": {  # both kernels of bias.py
         80: {
             2: [(64, Tile(64, 64, 8, 2)), (128, Tile(64, 64, 8, 2)), (256, Tile(32, 32, 4, 1))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
