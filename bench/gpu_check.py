@@ -39,7 +39,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu-check"
 STAGE_SECONDS = 520.0
-OPERATIONS = ("attention", "norm", "linear_act", "ffn", "gated_ffn")
+OPERATIONS = ("attention", "attention_decode", "norm", "linear_act", "ffn", "gated_ffn")
 SUITES = ("attention", "packed", "decode", "norm", "ffn", "model")
 BENCH_SHARES = {"attention": 0.5, "packed": 0.05, "decode": 0.1, "norm": 0.1, "ffn": 0.12, "model": 0.13}
 SANITIZER_TOOLS = ("memcheck", "racecheck")

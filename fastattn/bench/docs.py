@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastattn.bench.report import text
@@ -11,10 +12,14 @@ from fastattn.bench.rows import Result, Row, read_result
 
 _OPENING = """# Performance
 
-Written by `fastattn bench docs` from the results in `bench/results`; do not edit. Each section is one machine on one
-day, with every case that was timed there: fastattn's fastest backend beside the fastest of everything else that was
-installed, slower or faster. The reports behind the tables hold every provider, its quartiles, memory, and why absent
-ones are absent.
+Written by `fastattn bench docs` from the result folders in `bench/results`, which `make bench` and `make gpu-check`
+leave; do not edit. Each section is one machine on one day, with every case that was timed there: fastattn's fastest
+backend beside the fastest of everything else that was installed, slower or faster. The reports behind the tables hold
+every provider, its quartiles, memory, and why absent ones are absent.
+"""
+
+_NO_GPU = """**No result of a GPU is committed yet.** On a machine with an NVIDIA GPU, `make gpu-check` builds, verifies
+and times everything there and leaves such a folder; `fastattn bench docs` then adds it to this page.
 """
 
 
@@ -27,7 +32,8 @@ def performance_page(results: Path, folder: Path) -> str:
     if quick:
         raise ValueError(f"{', '.join(quick)}: a quick trial; its times are no figures")
     sections = [_section(result, Path(os.path.relpath(place, folder)), place) for place, result in found]
-    return "\n".join([_OPENING, HOW_TO_READ, "", *sections])
+    no_gpu = [] if any(result.environment.get("cuda") for _, result in found) else [_NO_GPU]
+    return "\n".join([_OPENING, *no_gpu, HOW_TO_READ, "", *sections])
 
 
 def _section(result: Result, link: Path, place: Path) -> str:
@@ -38,7 +44,7 @@ def _section(result: Result, link: Path, place: Path) -> str:
         f"All rows: [report]({link.as_posix()}/report.md).",
         "",
     ]
-    lines += [_score(result.rows), ""]
+    lines += [*_score(result.rows), ""]
     if result.left_out:
         lines += [f"Not timed, time was up: {'; '.join(result.left_out)}.", ""]
     for suite in dict.fromkeys(row.suite for row in result.rows):
@@ -49,12 +55,20 @@ def _section(result: Result, link: Path, place: Path) -> str:
     return "\n".join(lines)
 
 
-def _score(rows: list[Row]) -> str:
-    """How many questions fastattn wins and loses."""
-    ratios = []
+def _score(rows: Iterable[Row]) -> list[str]:
+    """How often fastattn is the fastest and how often not, and a line for each that it loses, the worst first."""
+    lost: list[tuple[float, str]] = []
+    count = 0
     for group in text.by_question(rows).values():
         ours, other = text.best_ours(group), text.best_other(group)
-        if ours is not None and other is not None and ours.median_ms and other.median_ms:
-            ratios.append(other.median_ms / ours.median_ms)
-    ahead = sum(ratio >= 1 for ratio in ratios)
-    return f"Of {len(ratios)} cases fastattn is the fastest in {ahead} and slower than the fastest other in the rest."
+        if ours is None or other is None or not ours.median_ms or not other.median_ms:
+            continue
+        count += 1
+        ratio = other.median_ms / ours.median_ms
+        if ratio < 1:
+            what = f"{ours.suite}: {ours.case}, {text.direction_name(ours)}, {ours.dtype}"
+            lost.append((ratio, f"- {1 / ratio:.2f} times as long as {other.provider}: {what}"))
+    won = f"Of {count} cases and directions fastattn is the fastest in {count - len(lost)}"
+    if not lost:
+        return [f"{won}."]
+    return [f"{won}, and slower than the fastest other in {len(lost)}:", "", *(line for _, line in sorted(lost))]

@@ -126,6 +126,7 @@ def merge(parts: Iterable[Result]) -> Result:
     last = results[-1]
     rows = {row.key: row for result in results for row in result.rows}
     peers = {name: version for result in results for name, version in result.environment.get("peers", {}).items()}
+    reached = {f"{row.suite}: {row.case}, {row.direction}" for row in rows.values()}
     product = {dtype: rate for result in results for dtype, rate in result.limits.product.items()}
     return Result(
         rows=list(rows.values()),
@@ -135,7 +136,7 @@ def merge(parts: Iterable[Result]) -> Result:
         seconds=sum(result.seconds for result in results),
         quick=any(result.quick for result in results),
         failures=[f for result in results for f in result.failures],
-        left_out=[name for result in results for name in result.left_out],
+        left_out=[name for result in results for name in result.left_out if name not in reached],
     )
 
 

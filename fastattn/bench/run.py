@@ -9,10 +9,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 
 from fastattn.bench.cases.base import Case, OpCase, Work, dtype_name
+from fastattn.bench.cases.grid import SHARES
 from fastattn.bench.cases.model import ModelCase
 from fastattn.bench.limits import Limits, measure_limits
 from fastattn.bench.memory import peak_memory
@@ -35,7 +37,8 @@ _KEPT = "peak memory is not known: it keeps its working memory between calls"
 class Options:
     """directions: a subset of those that the cases have; empty takes all of theirs. memory: measure peak memory.
     compiled: whether providers join that compile anew for every shape; None: on the cases that say so. only: providers
-    by name, or None for all. budget: seconds after which no further case is begun."""
+    by name, or None for all. budget: seconds after which no further case is begun; each suite has its share of
+    them."""
 
     device: str = "cpu"
     directions: tuple[str, ...] = ()
@@ -81,8 +84,9 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
         failures: list[str] = []
         left_out: list[str] = []
         try:
+            deadlines = _deadlines(cases, options.budget)
             for case, direction in questions(cases, options):
-                if options.budget is not None and time.perf_counter() - began > options.budget:
+                if time.perf_counter() - began > deadlines[case.suite]:
                     left_out.append(f"{case.suite}: {case.name}, {direction}")
                     continue
                 step(f"{case.suite}: {case.name}, {direction}")
@@ -103,6 +107,13 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
         failures=failures,
         left_out=left_out,
     )
+
+
+def _deadlines(cases: Sequence[Case], budget: float | None) -> dict[str, float]:
+    """The second of the run after which no further case of a suite is begun."""
+    shares = {case.suite: SHARES[case.suite] for case in cases}
+    spent = accumulate(share / sum(shares.values()) for share in shares.values())
+    return {suite: math.inf if budget is None else budget * part for suite, part in zip(shares, spent, strict=True)}
 
 
 def _peers(rows: list[Row]) -> dict[str, str]:

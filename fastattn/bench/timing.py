@@ -92,16 +92,18 @@ class _CpuTimer:
         samples: dict[str, list[float]] = {name: [] for name in jobs}
         for name, call in jobs.items():
             once = self._seconds(call, 1)
-            for _ in range(self.effort.warm_up - 1 if once < _SLOW_SECONDS else 0):
+            if once > _SLOW_SECONDS:  # it has run once to be verified, and counts
+                samples[name].append(1e3 * once)
+            for _ in range(self.effort.warm_up - 1 if once <= _SLOW_SECONDS else 0):
                 once = min(once, self._seconds(call, 1))
             self._calls[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
         names = list(jobs)
         began = time.perf_counter()
         for number in range(self.effort.most):
             turn = number % len(names)
-            behind = self._far_behind(samples) if number >= self.effort.few else set()
+            behind = self._far_behind(samples) if number else set()
             for name in names[turn:] + names[:turn]:
-                if name not in behind:
+                if name not in behind or len(samples[name]) < self.effort.few:
                     samples[name].append(1e3 * self._seconds(jobs[name], self._calls[name]))
             if number + 1 >= self.effort.rounds and time.perf_counter() - began > self.effort.seconds:
                 break

@@ -1,9 +1,9 @@
 """What a provider's results must be: float64 truths of the very tensors that are timed, for the parity rule.
 
 Whole truths of large cases would take longer than timing them. Each truth is therefore taken of a part that stands for
-itself, exactly: attention, of one key-value head of one batch entry with its query heads, over all queries and keys
-(rows of queries are taken a few at a time and only keys that they see); feed-forward blocks, of some rows of y and dx
-and of some hidden units of the weight gradients, over all rows. Norms are cheap and judged whole.
+itself, exactly: attention, of one key-value head of one batch entry with its query heads, over all keys and, but for
+the forward of long cases, all queries (a few at a time, and only keys that they see); feed-forward blocks, of some
+rows of y and dx and of some hidden units of the weight gradients, over all rows. Norms are cheap and judged whole.
 The bound is that of `fastattn.parity.bound`; `fastattn verify` checks more, on small random calls.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastattn.bench.cases.norm import NormCase
 
 _SCORES_AT_ONCE = 2**22
+_QUERIES, _STRETCHES = 1024, 8
 _ROWS, _UNITS = 64, 64
 _KINDS = ("ref", "eager", "magnitude")
 
@@ -37,6 +38,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _at(index: tuple[slice, ...]) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[index]
+
+
+def _rows_of(pick: Callable[[Tensor], Tensor], chunks: list[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: torch.cat([pick(tensor)[:, :, first:last] for first, last in chunks], dim=2)
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,29 @@ def attention_truth(case: AttentionCase, tensors: Mapping[str, Tensor], grad: Te
         if entry != case.batch - 1:
             continue
         group = case.heads_q // case.heads_kv
-        of_queries = (slice(entry, entry + 1), slice(head * group, (head + 1) * group))
-        of_keys = (slice(entry, entry + 1), slice(head, head + 1))
+        of_queries = _at((slice(entry, entry + 1), slice(head * group, (head + 1) * group)))
+        of_keys = _at((slice(entry, entry + 1), slice(head, head + 1)))
+        chunks = _chunks(case, backward=grad is not None)
         for name in ("out", "dq", "dk", "dv") if grad is not None else ("out",):
-            at = of_keys if name in ("dk", "dv") else of_queries
+            pick = of_keys if name in ("dk", "dv") else _rows_of(of_queries, chunks)
             ref, eager, size = (part[kind].get(name) for kind in _KINDS)
-            found.append(Expected(name, ref, eager, size, _at(at), group_dims=2))
+            found.append(Expected(name, ref, eager, size, pick, group_dims=2))
     if table:
         ref, eager, size = (table[kind] for kind in _KINDS)
         found.append(Expected("dtable", ref, eager, size, _at((slice(None), slice(-1, None)))))
     return found
+
+
+def _chunks(case: AttentionCase, *, backward: bool) -> list[tuple[int, int]]:
+    """The judged queries, first and last + 1, a few at a time: all of them where keys have gradients, which sum over
+    them; else of a long case some stretches, from the first query to the last."""
+    stretches = [(0, case.len_q)]
+    if not backward and case.len_q > _QUERIES:
+        size = _QUERIES // _STRETCHES
+        apart = (case.len_q - size) / (_STRETCHES - 1)
+        stretches = [(round(i * apart), round(i * apart) + size) for i in range(_STRETCHES)]
+    step = max(1, _SCORES_AT_ONCE // (case.len_k * case.heads_q // case.heads_kv))
+    return [(at, min(at + step, last)) for first, last in stretches for at in range(first, last, step)]
 
 
 def _attention_part(
@@ -125,10 +143,8 @@ def _attention_part(
     v = v[None, None]
     out_grad = None if grad is None else grad[entry, heads][None]
     sums = {kind: _Sums() for kind in _KINDS}
-    step = max(1, _SCORES_AT_ONCE // (case.len_k * group))
     buckets = case.buckets() if case.t5_bias else None
-    for first in range(0, case.len_q, step):
-        last = min(first + step, case.len_q)
+    for first, last in _chunks(case, backward=grad is not None):
         seen = case.visible.rows(entry, first, last, case.len_q, case.len_k, case.device)
         columns = seen.any(dim=0).nonzero()
         at = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)

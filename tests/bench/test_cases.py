@@ -126,6 +126,18 @@ def _whole(case, t):
     return (reference.ffn(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2"), case.activation),)
 
 
+def test_of_a_long_forward_stretches_from_the_first_query_to_the_last_are_judged() -> None:
+    sizes = {"batch": 1, "heads_q": 2, "heads_kv": 1, "len_q": 1500, "len_k": 1700, "dim": 8, "name": "", "group": ""}
+    case = AttentionCase(**sizes, visible=Visible(left=300, right=0), **COMMON)
+    tensors = case.tensors()
+    (out,) = case.expected(tensors, case.output_gradients(tensors), backward=False)
+    (whole,) = _whole(case, {n: t.double() for n, t in tensors.items()})
+    picked = out.pick(whole)
+    assert picked.shape == (1, 2, 1024, 8)
+    torch.testing.assert_close(picked, out.ref, rtol=1e-9, atol=1e-11)
+    assert torch.equal(picked[:, :, 0], whole[:, :, 0]) and torch.equal(picked[:, :, -1], whole[:, :, -1])
+
+
 def test_a_packed_case_is_its_padded_batch_without_padding() -> None:
     sizes = {"heads_q": 4, "heads_kv": 2, "dim": 8, "name": "", "group": "", **COMMON}
     for causal in (False, True):

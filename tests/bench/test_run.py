@@ -12,6 +12,7 @@ import torch
 import fastattn
 from fastattn import dispatch
 from fastattn.bench import run as run_module
+from fastattn.bench.cases.grid import SHARES, SUITES
 from fastattn.bench.limits import Limits
 from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.providers.base import Job, Provider
@@ -123,6 +124,13 @@ def test_a_spent_budget_leaves_cases_out_and_says_so() -> None:
     assert not found.rows and found.left_out and "norm" in found.left_out[0] and found.passed
 
 
+def test_each_suite_has_its_share_of_a_budget() -> None:
+    found = run_module._deadlines(quick_cases("norm", "ffn", shapes=("bert-base",)), 110.0)
+    assert found == pytest.approx({"norm": 50.0, "ffn": 110.0})
+    assert run_module._deadlines(quick_cases("norm"), None) == {"norm": float("inf")}
+    assert sum(SHARES.values()) == pytest.approx(1.0) and set(SHARES) == set(SUITES)
+
+
 def test_compiled_providers_join_when_asked() -> None:
     found = quick_run("ffn", shapes=("bert-base",), directions=("forward",), compiled=True)
     (row,) = [row for row in found.rows if row.provider == "torch.compile"]
@@ -175,6 +183,9 @@ def test_json_round_trip(result, tmp_path) -> None:
 def test_merging_replaces_rows_of_the_same_key(result) -> None:
     later = replace(result, rows=[replace(result.rows[0], note="later")], failures=["x"])
     whole = merge([result, later])
+    reached = f"{result.rows[0].suite}: {result.rows[0].case}, {result.rows[0].direction}"
+    earlier = replace(result, left_out=[reached, "ffn: another, both"])
+    assert merge([earlier, later]).left_out == ["ffn: another, both"], "what a later run reaches is not left out"
     assert len(whole.rows) == len(result.rows) and whole.rows[0].note == "later" and whole.failures == ["x"]
 
 

@@ -22,6 +22,8 @@ from fastattn.bench.cases.packed import PackedCase
 from fastattn.bench.cases.visible import Visible
 
 SUITES = ("attention", "packed", "decode", "norm", "ffn", "model")
+SHARES = {"attention": 0.5, "packed": 0.04, "decode": 0.04, "norm": 0.1, "ffn": 0.12, "model": 0.2}
+"""How a time budget is divided among suites; what one does not need is the next one's."""
 
 _QUICK_LENGTH, _QUICK_ROWS, _QUICK_WIDTH = 64, 16, 64
 
@@ -52,7 +54,7 @@ SHAPES: dict[str, ModelShape] = {
     "gpt2": ModelShape(12, 12, 64, 768, 3072, "gelu_tanh", "layer", causal=True, cpu=(1, 1024), gpu=(16, 1024)),
     "t5-base": ModelShape(12, 12, 64, 768, 3072, "relu", "rms", bias=False, t5_bias=True, cpu=(2, 512), gpu=(32, 512)),
     "llama-8b": ModelShape(
-        32, 8, 128, 4096, 14336, "silu", "rms", gated=True, bias=False, causal=True, cpu=(1, 1024), gpu=(2, 4096)
+        32, 8, 128, 4096, 14336, "silu", "rms", gated=True, bias=False, causal=True, cpu=(1, 512), gpu=(2, 4096)
     ),
     "longformer": ModelShape(12, 12, 64, 768, 3072, "gelu", "layer", window=256, cpu=(1, 2048), gpu=(4, 4096)),
 }
@@ -217,7 +219,7 @@ def _window_sweep(choice: Choice) -> list[Case]:
 def _density_sweep(choice: Choice) -> list[Case]:
     length, heads, dim = (128, 2, 16) if choice.quick else (8192, 16, 128) if choice.gpu else (4096, 2, 64)
     group = f"Attention against density, 64 x 64 blocks, length {length}"
-    densities = (0.5, 1.0) if choice.quick else (0.05, 0.1, 0.25, 0.5, 1.0)
+    densities = (0.5, 1.0) if choice.quick else (0.05, 0.1, 0.25, 0.5, 1.0) if choice.gpu else (0.05, 0.25, 0.5, 1.0)
     return [
         _square(
             choice,

@@ -84,13 +84,13 @@ def _draw(rows: list[Row], title: str, subtitle: str, colours: dict[str, str], t
 
 
 def _save(figure: Any, target: Path) -> None:
-    """In 64 colours, which a plot does not go beyond to the eye and which make its file a third as large."""
+    """In 128 colours, chosen to cover those of thin lines too: a plot to the eye, and its file a third as large."""
     from PIL import Image
 
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+        image.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
 
 
 def _lines(rows: list[Row]) -> dict[str, list[Row]]:
