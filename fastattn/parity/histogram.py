@@ -19,6 +19,7 @@ from fastattn.parity.packing import Packing
 from fastattn.reference.attention import dense_mask
 
 RESIDUES = 32
+_EXACT = {torch.float32: 1 << 16, torch.bfloat16: 63, torch.float16: 511}  # counts that weights rounded to a dtype keep
 
 
 def _one_hot_digits(length: int, high: bool) -> Tensor:
@@ -46,6 +47,7 @@ def check_mask_histogram(
 
     mask: a mask object, or a bool or int32 tensor as `fastattn.attention` takes it. A count of a half dtype rounds to
     the right integer as long as fewer than 64 visible keys (queries) share a residue; lengths up to 1024 are safe.
+    Where the heads of a group together count more, only some of them get a gradient: the first ones, then the last.
     packing: the calls are made packed.
     """
     full, place = (batch, heads_q, len_q, len_k), torch.device(device)
@@ -68,16 +70,24 @@ def check_mask_histogram(
         rows.append(_integers(f"visible keys ({name} digit)", out.detach().double().cpu() * count, want))
         if grad:
             digits = _one_hot_digits(len_q, high)
-            grad_out = (count * digits).to(device, dtype)
+            seen_by = (visible.transpose(-1, -2) @ digits).unflatten(1, (heads_kv, -1))
+            asked = _heads_within(_EXACT[dtype], seen_by, last=high)
+            grad_out = (count * digits * asked.flatten().view(1, -1, 1, 1)).to(device, dtype)
             with poisoned_outputs(), torch_threads(threads):
                 (dv,) = torch.autograd.grad(out, v, grad_out)
-            seen_by = (
-                (visible.transpose(-1, -2) @ digits)
-                .view(batch, heads_kv, heads_q // heads_kv, len_k, RESIDUES)
-                .sum(dim=2)
-            )
+            seen_by = (seen_by * asked[..., None, None]).sum(dim=2)
             rows.append(_integers(f"seeing queries ({name} digit)", dv.double().cpu(), seen_by))
     return rows
+
+
+def _heads_within(most: int, counts: Tensor, last: bool) -> Tensor:
+    """Float64 (heads_kv, heads per group), 1 for the first heads of each group, or the last, and 0 for others: as many
+    as the sums of their counts (batch, heads_kv, heads per group, ...) stay exact for."""
+    group = counts.shape[2]
+    members = max(1, most // max(1, int(counts.max()))) if counts.numel() else group
+    head = torch.arange(group)
+    asked = (head >= group - members) if last else (head < members)
+    return asked.double().expand(counts.shape[1], group)
 
 
 def _integers(name: str, found: Tensor, want: Tensor) -> ParityRow:

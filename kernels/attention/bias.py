@@ -268,6 +268,8 @@ def attention_distance_kernel(
         if SUMS_SLOPES:
             tl.store(slope_sums + entry.to(tl.int64) * tiles_q + tile_q, tl.sum(sloped, 0))
     if SUMS_TABLE:
+        if table_last == 0:  # one column for all
+            below += above
         tl.store(table_sums + own_row, tl.sum(below, 0))
         if table_last > 0:
             tl.store(table_sums + own_row + table_last, tl.sum(above, 0))
