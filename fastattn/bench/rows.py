@@ -136,7 +136,7 @@ def merge(parts: Iterable[Result]) -> Result:
         seconds=sum(result.seconds for result in results),
         quick=any(result.quick for result in results),
         failures=[f for result in results for f in result.failures],
-        left_out=[name for result in results for name in result.left_out if name not in reached],
+        left_out=list(dict.fromkeys(n for result in results for n in result.left_out if n not in reached)),
     )
 
 

@@ -12,7 +12,7 @@ HOW_TO_READ = (
     "on what the mask leaves visible (FLOP), or bytes of the tensors moved once, per second. x best other: the fastest "
     "other provider's time over this one's; above 1 this one is faster. of limit: the least time that the limits "
     "measured in the same run allow, over the time; above 100% on a CPU, tensors stay in its caches or products run "
-    "faster than torch's. peak MB: memory above the inputs during one call. The providers of a case are timed in "
+    "faster than torch's. peak MB: memory above the inputs during one call. The providers of a case take "
     "turns; from one case to the next a shared machine may have become slower or faster."
 )
 
