@@ -14,6 +14,7 @@
 //   15.9,  9.6  products of the micro-kernel, 64 keys at a time as float32
 //   18.5, 13.9  keys and values read where they lie, two keys for all rows of a group at a time, the next block fetched into the level-1 cache
 //   17.9, 14.5  fetched into the level-2 cache
+// On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-25: 18.8, 7.7 (torch 5.7, 0.6; torch.sum 28).
 #include "../kernels.h"
 #include "../pack.h"
 #include "distance.h"
@@ -23,8 +24,8 @@ namespace {
 
 constexpr int64_t kPart = 256;       // keys in one unit of work
 constexpr int64_t kBlock = 32;    // keys whose scores are formed together: their keys and values fit the level-1 cache
-constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = kLanes == 16 ? 2 : 1;  // dot products at a time
-constexpr int kSumVectors = kLanes == 16 ? 2 : 1;  // of a row's output at a time
+constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = 2;  // dot products at a time
+constexpr int kSumVectors = 2;                          // of a row's output at a time
 
 // The queries of one head group and one sequence, and the keys that some of them may see.
 struct Group {
@@ -262,7 +263,11 @@ class PartWorker {
             const fastattn_tensor &t = p_.bias;
             const int64_t base =
                 group_.batch * t.stride[0] + head_of(p_, group_, row) * t.stride[1] + query_of(p_, row) * t.stride[2] + key * t.stride[3];
-            for (int64_t c = 0; c < count; c++) scores[c] += load_scalar(offset((const void *)t.data, p_.bias_dtype, base + c * t.stride[3]), p_.bias_dtype);
+            const auto at = [&](int64_t c) { return offset((const void *)t.data, p_.bias_dtype, base + c * t.stride[3]); };
+            if (t.stride[3] == 1)
+                for (int64_t c = 0; c < count; c += kLanes) add_to(scores + c, load_any(at(c), p_.bias_dtype, lanes_left(c, count)));
+            else
+                for (int64_t c = 0; c < count; c++) scores[c] += load_scalar(at(c), p_.bias_dtype);
         }
         if (is_given(p_.distance)) {
             float strip[kBlock];

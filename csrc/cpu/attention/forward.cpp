@@ -18,6 +18,8 @@
 // Masks, (1, 8, 8192, 64), same day: a causal window of 256 keys takes 1/40 of the time that torch's scaled_dot_product_attention takes with that
 //   mask as a bool tensor; given the bool tensor itself, 1/16. Block masks of density 0.50, 0.26, 0.11, 0.06 take 1.08, 1.10, 1.18, 1.30 times
 //   their share of the dense time: what a tile costs besides its blocks (its queries, its output) shows where it sees few of them.
+// On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-25: that window at 8 heads takes 1/34 of torch's time, 36 ms, and 1/2.6 of compiled
+//   FlexAttention's at 4,096; block masks of density 0.50, 0.25, 0.11, 0.05 take 1.07, 1.09, 1.12, 1.15 times their share.
 #include "../kernels.h"
 #include "tile.h"
 
