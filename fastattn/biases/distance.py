@@ -66,6 +66,7 @@ class ALiBi(_OfDistance):
 
     def to_dense(self, batch: int, heads: int, len_q: int, len_k: int) -> Tensor:
         rows = self.tensor if self.tensor.dim() == 2 else self.tensor[None]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return of_slopes(rows, self._distance(len_q, len_k)).expand(batch, heads, len_q, len_k)
 
     def lower(self, size: Size, dtype: torch.dtype) -> LoweredBias:

@@ -312,6 +312,11 @@ def lower_mask_and_bias(
             return lower_packed(mask, size, q.device), added
         return mask.lower(*size, q.device), added
     if isinstance(mask, LoweredMask):
+        if isinstance(size, PackedSize):
+            raise TypeError(
+                "mask is a LoweredMask, made for one length of queries and keys: pass the mask object to "
+                "attention_varlen, which lowers it by each sequence's lengths"
+            )
         check_lowered(mask, size, q.device)
         return mask, added
     if not isinstance(mask, Tensor):

@@ -16,7 +16,7 @@ from fastattn.functional.attention import (
     lower_mask_and_bias,
 )
 from fastattn.functional.checks import check_device
-from fastattn.masks import LoweredMask, Mask
+from fastattn.masks import Mask
 from fastattn.masks.lowered import PackedSize
 from fastattn.ops.attention import Attention, attention_forward
 from fastattn.ops.library import apply
@@ -33,7 +33,7 @@ def attention_varlen(
     *,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
-    mask: Mask | LoweredMask | Tensor | None = ...,
+    mask: Mask | Tensor | None = ...,
     bias: biases.Bias | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -56,7 +56,7 @@ def attention_varlen(
     *,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
-    mask: Mask | LoweredMask | Tensor | None = ...,
+    mask: Mask | Tensor | None = ...,
     bias: biases.Bias | Tensor | None = ...,
     scale: float | None = ...,
     softcap: float | None = ...,
@@ -78,7 +78,7 @@ def attention_varlen(
     *,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    mask: Mask | LoweredMask | Tensor | None = None,
+    mask: Mask | Tensor | None = None,
     bias: biases.Bias | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,

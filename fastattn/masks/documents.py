@@ -62,6 +62,7 @@ class Document(Mask):
         if not self.contiguous:
             return None
         ids_q, ids_k = (ids if ids.dim() == 2 else ids[None] for ids in (self.ids_q, self.ids_k))
+        ids_q, ids_k = ids_q[:, : size.len_q], ids_k[:, : size.len_k]  # of one sequence of a packed batch
         rows = max(ids_q.shape[0], ids_k.shape[0])
         ids_q, ids_k = ids_q.long().expand(rows, -1).contiguous(), ids_k.long().expand(rows, -1)
         if size.len_k == 0:

@@ -37,7 +37,7 @@ def lower_packed(mask: Mask, size: PackedSize, device: torch.device) -> LoweredM
         return lowered
     own, rest = lowering.lower_simple(heavy, size, device)
     lowered = intersect(lowered, own)._replace(intervals=own.intervals, bounds=own.bounds)
-    if not rest:
+    if not rest or size.batch == 0:
         return lowered
     if torch.compiler.is_compiling():
         raise ValueError(

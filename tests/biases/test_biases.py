@@ -177,6 +177,13 @@ def test_biases_that_do_not_fit_the_call(bias, text):
         fastattn.attention(q, q, q, bias=bias)
 
 
+def test_half_slopes_are_used_in_float32():
+    """Far keys of a steep slope would overflow float16, and an infinity hides a key."""
+    bias = ALiBi(torch.tensor([600.0], dtype=torch.float16))
+    assert bias.to_dense(1, 1, 1, 300).isfinite().all()
+    assert torch.equal(bias.to_dense(1, 1, 1, 3), torch.tensor([[[[-1200.0, -600.0, -0.0]]]]))
+
+
 def test_repr():
     assert repr(T5Bias(torch.ones(8, 2), False, 20)) == (
         "T5Bias(float32 tensor (8, 2) on cpu, bidirectional=False, max_distance=20)"

@@ -10,7 +10,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import fastattn
 from fastattn.biases import ALiBi, RelativeBias, T5Bias
-from fastattn.masks import BigBird, Causal, Dilated, GlobalTokens, KeyLengths, PrefixLM, SlidingWindow
+from fastattn.masks import (
+    BigBird,
+    Causal,
+    Dilated,
+    Document,
+    GlobalTokens,
+    KeyLengths,
+    LoweredMask,
+    PerHead,
+    PrefixLM,
+    SlidingWindow,
+)
 
 LENGTHS_Q, LENGTHS_K = [5, 0, 70, 1], [9, 4, 70, 0]
 
@@ -101,6 +112,23 @@ def test_dropout_sinks_and_dense_tensors_are_those_of_the_padded_batch(backend):
     assert torch.allclose(lse, want_lse.transpose(1, 2)[there_q].t(), atol=1e-5)
 
 
+@pytest.mark.parametrize("combine", [lambda m, c: m, lambda m, c: ~m, lambda m, c: m | c], ids=["plain", "not", "or"])
+def test_masks_with_a_tensor_per_token_and_blocks_of_their_own(backend, combine):
+    """ids have the length of the longest sequence; those of a shorter one are the first of its row."""
+    q, k, v = draw()
+    ids = torch.randint(0, 3, (4, 70)).sort(dim=1).values
+    causal = Causal()
+    mask = combine(PerHead([Document(ids), Dilated(3, 2), causal, Document(ids)]), causal)
+    options = {"max_seqlen_q": 70, "max_seqlen_k": 70, "backend": backend}
+    got = fastattn.attention_varlen(q, k, v, CU_Q, CU_K, mask=mask, **options)
+    for b, (len_q, len_k) in enumerate(zip(LENGTHS_Q, LENGTHS_K, strict=True)):
+        parts = (t[c[b] : c[b + 1]].transpose(0, 1)[None] for t, c in ((q, CU_Q), (k, CU_K), (v, CU_K)))
+        documents = Document(ids[b, :len_q], ids[b, :len_k])
+        own = combine(PerHead([documents, Dilated(3, 2), causal, documents]), causal)
+        want = fastattn.attention(*parts, mask=own, backend=backend)[0].transpose(0, 1)
+        assert torch.allclose(got[CU_Q[b] : CU_Q[b + 1]], want, atol=2e-5)
+
+
 def test_rows_of_no_sequence(backend):
     """What lies outside of the sequences changes nothing and gets nothing, NaN or not."""
     q, k, v = (torch.randn(12, 2, 8) for _ in range(3))
@@ -119,9 +147,10 @@ def test_no_sequences_and_no_tokens(backend):
     empty = torch.zeros(0, 2, 8, requires_grad=True)
     nothing = torch.zeros(1, dtype=torch.int32)
     for cu in (nothing, torch.zeros(3, dtype=torch.int32)):
-        out = fastattn.attention_varlen(empty, empty, empty, cu, cu, backend=backend)
-        assert out.shape == (0, 2, 8)
-        out.sum().backward()
+        for mask in (None, Causal(), Dilated(2, 3), Dilated(2, 3) & Causal()):
+            out = fastattn.attention_varlen(empty, empty, empty, cu, cu, mask=mask, backend=backend)
+            assert out.shape == (0, 2, 8)
+            out.sum().backward()
 
 
 def test_lengths_stay_on_the_device():
@@ -176,6 +205,12 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
         ((Q, Q, Q, CU, CU[:2]), {}, ValueError, "cu_seqlens_k has 2 numbers but cu_seqlens_q 3"),
         ((Q, Q, Q, CU, CU), {"max_seqlen_q": -1}, ValueError, "max_seqlen_q=-1 is negative"),
         ((Q, Q, Q, CU, CU), {"max_seqlen_k": 4.0}, TypeError, "max_seqlen_k=4.0 is a float"),
+        (
+            (Q, Q, Q, CU, CU),
+            {"mask": LoweredMask(band_right=0)},
+            TypeError,
+            "mask is a LoweredMask, made for one length",
+        ),
         ((Q, Q, Q, CU, CU), {"mask": KeyLengths([1])}, ValueError, "lengths holds 1 numbers, but q has a batch of 2"),
         ((Q, Q.half(), Q, CU, CU), {}, TypeError, "k has dtype torch.float16 but q torch.float32"),
         ((Q, Q, Q, CU.to("meta"), CU), {}, ValueError, "cu_seqlens_q lies on meta but q on cpu"),
