@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import cpu
+from fastattn.biases.lowered import NO_BIAS
 from fastattn.masks.lowered import LoweredMask
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
@@ -78,7 +79,7 @@ def test_softmax_of_one_score_against_zero_is_the_logistic_function(isa: str) ->
     x = torch.linspace(-100, 100, 20001)
     q = x.view(1, 1, -1, 1)
     k = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1)
-    out, lse = cpu.attention_forward(q, k, k, LoweredMask(), None, None, None, 1.0, 0.0, 0.0)
+    out, lse = cpu.attention_forward(q, k, k, LoweredMask(), NO_BIAS, None, None, None, 1.0, 0.0, 0.0)
     truth = torch.sigmoid(x.double())
     relative = ((out.view(-1).double() - truth) / truth)[x > -87].abs().max().item()
     # An argument of 80 carries its own rounding: 80 * 2^-24.
@@ -90,7 +91,7 @@ def test_softmax_of_one_score_against_zero_is_the_logistic_function(isa: str) ->
 def test_softcap_follows_tanh(isa: str) -> None:
     x = torch.cat([torch.linspace(-40, 40, 4001), torch.logspace(-30, 0, 200, base=2)])
     q, k = x.view(1, 1, -1, 1), torch.tensor([1.0]).view(1, 1, 1, 1)
-    _, lse = cpu.attention_forward(q, k, k, LoweredMask(), None, None, None, 1.0, 3.0, 0.0)
+    _, lse = cpu.attention_forward(q, k, k, LoweredMask(), NO_BIAS, None, None, None, 1.0, 3.0, 0.0)
     truth = 3 * torch.tanh(x.double() / 3)  # one key: the log-sum-exp is its score
     error = (lse.view(-1).double() - truth).abs()
     assert (error <= 2**-24 * 6 * truth.abs() + 1e-37).all(), (error / truth.abs().clamp(min=1e-30)).max()

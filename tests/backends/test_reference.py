@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastattn.backends import protocol, reference
+from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.masks import Causal, LoweredMask
 from fastattn.problems import NormProblem
 from fastattn.reference import attention
@@ -58,7 +59,7 @@ def test_attention_gradients_equal_autograd(softcap, with_sinks, dropout_p):
         dropout_seed=seed,
         return_lse=True,
     )
-    shared = (mask, bias, sinks, seed, 0.4, softcap, dropout_p)
+    shared = (mask, LoweredBias(bias), None, sinks, seed, 0.4, softcap, dropout_p)
     forward = reference.attention_forward(q, k, v, *shared)
     torch.testing.assert_close(forward[0], out)
     torch.testing.assert_close(forward[1], lse)
@@ -68,8 +69,9 @@ def test_attention_gradients_equal_autograd(softcap, with_sinks, dropout_p):
     inputs = [t for t in (q, k, v, bias, sinks) if t is not None]
     expected = torch.autograd.grad((out, lse[finite]), inputs, (grad_out, grad_lse[finite]))
     results = reference.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *shared, True, with_sinks, deterministic=True
+        grad_out, grad_lse, q, k, v, out, lse, *shared, True, False, False, with_sinks, deterministic=True
     )
+    results = (*results[:4], results[6])
     for result, truth in zip(results, expected, strict=False):
         torch.testing.assert_close(result, truth)
     assert results[4].shape == ((4,) if with_sinks else (0,))
@@ -78,10 +80,10 @@ def test_attention_gradients_equal_autograd(softcap, with_sinks, dropout_p):
 def test_a_sink_far_above_every_score_leaves_the_lse_gradient_right():
     q = torch.randn(1, 1, 1, 4, dtype=torch.float64)
     sinks = torch.full((1,), 800.0, dtype=torch.float64)
-    shared = (LoweredMask(), None, sinks, None, 1.0, 0.0, 0.0)
+    shared = (LoweredMask(), NO_BIAS, None, sinks, None, 1.0, 0.0, 0.0)
     out, lse = reference.attention_forward(q, q, q, *shared)
     dq = reference.attention_backward(
-        torch.zeros_like(out), torch.ones_like(lse), q, q, q, out, lse, *shared, False, False, deterministic=False
+        torch.zeros_like(out), torch.ones_like(lse), q, q, q, out, lse, *shared, *[False] * 4, deterministic=False
     )[0]
     torch.testing.assert_close(dq, q)  # one key: lse = q . k, whose gradient is k
 

@@ -326,11 +326,23 @@ def test_gradients_by_distance(
     bias = LoweredBias(None, table, first, slopes, top_left)
     mask, shown = random_mask(form, seed=1)
     found = []
-    for module, given in ((backend, mask), (reference, LoweredMask(dense=shown))):
-        extras = (given, bias, None, None, None, 0.25, 0.0, 0.0)
-        out, lse = module.attention_forward(q, k, v, *extras)
-        grads = module.attention_backward(grad, lse, q, k, v, out, lse, *extras, False, True, True, False, True)
-        found.append({"out": out, "dtable": grads[4], "dslopes": grads[5]})
+    # The reference in float64: of sums over all pairs, float32 has errors of its own.
+    for module, given, dtype in ((backend, mask, F32), (reference, LoweredMask(dense=shown), torch.float64)):
+        extras = (
+            given,
+            bias._replace(table=table.to(dtype), slopes=slopes.to(dtype)),
+            None,
+            None,
+            None,
+            0.25,
+            0.0,
+            0.0,
+        )
+        tensors = [t.to(dtype) for t in (q, k, v)]
+        out, lse = module.attention_forward(*tensors, *extras)
+        flags = (False, True, True, False, True)
+        grads = module.attention_backward(grad.to(dtype), lse, *tensors, out, lse, *extras, *flags)
+        found.append({"out": out.to(F32), "dtable": grads[4].to(F32), "dslopes": grads[5].to(F32)})
     assert_close(found[0], found[1], F32, form)
 
 

@@ -66,6 +66,38 @@ def _run(
     return found
 
 
+_DRAWS = (
+    3  # of the output's gradient: the largest of few numbers in one draw is a matter of luck, torch's error as well
+)
+
+
+def _runs(
+    ours: nn.Module,
+    theirs: nn.Module,
+    inputs: dict[str, Tensor],
+    masks: Arguments,
+    dtype: torch.dtype,
+    grad: bool,
+    torch_fast_path: bool,
+) -> list[dict[str, Tensor]]:
+    """What ours, torch in float64 and torch in `dtype` give, results of several draws of gradients stacked."""
+    grads_out = [torch.randn_like(theirs(*inputs.values(), **masks)) for _ in range(_DRAWS)] if grad else [None]
+    wide = copy.deepcopy(theirs).double()
+    stacked = []
+    for module, own, fast in (
+        (ours, dtype, True),
+        (wide, torch.float64, torch_fast_path),
+        (theirs, dtype, torch_fast_path),
+    ):
+        with fast_path(fast):
+            draws = [
+                _run(module, inputs, masks, own, grad, None if grad_out is None else grad_out.to(own))
+                for grad_out in grads_out
+            ]
+        stacked.append({name: torch.stack([draw[name] for draw in draws]) for name in draws[0]})
+    return stacked
+
+
 def _magnitude(name: str, truth: dict[str, Tensor]) -> Tensor:
     """In place of T, which only an operator's formula can give: the largest value among the gradients of one child.
 
@@ -102,18 +134,11 @@ def against_torch() -> Callable[..., dict[str, Tensor]]:
         ours, theirs = ours.to(dtype), theirs.to(dtype)
         inputs = {name: x.to(dtype) for name, x in inputs.items()}
         masks = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in masks.items()}
-        grad_out = None
-        if grad:
-            grad_out = torch.randn_like(theirs(*inputs.values(), **masks))
-        found = _run(ours, inputs, masks, dtype, grad, grad_out)
-        with fast_path(torch_fast_path):
-            eager = _run(theirs, inputs, masks, dtype, grad, grad_out)
-            wide = None if grad_out is None else grad_out.double()
-            truth = _run(copy.deepcopy(theirs).double(), inputs, masks, torch.float64, grad, wide)
+        found, truth, eager = _runs(ours, theirs, inputs, masks, dtype, grad, torch_fast_path)
         rows = [parity(name, found[name], truth[name], eager[name], _magnitude(name, truth)) for name in truth]
         assert not failures(rows), "\n" + failures(rows)
         assert found["out"].dtype == eager["out"].dtype
-        return found
+        return {name: tensor[0] for name, tensor in found.items()}
 
     return check
 

@@ -97,14 +97,16 @@ def test_refusals_are_counted_by_reason_and_exceptions_are_failures(monkeypatch)
 
 
 def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
-    real = functional.attention
+    def forward_only(real):
+        def call(q, *args, **options):
+            if q.requires_grad:
+                raise NotSupported("attention", "a call", {"reference": ["it has no backward"]})
+            return real(q, *args, **options)
 
-    def forward_only(q, *args, **options):
-        if q.requires_grad:
-            raise NotSupported("attention", "a call", {"reference": ["it has no backward"]})
-        return real(q, *args, **options)
+        return call
 
-    monkeypatch.setattr(functional, "attention", forward_only)
+    for name in ("attention", "attention_varlen"):
+        monkeypatch.setattr(functional, name, forward_only(getattr(functional, name)))
     report = verify("attention", "reference", cases=20)
     assert report.passed and report.checked == 20 and not report.refused
     assert 10 <= report.forward_only == report.refusals["attention", "it has no backward"] < 20
