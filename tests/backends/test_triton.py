@@ -52,6 +52,9 @@ print(report.checked + report.refused, refused, *report.failures, sep="\\n")
 """
 
 
+RANDOM = ("attention", "norm", "linear_act", "ffn", "gated_ffn")
+
+
 def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
     """Ranges of 50 cases: pieces of work for several processes."""
     return [(op, start, start + 50) for start in range(first, cases, 50)]
@@ -60,9 +63,8 @@ def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize(
     ("op", "first", "last"),
     [
-        *parts("attention", 150),
-        *(part for op in ("norm", "linear_act", "ffn", "gated_ffn") for part in parts(op, 150)),
-        *(pytest.param(*part, marks=pytest.mark.slow) for part in parts("attention", 600, first=150)),
+        *(part for op in RANDOM for part in parts(op, 150)),
+        *(pytest.param(*part, marks=pytest.mark.slow) for op in RANDOM for part in parts(op, 600, first=150)),
     ],
 )
 def test_random_cases(op: str, first: int, last: int) -> None:
