@@ -123,7 +123,7 @@ def _call_layer(variant: Variant) -> None:
     if variant.mask == "norm":
         residual = x.float()
         y, z, mean, rstd = backend.norm_forward(x, bias, bias, residual, seed, "layer", 1e-5, 0.0, 0.1)
-        backend.norm_backward(y, z, z, bias, mean, rstd, seed, "layer", 0.0, 0.1, dtype, True, True)
+        backend.norm_backward(y, z, z, bias, mean, rstd, seed, "layer", 0.0, 0.1, dtype, dtype, dtype)
     elif variant.mask == "linear_act":
         y, pre = backend.linear_act_forward(x, weight, bias, "gelu", True)
         backend.linear_act_backward(y, x, weight, pre, "gelu", True, True, True)

@@ -12,17 +12,27 @@ BASE_BLOCK = 64  # of form D, see fastattn.masks.lowered
 
 
 class Tile(NamedTuple):
-    """queries x keys of a tile, warps and pipeline stages of its kernel, and where and when that was measured."""
+    """queries x keys of a tile, warps and pipeline stages of its kernel, where and when that was measured, and the
+    registers a thread may have at most, so that another block fits on a multiprocessor: 0 leaves that to the compiler,
+    and so do calls with a bias, softcap or dropout, which need more."""
 
     block_q: int
     block_k: int
     warps: int
     stages: int
     measured: str = "unmeasured"
+    registers: int = 0
+
+    def options(self, plain: bool) -> dict[str, int]:
+        """The compiler's options. plain: a call without bias, softcap and dropout."""
+        limit = {"maxnreg": self.registers} if plain and self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 # GPUs with 99 KiB of shared memory a block and mma.sync alone: their tiles are those of 86.
 _SMALL = (86, 89, 120, 121)
+
+_H100 = "H100 80GB HBM3, Triton 3.6, bfloat16, 4,096 positions, 2026-11-25"
 
 # kernel -> architecture (compute capability; the newest not newer than the device's) -> bytes per element -> rows of
 # (greatest sum of pieces of the larger head dim, tile)
@@ -37,7 +47,7 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 4, 1))],
         },
         90: {
-            2: [(64, Tile(128, 64, 8, 3)), (128, Tile(128, 64, 8, 3)), (256, Tile(128, 32, 8, 2))],
+            2: [(64, Tile(128, 64, 8, 3, _H100, 128)), (128, Tile(128, 128, 8, 3, _H100)), (256, Tile(128, 32, 8, 2))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(32, 32, 8, 2)), (256, Tile(16, 32, 8, 2))],
         },
     },
@@ -51,7 +61,7 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
             4: [(64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 8, 1)), (256, Tile(16, 32, 8, 1))],
         },
         90: {
-            2: [(64, Tile(128, 32, 8, 3)), (128, Tile(128, 32, 8, 3)), (256, Tile(64, 32, 8, 1))],
+            2: [(64, Tile(64, 64, 4, 3, _H100)), (128, Tile(64, 64, 4, 2, _H100)), (256, Tile(64, 32, 8, 1))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(16, 32, 8, 1)), (256, Tile(16, 32, 8, 1))],
         },
     },
@@ -65,7 +75,7 @@ TABLE: dict[str, dict[int, dict[int, list[tuple[int, Tile]]]]] = {
             4: [(64, Tile(32, 32, 4, 1)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
         },
         90: {
-            2: [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 128, 8, 2)), (256, Tile(32, 64, 8, 1))],
+            2: [(64, Tile(32, 128, 4, 3, _H100)), (128, Tile(32, 64, 4, 3, _H100)), (256, Tile(32, 64, 8, 1))],
             4: [(64, Tile(32, 32, 4, 2)), (128, Tile(16, 32, 4, 1)), (256, Tile(16, 32, 8, 1))],
         },
     },

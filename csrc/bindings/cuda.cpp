@@ -138,8 +138,8 @@ void norm_forward(std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weig
 }
 
 void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t z, std::uintptr_t weight, std::uintptr_t mean, std::uintptr_t rstd,
-                   std::uintptr_t grad_x, std::uintptr_t grad_residual, std::uintptr_t grad_weight_parts, std::uintptr_t grad_bias_parts,
-                   const std::tuple<int, int, int> &dtypes, bool is_rms, std::int64_t rows, std::int64_t width, std::int64_t parts, float offset,
+                   std::uintptr_t grad_x, std::uintptr_t grad_residual, std::uintptr_t grad_weight, std::uintptr_t grad_bias,
+                   std::uintptr_t parts_of_sums, const std::tuple<int, int, int, int, int> &dtypes, bool is_rms, std::int64_t rows, std::int64_t width, std::int64_t parts, float offset,
                    const Dropout &dropout, int device, std::uintptr_t stream) {
     fastattn_cuda_norm_gradient call{};
     call.device = device;
@@ -147,7 +147,7 @@ void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t 
     call.is_rms = is_rms;
     call.rows = rows;
     call.width = width;
-    std::tie(call.x_dtype, call.z_dtype, call.weight_dtype) = dtypes;
+    std::tie(call.x_dtype, call.z_dtype, call.weight_dtype, call.grad_weight_dtype, call.grad_bias_dtype) = dtypes;
     call.grad_y = pointer<const void>(grad_y);
     call.grad_z = pointer<const void>(grad_z);
     call.z = pointer<const void>(z);
@@ -156,9 +156,10 @@ void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t 
     call.rstd = pointer<const float>(rstd);
     call.grad_x = pointer<void>(grad_x);
     call.grad_residual = pointer<void>(grad_residual);
+    call.grad_weight = pointer<void>(grad_weight);
+    call.grad_bias = pointer<void>(grad_bias);
     call.parts = parts;
-    call.grad_weight_parts = pointer<float>(grad_weight_parts);
-    call.grad_bias_parts = pointer<float>(grad_bias_parts);
+    call.parts_of_sums = pointer<float>(parts_of_sums);
     call.offset = offset;
     call.dropout = dropout_of(dropout);
     const py::gil_scoped_release unlocked;
@@ -219,11 +220,11 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("mean"), py::arg("rstd"), py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("eps"),
                py::arg("offset"), py::arg("dropout"), py::arg("device"), py::arg("stream"), "y = norm(dropout(x) + residual).");
     module.def("norm_backward_parts", &fastattn_cuda_norm_backward_parts, py::arg("rows"), py::arg("width"), py::arg("multiprocessors"),
-               "How many rows of partial weight and bias gradients norm_backward should write.");
+               "How many rows of partial weight and bias gradients norm_backward should sum up.");
     module.def("norm_backward", &norm_backward, py::arg("grad_y"), py::arg("grad_z"), py::arg("z"), py::arg("weight"), py::arg("mean"),
-               py::arg("rstd"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight_parts"), py::arg("grad_bias_parts"),
+               py::arg("rstd"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("parts_of_sums"),
                py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("parts"), py::arg("offset"), py::arg("dropout"),
-               py::arg("device"), py::arg("stream"), "The gradients of norm_forward.");
+               py::arg("device"), py::arg("stream"), "The gradients of norm_forward; 0 is absent.");
     module.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
                py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"),
                py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"),

@@ -39,12 +39,13 @@ struct Chunk {
     float at[CHUNK];
 };
 
-// Elements [at, at + count) and zeros behind them; count 8 (or at most 0) where VECTOR.
-template <bool VECTOR>
+// Elements [at, at + count) and zeros behind them; count 8 (or at most 0) where VECTOR. HALVES, here and below: the dtype is known to be a half
+// one, and `high` costs no register.
+template <bool VECTOR, bool HALVES = false>
 __device__ __forceinline__ RawChunk load_raw(const Elements &from, int64_t at, int count) {
     RawChunk raw = {};
     if (count <= 0) return raw;
-    const bool wide = from.dtype() == FASTATTN_FLOAT32;
+    const bool wide = !HALVES && from.dtype() == FASTATTN_FLOAT32;
     if constexpr (VECTOR) {
         raw.low = from.words().load<4>(wide ? at : at / 2);
         if (wide) raw.high = from.words().load<4>(at + 4);
@@ -64,9 +65,10 @@ __device__ __forceinline__ RawChunk load_raw(const Elements &from, int64_t at, i
     return raw;
 }
 
+template <bool HALVES = false>
 __device__ __forceinline__ Chunk widen(const RawChunk &raw, int dtype) {
     Chunk chunk;
-    if (dtype == FASTATTN_FLOAT32) {
+    if (!HALVES && dtype == FASTATTN_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             chunk.at[i] = bits_float(raw.low.at[i]);
@@ -82,9 +84,10 @@ __device__ __forceinline__ Chunk widen(const RawChunk &raw, int dtype) {
     return chunk;
 }
 
+template <bool HALVES = false>
 __device__ __forceinline__ RawChunk narrow(const Chunk &chunk, int dtype) {
     RawChunk raw = {};
-    if (dtype == FASTATTN_FLOAT32) {
+    if (!HALVES && dtype == FASTATTN_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             raw.low.at[i] = float_bits(chunk.at[i]);
@@ -100,10 +103,10 @@ __device__ __forceinline__ RawChunk narrow(const Chunk &chunk, int dtype) {
     return raw;
 }
 
-template <bool VECTOR>
+template <bool VECTOR, bool HALVES = false>
 __device__ __forceinline__ void store_raw(const Elements &to, int64_t at, int count, const RawChunk &raw) {
     if (count <= 0) return;
-    const bool wide = to.dtype() == FASTATTN_FLOAT32;
+    const bool wide = !HALVES && to.dtype() == FASTATTN_FLOAT32;
     if constexpr (VECTOR) {
         to.words().store<4>(wide ? at : at / 2, raw.low);
         if (wide) to.words().store<4>(at + 4, raw.high);
@@ -123,7 +126,7 @@ __device__ __forceinline__ Chunk load_chunk(const Elements &from, int64_t at, in
     return widen(load_raw<VECTOR>(from, at, count), from.dtype());
 }
 
-template <bool VECTOR>
+template <bool VECTOR, bool HALVES = false>
 __device__ __forceinline__ void store_chunk(const Elements &to, int64_t at, int count, const Chunk &chunk) {
-    store_raw<VECTOR>(to, at, count, narrow(chunk, to.dtype()));
+    store_raw<VECTOR, HALVES>(to, at, count, narrow<HALVES>(chunk, to.dtype()));
 }

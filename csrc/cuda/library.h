@@ -87,9 +87,11 @@ typedef struct {
     const float *mean, *rstd;   // (rows); mean null for RMS
     void *grad_x;               // x_dtype
     void *grad_residual;        // z_dtype; null: not wanted
+    void *grad_weight;          // (width); null: not wanted
+    void *grad_bias;
+    int32_t grad_weight_dtype, grad_bias_dtype;
     int64_t parts;              // fastattn_cuda_norm_backward_parts()
-    float *grad_weight_parts;   // (parts, width): their sum over rows is the gradient; null: not wanted
-    float *grad_bias_parts;
+    float *parts_of_sums;       // room for (parts, width) of each of grad_weight and grad_bias that is wanted
     float offset;
     fastattn_cuda_dropout dropout;
 } fastattn_cuda_norm_gradient;

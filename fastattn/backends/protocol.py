@@ -137,11 +137,11 @@ class Backend(Protocol):
         offset: float,
         dropout_p: float,
         x_dtype: torch.dtype,
-        weight_requires_grad: bool,
-        bias_requires_grad: bool,
+        dweight_dtype: torch.dtype | None,
+        dbias_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dx in x_dtype; dresidual in z's dtype, empty where dropout_p is 0 and x_dtype is z's (it then equals dx);
-        dweight and dbias (N,) in the accumulate dtype. dz = norm'(grad_y) + grad_z, dx = dropout'(dz), dresidual =
+        dweight and dbias (N,), each summed in the accumulate dtype and rounded once to its dtype, empty for None. dz = norm'(grad_y) + grad_z, dx = dropout'(dz), dresidual =
         dz."""
 
     def linear_act_forward(

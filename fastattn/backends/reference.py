@@ -308,8 +308,8 @@ def norm_backward(
     offset: float,
     dropout_p: float,
     x_dtype: torch.dtype,
-    weight_requires_grad: bool,
-    bias_requires_grad: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the protocol. With n = (z - mean) * rstd and g = grad_y * (offset + weight):
     dz = rstd * (g - mean(g) - n * mean(g * n)) + grad_z, without mean(g) for "rms"."""
@@ -331,8 +331,8 @@ def norm_backward(
     return (
         dx.to(x_dtype),
         dz.to(z.dtype) if separate else z.new_empty(0),
-        (grads * normal).sum(dim=0) if weight_requires_grad else none,
-        grads.sum(dim=0) if bias_requires_grad else none.clone(),
+        none if dweight_dtype is None else (grads * normal).sum(dim=0).to(dweight_dtype),
+        none.clone() if dbias_dtype is None else grads.sum(dim=0).to(dbias_dtype),
     )
 
 

@@ -76,8 +76,8 @@ def _backward(
     offset: float,
     dropout_p: float,
     x_dtype: torch.dtype,
-    weight_requires_grad: bool,
-    bias_requires_grad: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual_dtype = None if x_dtype == z.dtype else z.dtype
@@ -94,8 +94,8 @@ def _backward(
         offset,
         dropout_p,
         x_dtype,
-        weight_requires_grad,
-        bias_requires_grad,
+        dweight_dtype,
+        dbias_dtype,
     )
     return results
 
@@ -132,8 +132,8 @@ def _fake_backward(
     offset: float,
     dropout_p: float,
     x_dtype: torch.dtype,
-    weight_requires_grad: bool,
-    bias_requires_grad: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     separate = dropout_p != 0.0 or x_dtype != z.dtype
@@ -141,8 +141,8 @@ def _fake_backward(
     return (
         z.new_empty(z.shape, dtype=x_dtype),
         z.new_empty(z.shape if separate else (0,)),
-        rstd.new_empty(width if weight_requires_grad else (0,)),
-        rstd.new_empty(width if bias_requires_grad else (0,)),
+        rstd.new_empty((0,)) if dweight_dtype is None else rstd.new_empty(width, dtype=dweight_dtype),
+        rstd.new_empty((0,)) if dbias_dtype is None else rstd.new_empty(width, dtype=dbias_dtype),
     )
 
 
@@ -158,8 +158,8 @@ def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult 
 
 
 def _fold_backward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult | None:
-    weight_or_bias_requires_grad = args[11] or args[12]
-    if args[9] != 0.0 or is_mapped(dims, 3, 6) or weight_or_bias_requires_grad:
+    sums_over_rows = args[11] is not None or args[12] is not None
+    if args[9] != 0.0 or is_mapped(dims, 3, 6) or sums_over_rows:
         return None
     grad_y, grad_z, z = (None if args[i] is None else lift(args[i], dims[i], size) for i in range(3))
     mean = fold_dim(args[4], dims[4], size) if args[7] == "layer" else args[4]
@@ -180,8 +180,8 @@ norm_forward = register(
 norm_backward = register(
     "norm_backward",
     "(Tensor grad_y, Tensor? grad_z, Tensor z, Tensor? weight, Tensor mean, Tensor rstd, Tensor? dropout_seed, "
-    "str kind, float offset, float dropout_p, ScalarType x_dtype, bool weight_requires_grad, "
-    "bool bias_requires_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str kind, float offset, float dropout_p, ScalarType x_dtype, ScalarType? dweight_dtype, "
+    "ScalarType? dbias_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     _fold_backward,
@@ -228,15 +228,15 @@ class Norm(torch.autograd.Function):
             seed,
             *ctx.numbers,
             ctx.x_dtype,
-            weight_requires_grad,
-            bias_requires_grad,
+            weight.dtype if weight_requires_grad else None,
+            ctx.bias_dtype if bias_requires_grad else None,
             ctx.backend,
         )
         separate = ctx.numbers[2] != 0.0 or ctx.x_dtype != z.dtype
         return (
             dx,
-            dweight.to(weight.dtype) if weight_requires_grad else None,
-            dbias.to(ctx.bias_dtype) if bias_requires_grad else None,
+            dweight if weight_requires_grad else None,
+            dbias if bias_requires_grad else None,
             (dresidual if separate else dx) if residual_requires_grad else None,
             *(None,) * 7,
         )

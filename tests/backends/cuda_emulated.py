@@ -68,7 +68,7 @@ def norm_outputs(module: object, case: Norm, seed: int) -> dict[str, Tensor]:
     grad_y, grad_z = tensor(case.shape, case.dtype), tensor(case.shape, true_z.dtype) if case.grad_z else None
     dx, dresidual, dweight, dbias = module.norm_backward(
         grad_y, grad_z, true_z, weight, true_mean, true_rstd, dropout_seed, case.kind, case.offset, case.dropout_p,
-        case.dtype, weight is not None, bias is not None,
+        case.dtype, case.weight, case.bias,
     )  # fmt: skip
     return dict(y=y, z=z, mean=mean, rstd=rstd, dx=dx, dresidual=dresidual, dweight=dweight, dbias=dbias)
 

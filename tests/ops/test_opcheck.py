@@ -132,9 +132,9 @@ def test_norm(backend, kind, residual, dropout_p):
     y, z, mean, rstd = ops.norm_forward(*forward)
     z = z if z.numel() else x
     for grad_z in (None, torch.randn_like(z)):
-        for flags in ((True, bias is not None), (False, False)):
+        for dtypes in ((torch.bfloat16, None if bias is None else torch.float32), (None, None)):
             grad_y = torch.randn_like(y).requires_grad_()
-            backward = (grad_y, grad_z, z, weight, mean, rstd, seed, kind, 0.5, dropout_p, x.dtype, *flags, backend)
+            backward = (grad_y, grad_z, z, weight, mean, rstd, seed, kind, 0.5, dropout_p, x.dtype, *dtypes, backend)
             torch.library.opcheck(ops.norm_backward, backward)
 
 

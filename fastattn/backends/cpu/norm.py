@@ -62,15 +62,15 @@ def norm_backward(
     offset: float,
     dropout_p: float,
     x_dtype: torch.dtype,
-    weight_requires_grad: bool,
-    bias_requires_grad: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = z.shape[-1]
     dx = torch.empty(z.shape, dtype=x_dtype)
     has_dresidual = dropout_p > 0.0 or x_dtype != z.dtype
     dresidual = torch.empty(z.shape if has_dresidual else (0,), dtype=z.dtype)
-    dweight = torch.empty(width if weight_requires_grad else 0, dtype=torch.float32)
-    dbias = torch.empty(width if bias_requires_grad else 0, dtype=torch.float32)
+    dweight = torch.empty(0 if dweight_dtype is None else width, dtype=torch.float32)
+    dbias = torch.empty(0 if dbias_dtype is None else width, dtype=torch.float32)
     native().norm_backward(
         kind == "rms",
         torch.get_num_threads(),
@@ -90,7 +90,7 @@ def norm_backward(
         dweight.data_ptr(),
         dbias.data_ptr(),
     )
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, dweight.to(dweight_dtype or dweight.dtype), dbias.to(dbias_dtype or dbias.dtype)
 
 
 def _code(tensor: Tensor | None) -> int:

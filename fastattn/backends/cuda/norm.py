@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm on csrc/cuda/norm.cu. Arguments and results are those of fastattn.backends.protocol."""
+"""LayerNorm and RMSNorm on csrc/cuda/norm_forward.cu and norm_backward.cu. Arguments and results are those of fastattn.backends.protocol."""
 
 from __future__ import annotations
 
@@ -85,20 +85,23 @@ def norm_backward(
     offset: float,
     dropout_p: float,
     x_dtype: torch.dtype,
-    weight_requires_grad: bool,
-    bias_requires_grad: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (..., N) in x_dtype, dresidual in z's dtype or empty, dweight and dbias (N,) float32 or empty.
+    """dx (..., N) in x_dtype, dresidual in z's dtype or empty, dweight and dbias (N,) in their dtypes or empty.
 
-    The weight gradients are partial sums over a fixed choice of rows, added by torch: the same bits every run.
+    The weight gradients are partial sums over a fixed choice of rows, added in a fixed order: the same bits every run.
     """
     width = z.shape[-1]
     rows = z.numel() // width
     dx = torch.empty_like(z, dtype=x_dtype)
     dresidual = torch.empty_like(z) if dropout_p > 0.0 or x_dtype != z.dtype else z.new_empty(0)
     parts = load().norm_backward_parts(rows, width, multiprocessors(z))
-    weight_parts = rstd.new_empty(parts if weight_requires_grad else 0, width)
-    bias_parts = rstd.new_empty(parts if bias_requires_grad else 0, width)
+    make = z.new_empty if rows else z.new_zeros  # nothing is launched for no rows
+    dweight, dbias = (
+        rstd.new_empty(0) if dtype is None else make(width, dtype=dtype) for dtype in (dweight_dtype, dbias_dtype)
+    )
+    sums = rstd.new_empty((dweight_dtype is not None) + (dbias_dtype is not None), parts, width)
     load().norm_backward(
         grad_y=grad_y.data_ptr(),
         grad_z=address(grad_z),
@@ -108,9 +111,10 @@ def norm_backward(
         rstd=rstd.data_ptr(),
         grad_x=dx.data_ptr(),
         grad_residual=dresidual.data_ptr(),
-        grad_weight_parts=weight_parts.data_ptr(),
-        grad_bias_parts=bias_parts.data_ptr(),
-        dtypes=(DTYPES[x_dtype], DTYPES[z.dtype], _code(weight)),
+        grad_weight=dweight.data_ptr(),
+        grad_bias=dbias.data_ptr(),
+        parts_of_sums=sums.data_ptr(),
+        dtypes=(DTYPES[x_dtype], DTYPES[z.dtype], _code(weight), DTYPES[dweight.dtype], DTYPES[dbias.dtype]),
         is_rms=kind == "rms",
         rows=rows,
         width=width,
@@ -119,8 +123,6 @@ def norm_backward(
         dropout=dropout_arguments(dropout_seed, dropout_p),
         **place(z),
     )
-    dweight = weight_parts.sum(dim=0) if weight_requires_grad else rstd.new_empty(0)
-    dbias = bias_parts.sum(dim=0) if bias_requires_grad else rstd.new_empty(0)
     return dx, dresidual, dweight, dbias
 
 

@@ -74,7 +74,7 @@ def attention_forward(
     arguments = call.arguments | call.of_tile(tile, plan, tiles)
     arguments |= {"out": out, **call.strides("out", out), "lse": lse}
     grid = (call.batch * heads * tiles,)
-    launch(attention_forward_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(attention_forward_kernel, grid, arguments, **tile.options(call.plain))
     return out, lse
 
 
@@ -152,7 +152,7 @@ def _launch_queries(call: Call, grad_q: Tensor, sink_terms: Tensor | None) -> No
         "tolerance": torch.finfo(call.q.dtype).eps / 4,
     }
     grid = (call.batch * call.heads * tiles,)
-    launch(attention_queries_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(attention_queries_kernel, grid, arguments, **tile.options(call.plain))
 
 
 def _launch_keys(call: Call, grad_k: Tensor, grad_v: Tensor) -> None:
@@ -165,7 +165,7 @@ def _launch_keys(call: Call, grad_k: Tensor, grad_v: Tensor) -> None:
     arguments |= {"grad_k": grad_k, **call.strides("grad_k", grad_k)}
     arguments |= {"grad_v": grad_v, **call.strides("grad_v", grad_v)}
     grid = (call.batch * call.k.shape[1] * tiles,)
-    launch(attention_keys_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(attention_keys_kernel, grid, arguments, **tile.options(call.plain))
 
 
 def _launch_bias(call: Call, bias: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def _launch_bias(call: Call, bias: Tensor) -> Tensor:
         "SUMS_Q": sums_q,
         "SUMS_K": sums_k,
     }
-    launch(attention_bias_kernel, (programs, parts), arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(attention_bias_kernel, (programs, parts), arguments, **tile.options(call.plain))
     return grad_bias.sum(dim=0)
 
 
@@ -227,7 +227,7 @@ def _launch_distance(
         "SUMS_TABLE": table_requires_grad,
         "SUMS_SLOPES": slopes_requires_grad,
     }
-    launch(attention_distance_kernel, (rows, parts), arguments, num_warps=tile.warps, num_stages=tile.stages)
+    launch(attention_distance_kernel, (rows, parts), arguments, **tile.options(call.plain))
     dtable = table_sums.sum(dim=0) if table_requires_grad else table_sums.new_empty(0)
     dslopes = table_sums.new_empty(0)
     if slopes_requires_grad and bias.slopes is not None:
@@ -257,6 +257,8 @@ class Call:
 
         q, k, v = (_addressable(t) for t in (q, k, v))
         self.q, self.k, self.v, self.is_packed = q, k, v, packed is not None
+        biased = any(t is not None for t in (bias.dense, bias.table, bias.slopes))
+        self.plain = not biased and softcap == 0.0 and dropout_p == 0.0
         self.batch, self.heads, self.len_q, dim = q.shape
         _, heads_kv, self.len_k, dim_v = v.shape
         rows_q, rows_k = self.len_q, self.len_k
@@ -303,7 +305,7 @@ class Call:
             "DIM_V": dim_v,
             "WIDE_V": wide_v,
             "REST_V": rest_v,
-            "FOLDED": scale > 0.0 and softcap == 0.0 and all(t is None for t in (bias.dense, bias.table, bias.slopes)),
+            "FOLDED": scale > 0.0 and softcap == 0.0 and not biased,
             "SOFTCAP": softcap != 0.0,
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }

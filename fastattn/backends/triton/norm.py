@@ -97,10 +97,10 @@ def norm_backward(
     offset: float,
     dropout_p: float,
     x_dtype: torch.dtype,
-    weight_requires_grad: bool,
-    bias_requires_grad: bool,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (..., N) in x_dtype, dresidual in z's dtype or empty, dweight and dbias (N,) float32 or empty.
+    """dx (..., N) in x_dtype, dresidual in z's dtype or empty, dweight and dbias (N,) in their dtypes or empty.
 
     The weight gradients are partial sums of a fixed number of programs, added by torch: the same bits every run.
     """
@@ -114,8 +114,9 @@ def norm_backward(
     block, warps = _block(width)
     fused = width <= block
     programs = min(rows, _program_count(z.device)) if fused else -(-rows // _ROWS_PER_SUM)
-    weight_parts = rstd.new_empty(programs if weight_requires_grad else 0, width)
-    bias_parts = rstd.new_empty(programs if bias_requires_grad else 0, width)
+    sums_weight, sums_bias = dweight_dtype is not None, dbias_dtype is not None
+    weight_parts = rstd.new_empty(programs if sums_weight else 0, width)
+    bias_parts = rstd.new_empty(programs if sums_bias else 0, width)
     arguments = {
         "grad_y": grad_y,
         "grad_z": grad_z,
@@ -138,17 +139,17 @@ def norm_backward(
         "HAS_WEIGHT": weight is not None,
         "HAS_DROPOUT": dropout_p > 0.0,
         "STORES_RESIDUAL": separate,
-        "SUMS_WEIGHT": fused and weight_requires_grad,
-        "SUMS_BIAS": fused and bias_requires_grad,
+        "SUMS_WEIGHT": fused and sums_weight,
+        "SUMS_BIAS": fused and sums_bias,
         "ONE_BLOCK": fused,
         "BLOCK": block,
     }
     launch(norm_backward_kernel, (min(rows, _program_count(z.device)),), arguments, num_warps=warps)
-    if not fused and (weight_requires_grad or bias_requires_grad):
+    if not fused and (sums_weight or sums_bias):
         _column_sums(grad_y, z, mean, rstd, kind, weight_parts, bias_parts)
     none = rstd.new_empty(0)
-    dweight = weight_parts.sum(dim=0) if weight_requires_grad else none
-    dbias = bias_parts.sum(dim=0) if bias_requires_grad else none.clone()
+    dweight = none if dweight_dtype is None else weight_parts.sum(dim=0).to(dweight_dtype)
+    dbias = none.clone() if dbias_dtype is None else bias_parts.sum(dim=0).to(dbias_dtype)
     return dx, dresidual, dweight, dbias
 
 

@@ -1,0 +1,175 @@
+// norm forward: LayerNorm and RMSNorm over rows, with dropout and residual in front.
+//
+// Contract   z = dropout(x) + residual, y = (z - mean) rstd (offset + weight) + bias; mean is 0 for RMS. Rows contiguous, width 1 to 65,536,
+//            fewer than 2^31 rows, any mixture of float32, bfloat16 and float16. z is stored where there is dropout or a residual.
+// Numerics   float32, one rounding per output; z is rounded to its dtype before its statistics are taken; the variance is that of the centred
+//            values. Every sum has an order that the width fixes: bitwise repeatable.
+// Algorithm  A warp per row up to 1,024 columns, beyond that a block, so that a row lies in registers, as it lies in memory, between its one
+//            read and its one write: up to 20,480 columns; what lies behind is read again, from cache.
+// Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096):
+//            0.60 / 0.68  rows as float32 in registers: 120 of them, 16 warps per multiprocessor
+#include <cmath>
+
+#include "device_guard.cuh"
+#include "norm.cuh"
+
+namespace {
+
+constexpr int NARROW = 256, WIDE = 512;  // threads of a block
+constexpr int NARROW_CHUNKS = 4, WIDE_CHUNKS = 5;
+
+struct Forward {
+    Elements x, residual, weight, bias, z, y;
+    Global<float> mean, rstd;
+    Dropout dropout;
+    int64_t rows;
+    int width;
+    float eps, offset;
+    int z_dtype;
+    bool is_rms;
+};
+
+// z of one chunk from what was loaded; also stored where it is not x.
+template <bool VECTOR, bool HALVES, bool DROPOUT>
+__device__ __forceinline__ RawChunk make_z(const Forward &p, uint64_t seed, int64_t row, int column, int count, const RawChunk &raw_x,
+                                           const RawChunk &raw_residual) {
+    if (!p.z) return raw_x;
+    Chunk z = widen<HALVES>(raw_x, p.x.dtype());
+    if (DROPOUT && p.dropout) drop(z, p.dropout, seed, row, column);
+    if (p.residual) {
+        const Chunk residual = widen<HALVES>(raw_residual, p.residual.dtype());
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) z.at[i] += residual.at[i];
+    }
+    const RawChunk rounded = narrow<HALVES>(z, p.z_dtype);
+    store_raw<VECTOR, HALVES>(p.z, row * p.width + column, count, rounded);
+    return rounded;
+}
+
+__device__ __forceinline__ float sum_of(const Chunk &z) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) total += z.at[i];
+    return total;
+}
+
+__device__ __forceinline__ float squares_about(const Chunk &z, float mean, int count) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) total += i < count ? (z.at[i] - mean) * (z.at[i] - mean) : 0.0f;
+    return total;
+}
+
+template <bool VECTOR, bool HALVES>
+__device__ __forceinline__ void store_y(const Forward &p, int64_t row, int column, int count, const Chunk &z, float mean, float rstd) {
+    if (count <= 0) return;
+    Chunk y;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) y.at[i] = (z.at[i] - mean) * rstd;
+    if (p.weight) {
+        const Chunk weight = load_chunk<VECTOR>(p.weight, column, count);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) y.at[i] *= p.offset + weight.at[i];
+    }
+    if (p.bias) {
+        const Chunk bias = load_chunk<VECTOR>(p.bias, column, count);
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) y.at[i] += bias.at[i];
+    }
+    store_chunk<VECTOR, HALVES>(p.y, row * p.width + column, count, y);
+}
+
+// HALVES: x, residual, z and y are of half dtypes. DROPOUT: there may be dropout. Without either, registers suffice for more warps.
+template <bool VECTOR, bool HALVES, bool DROPOUT, int THREADS, int CHUNKS>
+__global__ void __launch_bounds__(THREADS, THREADS == NARROW ? (HALVES && !DROPOUT ? 4 : 2) : 1) norm_forward_kernel(const __grid_constant__ Forward p) {
+    const Team team(p.width);
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (row >= p.rows) return;  // a row of one warp: the others of its block wait for nobody
+    const uint64_t seed = DROPOUT && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
+    const int rounds = team.rounds();
+    RawChunk z[CHUNKS];
+    constexpr int AT_ONCE = HALVES || THREADS == NARROW ? CHUNKS : 1;  // loads under way together: as many as registers allow
+    float total[1] = {0.0f};
+#pragma unroll
+    for (int first = 0; first < CHUNKS; first += AT_ONCE) {
+        RawChunk residual[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int64_t at = row * p.width + team.column(first + k);
+            z[first + k] = load_raw<VECTOR, HALVES>(p.x, at, team.count(first + k));
+            residual[k] = load_if<VECTOR, HALVES>(p.residual, at, team.count(first + k));
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            RawChunk &own = z[first + k];
+            if (first + k < rounds) own = make_z<VECTOR, HALVES, DROPOUT>(p, seed, row, team.column(first + k), team.count(first + k), own, residual[k]);
+            total[0] += sum_of(widen<HALVES>(own, p.z_dtype));
+        }
+    }
+    for (int k = CHUNKS; k < rounds; k++) {
+        const int64_t at = row * p.width + team.column(k);
+        const RawChunk x = load_raw<VECTOR, HALVES>(p.x, at, team.count(k)), residual = load_if<VECTOR, HALVES>(p.residual, at, team.count(k));
+        total[0] += sum_of(widen<HALVES>(make_z<VECTOR, HALVES, DROPOUT>(p, seed, row, team.column(k), team.count(k), x, residual), p.z_dtype));
+    }
+    // z of a chunk that registers do not hold, as this thread stored or read it before.
+    const auto reload = [&](int k) { return load_chunk<VECTOR>(p.z ? p.z : p.x, row * p.width + team.column(k), team.count(k)); };
+    float mean = 0.0f;
+    if (!p.is_rms) {
+        team_sums(team, total, 0);
+        mean = total[0] / static_cast<float>(p.width);
+    }
+    float squares[1] = {0.0f};
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) squares[0] += squares_about(widen<HALVES>(z[k], p.z_dtype), mean, team.count(k));
+    for (int k = CHUNKS; k < rounds; k++) squares[0] += squares_about(reload(k), mean, team.count(k));
+    team_sums(team, squares, 1);
+    const float rstd = 1.0f / sqrtf(squares[0] / static_cast<float>(p.width) + p.eps);
+#pragma unroll
+    for (int k = 0; k < CHUNKS; k++) store_y<VECTOR, HALVES>(p, row, team.column(k), team.count(k), widen<HALVES>(z[k], p.z_dtype), mean, rstd);
+    for (int k = CHUNKS; k < rounds; k++) store_y<VECTOR, HALVES>(p, row, team.column(k), team.count(k), reload(k), mean, rstd);
+    if (threadIdx.x == 0) {
+        if (p.mean) p.mean.set(row, mean);
+        p.rstd.set(row, rstd);
+    }
+}
+
+template <bool VECTOR, bool HALVES, bool DROPOUT>
+cudaError_t launch_forward(const Forward &p, void *stream) {
+    const bool wide = p.width > NARROW * NARROW_CHUNKS * CHUNK;
+    int lanes = wide ? WIDE : WARP;  // of a row: a power of two of warps
+    while (!wide && lanes * NARROW_CHUNKS * CHUNK < p.width) lanes *= 2;
+    const int beside = lanes == WARP ? NARROW / WARP : 1;
+    const Launch how = {"norm_forward", dim3(static_cast<unsigned>((p.rows + beside - 1) / beside)),
+                        dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(beside)), 0, stream};
+    if (wide) return launch<WIDE>(how, norm_forward_kernel<VECTOR, HALVES, DROPOUT, WIDE, WIDE_CHUNKS>, p);
+    return launch<NARROW>(how, norm_forward_kernel<VECTOR, HALVES, DROPOUT, NARROW, NARROW_CHUNKS>, p);
+}
+
+}  // namespace
+
+extern "C" int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call) {
+    if (call->rows == 0) return cudaSuccess;
+    if (!takes(call->rows, call->width)) return cudaErrorInvalidValue;
+    const DeviceGuard guard(call->device);
+    if (guard.error() != cudaSuccess) return guard.error();
+    const int64_t size = call->rows * call->width;
+    const Forward p = {Elements(call->x, call->x_dtype, size),
+                       Elements(call->residual, call->residual_dtype, size),
+                       Elements(call->weight, call->weight_dtype, call->width),
+                       Elements(call->bias, call->bias_dtype, call->width),
+                       Elements(call->z, call->z_dtype, size),
+                       Elements(call->y, call->x_dtype, size),
+                       Global<float>(call->mean, call->rows),
+                       Global<float>(call->rstd, call->rows),
+                       Dropout(call->dropout),
+                       call->rows,
+                       static_cast<int>(call->width),
+                       call->eps,
+                       call->offset,
+                       call->z ? call->z_dtype : call->x_dtype,
+                       call->is_rms != 0};
+    if (!all_vectors(call->width, p.x, p.residual, p.weight, p.bias, p.z, p.y)) return launch_forward<false, false, true>(p, call->stream);
+    const bool halves = all_halves(p.x, p.residual, p.z, p.y);
+    if (!halves) return launch_forward<true, false, true>(p, call->stream);
+    return p.dropout ? launch_forward<true, true, true>(p, call->stream) : launch_forward<true, true, false>(p, call->stream);
+}
