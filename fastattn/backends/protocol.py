@@ -141,8 +141,8 @@ class Backend(Protocol):
         dbias_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dx in x_dtype; dresidual in z's dtype, empty where dropout_p is 0 and x_dtype is z's (it then equals dx);
-        dweight and dbias (N,), each summed in the accumulate dtype and rounded once to its dtype, empty for None. dz = norm'(grad_y) + grad_z, dx = dropout'(dz), dresidual =
-        dz."""
+        dweight and dbias (N,), each summed in the accumulate dtype and rounded once to its dtype, empty for None.
+        dz = norm'(grad_y) + grad_z, dx = dropout'(dz), dresidual = dz."""
 
     def linear_act_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastattn.cli.console import wide_console
 from fastattn.cli.support import support_table
-from fastattn.dispatch import ORDER, backends
+from fastattn.dispatch import FASTER, ORDER, backends
 from fastattn.environment import environment, instruction_sets, version_of
 
 
@@ -37,6 +37,7 @@ def facts() -> dict[str, object]:
         "cuda_architectures": _cuda_architectures(),
         "backends": {name: reason or "usable" for name, reason in backends().items()},
         "order": {device: list(names) for device, names in ORDER.items()},
+        "faster": {f"{op} on compute capability {major}": list(names) for (op, major), names in FASTER.items()},
     }
 
 
@@ -75,3 +76,5 @@ def info(
     console.print(table, highlight=False)
     for device, names in ORDER.items():
         console.print(f"on {device} tensors: {', then '.join(names)}", highlight=False)
+    for (op, major), names in FASTER.items():
+        console.print(f"{op} on compute capability {major}: {', then '.join(names)}", highlight=False)

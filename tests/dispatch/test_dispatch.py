@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -248,6 +249,15 @@ def test_the_environment_variable_forces_a_backend():
     assert run_python(code, FASTATTN_BACKEND="reference")[:2] == (0, "reference [[0.0, 0.0]]")
     status, _, errors = run_python(code, FASTATTN_BACKEND="abacus")
     assert status != 0 and "FASTATTN_BACKEND='abacus' is unknown: pass one of 'cuda', 'cpu'" in errors
+
+
+@pytest.mark.parametrize(("major", "expected"), [(8, "cuda"), (9, "triton"), (0, "cuda")])
+def test_an_order_that_was_measured_faster_goes_by_operation_and_device(monkeypatch, major, expected):
+    monkeypatch.setattr(dispatch, "_capability", lambda: major)
+    attention = AttentionProblem("cuda", torch.bfloat16, 1, 1, 1, 8, 8, 64, 64)
+    assert dispatch.order(attention)[0] == expected
+    assert dispatch.order(NormProblem("cuda", torch.bfloat16, "layer", 4, 8))[0] == "cuda"
+    assert dispatch.order(dataclasses.replace(attention, device_type="cpu")) == dispatch.ORDER["cpu"]
 
 
 def test_triton_takes_cpu_tensors_only_when_interpreted():

@@ -1,4 +1,5 @@
-"""LayerNorm and RMSNorm on csrc/cuda/norm_forward.cu and norm_backward.cu. Arguments and results are those of fastattn.backends.protocol."""
+"""LayerNorm and RMSNorm on csrc/cuda/norm_forward.cu and norm_backward.cu. Arguments and results are those of
+fastattn.backends.protocol."""
 
 from __future__ import annotations
 
