@@ -1,8 +1,8 @@
 """Chooses the backend of each call and says why the others do not run it.
 
-The first backend of `order` that is available and has no reason against the problem runs. Passing over an available one,
-or the first one where this machine lacks it, is a fallback: counted in `fallbacks`, warned about once per reason, and
-logged for every new problem under FASTATTN_LOG=1. A backend forced by `use_backend`, FASTATTN_BACKEND or backend=
+The first backend of `order` that is available and has no reason against the problem runs. Passing over an available
+one, or the first one where this machine lacks it, is a fallback: counted in `fallbacks`, warned about once per reason,
+and logged for every new problem under FASTATTN_LOG=1. A backend forced by `use_backend`, FASTATTN_BACKEND or backend=
 never falls back.
 """
 
