@@ -24,9 +24,10 @@ bench: $(VENV)/.bench
 	$(VENV)/bin/fastattn bench --budget 600 --report $(BENCH)
 
 # On a machine with a GPU, in its own Python and without a network: STAGE=build|verify|sanitize|bench|tune|all, each
-# within nine minutes; PEER_WHEELS=dir adds other projects' wheels. Leaves bench/results/<device>-<date>/.
+# within nine minutes, or GPU_CHECK="--seconds 120"; PEER_WHEELS=dir adds other projects' wheels. Leaves
+# bench/results/<device>-<date>/.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py $(STAGE)
+	$(PYTHON) bench/gpu_check.py $(STAGE) $(GPU_CHECK)
 
 $(VENV)/.pip: constraints.txt
 	$(PYTHON) -m venv $(VENV)

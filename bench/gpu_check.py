@@ -1,6 +1,7 @@
 """`make gpu-check`: measures a machine with a GPU from a checkout, in stages of at most nine minutes each.
 
-    python bench/gpu_check.py [build|verify|sanitize|bench|tune|all] [--results DIR] [--quick]
+    python bench/gpu_check.py [build|verify|sanitize|bench|tune|all] [--seconds S] [--cases N] [--suites "norm ffn"]
+                              [--results DIR] [--quick]
 
 For a machine with Python, a C++ compiler and, for a GPU, nvcc, torch and Triton of its own; no network is needed. It
 runs in this Python, and everything that it leaves is one small folder, bench/results/<device>-<date>/:
@@ -8,14 +9,15 @@ stages.json, verify-<backend>.json, results.json, report.md, plots, tiles.json.
 
 build     compiles the native libraries in place; with FASTATTN_PREBUILT=1 only the pybind11 modules, over libraries
           that were built elsewhere and lie in fastattn/_lib
-verify    `fastattn verify` of each GPU backend on every operation
-sanitize  a short list of the same under compute-sanitizer
+verify    `fastattn verify` of each GPU backend on every operation that it takes, in a process per core
+sanitize  a short list of the same under compute-sanitizer, in a process per two cores
 bench     `fastattn bench` of every suite, each in a process of its own, added to what the folder holds of that day;
-          SUITES="attention norm" gives those the whole time. PEER_WHEELS names a folder of wheels that are unpacked
-          beside this Python's packages first
+          --suites, or SUITES in the environment, gives the whole time to some. PEER_WHEELS names a folder of wheels
+          that are unpacked beside this Python's packages first
 tune      times every choice of the backends' tile tables (not part of `all`)
 
-A stage that fails says what failed, and the others still run. Without a GPU, build, verify, bench and tune go as far
+--seconds is the time of each stage; what it cuts off is said, and the stage's status is "cut short". A stage that
+fails says what failed, and the others still run. Without a GPU, build, verify, bench and tune go as far
 as a CPU allows: Triton kernels in the interpreter, tiny sizes. Exit code 1 if any stage failed.
 """
 
@@ -29,25 +31,42 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu-check"
 STAGE_SECONDS = 520.0
-OPERATIONS = ("attention", "attention_decode", "norm", "linear_act", "ffn", "gated_ffn")
-SUITES = ("attention", "packed", "decode", "norm", "ffn", "model")
+CASES = 2000
+OPERATIONS = ("norm", "linear_act", "ffn", "gated_ffn", "attention", "attention_decode", "encoder_layer")
+# Runs of verify, one after another: backend, the operations that share its processes, the part of what is then left of
+# the stage. Nearly every case of Triton's attention compiles kernels, seconds each: it has a run of its own, the last.
+VERIFY = (
+    ("cuda", set(OPERATIONS), 0.4),
+    ("triton", set(OPERATIONS) - {"attention"}, 0.45),
+    ("triton", {"attention"}, 1.0),
+)
+VERIFY_END = 15.0  # what the start of Python and the cases that the end finds running take of the stage
+VERIFY_PATIENCE = 60.0  # verify itself gives up cases that hang, 30 s after its time: its report is worth that wait
+SUITES = ("model", "packed", "decode", "norm", "ffn", "attention")  # attention takes whatever the others leave
+SUITE_START = 8.0  # imports, the first CUDA call and the limits
+REPORT_SECONDS = 8.0  # the plots, mostly
 BENCH_SHARES = {"attention": 0.5, "packed": 0.05, "decode": 0.1, "norm": 0.1, "ffn": 0.12, "model": 0.13}
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 
 
 @dataclass
 class Outcome:
-    """What came of a stage. status: passed, failed, or no device (it went as far as a CPU allows)."""
+    """What came of a stage. status: passed, failed, cut short (by its time), or no device (it went as far as a CPU
+    allows)."""
 
     status: str = "passed"
     said: list[str] = field(default_factory=list)
@@ -60,6 +79,11 @@ class Outcome:
     def fail(self, sentence: str) -> None:
         self.status = "failed"
         self.say(f"FAILED {sentence}")
+
+    def cut_short(self, sentence: str) -> None:
+        if self.status == "passed":
+            self.status = "cut short"
+        self.say(f"TIME WAS UP {sentence}")
 
     def no_device(self, sentence: str) -> None:
         if self.status == "passed":
@@ -75,34 +99,45 @@ class Check:
     gpu: bool
     quick: bool
     environment: dict[str, str]
+    seconds: float = STAGE_SECONDS
+    cases: int = CASES
+    suites: tuple[str, ...] = ()
     deadline: float = 0.0
+    log: threading.Lock = field(default_factory=threading.Lock)
 
     def left(self) -> float:
+        """Seconds that the stage still has, and never none: a command is better killed at once than forgotten."""
         return max(self.deadline - time.monotonic(), 1.0)
 
     def run(self, command: Sequence[str], seconds: float | None = None, **environment: str) -> tuple[int, str]:
-        """Runs a command in the checkout within the stage's time: exit code (124 if time was up) and output."""
-        limit = min(self.left(), seconds or STAGE_SECONDS)
+        """Runs a command in the checkout for so many seconds, or what the stage has left: exit code (124 if time was
+        up) and output. The processes that it started end with it."""
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env={**os.environ, **self.environment, **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=limit,
-                check=False,
+                errors="replace",
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired as error:
-            output = error.stdout or ""
-            return 124, output if isinstance(output, str) else output.decode(errors="replace")
         except OSError as error:
             return 127, str(error)
+        try:
+            output, _ = process.communicate(timeout=self.left() if seconds is None else seconds)
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code, output = 124, process.communicate()[0]
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         WORK.mkdir(parents=True, exist_ok=True)
-        with (WORK / "log.txt").open("a") as log:
-            log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
-        return done.returncode, done.stdout
+        with self.log, (WORK / "log.txt").open("a") as log:
+            log.write(f"$ {' '.join(command)}\n{output}\n[{code}]\n")
+        return code, output
 
     def fastattn(self, *arguments: str, seconds: float | None = None, **environment: str) -> tuple[int, str]:
         return self.run([sys.executable, "-m", "fastattn.cli", *arguments], seconds, **environment)
@@ -139,21 +174,32 @@ def build(check: Check, outcome: Outcome) -> None:
     report_backends(check, outcome)
 
 
-def usable_backends(check: Check) -> dict[str, str] | None:
-    """Each backend with "usable" or why not, as `fastattn info` says in a process of its own."""
+@dataclass
+class Backends:
+    """What `fastattn info` says in a process of its own. verdicts: "usable" or why not, per backend. refused: the
+    operations that a backend refuses wholly, each with the reason."""
+
+    verdicts: dict[str, str]
+    refused: dict[str, dict[str, str]]
+
+    def operations(self, backend: str) -> list[str]:
+        return [op for op in OPERATIONS if op not in self.refused[backend]]
+
+
+def ask_backends(check: Check) -> Backends | None:
     code, output = check.fastattn("info", "--json", **check.interpreted)
     if code:
         return None
-    found: dict[str, str] = json.loads(output[output.index("{") :])["backends"]
-    return found
+    found = json.loads(output[output.index("{") :])
+    return Backends(found["backends"], found["refused_operations"])
 
 
 def report_backends(check: Check, outcome: Outcome) -> None:
-    backends = usable_backends(check)
+    backends = ask_backends(check)
     if backends is None:
         outcome.fail("fastattn info does not run")
         return
-    for name, verdict in backends.items():
+    for name, verdict in backends.verdicts.items():
         if name == "cuda" and verdict != "usable" and not check.gpu:
             outcome.no_device(f"{name}: {verdict}")
         elif name in ("cuda", "triton") and verdict != "usable" and check.gpu:
@@ -164,42 +210,69 @@ def report_backends(check: Check, outcome: Outcome) -> None:
 
 def verify(check: Check, outcome: Outcome) -> None:
     """Each GPU backend against the reference; what a backend refuses is counted, not failed."""
-    backends = usable_backends(check)
+    backends = ask_backends(check)
     if backends is None:
         outcome.fail("verify: fastattn info does not run; see STAGE=build")
         return
     if not check.gpu:
         outcome.no_device("torch sees no GPU: Triton kernels run in the interpreter, a few small cases of each")
+    reports: dict[str, list[object]] = {}
     for backend in ("cuda", "triton"):
-        if backends[backend] != "usable":
-            (outcome.fail if check.gpu else outcome.no_device)(f"{backend}: {backends[backend]}")
+        if backends.verdicts[backend] != "usable":
+            (outcome.fail if check.gpu else outcome.no_device)(f"{backend}: {backends.verdicts[backend]}")
             continue
-        target = check.results / f"verify-{backend}.json"
-        reports = [report for op in OPERATIONS if (report := _verify_one(check, outcome, backend, op)) is not None]
-        target.write_text(json.dumps(reports, indent=1) + "\n")
+        reports[backend] = []
+        for op in OPERATIONS:
+            if op in backends.refused[backend]:
+                outcome.say(f"{backend} {op}: refused wholly, not run: {backends.refused[backend][op]}")
+    for backend, group, share in VERIFY:
+        ops = [op for op in backends.operations(backend) if op in group]
+        if backend in reports and ops:
+            report = _verify_group(check, outcome, backend, ops, share)
+            reports[backend] += [] if report is None else [report]
+            (check.results / f"verify-{backend}.json").write_text(json.dumps(reports[backend], indent=1) + "\n")
 
 
-def _verify_one(check: Check, outcome: Outcome, backend: str, op: str) -> dict[str, object] | None:
-    cases = str(150 if check.gpu and not check.quick else 2)
-    target = WORK / f"verify-{backend}-{op}.json"
+def _verify_group(
+    check: Check, outcome: Outcome, backend: str, ops: Sequence[str], share: float
+) -> dict[str, object] | None:
+    earnest = check.gpu and not check.quick
+    seconds = max(share * (check.left() - VERIFY_END), 5.0)
+    target = WORK / f"verify-{backend}-{'-'.join(ops)}.json"
     WORK.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    command = ["verify", "--op", op, "--backend", backend, "--cases", cases, "--output", str(target)]
-    code, output = check.fastattn(*command, seconds=check.left() / 2, **check.interpreted)
+    command = ["verify", "--op", ",".join(ops), "--backend", backend, "--cases", str(check.cases if earnest else 2)]
+    command += ["--jobs", str(cores() if earnest else 1), "--seconds", f"{seconds:.0f}", "--output", str(target)]
+    code, output = check.fastattn(*command, seconds=seconds + VERIFY_PATIENCE, **check.interpreted)
     if not target.exists():
-        outcome.fail(f"verify {backend} {op}: ended with {code}: {last_line(output)}")
+        outcome.fail(f"verify {backend} {','.join(ops)}: ended with {code}: {last_line(output)}")
         return None
     report: dict[str, object] = json.loads(target.read_text())
-    sentence = f"{backend} {op}: {report['checked']} checked, {report['refused']} refused"
-    if code:
-        outcome.fail(f"{sentence}, {len(report['failures'])} failed: fastattn {' '.join(command[:7])}")  # type: ignore[arg-type]
-    else:
-        outcome.say(sentence)
+    for op in ops:
+        say_verified(outcome, report, op)
     return report
 
 
+def say_verified(outcome: Outcome, report: dict[str, Any], op: str) -> None:
+    """One operation of a report of `fastattn verify` in a sentence."""
+    asked, ran, checked = (report[key].get(op, 0) for key in ("asked", "cases", "checked_of"))
+    sentence = f"{report['backend']} {op}: {checked} checked, {ran - checked} refused"
+    cut = f" of {asked} cases: the time was up after {report['seconds']:.0f} s" if ran < asked else ""
+    failures = [failure for failure in report["failures"] if failure["op"] == op]
+    if failures:
+        outcome.fail(f"{sentence}{cut}, {len(failures)} failed, the first: {failures[0]['repro']}")
+    else:
+        (outcome.cut_short if cut else outcome.say)(sentence + cut)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def sanitize(check: Check, outcome: Outcome) -> None:
-    """A few cases of each operation under compute-sanitizer, on the CUDA backend and on Triton's."""
+    """A few cases of each operation under compute-sanitizer, on the CUDA backend and on Triton's; most of a run is its
+    start, so that they run beside each other."""
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not check.gpu:
         outcome.no_device("torch sees no GPU: compute-sanitizer has nothing to watch")
@@ -207,45 +280,87 @@ def sanitize(check: Check, outcome: Outcome) -> None:
     if program is None:
         outcome.say("compute-sanitizer is not installed: nothing was sanitized")
         return
-    backends = usable_backends(check) or {}
-    usable = [name for name in ("cuda", "triton") if backends.get(name) == "usable"]
-    runs = [(backend, op, tool) for backend in usable for op in OPERATIONS for tool in SANITIZER_TOOLS]
-    for number, (backend, op, tool) in enumerate(runs):
+    backends = ask_backends(check)
+    if backends is None:
+        outcome.fail("sanitize: fastattn info does not run; see STAGE=build")
+        return
+    usable = [name for name in ("cuda", "triton") if backends.verdicts[name] == "usable"]
+    runs = [(tool, name, op) for name in usable for op in backends.operations(name) for tool in SANITIZER_TOOLS]
+
+    def watch(run: tuple[str, str, str]) -> tuple[int, str]:
+        tool, backend, op = run
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fastattn.cli"]
-        command += ["verify", "--op", op, "--backend", backend, "--cases", "3"]
-        code, output = check.run(command, check.left() / (len(runs) - number) * 2)
-        summary = next((line for line in reversed(output.splitlines()) if "ERROR SUMMARY" in line), last_line(output))
-        if code == 0:
-            outcome.say(f"{tool} {backend} {op}: {summary.lstrip('= ')}")
-        elif "Device not supported" in output:
-            outcome.say(f"compute-sanitizer refuses this device: {summary.lstrip('= ')}")
-            return
-        else:
-            outcome.fail(f"{tool} {backend} {op}: ended with {code}: {summary.lstrip('= ')}")
+        if time.monotonic() >= check.deadline:
+            return 124, "it was not begun"
+        return check.run([*command, "verify", "--op", op, "--backend", backend, "--cases", "3"])
+
+    pool = ThreadPoolExecutor(max(1, cores() // 2))
+    try:
+        for (tool, backend, op), (code, output) in zip(runs, pool.map(watch, runs), strict=True):
+            lines = reversed(output.splitlines())
+            summary = next((line for line in lines if "ERROR SUMMARY" in line), last_line(output)).lstrip("= ")
+            if code == 0:
+                outcome.say(f"{tool} {backend} {op}: {summary}")
+            elif "Device not supported" in output:
+                outcome.say(f"compute-sanitizer refuses this device: {summary}")
+                return
+            elif code == 124:
+                outcome.cut_short(f"{tool} {backend} {op}: {summary}")
+            else:
+                outcome.fail(f"{tool} {backend} {op}: ended with {code}: {summary}")
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def bench(check: Check, outcome: Outcome) -> None:
     """Every suite in a process of its own, added to one report; on a CPU quick ones, Triton interpreted."""
-    arguments = ["--report", str(check.results), "--append"]
+    arguments = ["--json", str(check.results / "results.json"), "--append"]
     if check.quick or not check.gpu:
         arguments += ["--quick", "--no-compile", "--no-memory"]
     if not check.gpu:
         arguments += ["--device", "cpu"]
         outcome.no_device("torch sees no GPU: a quick run on the CPU, Triton interpreted; its times mean nothing")
     peers = install_peers(check, outcome)
-    suites = os.environ.get("SUITES", "").split() or SUITES
-    for suite in suites:
-        seconds = BENCH_SHARES[suite] / sum(BENCH_SHARES[name] for name in suites) * STAGE_SECONDS
-        budget = [] if not check.gpu else ["--budget", f"{0.8 * seconds:.0f}"]
-        command = ["bench", suite, *arguments, *budget]
-        code, output = check.fastattn(*command, seconds=1.3 * seconds, **check.interpreted, **peers)
+    suites = check.suites or SUITES
+    for number, suite in enumerate(suites):
+        budget, limit = suite_seconds(suites[number:], max(check.left() - REPORT_SECONDS, 1.0))
+        command = ["bench", suite, *arguments, *(["--budget", f"{budget:.0f}"] if check.gpu else [])]
+        code, output = check.fastattn(*command, seconds=limit, **check.interpreted, **peers)
         failures = [line for line in output.splitlines() if line.startswith("FAILED")]
         for failure in failures:
             outcome.fail(f"bench {failure.removeprefix('FAILED ')}")
-        if code and not failures:
+        if code == 124:
+            outcome.cut_short(f"bench {suite}: stopped after {limit:.0f} s: {last_line(output)}")
+        elif code and not failures:
             outcome.fail(f"bench {suite}: ended with {code}: {last_line(output)}")
         elif not code:
             outcome.say(f"bench {suite}: done")
+    say_left_out(check, outcome, suites)
+    script = "import sys, pathlib; from fastattn.bench.report import write_report as w\n"
+    script += "from fastattn.bench.rows import read_result as r; p = pathlib.Path(sys.argv[1]); w(r(p), p)"
+    code, output = check.run([sys.executable, "-c", script, str(check.results)], 60.0)
+    if code:
+        outcome.fail(f"bench: report.md was not written: {last_line(output)}")
+
+
+def suite_seconds(suites: Sequence[str], left: float) -> tuple[float, float]:
+    """The budget of the first of the suites that remain, and the seconds after which it is stopped. Every suite pays
+    its start, the rest is shared; a case that the budget's end finds running has the difference."""
+    shared = max(left - SUITE_START * len(suites), 0.25 * left)
+    part = BENCH_SHARES[suites[0]] / sum(BENCH_SHARES[name] for name in suites) * shared
+    return max(0.85 * part, 1.0), min(1.3 * part + 2 * SUITE_START, left)
+
+
+def say_left_out(check: Check, outcome: Outcome, suites: Sequence[str]) -> None:
+    """Says how many cases of these suites the time did not reach, as results.json has it."""
+    try:
+        left_out = json.loads((check.results / "results.json").read_text())["left_out"]
+    except (OSError, ValueError):
+        return
+    for suite in suites:
+        missing = [name for name in left_out if name.startswith(f"{suite}: ")]
+        if missing:
+            outcome.cut_short(f"bench {suite}: {len(missing)} cases were left out, the first: {missing[0]}")
 
 
 def install_peers(check: Check, outcome: Outcome) -> dict[str, str]:
@@ -314,7 +429,7 @@ def run_stage(name: str, check: Check) -> Outcome:
     """Runs one stage; whatever it raises is its failure."""
     print(f"{name}:", flush=True)
     outcome, began = Outcome(), time.monotonic()
-    check.deadline = began + STAGE_SECONDS
+    check.deadline = began + check.seconds
     try:
         STAGES[name](check, outcome)
     except Exception as error:
@@ -329,8 +444,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures a machine with a GPU from a checkout, in stages.")
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "all"])
     parser.add_argument("--results", type=Path, help="default: bench/results/<device>-<date>")
+    parser.add_argument(
+        "--seconds", type=float, default=STAGE_SECONDS, help="the time of each stage; default: %(default)s"
+    )
+    parser.add_argument("--cases", type=int, default=CASES, help="of each operation in verify; default: %(default)s")
+    parser.add_argument("--suites", default=os.environ.get("SUITES", ""), help="of bench, such as 'attention norm'")
     parser.add_argument("--quick", action="store_true", help="few cases and tiny sizes on a GPU too")
     given = parser.parse_args(arguments)
+    if not given.seconds > 0 or given.cases < 1:
+        parser.error(f"--seconds {given.seconds} --cases {given.cases}: pass more than 0 of each")
+    suites = tuple(given.suites.split())
+    if unknown := [name for name in suites if name not in BENCH_SHARES]:
+        parser.error(f"--suites {given.suites}: {unknown[0]} is unknown; pass some of {' '.join(BENCH_SHARES)}")
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"gpu-check needs {' and '.join(missing)} in {sys.executable}")
@@ -338,7 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     results: Path = (given.results or ROOT / "bench" / "results" / f"{name}-{today}").resolve()
     results.mkdir(parents=True, exist_ok=True)
-    check = Check(results, gpu, given.quick, {"COLUMNS": "160", "PYTHONUNBUFFERED": "1"})
+    environment = {"COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
+    check = Check(results, gpu, given.quick, environment, given.seconds, given.cases, suites)
     record = results / "stages.json"
     stages = {}
     with contextlib.suppress(OSError, ValueError):
@@ -354,4 +480,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends with it
     sys.exit(main())

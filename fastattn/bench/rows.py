@@ -95,7 +95,10 @@ class Result:
         }
 
     def write(self, target: Path) -> None:
-        target.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        """Writes the JSON file; one that is there stays whole until the new one is."""
+        unfinished = target.with_name(target.name + ".unfinished")
+        unfinished.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        unfinished.replace(target)
 
 
 def read_result(source: Path) -> Result:

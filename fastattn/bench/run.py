@@ -63,8 +63,14 @@ def questions(cases: Iterable[Case], options: Options) -> list[tuple[Case, str]]
     return pairs
 
 
-def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: None) -> Result:
-    """Runs the cases and returns all rows. `step` is told before each (case, direction) what comes next.
+def run_bench(
+    cases: Sequence[Case],
+    options: Options,
+    step: Step = lambda _: None,
+    keep: Callable[[Result], object] = lambda _: None,
+) -> Result:
+    """Runs the cases and returns all rows. `step` is told before each (case, direction) what comes next; `keep` gets
+    the result so far after each, for a run that may be killed: the rest are its left_out.
 
     A result that breaks the parity rule, or one of our backends that fails other than by refusing, is a failure of the
     run; so is an error of the truths themselves. A peer that fails is a row with its reason. The limits are measured
@@ -79,34 +85,56 @@ def run_bench(cases: Sequence[Case], options: Options, step: Step = lambda _: No
         step("measuring the limits")
         dtypes = list(dict.fromkeys(case.dtype for case in cases))
         before = measure_limits(options.device, dtypes, quick=options.quick)
-        rows: list[Row] = []
-        works: dict[tuple[str, str, str, str], Work] = {}
-        failures: list[str] = []
-        left_out: list[str] = []
+        asked = questions(cases, options)
+        found = _Found(options, began)
         try:
             deadlines = _deadlines(cases, options.budget)
-            for case, direction in questions(cases, options):
+            for number, (case, direction) in enumerate(asked, 1):
                 if time.perf_counter() - began > deadlines[case.suite]:
-                    left_out.append(f"{case.suite}: {case.name}, {direction}")
+                    found.left_out.append(_name(case, direction))
                     continue
-                step(f"{case.suite}: {case.name}, {direction}")
-                found, failed = _Question(case, direction, options).answer()
-                rows += found
-                works |= {row.question: case.work(direction) for row in found}
-                failures += failed
+                step(_name(case, direction))
+                found.add(_Question(case, direction, options))
+                keep(found.result(before, asked[number:]))
         finally:
             Sdpa.any()
         limits = before.best(measure_limits(options.device, dtypes, quick=options.quick))
-    return Result(
-        rows=[_with_share(row, works[row.question], limits) for row in rows],
-        limits=limits,
-        environment={**device_environment(options.device), "peers": _peers(rows)},
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        seconds=time.perf_counter() - began,
-        quick=options.quick,
-        failures=failures,
-        left_out=left_out,
-    )
+    return found.result(limits)
+
+
+def _name(case: Case, direction: str) -> str:
+    return f"{case.suite}: {case.name}, {direction}"
+
+
+class _Found:
+    """What a run has found so far."""
+
+    def __init__(self, options: Options, began: float) -> None:
+        self.options, self.began = options, began
+        self.environment = device_environment(options.device)
+        self.rows: list[Row] = []
+        self.works: dict[tuple[str, str, str, str], Work] = {}
+        self.failures: list[str] = []
+        self.left_out: list[str] = []
+
+    def add(self, question: _Question) -> None:
+        rows, failures = question.answer()
+        self.rows += rows
+        self.works |= {row.question: question.case.work(question.direction) for row in rows}
+        self.failures += failures
+
+    def result(self, limits: Limits, ahead: Sequence[tuple[Case, str]] = ()) -> Result:
+        """All of it as the result of a run that ends here, without the questions that lie ahead."""
+        return Result(
+            rows=[_with_share(row, self.works[row.question], limits) for row in self.rows],
+            limits=limits,
+            environment={**self.environment, "peers": _peers(self.rows)},
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            seconds=time.perf_counter() - self.began,
+            quick=self.options.quick,
+            failures=list(self.failures),
+            left_out=[*self.left_out, *(_name(*question) for question in ahead)],
+        )
 
 
 def _deadlines(cases: Sequence[Case], budget: float | None) -> dict[str, float]:

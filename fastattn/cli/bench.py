@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,9 +108,14 @@ def run(
     wanted = [case for case in wanted if match in case.name]
     if not questions(wanted, options):
         raise typer.BadParameter("no case is left: loosen --shapes, --direction or --match")
-    result = _run(wanted, options, console)
+    files = [file for file in (output, report and report / "results.json") if file is not None]
+    held = {file: read_result(file) if append and file.exists() else None for file in files}
+    result = _run(wanted, options, console, lambda so_far: _write(so_far, held))
     print_result(result, console)
-    _write(result, output, report, append, console)
+    _write(result, held)
+    if report is not None:
+        page = write_report(read_result(report), report)[1]
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if not result.passed:
         raise typer.Exit(1)
 
@@ -122,7 +128,7 @@ def _device(name: str) -> str:
     return name or default_device()
 
 
-def _run(wanted: list[Any], options: Options, console: Console) -> Result:
+def _run(wanted: list[Any], options: Options, console: Console, keep: Callable[[Result], object]) -> Result:
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(questions(wanted, options)))
         begun = -1  # the first step measures the limits
@@ -132,18 +138,14 @@ def _run(wanted: list[Any], options: Options, console: Console) -> Result:
             progress.update(task, description=text, completed=max(begun, 0))
             begun += 1
 
-        return run_bench(wanted, options, step)
+        return run_bench(wanted, options, step, keep)
 
 
-def _write(result: Result, output: Path | None, report: Path | None, append: bool, console: Console) -> None:
-    if output is not None:
-        whole = merge([read_result(output), result]) if append and output.exists() else result
-        output.parent.mkdir(parents=True, exist_ok=True)
-        whole.write(output)
-    if report is not None:
-        held = append and (report / "results.json").exists()
-        files = write_report(merge([read_result(report), result]) if held else result, report)
-        console.print(f"report: {files[1]}", highlight=False, soft_wrap=True)
+def _write(result: Result, held: dict[Path, Result | None]) -> None:
+    """Writes every figure into each JSON file, after what it held before the run where that is kept."""
+    for file, before in held.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (result if before is None else merge([before, result])).write(file)
 
 
 @bench.command()

@@ -12,6 +12,8 @@ from rich.table import Table
 from fastattn.cli.console import wide_console
 from fastattn.cli.support import support_table
 from fastattn.dispatch import FASTER, ORDER, backends
+from fastattn.cli.support import COLUMNS, refused_operations, support_table
+from fastattn.dispatch import ORDER, backends
 from fastattn.environment import environment, instruction_sets, version_of
 
 
@@ -36,6 +38,7 @@ def facts() -> dict[str, object]:
         "instruction_sets_available": available,
         "cuda_architectures": _cuda_architectures(),
         "backends": {name: reason or "usable" for name, reason in backends().items()},
+        "refused_operations": {name: refused_operations(name) for name in COLUMNS},
         "order": {device: list(names) for device, names in ORDER.items()},
         "faster": {f"{op} on compute capability {major}": list(names) for (op, major), names in FASTER.items()},
     }

@@ -63,6 +63,19 @@ def _accepts(backend: str, problem: Problem) -> bool:
     return not module.not_supported_reasons(replace(problem, device_type=_DEVICE[backend]))
 
 
+def refused_operations(backend: str) -> dict[str, str]:
+    """The operations that a backend refuses in every row of the table, each with its reasons."""
+    module = importlib.import_module(f"fastattn.backends.{backend}")
+    by_op: dict[str, list[Problem]] = {}
+    for problem in ROWS.values():
+        by_op.setdefault(problem.op, []).append(problem)
+    return {
+        op: "; ".join(module.not_supported_reasons(replace(problems[0], device_type=_DEVICE[backend])))
+        for op, problems in by_op.items()
+        if all(verdict(backend, problem) == "no" for problem in problems)
+    }
+
+
 def _in_half(problem: Problem) -> Problem:
     """The same call in bfloat16; backends take float16 alike."""
     if isinstance(problem, LinearProblem):

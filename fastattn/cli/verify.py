@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,8 @@ from fastattn.backends import cuda, triton
 from fastattn.cli.console import progress_bar, wide_console
 from fastattn.dispatch import backends
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
-from fastattn.parity.run import VerifyReport
+from fastattn.parity.report import VerifyReport
+from fastattn.parity.run import operations
 from fastattn.parity.run import verify as run_verify
 
 _SHOWN_FAILURES = 10
@@ -77,24 +80,15 @@ def _print(report: VerifyReport, console: Console) -> None:
         style="bold" if report.passed else "bold red",
         highlight=False,
     )
+    if report.left_out:
+        ran = ", ".join(f"{op} {report.cases[op]} of {asked}" for op, asked in report.asked.items())
+        console.print(f"the time was up: {report.left_out} cases were left out; run: {ran}", style="bold yellow")
 
 
-def _run(
-    op: str, backend: str, cases: int, seed: int, only: list[int] | None, isa: str | None, console: Console
-) -> VerifyReport:
-    total = (len(OPERATIONS) if op == "all" else 1) * (cases if only is None else len(only))
+def _run(title: str, total: int, console: Console, run: Callable[..., VerifyReport]) -> VerifyReport:
     with progress_bar(console, TimeRemainingColumn()) as progress:
-        task = progress.add_task(f"{op} on {backend}", total=total)
-        return run_verify(
-            op,
-            backend,
-            cases,
-            seed,
-            only=only,
-            isa=isa,
-            device=_device(backend),
-            progress=lambda: progress.advance(task),
-        )
+        task = progress.add_task(title, total=total)
+        return run(progress=lambda: progress.advance(task))
 
 
 def _device(backend: str) -> str:
@@ -105,11 +99,13 @@ def _device(backend: str) -> str:
 
 
 def verify(
-    op: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATIONS)}, or all.")] = "all",
+    op: Annotated[str, typer.Option(help=f"Of {', '.join(OPERATIONS)}, with commas between them; or all.")] = "all",
     backend: Annotated[str, typer.Option(help="The backend under test; empty takes the first native one.")] = "",
     cases: Annotated[int, typer.Option(min=1, help="Random cases of each operation.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other cases.")] = 0,
     isa: Annotated[str | None, typer.Option(help="The CPU backend's instruction set; see `fastattn info`.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that the cases run in.")] = 1,
+    seconds: Annotated[float | None, typer.Option(help="Seconds after which no further case is begun.")] = None,
     repro: Annotated[str | None, typer.Option(help="Replay one case, such as 0.17, as a failure printed it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
@@ -118,20 +114,22 @@ def verify(
 
     Every output and gradient must satisfy max|x - ref64| <= 2 max|eager - ref64| + 2 u max|ref64| + 2^-20 max T, and
     every mask is also checked by exact integer counts. A case the backend refuses is counted by reason, not failed;
-    where it refuses only the gradients, the forward is checked.
+    where it refuses only the gradients, the forward is checked. A run that --seconds cuts off says what was left out.
     """
     console = wide_console(stderr=as_json)
     name = backend or default_backend()
     only: list[int] | None = None
     try:
         if repro is not None:
-            if op == "all":
+            if len(operations(op)) != 1:
                 raise ValueError("--repro replays a case of one op: add --op")
             seed, index = parse_token(repro)
             only = [index]
             described = draw_case(op, seed, index).describe()
             console.print(f"{op} {repro}: {described}", highlight=False, soft_wrap=True)
-        report = _run(op, name, cases, seed, only, isa, console)
+        run = partial(run_verify, op, name, cases, seed, only=only, isa=isa, device=_device(name))
+        total = len(operations(op)) * (cases if only is None else len(only))
+        report = _run(f"{op} on {name}", total, console, partial(run, jobs=jobs, seconds=seconds))
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
     text = json.dumps(report.to_json(), indent=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastattn.parity.bound import ParityRow, parity
+from fastattn.parity.report import VerifyReport
 from fastattn.parity.rule import (
     Conditions,
     check_attention,
@@ -14,7 +15,7 @@ from fastattn.parity.rule import (
     check_norm,
     failures,
 )
-from fastattn.parity.run import VerifyReport, verify
+from fastattn.parity.run import verify
 
 __all__ = [
     "Conditions",

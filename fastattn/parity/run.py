@@ -1,137 +1,33 @@
-"""Runs drawn cases of an operation through a backend and reports the worst error ratios."""
+"""Runs drawn cases of operations through a backend and reports the worst error ratios."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from fastattn.dispatch import backends
 from fastattn.errors import NotSupported
-from fastattn.parity.bound import ParityRow
-from fastattn.parity.cases import OPERATIONS, Case, draw_case, token
+from fastattn.parity.cases import OPERATIONS, Case, draw_case
 from fastattn.parity.guards import torch_threads
+from fastattn.parity.pool import Crash, answers
+from fastattn.parity.report import VerifyReport
+
+_Task = tuple[str, int]  # operation and index of a case
 
 
-@dataclass
-class Worst:
-    """The worst row of one quantity in one dtype, and how many rows there were."""
-
-    rows: int = 0
-    ratio: float = 0.0
-    case: str = ""
-
-    def add(self, row: ParityRow, case: str) -> None:
-        self.rows += 1
-        if row.worst_ratio >= self.ratio:
-            self.ratio, self.case = row.worst_ratio, case
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One case that failed: how to replay it, what it calls, and the rows (or the exception) that failed."""
-
-    op: str
-    case: str
-    repro: str
-    describe: str
-    rows: list[ParityRow]
-    exception: str = ""
-
-    def __str__(self) -> str:
-        lines = [self.repro, f"  {self.describe}", *(f"  {row}" for row in self.rows)]
-        return "\n".join([*lines, *(f"  {line}" for line in self.exception.splitlines())])
-
-
-@dataclass
-class VerifyReport:
-    """What `verify` found. worst: keyed (op, dtype, quantity). refusals: keyed (op, reason).
-
-    cases: drawn, per op. checked: how many of them ran and were compared; the others were refused. forward_only: how
-    many of those checked have gradients that the backend refuses, so that only their forward was compared.
-    """
-
-    backend: str
-    seed: int
-    isa: str | None = None
-    cases: Counter[str] = field(default_factory=Counter)
-    worst: dict[tuple[str, str, str], Worst] = field(default_factory=dict)
-    refusals: Counter[tuple[str, str]] = field(default_factory=Counter)
-    failures: list[Failure] = field(default_factory=list)
-    checked: int = 0
-    forward_only: int = 0
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """True where no case failed. A refusal is no failure."""
-        return not self.failures
-
-    @property
-    def refused(self) -> int:
-        """How many cases the backend refused."""
-        return sum(self.cases.values()) - self.checked
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of plain numbers and strings."""
-        return {
-            "backend": self.backend,
-            "seed": self.seed,
-            "passed": self.passed,
-            "cases": dict(self.cases),
-            "checked": self.checked,
-            "forward_only": self.forward_only,
-            "refused": self.refused,
-            "seconds": self.seconds,
-            "worst": [
-                {"op": op, "dtype": dtype, "quantity": name, "rows": w.rows, "ratio": _finite(w.ratio), "case": w.case}
-                for (op, dtype, name), w in sorted(self.worst.items())
-            ],
-            "refusals": [{"op": op, "reason": why, "count": n} for (op, why), n in self.refusals.most_common()],
-            "failures": [
-                {
-                    "op": f.op,
-                    "case": f.case,
-                    "repro": f.repro,
-                    "call": f.describe,
-                    "rows": [{"quantity": r.name, "ratio": _finite(r.worst_ratio), "where": r.where} for r in f.rows],
-                    "exception": f.exception,
-                }
-                for f in self.failures
-            ],
-        }
-
-    def record(self, op: str, index: int, case: Case, rows: list[ParityRow]) -> None:
-        """Adds the rows of one case that ran; those that failed become a failure."""
-        self.checked += 1
-        dtype, name = str(case.dtype).removeprefix("torch."), token(self.seed, index)
-        for row in rows:
-            self.worst.setdefault((op, dtype, row.name), Worst()).add(row, name)
-        failed = [row for row in rows if not row.passed]
-        if failed:
-            self.failures.append(Failure(op, name, self.repro(op, index), case.describe(), failed))
-
-    def record_exception(self, op: str, index: int, case: Case, error: Exception) -> None:
-        """Adds a case that ended in an exception other than a refusal."""
-        self.checked += 1
-        trace = "".join(traceback.format_exception(error)[-3:]).rstrip()
-        name = token(self.seed, index)
-        self.failures.append(Failure(op, name, self.repro(op, index), case.describe(), [], trace))
-
-    def repro(self, op: str, index: int) -> str:
-        """The command that replays one case."""
-        isa = f" --isa {self.isa}" if self.isa else ""
-        return f"fastattn verify --op {op} --backend {self.backend}{isa} --repro {token(self.seed, index)}"
-
-
-def _finite(ratio: float) -> float | str:
-    return ratio if math.isfinite(ratio) else str(ratio)
+def operations(op: str) -> tuple[str, ...]:
+    """The operations that `op` names: one, several between commas, or "all". Raises ValueError for an unknown one."""
+    if op == "all":
+        return tuple(OPERATIONS)
+    for name in (names := op.split(",")):
+        if name not in OPERATIONS:
+            raise ValueError(f"op={name!r} is unknown: pass one of {', '.join(OPERATIONS)}, or all")
+    return tuple(dict.fromkeys(names))
 
 
 def verify(
@@ -143,32 +39,69 @@ def verify(
     only: Iterable[int] | None = None,
     isa: str | None = None,
     device: str = "cpu",
+    jobs: int = 1,
+    seconds: float | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> VerifyReport:
-    """Draws `cases` calls of `op` ("all": that many of each) and checks each on `backend` under the parity rule.
+    """Draws `cases` calls of each of `operations(op)` and checks each on `backend` under the parity rule.
 
     only: indices to run instead of range(cases), which is how a case is replayed. isa: run the cpu backend's kernels of
-    that instruction set. progress is called after each case.
-    Raises ValueError for an unknown op, backend or instruction set, and RuntimeError for a backend that this machine
-    cannot use. A refusal (fastattn.NotSupported) is counted by reason, and a case refused with its gradients is tried
-    again without them; any other exception of a call is a failure of that case.
+    that instruction set. jobs: run the cases in that many processes, with the same result; a process that crashes is
+    the failure of the case that it ran, and another takes its place. seconds: after them no further case is begun, and
+    the report says how many were left out; the operations take turns, so that all are cut off alike. progress is
+    called after each case.
+    Raises ValueError for an unknown op, backend or instruction set, for jobs < 1 and seconds < 0, and RuntimeError for
+    a backend that this machine cannot use. A refusal (fastattn.NotSupported) is counted by reason, and a case refused
+    with its gradients is tried again without them; any other exception of a call is a failure of that case.
     """
-    if op != "all" and op not in OPERATIONS:
-        raise ValueError(f"op={op!r} is unknown: pass one of {', '.join(OPERATIONS)}, or all")
+    ops = operations(op)
+    if jobs < 1:
+        raise ValueError(f"jobs={jobs}: pass how many processes run the cases, 1 or more")
+    if seconds is not None and not seconds >= 0:
+        raise ValueError(f"seconds={seconds}: pass the seconds after which no case is begun, 0 or more")
     usable = backends()
     if backend not in usable:
         raise ValueError(f"backend={backend!r} is unknown: pass one of {', '.join(usable)}")
     if usable[backend] is not None:
         raise RuntimeError(f"backend={backend!r} cannot be used here: {usable[backend]}")
-    report = VerifyReport(backend, seed, isa)
     indices = range(cases) if only is None else tuple(only)
     start = time.perf_counter()
-    with _instruction_set(isa):
-        for name in OPERATIONS if op == "all" else (op,):
-            for index in indices:
-                _run_case(report, name, index, device)
-                progress()
+    until = None if seconds is None else time.monotonic() + seconds
+    tasks = [(name, index) for index in indices for name in ops]
+    ask = partial(_report_of, backend, seed, isa, device)
+    with _instruction_set(isa):  # here too, so that an unknown one is refused before any process is started
+        found = {}
+        for position, answer in answers(ask, tasks, jobs, until) if jobs > 1 else _in_turn(ask, tasks, until):
+            found[position] = answer
+            progress()
+    report = VerifyReport(backend, seed, isa, asked=Counter({name: len(indices) for name in ops}))
+    for position in sorted(found, key=lambda position: (ops.index(tasks[position][0]), position)):
+        answer = found[position]
+        report.merge(_crashed(report, *tasks[position], answer) if isinstance(answer, Crash) else answer)
     report.seconds = time.perf_counter() - start
+    return report
+
+
+def _in_turn(
+    ask: Callable[[_Task], VerifyReport], tasks: Sequence[_Task], until: float | None
+) -> Iterator[tuple[int, VerifyReport]]:
+    for position, task in enumerate(tasks):
+        if until is not None and time.monotonic() >= until:
+            return
+        yield position, ask(task)
+
+
+def _report_of(backend: str, seed: int, isa: str | None, device: str, task: _Task) -> VerifyReport:
+    """The report of one case alone."""
+    report = VerifyReport(backend, seed, isa)
+    with _instruction_set(isa):
+        _run_case(report, *task, device)
+    return report
+
+
+def _crashed(run: VerifyReport, op: str, index: int, crash: Crash) -> VerifyReport:
+    report = VerifyReport(run.backend, run.seed, run.isa)
+    report.record_crash(op, index, draw_case(op, run.seed, index), crash.how)
     return report
 
 

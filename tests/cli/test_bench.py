@@ -70,6 +70,32 @@ def test_runs_are_added_to_a_report(tmp_path) -> None:
     assert (tmp_path / "report.md").read_text().count("### ") >= 3
 
 
+class _Killed(BaseException):
+    """What no provider's failure is."""
+
+
+def test_a_run_that_is_killed_leaves_what_it_found(monkeypatch, tmp_path) -> None:
+    real, asked = run_module._Question.answer, []
+
+    def answer(question):
+        asked.append(question)
+        if len(asked) == 2:
+            raise _Killed
+        return real(question)
+
+    monkeypatch.setattr(run_module._Question, "answer", answer)
+    before = ("norm", "--shapes", "gpt2", "--report", str(tmp_path), "--append", "--only", "torch eager", *QUICK)
+    with pytest.raises(_Killed):
+        CliRunner().invoke(app, ["bench", *before], catch_exceptions=False)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found["rows"]) == 1 and found["rows"][0]["median_ms"] and found["left_out"]
+    asked[:] = [None] * 2
+    _run(*before)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert not found["left_out"] and len(found["rows"]) == len(asked) - 2 > 1
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
 class _Wrong(Provider):
     name = "wrong"
     suites = frozenset({"norm"})

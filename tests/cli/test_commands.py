@@ -15,7 +15,7 @@ import fastattn
 from fastattn import dispatch, functional
 from fastattn.cli import explain, info, verify
 from fastattn.cli.app import app
-from fastattn.parity.run import VerifyReport
+from fastattn.parity.report import VerifyReport
 
 RUNNER = CliRunner()
 
@@ -38,6 +38,9 @@ def test_info_as_json():
     found = json.loads(_run("info", "--json"))
     assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
     assert set(found["backends"]) == set(dispatch.NAMES) and found["backends"]["reference"] == "usable"
+    assert found["refused_operations"]["reference"] == found["refused_operations"]["cpu"] == {}
+    assert found["refused_operations"]["cuda"]["attention_decode"].endswith("has no kernel for attention_decode")
+    assert "attention" not in found["refused_operations"]["cuda"], "it refuses float32 and gradients alone"
     if found["backends"]["cpu"] == "usable":
         assert found["instruction_set"] in found["instruction_sets_available"]
     else:
@@ -70,6 +73,10 @@ def test_explain_of_a_forced_backend_that_refuses_exits_with_1():
         (("verify", "--backend", "gpu"), "gpu"),
         (("verify", "--op", "norm", "--repro", "seventeen"), "seventeen"),
         (("verify", "--repro", "0.1"), "--op"),
+        (("verify", "--op", "norm,ffn", "--repro", "0.1"), "--op"),
+        (("verify", "--op", "norm,softmax"), "softmax"),
+        (("verify", "--jobs", "0"), "jobs=0"),
+        (("verify", "--seconds", "-1"), "seconds=-1"),
         (("demo", "--model", "no/such/folder", "--quick"), "no/such/folder"),
     ],
 )
@@ -90,6 +97,18 @@ def test_verify_writes_json(tmp_path):
     found = json.loads(target.read_text())
     assert found == json.loads(text[text.index("{") :]) and found["passed"] and found["cases"] == {"norm": 4}
     assert all(row["ratio"] <= 1 for row in found["worst"])
+
+
+def test_verify_of_two_operations_says_what_the_time_left_out(tmp_path):
+    target = tmp_path / "verify.json"
+    asked = ("verify", "--op", "norm,ffn", "--backend", "reference", "--cases", "3")
+    text = _run(*asked, "--output", str(target))
+    assert "6 cases checked" in text and "norm: worst" in text and "ffn: worst" in text and "left out" not in text
+    assert json.loads(target.read_text())["checked_of"] == {"norm": 3, "ffn": 3}
+    text = _run(*asked, "--jobs", "2", "--seconds", "0", "--output", str(target))
+    assert "the time was up: 6 cases were left out; run: norm 0 of 3, ffn 0 of 3" in text
+    found = json.loads(target.read_text())
+    assert found["left_out"] == 6 and found["asked"] == {"norm": 3, "ffn": 3} and found["cases"] == {}
 
 
 def test_verify_fails_with_a_command_that_replays_the_failure(monkeypatch):
