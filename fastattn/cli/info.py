@@ -10,10 +10,8 @@ import typer
 from rich.table import Table
 
 from fastattn.cli.console import wide_console
-from fastattn.cli.support import support_table
-from fastattn.dispatch import FASTER, ORDER, backends
 from fastattn.cli.support import COLUMNS, refused_operations, support_table
-from fastattn.dispatch import ORDER, backends
+from fastattn.dispatch import FASTER, ORDER, backends
 from fastattn.environment import environment, instruction_sets, version_of
 
 
