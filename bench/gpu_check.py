@@ -322,6 +322,7 @@ def bench(check: Check, outcome: Outcome) -> None:
         outcome.no_device("torch sees no GPU: a quick run on the CPU, Triton interpreted; its times mean nothing")
     peers = install_peers(check, outcome)
     suites = check.suites or SUITES
+    crashed = []
     for number, suite in enumerate(suites):
         budget, limit = suite_seconds(suites[number:], max(check.left() - REPORT_SECONDS, 1.0))
         command = ["bench", suite, *arguments, *(["--budget", f"{budget:.0f}"] if check.gpu else [])]
@@ -332,10 +333,11 @@ def bench(check: Check, outcome: Outcome) -> None:
         if code == 124:
             outcome.cut_short(f"bench {suite}: stopped after {limit:.0f} s: {last_line(output)}")
         elif code and not failures:
+            crashed.append(suite)
             outcome.fail(f"bench {suite}: ended with {code}: {last_line(output)}")
         elif not code:
             outcome.say(f"bench {suite}: done")
-    say_left_out(check, outcome, suites)
+    say_left_out(check, outcome, [suite for suite in suites if suite not in crashed])
     script = "import sys, pathlib; from fastattn.bench.report import write_report as w\n"
     script += "from fastattn.bench.rows import read_result as r; p = pathlib.Path(sys.argv[1]); w(r(p), p)"
     code, output = check.run([sys.executable, "-c", script, str(check.results)], 60.0)

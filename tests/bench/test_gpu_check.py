@@ -171,7 +171,12 @@ def test_bench_gives_every_suite_its_share_and_reports_what_it_missed(script, ch
     assert [command[4] for command, _ in benches] == list(suites) and "write_report" in report[2]
     assert all("--budget" in command and "--append" in command for command, _ in benches)
     assert outcome.status == "cut short" and "bench norm: done" in outcome.said
-    assert "TIME WAS UP bench attention: 2 cases were left out, the first: attention: bert, both" in outcome.said
+    left_out = "bench attention: 2 cases were left out, the first: attention: bert, both"
+    assert f"TIME WAS UP {left_out}" in outcome.said
+    monkeypatch.setattr(script.Check, "run", lambda *_, **__: (-11, ""))
+    outcome = script.Outcome()
+    script.bench(check, outcome)
+    assert outcome.status == "failed" and not any(left_out in said for said in outcome.said), "no time was up"
 
 
 @pytest.mark.parametrize("left", [30.0, 150.0, 520.0])
