@@ -70,6 +70,8 @@ MACHINE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 CUDA_ARCHITECTURES = ["sm_80", "sm_90", "compute_80"]
 CUDA_VIRTUAL = "compute_80"
 CUDA_FLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+# Host code that calls device code compiles with a warning, and ends the process.
+CUDA_FLAGS += ["-Werror", "cross-execution-space-call"]
 
 
 def say(sentence: str) -> None:

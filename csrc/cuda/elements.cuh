@@ -20,7 +20,7 @@ public:
         : bytes_(static_cast<unsigned char *>(const_cast<void *>(data)), data ? count * element_bytes(dtype) : 0), dtype_(dtype) {}
     __host__ __device__ explicit operator bool() const { return static_cast<bool>(bytes_); }
     __host__ __device__ bool aligned() const { return reinterpret_cast<uintptr_t>(bytes_.address()) % 16 == 0; }
-    __device__ __forceinline__ int dtype() const { return dtype_; }
+    __host__ __device__ __forceinline__ int dtype() const { return dtype_; }
     __device__ __forceinline__ Global<float> floats() const { return bytes_.as<float>(); }
     __device__ __forceinline__ Global<uint16_t> halves() const { return bytes_.as<uint16_t>(); }
     __device__ __forceinline__ Global<uint32_t> words() const { return bytes_.as<uint32_t>(); }

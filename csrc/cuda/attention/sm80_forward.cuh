@@ -4,7 +4,7 @@
 //            one sink per head in the denominator of out; dropout as common/philox.h has it. q (B,Hq,Sq,D), k (B,Hkv,Skv,D), v (B,Hkv,Skv,Dv) in
 //            float16 or bfloat16, any strides, D and Dv up to DIM, or the rows of a packed batch. A query that sees no key gets 0 and -inf.
 // Numerics   s, statistics and sums in float32, exp2 with scale log2(e) folded in; p is rounded to the dtype of v for the second product and
-//            summed unrounded. The row maximum is exact, so every p lies in [0, 1].
+//            summed unrounded. p = 2^(s - base) with a base at most 8 below the row's maximum, so every p lies in [0, 256].
 // Algorithm  A block owns ROWS queries of one head, a warp 16 M of them, with their accumulators in registers. It walks over the tiles of 64 keys
 //            that the mask does not leave empty: while S = Q K^T and its softmax run, V is on its way to shared memory, and while O += P V runs, the
 //            next K. Full tiles skip the mask code. Blocks are numbered so that the last query tiles, under a causal mask the longest, start
@@ -21,6 +21,7 @@
 #include "tile.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.69314718055994531f;
+constexpr float LAZY = 8.0f;  // p stays below 2^LAZY, far inside of float16's range
 
 template <typename T, int DIM, int ROWS, int M, bool EXTRAS>
 struct Sm80Forward {
@@ -28,14 +29,14 @@ struct Sm80Forward {
     static constexpr int S_TILES = KEYS / 8, O_TILES = DIM / 8;
     // Small heads leave registers for a third block on a multiprocessor: more warps to compute while others wait.
     static constexpr int BLOCKS = !EXTRAS && DIM <= 64 ? 3 : 1;
-    // Threads that share the maxima of their rows: four, or for want of registers none.
-    static constexpr int SHARING = M == 1 ? 4 : 1, MAXIMA = THREADS / SHARING * 2 * M;
+    // Threads that share the bases of their rows: four, or for want of registers none.
+    static constexpr int SHARING = M == 1 ? 4 : 1, BASES = THREADS / SHARING * 2 * M;
     static constexpr int DISTANCES = EXTRAS ? ROWS + KEYS : 0;
     using QTile = Tile<T, ROWS, DIM>;
     using KTile = Tile<T, KEYS, DIM>;
     using Copy = TileCopy<T, DIM, THREADS>;
     using Walk = MaskWalk<ROWS, EXTRAS>;
-    static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * 8 + MAXIMA * 4 +
+    static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * 8 + BASES * 4 +
                                         THREADS * M * 8 + DISTANCES * 4;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
@@ -100,9 +101,7 @@ struct Sm80Forward {
         return value;
     }
 
-    // A bias in units of log 2. A finite one stays finite: only -inf hides.
-    static __device__ __forceinline__ float in_log2(float bias) { return sum_of(0.0f, bias * LOG2E, bias); }
-    // a + b, finite where a and `given`, of which b was made, are.
+    // a + b, finite where a and `given`, of which b was made, are: only -inf hides.
     static __device__ __forceinline__ float sum_of(float a, float b, float given) {
         const float sum = a + b;
         if (!(fabsf(sum) > FLT_MAX) || fabsf(a) > FLT_MAX || fabsf(given) > FLT_MAX) return sum;
@@ -120,7 +119,7 @@ struct Sm80Forward {
                 const float slope = d.slopes.get(b * d.slopes_stride + h);
                 bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
             }
-            distances.set(i, in_log2(bias));
+            distances.set(i, bias);
         }
     }
 
@@ -131,13 +130,13 @@ struct Sm80Forward {
         for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += THREADS) words.set(i, walk.visible(tile, row + i));
     }
 
-    // Products become exponents of 2, scaled, capped and biased, and what this warp's queries do not see becomes -inf. Without EXTRAS the scale
-    // waits for exp2, and a full tile is left alone.
+    // Products become scores, capped and biased, and what this warp's queries do not see becomes -inf. Without EXTRAS the scale waits for exp2,
+    // and a full tile is left alone. Scores stay in natural units, in which a finite bias is finite: times log2 e it may not be.
     __device__ __forceinline__ void prepare(const Walk &walk, const KeyTile &tile, const Shared<uint64_t> &words, const Shared<float> &distances) {
         if constexpr (EXTRAS) {
-            const float factor = p.softcap != 0.0f ? p.scale / p.softcap : p.scale * LOG2E;
+            const float factor = p.softcap != 0.0f ? p.scale / p.softcap : p.scale;
             each([&](float &x, int, int, int) { x *= factor; });
-            if (p.softcap != 0.0f) each([&](float &x, int, int, int) { x = p.softcap * LOG2E * tanhf(x); });
+            if (p.softcap != 0.0f) each([&](float &x, int, int, int) { x = p.softcap * tanhf(x); });
             if (p.distance)
                 each([&](float &x, int m, int half, int column) {
                     const float bias = distances.get(column + row - query(m, half) + ROWS - 1);
@@ -162,7 +161,7 @@ struct Sm80Forward {
                             if (seen && walk.has_dense_rows()) seen = walk.dense_sees(i, key);
                             if (seen && p.bias) {
                                 const float bias = bias_at(i, key);
-                                x = sum_of(x, in_log2(bias), bias);
+                                x = sum_of(x, bias, bias);
                             }
                         }
                         if (!seen) x = -INFINITY;
@@ -181,41 +180,49 @@ struct Sm80Forward {
                 for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, column(n, e));
     }
 
-    // p = 2^(s - max) in place of s; the sums and what is accumulated so far follow the new maximum. The maxima of a
-    // thread's 2 M rows and the sums of its part of them lie in shared memory in between: the products need their registers.
-    __device__ __forceinline__ void soften(const Shared<float> &maxima, const Shared<float> &sums) {
-        const float to_log2 = EXTRAS ? 1.0f : p.scale * LOG2E;
+    // p = 2^(s - base) in place of s; the sums and what is accumulated so far follow where a row's base moves. It moves up to the row's maximum
+    // once that is LAZY powers of 2 above, which after the first tiles is seldom. The bases of a thread's 2 M rows and the sums of its part of
+    // them lie in shared memory in between: the products need their registers.
+    __device__ __forceinline__ void soften(const Shared<float> &bases, const Shared<float> &sums) {
+        const float to_log2 = EXTRAS ? LOG2E : p.scale * LOG2E;
 #pragma unroll
         for (int m = 0; m < M; m++) {
             const int own = (static_cast<int>(threadIdx.x) * M + m) * 2, rows = (static_cast<int>(threadIdx.x) / SHARING * M + m) * 2;
-            Pack<float, 2> row_max = maxima.template load<2>(rows), row_sum = sums.template load<2>(own);
+            Pack<float, 2> row_base = bases.template load<2>(rows), row_sum = sums.template load<2>(own);
+            float shrink[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float greatest = row_max.at[half];
+                const float before = row_base.at[half];
+                float greatest = before;
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++) greatest = fmaxf(greatest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
                 greatest = fmaxf(greatest, shuffle_xor(greatest, 1));
                 greatest = fmaxf(greatest, shuffle_xor(greatest, 2));
-                const float base = greatest == -INFINITY ? 0.0f : greatest * to_log2;
-                const float shrink = exp2_fast(row_max.at[half] * to_log2 - base);
-                row_max.at[half] = greatest;
-                float sum = row_sum.at[half] * shrink;
+                const bool moves = (greatest - before) * to_log2 > LAZY;
+                if (!moves) greatest = before;
+                const float base = greatest == -INFINITY ? 0.0f : greatest, scaled = base * to_log2;
+                // 2^(a - base); the difference first where scores may be so large that log2 e times them is not finite
+                const auto power = [&](float a) { return exp2_fast(EXTRAS ? (a - base) * to_log2 : fmaf(a, to_log2, -scaled)); };
+                shrink[half] = moves ? power(before) : 1.0f;
+                row_base.at[half] = greatest;
+                float sum = row_sum.at[half] * shrink[half];
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float &x = s[m][n][2 * half + e];
-                        x = exp2_fast(fmaf(x, to_log2, -base));
+                        x = power(x);
                         sum += x;
                     }
                 row_sum.at[half] = sum;
-#pragma unroll
-                for (int n = 0; n < O_TILES; n++) {
-                    o[m][n][2 * half] *= shrink;
-                    o[m][n][2 * half + 1] *= shrink;
-                }
             }
-            if (threadIdx.x % SHARING == 0) maxima.template store<2>(rows, row_max);
+            if (warp_any(shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+                for (int n = 0; n < O_TILES; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) o[m][n][e] *= shrink[e / 2];
+            }
+            if (threadIdx.x % SHARING == 0) bases.template store<2>(rows, row_base);
             sums.template store<2>(own, row_sum);
         }
     }
@@ -266,9 +273,9 @@ struct Sm80Forward {
     }
 
     // Normalises and writes lse and out, the latter through this warp's rows of the tile of q, which nobody else reads.
-    __device__ __forceinline__ void finish(const QTile &q, const Shared<float> &maxima, const Shared<float> &sums, const Shared<int64_t> &heads) {
+    __device__ __forceinline__ void finish(const QTile &q, const Shared<float> &bases, const Shared<float> &sums, const Shared<int64_t> &heads) {
         const int64_t out_head = heads.get(OUT_HEAD), lse_head = heads.get(LSE_HEAD);
-        const float to_log2 = EXTRAS ? 1.0f : p.scale * LOG2E;
+        const float to_natural = EXTRAS ? 1.0f : p.scale;
         const int lane = static_cast<int>(threadIdx.x) % WARP;
         sync_warp();
 #pragma unroll
@@ -279,18 +286,16 @@ struct Sm80Forward {
                 float sum = sums.get(own);
                 sum += shuffle_xor(sum, 1);
                 sum += shuffle_xor(sum, 2);
-                const bool sees = !(sum == 0.0f);  // the greatest p is 1, and NaN is not hidden
-                const float base = maxima.get((static_cast<int>(threadIdx.x) / SHARING * M + m) * 2 + half) * to_log2;
+                const bool sees = !(sum == 0.0f);  // the greatest p is at least 1, and NaN is not hidden
+                const float base = bases.get((static_cast<int>(threadIdx.x) / SHARING * M + m) * 2 + half) * to_natural;
                 const int i = query(m, half);
                 if (lane % 4 == 0 && i < sequence.len_q) {
-                    // Scores at the end of float32's range were clamped there in units of log 2.
-                    const float lse = fabsf(base) == FLT_MAX ? base : (base + log2f(sum)) * LN2;
-                    p.lse.set(lse_head + i, sees ? lse : -INFINITY);
+                    p.lse.set(lse_head + i, sees ? base + log2f(sum) * LN2 : -INFINITY);
                 }
                 float factor = sees ? 1.0f / sum : 0.0f;
                 if (p.sinks && sees) {
-                    const float sink = p.sinks.get(static_cast<unsigned>(h)) * LOG2E, top = fmaxf(base, sink), shrink = exp2f(base - top);
-                    factor = shrink / (sum * shrink + exp2f(sink - top));
+                    const float sink = p.sinks.get(static_cast<unsigned>(h)), top = fmaxf(base, sink), shrink = exp2f((base - top) * LOG2E);
+                    factor = shrink / (sum * shrink + exp2f((sink - top) * LOG2E));
                 }
                 if (EXTRAS && p.dropout) factor *= p.dropout.keep_scale;
 #pragma unroll
@@ -349,11 +354,11 @@ struct Sm80Forward {
         }
         Walk walk(p.mask, b, h, row, sequence, arena.take<int>(Walk::SCRATCH));
         const Shared<uint64_t> words = arena.take<uint64_t>(ROWS);
-        const Shared<float> maxima = arena.take<float>(MAXIMA), sums = arena.take<float>(THREADS * 2 * M), distances = arena.take<float>(DISTANCES);
+        const Shared<float> bases = arena.take<float>(BASES), sums = arena.take<float>(THREADS * 2 * M), distances = arena.take<float>(DISTANCES);
         Pack<float, 2 * M> none;
 #pragma unroll
         for (float &x : none.at) x = -INFINITY;
-        if (threadIdx.x % SHARING == 0) maxima.template store<2 * M>(static_cast<int>(threadIdx.x) / SHARING * 2 * M, none);
+        if (threadIdx.x % SHARING == 0) bases.template store<2 * M>(static_cast<int>(threadIdx.x) / SHARING * 2 * M, none);
         sums.template store<2 * M>(static_cast<int>(threadIdx.x) * 2 * M, {});
 #pragma unroll
         for (int m = 0; m < M; m++)
@@ -363,6 +368,9 @@ struct Sm80Forward {
                 for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
         const Copy copy;
+        copy.pad(q, p.dim_qk);
+        copy.pad(k, p.dim_qk);
+        copy.pad(v, p.dim_v);
         copy.load(q, p.q, p.q_vectors, p.q.at(b, h, sequence.first_q), row, p.dim_qk, row + ROWS <= sequence.len_q,
                   [&](int n) { return row + static_cast<int>(copy.row) + n < sequence.len_q; });
         for (;;) {
@@ -388,13 +396,13 @@ struct Sm80Forward {
             copy_async_commit();
             score(q, k);
             prepare(walk, tile, words, distances);
-            soften(maxima, sums);
+            soften(bases, sums);
             if (EXTRAS && p.dropout) drop_out(seed, tile.begin);
             round();
             copy_async_wait<0>();
             sync_block();  // v has come, and every warp is done with k, words and distances
         }
-        finish(q, maxima, sums, heads);
+        finish(q, bases, sums, heads);
     }
 };
 

@@ -53,11 +53,24 @@ private:
 template <typename T, int DIM, int THREADS>
 struct TileCopy {
     static constexpr int CHUNKS = DIM / 8, ACROSS = CHUNKS & -CHUNKS, STEP = THREADS / ACROSS;
+    // Whether narrower rows have a fast path of their own. Sizes that are powers of two lack the registers.
+    static constexpr bool PADDED = (DIM & (DIM - 1)) != 0;
     unsigned row, column;  // of the first chunk of this thread
 
     __device__ __forceinline__ TileCopy() : row(threadIdx.x / ACROSS), column(threadIdx.x % ACROSS * 8) {}
 
-    // Fills a tile from rows [first, first + ROWS) of one head, whose rows begin at head_at; zeros where a row is not alive or its columns end.
+    // Zeros in the chunks from `width` on: once, since load() leaves them alone where it can. Each thread writes what is its own in load() too.
+    template <int ROWS>
+    __device__ __forceinline__ void pad(const Tile<T, ROWS, DIM> &to, unsigned width) const {
+        if (width == DIM) return;
+#pragma unroll 1
+        for (unsigned c = column; c < DIM; c += 8 * ACROSS)
+#pragma unroll 1
+            for (int n = static_cast<int>(row); c >= width && n < ROWS; n += STEP)
+                to.data.template as<uint16_t>().template store<8>(Tile<T, ROWS, DIM>::at(n, static_cast<int>(c)), {});
+    }
+
+    // Fills a padded tile from rows [first, first + ROWS) of one head, whose rows begin at head_at; zeros where a row is not alive.
     // alive(n) is asked about the n-th row after this thread's first one, unless all are. 16-byte copies are under way when this returns, in the
     // group that is open; zeros, and the single elements of a tensor that allows no 16 bytes, are there.
     template <int ROWS, typename Alive>
@@ -72,6 +85,14 @@ struct TileCopy {
             for (int n = 0; n < ROWS; n += STEP, at += step)
 #pragma unroll
                 for (int aside = 0; aside < DIM; aside += 8 * ACROSS) copy_async(to.data, to_at(n, aside), from.data, at + aside);
+            return;
+        }
+        if (PADDED && vectors && all) {
+#pragma unroll 4
+            for (int n = 0; n < ROWS; n += STEP, at += step)
+#pragma unroll
+                for (int aside = 0; aside < DIM; aside += 8 * ACROSS)
+                    if (column + aside < width) copy_async(to.data, to_at(n, aside), from.data, at + aside);
             return;
         }
 #pragma unroll 1
