@@ -17,7 +17,7 @@ Algorithm
     every run.
 
 Measured
-    not yet on a GPU: compiled for sm_80, sm_90 and sm_100, checked on the CPU through Triton's interpreter.
+    correct on an H100 in random cases, not timed there by itself; compiled for sm_80, sm_90 and sm_100.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ VARIANTS = [
     Variant("bfloat16", 256, 256, "causal", archs=(80, 86, 90, 100)),
     Variant("float16", 80, 80, "none"),
     Variant("float16", 192, 128, "none", archs=(90,)),
+    Variant("bfloat16", 96, 96, "none", options=True, archs=(90,)),
     Variant("float32", 64, 64, "causal", archs=(80, 90)),
     Variant("float32", 128, 128, "causal", archs=(90,)),
     Variant("float32", 256, 256, "none", archs=(86,)),

@@ -19,7 +19,9 @@ Algorithm
     adds the partial rows, so nothing is atomic and every run gives the same bits.
 
 Measured
-    not yet on a GPU: compiled for sm_80 and sm_90, checked on the CPU through Triton's interpreter.
+    H100 80GB HBM3, Triton 3.6, bfloat16, share of a large copy's 2.43 TB/s at 4,096 x 4,096, LayerNorm / RMSNorm:
+    forward 0.91 / 0.97, backward 0.49 / 0.78 with what adds up the partial sums; at 8,192 x 1,024 forward 0.79 / 0.81,
+    backward 0.36 / 0.43 (bench/results/nvidia-h100-80gb-hbm3-2026-11-26/kernels.json).
 """
 
 from __future__ import annotations

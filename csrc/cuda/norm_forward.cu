@@ -8,6 +8,8 @@
 //            read and its one write: up to 20,480 columns; what lies behind is read again, from cache.
 // Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096):
 //            0.60 / 0.68  rows as float32 in registers: 120 of them, 16 warps per multiprocessor
+//            0.79 / 0.91  rows as they lie in memory: 60 registers, 32 warps. LayerNorm's second exchange costs what lacks; with a residual, and
+//                         at 8,192 columns, both are above 1 (part of it comes from the L2 cache). Triton's forward: 0.91 / 0.97
 #include <cmath>
 
 #include "device_guard.cuh"

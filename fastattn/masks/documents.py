@@ -53,7 +53,8 @@ class Document(Mask):
             )
 
     def extent(self, size: Size, device: torch.device) -> tuple[int, int]:
-        return max(1 if ids.dim() == 1 else ids.shape[0] for ids in (self.ids_q, self.ids_k)), 1
+        batches = (1 if ids.dim() == 1 else ids.shape[0] for ids in (self.ids_q, self.ids_k))
+        return torch.broadcast_shapes(*((batch,) for batch in batches))[0], 1
 
     def rule(self, at: Index) -> Tensor:
         return _of(self.ids_q, at.batch, at.query) == _of(self.ids_k, at.batch, at.key)
@@ -63,7 +64,7 @@ class Document(Mask):
             return None
         ids_q, ids_k = (ids if ids.dim() == 2 else ids[None] for ids in (self.ids_q, self.ids_k))
         ids_q, ids_k = ids_q[:, : size.len_q], ids_k[:, : size.len_k]  # of one sequence of a packed batch
-        rows = max(ids_q.shape[0], ids_k.shape[0])
+        rows = torch.broadcast_shapes(ids_q.shape[:1], ids_k.shape[:1])[0]
         ids_q, ids_k = ids_q.long().expand(rows, -1).contiguous(), ids_k.long().expand(rows, -1)
         if size.len_k == 0:
             return interval(0, 0)

@@ -258,7 +258,7 @@ class Call:
         q, k, v = (_aligned(_addressable(t)) for t in (q, k, v))
         self.q, self.k, self.v, self.is_packed = q, k, v, packed is not None
         biased = any(t is not None for t in (bias.dense, bias.table, bias.slopes))
-        self.plain = not biased and softcap == 0.0 and dropout_p == 0.0
+        self.plain = not biased and softcap == 0.0 and dropout_p == 0.0 and mask.blocks is None
         self.batch, self.heads, self.len_q, dim = q.shape
         _, heads_kv, self.len_k, dim_v = v.shape
         rows_q, rows_k = self.len_q, self.len_k
@@ -321,7 +321,7 @@ class Call:
 
         arch = architecture(self.q.device)
         return attention_tile(
-            kernel, arch, self.q.element_size(), self.q.shape[3], self.v.shape[3], self.mask.has_blocks
+            kernel, arch, self.q.element_size(), self.q.shape[3], self.v.shape[3], self.mask.has_blocks, self.plain
         )
 
     def of_tile(self, tile: Any, plan: Plan, tiles: int) -> dict[str, Any]:
