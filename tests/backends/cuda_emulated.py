@@ -348,3 +348,17 @@ def test_forward_is_bitwise_repeatable_whatever_order_warps_run_in(monkeypatch: 
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(BF16).min, torch.finfo(F16).min, torch.finfo(F32).min])
+def test_rows_at_the_lowest_number_keep_their_lse(lowest: float) -> None:
+    """A dtype's lowest number for a mask, over whole rows: times log2 e it is beyond float32."""
+    q, k, v = half_inputs(Attention(64, 64, 70, 130))
+    bias = torch.zeros(1, 1, 70, 130)
+    bias[:, :, 10:20] = lowest
+    bias[:, :, 30:, :100] = lowest
+    rest = None, None, None, 0.125, 0.0, 0.0
+    _, found = cuda.attention_forward(q, k, v, LoweredMask(), LoweredBias(dense=bias), *rest)
+    exact = q.double(), k.double(), v.double(), LoweredMask(), LoweredBias(dense=bias.double())
+    _, truth = reference.attention_forward(*exact, *rest)
+    assert float(((found.double() - truth) / truth.abs().clamp(min=1.0)).abs().max()) <= 1e-5

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastattn.backends import triton as backend
+from fastattn.backends.triton.attention import _aligned
 from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
 
 PROBLEM = NormProblem("cuda", torch.bfloat16, "layer", rows=6, width=100)
@@ -30,6 +31,19 @@ def interpreted(*command: str) -> str:
         f"TRITON_INTERPRET=1 python {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
     )
     return run.stdout
+
+
+def test_rows_that_begin_anywhere_are_copied_to_multiples_of_16_bytes() -> None:
+    buffer = torch.arange(4000, dtype=torch.float32).to(torch.bfloat16)
+    plain = buffer[:3840].view(2, 6, 5, 64).transpose(1, 2)
+    assert _aligned(plain) is plain
+    assert _aligned(plain[:, :, :, 8:40]).data_ptr() == plain[:, :, :, 8:40].data_ptr()
+    expanded = plain[:1].expand(3, -1, -1, -1)
+    assert _aligned(expanded) is expanded
+    for given in (buffer[1:3841].view(2, 5, 6, 64), buffer[:300].view(2, 5, 6, 5), plain[..., 1:]):
+        copy = _aligned(given)
+        assert torch.equal(copy, given) and copy.stride(3) == 1 and copy.data_ptr() % 16 == 0
+        assert all(stride % 8 == 0 for stride in copy.stride()[:3])
 
 
 @pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])

@@ -29,3 +29,13 @@ def test_every_call_has_a_tile(kernel: str, arch: int, itemsize: int) -> None:
             assert tile.block_k <= 64 or not blocks
             assert tile.block_k % 32 == 0  # a dropout call makes 32 columns
             assert tile.measured
+
+
+def test_only_plain_calls_have_a_register_limit_and_tight_tiles() -> None:
+    forward = attention_tile("forward", 90, 2, 64, 64, False)
+    assert forward.options(True) == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    assert forward.options(False) == {"num_warps": 8, "num_stages": 3}
+    for kernel in ("queries", "keys"):
+        plain, roomy = (attention_tile(kernel, 90, 2, 64, 64, False, plain) for plain in (True, False))
+        assert plain.warps < roomy.warps
+        assert attention_tile(kernel, 80, 2, 64, 64, False, False) == attention_tile(kernel, 80, 2, 64, 64, False)

@@ -57,6 +57,12 @@ def test_dense_broadcasts(shape):
     assert torch.equal(lowered_dense(Dense(tensor), 3, 5), expected)
 
 
+def test_ids_of_one_row_serve_an_empty_batch():
+    mask = Document(torch.zeros(0, 12, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64))
+    assert mask.lower(0, 2, 12, 1, torch.device("cpu")).intervals.shape == (1, 0, 1, 12, 2)
+    assert (mask & KeyLengths(torch.zeros(0, dtype=torch.int32))).to_dense(0, 2, 12, 1).shape == (0, 2, 12, 1)
+
+
 def test_intervals_are_a_union():
     intervals = torch.tensor([[[0, 2], [1, 1]], [[3, 9], [-4, 1]]], dtype=torch.int32).view(2, 1, 1, 2, 2)
     seen = visible(LoweredMask(intervals=intervals), 2, 5, torch.device("cpu"))
