@@ -6,7 +6,8 @@
 //            values. Every sum has an order that the width fixes: bitwise repeatable.
 // Algorithm  A warp per row up to 1,024 columns, beyond that a block, so that a row lies in registers, as it lies in memory, between its one
 //            read and its one write: up to 20,480 columns; what lies behind is read again, from cache.
-// Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096):
+// Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096; first
+//            kernels-before.json, then kernels.json in bench/results/nvidia-h100-80gb-hbm3-2026-11-26):
 //            0.60 / 0.68  rows as float32 in registers: 120 of them, 16 warps per multiprocessor
 //            0.79 / 0.91  rows as they lie in memory: 60 registers, 32 warps. LayerNorm's second exchange costs what lacks; with a residual, and
 //                         at 8,192 columns, both are above 1 (part of it comes from the L2 cache). Triton's forward: 0.91 / 0.97

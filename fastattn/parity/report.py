@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import fastattn
 from fastattn.parity.bound import ParityRow
 from fastattn.parity.cases import Case, token
 
@@ -133,7 +136,7 @@ class VerifyReport:
 
     def record_exception(self, op: str, index: int, case: Case, error: Exception) -> None:
         """Adds a case that ended in an exception other than a refusal."""
-        self._fail_whole(op, index, case, "".join(traceback.format_exception(error)[-3:]).rstrip())
+        self._fail_whole(op, index, case, _trace(error))
 
     def record_crash(self, op: str, index: int, case: Case, how: str) -> None:
         """Adds a case that took its process with it, or never came to an end."""
@@ -159,6 +162,15 @@ class VerifyReport:
         """The command that replays one case."""
         isa = f" --isa {self.isa}" if self.isa else ""
         return f"fastattn verify --op {op} --backend {self.backend}{isa} --repro {token(self.seed, index)}"
+
+
+def _trace(error: Exception) -> str:
+    """The end of an error's traceback. Files are named as imports find them: reports are kept and passed on, and where
+    a machine has its packages is nobody's business."""
+    trace = "".join(traceback.format_exception(error)[-3:]).rstrip()
+    for folder in sorted({str(Path(fastattn.__file__).parents[1]), *sys.path} - {""}, key=len, reverse=True):
+        trace = trace.replace(f'File "{folder.rstrip("/")}/', 'File "')
+    return trace
 
 
 def _finite(ratio: float) -> float | str:

@@ -26,7 +26,7 @@ Algorithm
 
 Measured
     H100 80GB HBM3, Triton 3.6, bfloat16, 16,384 tokens a call at 4,096 positions, full, ms, beside torch's
-    FlashAttention-2 (bench/results/nvidia-h100-80gb-hbm3-2026-11-26/kernels.json):
+    FlashAttention-2 (bench/results/nvidia-h100-80gb-hbm3-2026-11-26: kernels-before.json, then kernels.json):
     d64   7.87, then 4.87 with keys in tiles of 32 x 128 and queries in 64 x 64 on four warps; beside 4.92
     d128  5.43, then 4.38 with keys in tiles of 32 x 64 and queries in 64 x 64 on four warps; beside 4.64
     d256  13.5, then 9.70 by the queries' tile or 11.7 by the keys', each alone; beside 5.41

@@ -18,7 +18,8 @@ Algorithm
 
 Measured
     H100 80GB HBM3, Triton 3.6, bfloat16, 16,384 tokens a call, TFLOP/s at 4,096 positions, full / causal, beside
-    torch's FlashAttention-2 of the same run:
+    torch's FlashAttention-2 of the same run (kernels-before.json in bench/results/nvidia-h100-80gb-hbm3-2026-11-26, and
+    kernels.json for what came of it):
     d64   436 / 295 beside 292 / 281; causal 409 once 128 registers let two blocks share a multiprocessor
     d128  434 / 414 beside 329 / 296
     d256  333 / 333 beside 325 / 285; full 474 with tiles of 64 keys in two stages

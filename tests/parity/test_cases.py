@@ -94,6 +94,7 @@ def test_refusals_are_counted_by_reason_and_exceptions_are_failures(monkeypatch)
     monkeypatch.setattr(functional, "attention", crash)
     report = verify("attention", "reference", cases=3)
     assert len(report.failures) == 3 and "it is Tuesday" in report.failures[0].exception
+    assert 'File "fastattn/parity/' in report.failures[0].exception, "not where this machine has the package"
 
 
 def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
