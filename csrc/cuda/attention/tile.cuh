@@ -62,12 +62,13 @@ struct TileCopy {
     // Zeros in the chunks from `width` on: once, since load() leaves them alone where it can. Each thread writes what is its own in load() too.
     template <int ROWS>
     __device__ __forceinline__ void pad(const Tile<T, ROWS, DIM> &to, unsigned width) const {
-        if (width == DIM) return;
+        if constexpr (PADDED) {
 #pragma unroll 1
-        for (unsigned c = column; c < DIM; c += 8 * ACROSS)
+            for (unsigned c = column; c < DIM; c += 8 * ACROSS)
 #pragma unroll 1
-            for (int n = static_cast<int>(row); c >= width && n < ROWS; n += STEP)
-                to.data.template as<uint16_t>().template store<8>(Tile<T, ROWS, DIM>::at(n, static_cast<int>(c)), {});
+                for (int n = static_cast<int>(row); c >= width && n < ROWS; n += STEP)
+                    to.data.template as<uint16_t>().template store<8>(Tile<T, ROWS, DIM>::at(n, static_cast<int>(c)), {});
+        }
     }
 
     // Fills a padded tile from rows [first, first + ROWS) of one head, whose rows begin at head_at; zeros where a row is not alive.
