@@ -42,6 +42,13 @@ FASTATTN_INLINE vfloat load(const float *p) {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
+// Keeps GCC from loading the same operand once for every product it is part of.
+FASTATTN_INLINE vfloat in_register(vfloat v) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(v));
+#endif
+    return v;
+}
 FASTATTN_INLINE void store(float *p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
 FASTATTN_INLINE void add_to(float *p, vfloat v) { store(p, load(p) + v); }
 FASTATTN_INLINE vint load_int(const int32_t *p) {
@@ -74,32 +81,84 @@ FASTATTN_INLINE float sum(vfloat v) {
     return total;
 }
 
+// Whether the sign of any lane is set.
 FASTATTN_INLINE bool any(vint mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)mask) != 0;
+#else
     int32_t seen = 0;
     for (int lane = 0; lane < kLanes; lane++) seen |= mask[lane];
-    return seen != 0;
+    return seen < 0;
+#endif
 }
 
 // ---- Partial vectors: the first n lanes, 0 <= n <= kLanes; the other lanes read 0 and are not written. -----------------------------
+// Without a call to memcpy wherever the instruction set allows it: in the loop of a kernel a call, even one that is never made, costs every
+// accumulator its register.
+FASTATTN_INLINE vint first_lanes(int n) { return (vint)(lane_index() < n); }
+
 FASTATTN_INLINE vfloat load_part(const float *p, int n) {
 #if defined(__AVX512F__)
     return (vfloat)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_maskload_ps(p, (__m256i)first_lanes(n));
 #else
     vfloat v = zero();
-    __builtin_memcpy(&v, p, (size_t)n * 4);
+    for (int lane = 0; lane < kLanes; lane++)
+        if (lane < n) v[lane] = p[lane];
     return v;
 #endif
 }
 FASTATTN_INLINE void store_part(float *p, vfloat v, int n) {
 #if defined(__AVX512F__)
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v);
 #else
-    __builtin_memcpy(p, &v, (size_t)n * 4);
+    for (int lane = 0; lane < kLanes; lane++)
+        if (lane < n) p[lane] = v[lane];
+#endif
+}
+
+FASTATTN_INLINE vhalf load_part(const uint16_t *p, int n) {
+#if defined(__AVX512F__)
+    return (vhalf)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+    const int last = n - 1;
+    vhalf h = (vhalf)_mm_maskload_epi32((const int *)p, _mm_cmpgt_epi32(_mm_set1_epi32(n / 2), _mm_setr_epi32(0, 1, 2, 3)));
+    if (n & 1) h |= (vhalf)(vhalf{0, 1, 2, 3, 4, 5, 6, 7} == (uint16_t)last) & p[last];
+    return h;
+#else
+    vhalf h = {};
+    for (int lane = 0; lane < kLanes; lane++)
+        if (lane < n) h[lane] = p[lane];
+    return h;
+#endif
+}
+FASTATTN_INLINE void store_part(uint16_t *p, vhalf h, int n) {
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)h);
+#else
+    for (int lane = 0; lane < kLanes; lane++)
+        if (lane < n) p[lane] = h[lane];
 #endif
 }
 
 // ---- bfloat16 and float16, to nearest even, subnormals kept --------------------------------------------------------------------------
-FASTATTN_INLINE vfloat from_bfloat16(vhalf h) { return (vfloat)(__builtin_convertvector(h, vuint) << 16); }
+// GCC makes five instructions of the conversion of eight lanes.
+FASTATTN_INLINE vuint widen(vhalf h) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (vuint)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+    return __builtin_convertvector(h, vuint);
+#endif
+}
+
+FASTATTN_INLINE vfloat from_bfloat16(vhalf h) { return (vfloat)(widen(h) << 16); }
 
 FASTATTN_INLINE vhalf to_bfloat16(vfloat v) {
     const vuint b = (vuint)v;
@@ -116,7 +175,7 @@ FASTATTN_INLINE vfloat from_float16(vhalf h) {
     return (vfloat)_mm256_cvtph_ps((__m128i)h);
 #else
     // The exponent of float16 moved into that of float32 is off by 2^112, which one product mends (subnormals included).
-    const vuint wide = __builtin_convertvector(h, vuint);
+    const vuint wide = widen(h);
     const vuint magnitude = (wide & 0x7fffu) << 13;
     vuint result = (vuint)((vfloat)magnitude * broadcast(0x1p112f));
     result |= (vuint)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
@@ -155,9 +214,9 @@ FASTATTN_INLINE void *offset(void *base, int32_t dtype, int64_t elements) { retu
 // Loads and stores of n <= kLanes elements at p in any of the three dtypes.
 FASTATTN_INLINE vfloat load_any(const void *p, int32_t dtype, int n) {
     if (dtype == FASTATTN_FLOAT32) return n == kLanes ? load((const float *)p) : load_part((const float *)p, n);
-    vhalf h = {};
+    vhalf h;
     if (n == kLanes) __builtin_memcpy(&h, p, sizeof h);
-    else __builtin_memcpy(&h, p, (size_t)n * 2);
+    else h = load_part((const uint16_t *)p, n);
     return dtype == FASTATTN_BFLOAT16 ? from_bfloat16(h) : from_float16(h);
 }
 FASTATTN_INLINE void store_any(void *p, int32_t dtype, vfloat v, int n) {
@@ -168,7 +227,7 @@ FASTATTN_INLINE void store_any(void *p, int32_t dtype, vfloat v, int n) {
     }
     const vhalf h = dtype == FASTATTN_BFLOAT16 ? to_bfloat16(v) : to_float16(v);
     if (n == kLanes) __builtin_memcpy(p, &h, sizeof h);
-    else __builtin_memcpy(p, &h, (size_t)n * 2);
+    else store_part((uint16_t *)p, h, n);
 }
 
 // Calls f.template operator()<dtype>() so that loops over rows do not ask for the dtype at every vector.

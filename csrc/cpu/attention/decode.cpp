@@ -5,7 +5,7 @@
 //   included: query i sits at position cache_length - Sq + i, and key j is visible to it by band, intervals (of key positions) and bias.
 // Numerics: as forward.cpp.
 // Algorithm: a head group's queries go together, so that each key is read once for all of them. The keys of a sequence are cut into parts of
-//   kPart keys, which are the unit of work: a few sequences then keep every core busy. Each part makes its own softmax; the parts are put together in
+//   equal size, which are the unit of work: a few sequences then keep every core busy. Each part makes its own softmax; the parts are put together in
 //   order (Flash-Decoding, Dao et al. 2023), so that the result does not depend on the thread count. Keys and values are read where they lie,
 //   kBlock at a time, in whatever format; while the scores of a block are formed its values are fetched, and while the values are summed the next keys.
 //
@@ -14,7 +14,15 @@
 //   15.9,  9.6  products of the micro-kernel, 64 keys at a time as float32
 //   18.5, 13.9  keys and values read where they lie, two keys for all rows of a group at a time, the next block fetched into the level-1 cache
 //   17.9, 14.5  fetched into the level-2 cache
-// On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-25: 18.8, 7.7 (torch 5.7, 0.6; torch.sum 28).
+// On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26; in the same runs torch 7.4 to 8.7 / 0.93, torch.sum 28 to 39, the caches in the level-1 cache
+// on one core 26 / 14.
+//   19.7, 13.7  as above
+//   20.1, 16.5  conversions of one instruction, partial vectors without a call in the loop
+//   22.3, 19.5  the next rows fetched in order and at the pace of those read; without any fetching 14.8, 11.6
+//   23.3, 20.7  parts of 1,024 keys instead of 256: nobody fetches the first keys of a part
+//   24.2, 21.2  twelve accumulators instead of eight, in blocks of 24 keys; sums lane by lane, a maximum looked for only where a score exceeds it
+//   25.0, 22.0  parts of 384 keys again, for more cores than parts; each fetches the first keys of the next, and a thread takes several in a row
+// Slower there: rows fetched twice, or two blocks ahead (17.9); fetched by columns (15.4); blocks of 48 keys (equal).
 #include "../kernels.h"
 #include "../pack.h"
 #include "distance.h"
@@ -22,14 +30,18 @@
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t kPart = 256;       // keys in one unit of work
-constexpr int64_t kBlock = 32;    // keys whose scores are formed together: their keys and values fit the level-1 cache
-constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = 2;  // dot products at a time
-constexpr int kSumVectors = 2;                          // of a row's output at a time
+constexpr int64_t kPart = 384;                      // keys with a softmax of their own
+constexpr int64_t kMostParts = 8;                   // that a thread takes at once: it fetches the next part's first keys during the last block of one
+constexpr int64_t kBlock = kLanes == 16 ? 32 : 24;  // keys whose scores are formed together: their keys and values fit the level-1 cache
+// Accumulators: enough of them to hide the latency of two fused multiply-adds a cycle, and with their operands no more than there are registers.
+constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = kLanes == 16 ? 2 : 3; // dot products at a time
+constexpr int kSumVectors = kLanes == 16 ? 2 : 3;                          // of a row's output at a time
+constexpr int64_t kProducts = kLanes == 16 ? 16 : 24;                      // keys whose products are added up together
+static_assert(kPart % kBlock == 0 && kBlock % kProducts == 0 && kProducts % kLanes == 0 && kProducts % kKeys == 0);
 
 // The queries of one head group and one sequence, and the keys that some of them may see.
 struct Group {
-    int64_t batch, head_kv, rows, cache_length;
+    int64_t batch, head_kv, cache_length;
     Span span;
 };
 
@@ -40,28 +52,29 @@ struct Shape {
           rows(heads_per_group * p.len_q),
           width_qk(round_up(p.dim_qk, kLanes)),
           width_v(round_up(p.dim_v, kLanes)),
-          parts((p.max_length + kPart - 1) / kPart) {}
+          parts(parts_of(p.max_length)) {}
+    static int64_t parts_of(int64_t keys) { return (keys + kPart - 1) / kPart; }
     int64_t partial_floats() const { return rows * (width_v + 2); }
 };
 
-int64_t query_of(const fastattn_decode &p, int64_t row) { return row % p.len_q; }
-int64_t head_of(const fastattn_decode &p, const Group &group, int64_t row) { return group.head_kv * (p.heads_q / p.heads_kv) + row / p.len_q; }
-int64_t position_of(const fastattn_decode &p, const Group &group, int64_t row) { return group.cache_length - p.len_q + query_of(p, row); }
-
-// Visible keys of one query: its share of the band, and of each interval, within the cache.
-struct RowKeys {
+// One query of a group, and its visible keys: its share of the band, and of each interval, within the cache.
+struct Query {
+    int64_t head, index, position;
     Span band;
-    Span interval[kMaxIntervals];
     int64_t intervals;
+    Span interval[kMaxIntervals];
 
-    RowKeys(const fastattn_decode &p, const Group &group, int64_t row) : band{0, group.cache_length}, intervals(p.n_intervals) {
-        const int64_t i = query_of(p, row), position = position_of(p, group, row);
+    Query(const fastattn_decode &p, const Group &group, int64_t row)
+        : head(group.head_kv * (p.heads_q / p.heads_kv) + row / p.len_q),
+          index(row % p.len_q),
+          position(group.cache_length - p.len_q + index),
+          band{0, group.cache_length},
+          intervals(p.n_intervals) {
         if (p.band_has_left) band.begin = larger(band.begin, position - p.band_left);
         if (p.band_has_right) band.end = smaller(band.end, position + p.band_right + 1);
         const fastattn_tensor &t = p.intervals;
         for (int64_t r = 0; r < intervals; r++) {
-            const int32_t *bounds =
-                (const int32_t *)t.data + r * t.stride[0] + group.batch * t.stride[1] + head_of(p, group, row) * t.stride[2] + i * t.stride[3];
+            const int32_t *bounds = (const int32_t *)t.data + r * t.stride[0] + group.batch * t.stride[1] + head * t.stride[2] + index * t.stride[3];
             interval[r] = {larger(band.begin, bounds[0]), smaller(band.end, bounds[1])};
         }
     }
@@ -88,24 +101,29 @@ struct RowKeys {
 };
 
 Group group_at(const fastattn_decode &p, const Shape &shape, int64_t index) {
-    Group group{index / p.heads_kv, index % p.heads_kv, shape.rows, 0, {INT64_MAX, 0}};
+    Group group{index / p.heads_kv, index % p.heads_kv, 0, {INT64_MAX, 0}};
     group.cache_length = larger(0, smaller(p.max_length, p.cache_lengths[group.batch]));
     for (int64_t row = 0; row < shape.rows; row++) {
-        const Span span = RowKeys(p, group, row).span();
+        const Span span = Query(p, group, row).span();
         if (span.begin < span.end) group.span = {smaller(group.span.begin, span.begin), larger(group.span.end, span.end)};
     }
     return group;
 }
 
-// What one thread works with.
+// What one thread works with; `totals` are the softmax sums of a part, lane by lane.
 struct DecodeBuffers {
     explicit DecodeBuffers(const Shape &shape)
-        : scratch(Scratch::padded(shape.rows * shape.width_qk) + Scratch::padded(shape.rows * kBlock) + shape.width_v + 64),
+        : scratch(Scratch::padded(shape.rows * kQueryFloats) + Scratch::padded(shape.rows * shape.width_qk) + Scratch::padded(shape.rows * kBlock) +
+                  Scratch::padded(shape.rows * kLanes) + shape.width_v + 64),
+          query((Query *)scratch.take(shape.rows * kQueryFloats)),
           queries(scratch.take(shape.rows * shape.width_qk)),
           scores(scratch.take(shape.rows * kBlock)),
+          totals(scratch.take(shape.rows * kLanes)),
           sums(scratch.take(shape.width_v)) {}
+    static constexpr int64_t kQueryFloats = sizeof(Query) / sizeof(float);
     Scratch scratch;
-    float *queries, *scores, *sums;
+    Query *query;
+    float *queries, *scores, *totals, *sums;
 };
 
 // Where the rows of a block of keys, or of values, lie.
@@ -113,94 +131,139 @@ struct BlockRows {
     const char *row[kBlock];
 
     BlockRows(const fastattn_decode &p, const fastattn_tensor &cache, const Group &group, int64_t begin, int64_t count) {
-        const int64_t page_size = p.block_table ? p.page_size : INT64_MAX;
-        const int64_t row_stride = p.block_table ? cache.stride[1] : cache.stride[2], head_stride = p.block_table ? cache.stride[2] : cache.stride[1];
+        const int64_t head_stride = p.block_table ? cache.stride[2] : cache.stride[1];
+        const int64_t row_bytes = (p.block_table ? cache.stride[1] : cache.stride[2]) * size_of(p.dtype);
         for (int64_t i = 0; i < count;) {
-            const int64_t within = (begin + i) % page_size, run = smaller(count - i, page_size - within);
-            const int64_t outer = p.block_table ? p.block_table[group.batch * p.block_table_stride + (begin + i) / page_size] : group.batch;
-            const int64_t start = outer * cache.stride[0] + group.head_kv * head_stride + within * row_stride;
-            for (int64_t r = 0; r < run; r++) row[i + r] = (const char *)offset((const void *)cache.data, p.dtype, start + r * row_stride);
-            i += run;
+            int64_t outer = group.batch, within = begin + i, run = count - i;
+            if (p.block_table) {
+                outer = p.block_table[group.batch * p.block_table_stride + within / p.page_size];
+                within %= p.page_size;
+                run = smaller(run, p.page_size - within);
+            }
+            const char *at = (const char *)offset((const void *)cache.data, p.dtype, outer * cache.stride[0] + group.head_kv * head_stride) + within * row_bytes;
+            for (; run > 0; run--, at += row_bytes) row[i++] = at;
         }
         for (int64_t i = count; i < kBlock; i++) row[i] = row[count - 1];  // read, never used
     }
-
-    void fetch(int64_t first, int64_t count, int64_t bytes) const {
-        for (int64_t i = first; i < first + count; i++)
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row[i] + at, 0, 2);
-    }
 };
 
-// scores(row, key) = q(row) . k(key) for Rows queries and the block's keys; `values` are fetched meanwhile.
+// The rows that are needed next, fetched in order and at the pace at which others are read: processors drop requests that come in bursts, and
+// those out of order cost more than they save.
+class NextRows {
+  public:
+    NextRows(const BlockRows &rows, int64_t bytes, int64_t count) : row_(rows.row), bytes_(bytes), lines_(count * ((bytes + kLine - 1) / kLine)) {}
+
+    // So many bytes were read.
+    void read(int64_t bytes) {
+        credit_ += bytes;
+        const int64_t due = smaller(lines_, credit_ / kLine);
+        credit_ %= kLine;
+        fetch(due);
+    }
+    void rest() { fetch(lines_); }
+
+  private:
+    static constexpr int64_t kLine = 64;
+
+    void fetch(int64_t lines) {
+        lines_ -= lines;
+        for (; lines > 0; lines--) {
+            __builtin_prefetch(*row_ + at_, 0, 3);
+            at_ += kLine;
+            const bool ended = at_ >= bytes_;
+            row_ += ended;
+            at_ = ended ? 0 : at_;
+        }
+    }
+
+    const char *const *row_;
+    int64_t bytes_, lines_, at_ = 0;
+    uint64_t credit_ = 0;
+};
+
+// scores(row, key) = q(row) . k(key) for Rows queries and the block's keys.
 template <int dtype, int Rows>
-void block_scores(const float *queries, int64_t width, int64_t dim, const BlockRows &keys, int64_t count, const BlockRows *values, int64_t value_bytes,
-                  float *scores) {
-    for (int64_t first = 0; first < count; first += kLanes) {
-        vfloat products[Rows][kLanes];
-        for (int64_t key = 0; key < kLanes; key += kKeys) {
+__attribute__((noinline)) void block_scores(const float *queries, int64_t width, int64_t dim, const BlockRows &keys, int64_t count, NextRows &shared_ahead,
+                                            float *scores) {
+    NextRows ahead = shared_ahead;  // in registers
+    const int64_t whole = dim / kLanes * kLanes;
+    for (int64_t first = 0; first < count; first += kProducts) {
+        vfloat products[Rows][kProducts];
+#pragma GCC unroll 1
+        for (int64_t key = 0; key < kProducts; key += kKeys) {
             vfloat acc[Rows][kKeys] = {};
-            for (int64_t c = 0; c < dim; c += kLanes) {
+            const auto add = [&](int64_t c, int lanes) {
                 vfloat k[kKeys];
-#pragma GCC unroll 2
-                for (int i = 0; i < kKeys; i++) k[i] = load_any(offset((const void *)keys.row[first + key + i], dtype, c), dtype, lanes_left(c, dim));
+#pragma GCC unroll 4
+                for (int i = 0; i < kKeys; i++) k[i] = load_any(offset((const void *)keys.row[first + key + i], dtype, c), dtype, lanes);
 #pragma GCC unroll 8
                 for (int r = 0; r < Rows; r++) {
-                    const vfloat q = load(queries + r * width + c);
-#pragma GCC unroll 2
+                    const vfloat q = in_register(load(queries + r * width + c));
+#pragma GCC unroll 4
                     for (int i = 0; i < kKeys; i++) acc[r][i] += q * k[i];
                 }
-            }
+            };
+            for (int64_t c = 0; c < whole; c += kLanes) add(c, kLanes);
+            if (whole < dim) add(whole, (int)(dim - whole));
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int i = 0; i < kKeys; i++) products[r][key + i] = acc[r][i];
-            if (values) values->fetch(first + key, kKeys, value_bytes);
+            ahead.read(kKeys * dim * size_of(dtype));
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++) store(scores + r * kBlock + first, sums(products[r]));
+        for (int r = 0; r < Rows; r++)
+            for (int64_t key = 0; key < kProducts; key += kLanes) store(scores + r * kBlock + first + key, sums(*(vfloat(*)[kLanes])(products[r] + key)));
     }
+    shared_ahead = ahead;
 }
 
-// out(row) += sum over the block of p(row, key) v(key) for Rows queries; `keys`, the next block's, are fetched meanwhile.
-template <int dtype, int Rows>
-void block_values(const float *probabilities, const BlockRows &values, int64_t count, int64_t dim, const BlockRows *keys, int64_t key_bytes, float *out,
-                  int64_t width) {
-    int64_t fetched = 0;
-    for (int64_t c = 0; c < dim; c += kSumVectors * kLanes) {
-        const int last = lanes_left(c + (kSumVectors - 1) * kLanes, dim);
-        const bool whole = c + kSumVectors * kLanes <= dim;
-        vfloat acc[Rows][kSumVectors];
+// out(row) += sum over the block of p(row, key) v(key) for Rows queries and Vectors vectors of values at column c, the last of which has `last` lanes.
+template <int dtype, int Rows, int Vectors>
+FASTATTN_INLINE void block_columns(const float *probabilities, const BlockRows &values, int64_t count, int64_t c, int last, float *out, int64_t width,
+                                   NextRows &ahead) {
+    vfloat acc[Rows][Vectors];
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-            for (int v = 0; v < kSumVectors; v++) acc[r][v] = whole || c + v * kLanes < dim ? load(out + r * width + c + v * kLanes) : zero();
-        const auto add = [&](int64_t key, const vfloat(&value)[kSumVectors]) {
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; v++) acc[r][v] = load(out + r * width + c + v * kLanes);
+    for (int64_t key = 0; key < count; key++) {
+        vfloat value[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; v++)
+            value[v] = load_any(offset((const void *)values.row[key], dtype, c + v * kLanes), dtype, v + 1 < Vectors ? kLanes : last);
 #pragma GCC unroll 8
-            for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-                for (int v = 0; v < kSumVectors; v++) acc[r][v] += probabilities[r * kBlock + key] * value[v];
-        };
-        for (int64_t key = 0; key < count; key++) {
-            vfloat value[kSumVectors];
-#pragma GCC unroll 2
-            for (int v = 0; v < kSumVectors; v++) {
-                const int64_t at = c + v * kLanes;
-                value[v] = whole ? load_any(offset((const void *)values.row[key], dtype, at), dtype, kLanes)
-                           : at < dim ? load_any(offset((const void *)values.row[key], dtype, at), dtype, v + 1 < kSumVectors ? lanes_left(at, dim) : last) : zero();
-            }
-            add(key, value);
+        for (int r = 0; r < Rows; r++) {
+            const vfloat probability = in_register(broadcast(probabilities[r * kBlock + key]));
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; v++) acc[r][v] += probability * value[v];
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-            for (int v = 0; v < kSumVectors; v++)
-                if (whole || c + v * kLanes < dim) store(out + r * width + c + v * kLanes, acc[r][v]);
-        if (keys) {
-            const int64_t upto = dim <= c + kSumVectors * kLanes ? kBlock : kBlock * (c + kSumVectors * kLanes) / dim;
-            keys->fetch(fetched, upto - fetched, key_bytes);
-            fetched = upto;
-        }
+        ahead.read(Vectors * kLanes * size_of(dtype));
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; v++) store(out + r * width + c + v * kLanes, acc[r][v]);
+}
+
+// out(row) += sum over the block of p(row, key) v(key) for Rows queries.
+template <int dtype, int Rows>
+__attribute__((noinline)) void block_values(const float *probabilities, const BlockRows &values, int64_t count, int64_t dim, NextRows &shared_ahead, float *out,
+                                            int64_t width) {
+    NextRows ahead = shared_ahead;  // in registers
+    const int64_t whole = dim / kLanes;
+    int64_t done = 0;
+    const auto columns = [&]<int Vectors>(int last) {
+        block_columns<dtype, Rows, Vectors>(probabilities, values, count, done * kLanes, last, out, width, ahead);
+        done += Vectors;
+    };
+    // Never one vector by itself where two and two, or two and three, will do.
+    if constexpr (kSumVectors == 3)
+        while (whole - done == 3 || whole - done > 4) columns.template operator()<3>(kLanes);
+    while (whole - done >= 2) columns.template operator()<2>(kLanes);
+    if (done < whole) columns.template operator()<1>(kLanes);
+    if (done * kLanes < dim) columns.template operator()<1>((int)(dim - done * kLanes));
+    shared_ahead = ahead;
 }
 
 // Calls f.template operator()<dtype, Rows>(first row) until all rows are done.
@@ -223,31 +286,36 @@ class PartWorker {
 
     void run(int64_t begin, int64_t end) {
         memset(out_, 0, (size_t)(shape_.rows * shape_.width_v) * 4);
-        for (int64_t row = 0; row < shape_.rows; row++) maximum_[row] = -kInf, total_[row] = 0;
+        memset(buffers_.totals, 0, (size_t)(shape_.rows * kLanes) * 4);
+        for (int64_t row = 0; row < shape_.rows; row++) maximum_[row] = -kInf;
         pack_queries();
         const int64_t key_bytes = p_.dim_qk * size_of(p_.dtype), value_bytes = p_.dim_v * size_of(p_.dtype);
         BlockRows keys(p_, p_.k, group_, begin, smaller(kBlock, end - begin));
         for (int64_t key = begin; key < end; key += kBlock) {
-            const int64_t count = smaller(kBlock, end - key), next = smaller(kBlock, end - key - kBlock);
+            const int64_t count = smaller(kBlock, end - key), next = larger(0, smaller(kBlock, group_.span.end - key - kBlock));
             const BlockRows values(p_, p_.v, group_, key, count);
+            NextRows ahead(values, value_bytes, count);
             for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
-                block_scores<dtype, Rows>(buffers_.queries + row * shape_.width_qk, shape_.width_qk, p_.dim_qk, keys, count, row ? nullptr : &values, value_bytes,
-                                          buffers_.scores + row * kBlock);
+                block_scores<dtype, Rows>(buffers_.queries + row * shape_.width_qk, shape_.width_qk, p_.dim_qk, keys, count, ahead, buffers_.scores + row * kBlock);
             });
+            ahead.rest();
             for (int64_t row = 0; row < shape_.rows; row++) {
                 finish_scores(row, key, count, buffers_.scores + row * kBlock);
                 softmax(row, count, buffers_.scores + row * kBlock);
             }
-            if (next > 0) keys = BlockRows(p_, p_.k, group_, key + kBlock, next);
+            if (next) keys = BlockRows(p_, p_.k, group_, key + kBlock, next);
+            ahead = NextRows(keys, key_bytes, next);
             for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
-                block_values<dtype, Rows>(buffers_.scores + row * kBlock, values, count, p_.dim_v, row || next <= 0 ? nullptr : &keys, key_bytes,
-                                          out_ + row * shape_.width_v, shape_.width_v);
+                block_values<dtype, Rows>(buffers_.scores + row * kBlock, values, count, p_.dim_v, ahead, out_ + row * shape_.width_v, shape_.width_v);
             });
+            ahead.rest();
         }
+        for (int64_t row = 0; row < shape_.rows; row++) total_[row] = sum(load(buffers_.totals + row * kLanes));
     }
 
   private:
     void pack_queries() {
+        for (int64_t row = 0; row < shape_.rows; row++) buffers_.query[row] = Query(p_, group_, row);
         for (int64_t g = 0; g < shape_.heads_per_group; g++) {
             const int64_t head = group_.head_kv * shape_.heads_per_group + g;
             const Rows q{offset((const void *)p_.q.data, p_.dtype, group_.batch * p_.q.stride[0] + head * p_.q.stride[1]), p_.dtype, p_.q.stride[2]};
@@ -257,12 +325,12 @@ class PartWorker {
 
     // Softcap, bias and mask; -inf past the last key up to a whole vector.
     void finish_scores(int64_t row, int64_t key, int64_t count, float *scores) {
+        const Query &query = buffers_.query[row];
         if (p_.softcap > 0)
             for (int64_t c = 0; c < count; c += kLanes) store(scores + c, tanh(load(scores + c) * (1.0f / p_.softcap)) * p_.softcap);
         if (p_.bias.data) {
             const fastattn_tensor &t = p_.bias;
-            const int64_t base =
-                group_.batch * t.stride[0] + head_of(p_, group_, row) * t.stride[1] + query_of(p_, row) * t.stride[2] + key * t.stride[3];
+            const int64_t base = group_.batch * t.stride[0] + query.head * t.stride[1] + query.index * t.stride[2] + key * t.stride[3];
             const auto at = [&](int64_t c) { return offset((const void *)t.data, p_.bias_dtype, base + c * t.stride[3]); };
             if (t.stride[3] == 1)
                 for (int64_t c = 0; c < count; c += kLanes) add_to(scores + c, load_any(at(c), p_.bias_dtype, lanes_left(c, count)));
@@ -271,36 +339,39 @@ class PartWorker {
         }
         if (is_given(p_.distance)) {
             float strip[kBlock];
-            expand_distances<1>(p_.distance, group_.batch, head_of(p_, group_, row), key - position_of(p_, group_, row), count, strip);
+            expand_distances<1>(p_.distance, group_.batch, query.head, key - query.position, count, strip);
             for (int64_t c = 0; c < count; c += kLanes) store(scores + c, add_finite(load(scores + c), load(strip + c)));
         }
-        const RowKeys visible(p_, group_, row);
-        if (!visible.covers(key, key + count))
+        if (!query.covers(key, key + count))
             for (int64_t c = 0; c < count; c++)
-                if (!visible.sees(key + c)) scores[c] = -kInf;
+                if (!query.sees(key + c)) scores[c] = -kInf;
         for (int64_t c = count; c < round_up(count, kLanes); c++) scores[c] = -kInf;
     }
 
     // Scores to probabilities against the running maximum; what was summed before is brought to it.
     void softmax(int64_t row, int64_t count, float *scores) {
-        vfloat highest = broadcast(maximum_[row]);
-        for (int64_t c = 0; c < count; c += kLanes) highest = max(highest, load(scores + c));
-        float top = highest[0];
-        for (int lane = 1; lane < kLanes; lane++) top = highest[lane] > top ? highest[lane] : top;
-        const float base = top == -kInf ? 0.0f : top;
-        if (top > maximum_[row]) {
-            const float correction = __builtin_expf(maximum_[row] - base);
-            total_[row] *= correction;
-            for (int64_t c = 0; c < shape_.width_v; c += kLanes) store(out_ + row * shape_.width_v + c, load(out_ + row * shape_.width_v + c) * correction);
-            maximum_[row] = top;
-        }
-        vfloat total = zero();
+        float *totals = buffers_.totals + row * kLanes;
+        vfloat highest = load(scores);
+        for (int64_t c = kLanes; c < count; c += kLanes) highest = max(highest, load(scores + c));
+        if (any((vint)(highest > maximum_[row]))) raise_maximum(row, highest);
+        const float base = maximum_[row] == -kInf ? 0.0f : maximum_[row];
+        vfloat total = load(totals);
         for (int64_t c = 0; c < count; c += kLanes) {
             const vfloat probability = exp2((load(scores + c) - base) * kLog2e);
             store(scores + c, probability);
             total += probability;
         }
-        total_[row] += sum(total);
+        store(totals, total);
+    }
+
+    void raise_maximum(int64_t row, vfloat highest) {
+        float top = maximum_[row];
+        for (int lane = 0; lane < kLanes; lane++) top = highest[lane] > top ? highest[lane] : top;
+        const float correction = __builtin_expf(maximum_[row] - top);
+        float *out = out_ + row * shape_.width_v, *totals = buffers_.totals + row * kLanes;
+        for (int64_t c = 0; c < shape_.width_v; c += kLanes) store(out + c, load(out + c) * correction);
+        store(totals, load(totals) * correction);
+        maximum_[row] = top;
     }
 
     const fastattn_decode &p_;
@@ -325,10 +396,10 @@ void combine(const fastattn_decode &p, const Shape &shape, const Group &group, c
         const float *source = partials + part * shape.partial_floats() + row * shape.width_v;
         for (int64_t c = 0; c < shape.width_v; c += kLanes) add_to(sums + c, load(source + c) * weight);
     }
-    const int64_t head = head_of(p, group, row), i = query_of(p, row);
-    const float sink = p.sinks ? __builtin_expf(p.sinks[head] - base) : 0.0f, norm = all == 0.0f ? 0.0f : 1.0f / (all + sink);
-    p.lse[(group.batch * p.heads_q + head) * p.len_q + i] = all == 0.0f ? -kInf : base + __builtin_logf(all);
-    const int64_t at = group.batch * p.out.stride[0] + head * p.out.stride[1] + i * p.out.stride[2];
+    const Query query(p, group, row);
+    const float sink = p.sinks ? __builtin_expf(p.sinks[query.head] - base) : 0.0f, norm = all == 0.0f ? 0.0f : 1.0f / (all + sink);
+    p.lse[(group.batch * p.heads_q + query.head) * p.len_q + query.index] = all == 0.0f ? -kInf : base + __builtin_logf(all);
+    const int64_t at = group.batch * p.out.stride[0] + query.head * p.out.stride[1] + query.index * p.out.stride[2];
     for (int64_t c = 0; c < p.dim_v; c += kLanes)
         store_any(offset(p.out.data, p.dtype, at + c), p.dtype, load(sums + c) * norm, lanes_left(c, p.dim_v));
 }
@@ -344,6 +415,7 @@ int attention_decode(const fastattn_decode &p) {
     float *partials = scratch.take(0);
     const int64_t group_floats = shape.parts * shape.partial_floats();
     int status = FASTATTN_OK;
+    const int64_t items = groups * shape.parts, chunk = larger(1, smaller(kMostParts, items / (8 * p.n_threads)));
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         DecodeBuffers buffers(shape);
@@ -352,8 +424,8 @@ int attention_decode(const fastattn_decode &p) {
             status = FASTATTN_OUT_OF_MEMORY;
         }
         // Parts count from the first key that the group sees, so that a window costs its width.
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < groups * shape.parts; item++) {
+#pragma omp for schedule(dynamic, chunk)
+        for (int64_t item = 0; item < items; item++) {
             const Group group = group_at(p, shape, item / shape.parts);
             const int64_t part = item % shape.parts, begin = group.span.begin == INT64_MAX ? 0 : group.span.begin + part * kPart;
             if (begin >= group.span.end || buffers.scratch.failed()) continue;
@@ -366,7 +438,7 @@ int attention_decode(const fastattn_decode &p) {
             const Group group = group_at(p, shape, index);
             const int64_t keys = group.span.begin == INT64_MAX ? 0 : group.span.end - group.span.begin;
             for (int64_t row = 0; row < shape.rows; row++)
-                combine(p, shape, group, partials + index * group_floats, (keys + kPart - 1) / kPart, row, buffers.sums);
+                combine(p, shape, group, partials + index * group_floats, Shape::parts_of(keys), row, buffers.sums);
         }
     }
     return status;
