@@ -21,6 +21,8 @@ from fastattn.bench.cases.base import Work, dtype_name
 from fastattn.bench.providers.base import Job
 from fastattn.bench.timing import Effort, empty_graph_ms, time_jobs
 
+_SMALL_PRODUCT, _LONG_PRODUCT_SECONDS = 128, 1.0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -36,9 +38,7 @@ class Limits:
 
     def seconds(self, work: Work, dtype: str) -> float:
         """The least time that the measured limits allow for that work: arithmetic or memory, whichever is longer."""
-        flops = self.product[dtype]
-        if dtype == "float32" and self.fma is not None:
-            flops = max(flops, self.fma)
+        flops = max(self.product[dtype], self.fma or 0.0)  # a CPU can do the arithmetic of every dtype in float32
         return max(work.flops / flops, work.bytes / self.copy)
 
     def best(self, other: Limits) -> Limits:
@@ -69,7 +69,7 @@ def measure_limits(device: str, dtypes: list[torch.dtype], *, quick: bool = Fals
     """Measures them. Takes one to three seconds on a CPU; quick: small sizes, whose rates mean nothing."""
     size = 128 if quick else 8192 if device == "cuda" else 2048
     length = 2**12 if quick else 2**30 if device == "cuda" else 2**28
-    product = {dtype_name(dtype): 2.0 * size**3 / _product_seconds(device, dtype, size) for dtype in dtypes}
+    product = {dtype_name(dtype): _product_rate(device, dtype, size) for dtype in dtypes}
     source = torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = 2.0 * length / _seconds(device, lambda: target.copy_(source))
@@ -85,9 +85,15 @@ def _seconds(device: str, call: Callable[[], object]) -> float:
         return min(time_jobs({"": job}, device, Effort(rounds=7, seconds=0.3, most=60))[""].samples) / 1e3
 
 
-def _product_seconds(device: str, dtype: torch.dtype, size: int) -> float:
+def _product_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a product of matrices of that size, or of one an eighth as large where that alone takes long: torch
+    multiplies half dtypes element by element on CPUs without instructions for them."""
+    if size > 8 * _SMALL_PRODUCT:
+        small = _product_rate(device, dtype, size // 8)
+        if 2.0 * size**3 / small > _LONG_PRODUCT_SECONDS:
+            return small
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return _seconds(device, lambda: torch.mm(a, b))
+    return 2.0 * size**3 / _seconds(device, lambda: torch.mm(a, b))
 
 
 def _fma(quick: bool) -> tuple[float | None, str]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastattn
 from fastattn import dispatch
 from fastattn.bench import run as run_module
+from fastattn.bench.cases.base import Work
 from fastattn.bench.cases.grid import SHARES, SUITES
-from fastattn.bench.limits import Limits
+from fastattn.bench.limits import Limits, measure_limits
 from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.providers.base import Job, Provider
 from fastattn.bench.providers.compiled import no_compiler
@@ -155,6 +158,28 @@ def test_compilers_join_the_cases_that_say_so_unless_told_otherwise() -> None:
 def test_the_better_of_two_measurements_is_the_limit() -> None:
     calm, busy = Limits({"float32": 9.0}, copy=5.0, fma=None, empty_ms=1.0), Limits({"float32": 2.0}, 6.0, 3.0, 2.0)
     assert calm.best(busy) == busy.best(calm) == Limits({"float32": 9.0}, 6.0, 3.0, 1.0)
+
+
+def test_a_half_dtype_on_a_cpu_is_held_to_what_float32_can_do() -> None:
+    """torch multiplies bfloat16 element by element on CPUs without instructions for it: that is no limit."""
+    limits = Limits({"bfloat16": 1.0, "float32": 80.0}, copy=10.0, fma=100.0)
+    assert limits.seconds(Work(200.0, 1.0, "FLOP"), "bfloat16") == 2.0
+    assert limits.seconds(Work(200.0, 40.0, "FLOP"), "bfloat16") == 4.0
+
+
+def test_a_product_that_takes_long_is_timed_at_an_eighth_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def rate(per_second: float) -> float:
+        def seconds(device: str, call: Callable[[], Tensor]) -> float:
+            sizes.append(call().shape[0])
+            return 2.0 * sizes[-1] ** 3 / per_second
+
+        monkeypatch.setattr("fastattn.bench.limits._seconds", seconds)
+        return measure_limits("cpu", [torch.float32]).product["float32"]
+
+    assert rate(1e9) == pytest.approx(1e9) and sizes[0] == 256 and 2048 not in sizes
+    assert rate(1e12) == pytest.approx(1e12) and 2048 in sizes
 
 
 def test_a_call_far_behind_the_fastest_is_made_a_few_times_only() -> None:

@@ -118,7 +118,8 @@ class AttentionCase(OpCase):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeCase(AttentionCase):
-    """One new token per sequence against a key-value cache; bound by reading the cache."""
+    """One new token per sequence against a key-value cache; bound by reading the cache, (B, H, S, D) in memory as the
+    caches of transformers are."""
 
     suite: ClassVar[str] = "decode"
 
@@ -128,3 +129,7 @@ class DecodeCase(AttentionCase):
     @property
     def counted(self) -> str:
         return "B"
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = super().tensors()
+        return {**found, "k": found["k"].contiguous(), "v": found["v"].contiguous()}

@@ -263,30 +263,24 @@ def _uneven(batch: int, length: int) -> tuple[int, ...]:
 
 
 def _decode(choice: Choice) -> list[Case]:
-    """Cached lengths from half to all of the capacity, heads as in the models that decode."""
+    """Cached lengths from half to all of the capacity and, on CPUs, a larger batch of full ones; heads as in the models
+    that decode."""
+    capacities = (64,) if choice.quick else (2048, 8192, 32768) if choice.gpu else (1024, 4096)
+    batch = 2 if choice.quick else 16 if choice.gpu else 4
     found: list[Case] = []
     for name, shape, _, _ in choice.of_shapes():
         if not shape.causal:
             continue
-        capacities = (64,) if choice.quick else (2048, 8192, 32768) if choice.gpu else (1024, 4096)
-        batch = 2 if choice.quick else 16 if choice.gpu else 4
+        options: dict[str, Any] = {"heads_q": shape.heads_q, "heads_kv": shape.heads_kv, "len_q": 1, **choice.common}
+        options["dim"] = 16 if choice.quick else shape.dim
         for capacity in capacities:
-            found.append(
-                DecodeCase(
-                    name=f"{name}, {batch} x {capacity} cached",
-                    group=f"Decode, {name}, batch {batch}",
-                    axis="cached tokens",
-                    x=capacity,
-                    batch=batch,
-                    heads_q=shape.heads_q,
-                    heads_kv=shape.heads_kv,
-                    len_q=1,
-                    len_k=capacity,
-                    dim=16 if choice.quick else shape.dim,
-                    visible=Visible(lengths=_lengths(batch, capacity)),
-                    **choice.common,
-                )
-            )
+            title, group = f"{name}, {batch} x {capacity} cached", f"Decode, {name}, batch {batch}"
+            axis: dict[str, Any] = {"axis": "cached tokens", "x": capacity, "group": group}
+            seen = Visible(lengths=_lengths(batch, capacity))
+            found.append(DecodeCase(name=title, batch=batch, len_k=capacity, visible=seen, **axis, **options))
+        if not choice.gpu and not choice.quick:
+            title, group = f"{name}, 8 x {capacities[-1]} cached, full", "Decode, every cache full"
+            found.append(DecodeCase(name=title, group=group, batch=8, len_k=capacities[-1], **options))
     return found
 
 
