@@ -83,6 +83,26 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def float32_sums() -> Iterator[None]:
+    """Inside, torch's matrix products of half dtypes on GPUs add up in float32 alone.
+
+    By default cuBLAS may round partial sums to the half dtype, and which ones depends on the layout. That decides the
+    sign of pre-activations near 0, and so derivatives of relu, far beyond the rows that `near_kink` finds; the products
+    are torch's own and not under test.
+    """
+    products = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: getattr(products, name) for name in names}
+    for name in names:
+        setattr(products, name, False)
+    try:
+        yield
+    finally:
+        for name, allowed in before.items():
+            setattr(products, name, allowed)
+
+
+@contextlib.contextmanager
 def poisoned_outputs(enabled: bool = True) -> Iterator[None]:
     """Inside, torch.empty and its relatives hand out memory filled with NaN (integers: the largest value).
 

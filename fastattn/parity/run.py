@@ -13,7 +13,7 @@ from functools import partial
 from fastattn.dispatch import backends
 from fastattn.errors import NotSupported
 from fastattn.parity.cases import OPERATIONS, Case, draw_case
-from fastattn.parity.guards import torch_threads
+from fastattn.parity.guards import float32_sums, torch_threads
 from fastattn.parity.pool import Crash, answers
 from fastattn.parity.report import VerifyReport
 
@@ -133,7 +133,7 @@ def _refused(report: VerifyReport, op: str, index: int, case: Case) -> list[str]
     """Runs the case and records what came of it, unless the backend refuses it: its reasons, else none."""
     try:
         # the truths of a small case are fastest on one thread; the case itself sets the count of the call under test
-        with warnings.catch_warnings(), torch_threads(1):
+        with warnings.catch_warnings(), torch_threads(1), float32_sums():
             # poisoned_outputs turns deterministic mode on; what torch's own eager says about that is not our subject
             warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
             rows = case.run(report.backend)

@@ -97,6 +97,19 @@ def test_refusals_are_counted_by_reason_and_exceptions_are_failures(monkeypatch)
     assert 'File "fastattn/parity/' in report.failures[0].exception, "not where this machine has the package"
 
 
+def test_half_products_on_gpus_add_up_in_float32_while_a_case_runs_only(monkeypatch):
+    products = torch.backends.cuda.matmul
+    seen: list[tuple[bool, bool]] = []
+
+    def allowed() -> tuple[bool, bool]:
+        return products.allow_bf16_reduced_precision_reduction, products.allow_fp16_reduced_precision_reduction
+
+    monkeypatch.setattr(OPERATIONS["gated_ffn"], "run", lambda case, backend: seen.append(allowed()) or [])
+    before = allowed()
+    assert verify("gated_ffn", "reference", cases=1).passed
+    assert seen == [(False, False)] and allowed() == before
+
+
 def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
     def forward_only(real):
         def call(q, *args, **options):
