@@ -20,32 +20,83 @@ struct Team {
     __device__ __forceinline__ int count(int k) const { return width - column(k) < CHUNK ? width - column(k) : CHUNK; }
     // How many chunks the busiest thread has: the same for all, since threads exchange values.
     __device__ __forceinline__ int rounds() const { return (width + lanes * CHUNK - 1) / (lanes * CHUNK); }
+    __device__ __forceinline__ bool is_even() const { return width % (lanes * CHUNK) == 0; }  // all threads have as many elements
+    __device__ __forceinline__ int warps() const { return lanes / WARP; }
 };
+
+// f(step) for the steps 16, 8, ... of a butterfly over a whole warp.
+template <typename F>
+__device__ __forceinline__ void over_warp(F &&f) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) f(step);
+}
+
+// The same over as many neighbours as hold the values of `count` warps, a power of two of them.
+template <typename F>
+__device__ __forceinline__ void over_warps(int count, F &&f) {
+#pragma unroll
+    for (int step = MAX_WARPS / 2; step > 0; step /= 2)
+        if (step < count) f(step);
+}
+
+// Whose value this thread brings into over_warps: thread 0 that of warp 0, and so on, and again from 0.
+__device__ __forceinline__ int warp_of_lane(int count) {
+    int neighbours = MAX_WARPS;
+#pragma unroll
+    for (int half = MAX_WARPS / 2; half > 0; half /= 2)
+        if (half >= count) neighbours = half;
+    return static_cast<int>(threadIdx.x) % WARP & (neighbours - 1);
+}
 
 // Sums of N values over the threads of a row; every thread gets them. Calls in a row alternate between the buffers 0 and 1, so that one barrier
 // suffices: whoever writes into a buffer again has passed the barrier behind its last reads. All threads of a block call this together unless
 // a row has one warp.
 template <int N>
 __device__ __forceinline__ void team_sums(const Team &team, float (&values)[N], int buffer) {
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2)
+    const auto add = [&](int step) {
 #pragma unroll
         for (float &value : values) value += shuffle_xor(value, step);
-    if (team.lanes == WARP) return;
+    };
+    over_warp(add);
+    if (team.warps() == 1) return;
     const Shared<float> parts = static_shared<float, 2 * N * MAX_WARPS>();
-    const int warps = team.lanes / WARP, first = static_cast<int>(threadIdx.y) * warps;
+    const int first = static_cast<int>(threadIdx.y) * team.warps();
     const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
     const auto place = [&](int n, int of) { return (buffer * N + n) * MAX_WARPS + first + of; };
     if (lane == 0)
 #pragma unroll
         for (int n = 0; n < N; n++) parts.set(place(n, warp), values[n]);
     sync_block();
+    const int from = warp_of_lane(team.warps());
 #pragma unroll
-    for (int n = 0; n < N; n++) values[n] = lane < warps ? parts.get(place(n, lane)) : 0.0f;
-#pragma unroll
-    for (int step = WARP / 2; step > 0; step /= 2)
-#pragma unroll
-        for (float &value : values) value += shuffle_xor(value, step);
+    for (int n = 0; n < N; n++) values[n] = from < team.warps() ? parts.get(place(n, from)) : 0.0f;
+    over_warps(team.warps(), add);
+}
+
+// From each thread's mean and sum of squares about it, of `count` elements each, those of the row, in one exchange where sums take two (Chan, Golub
+// and LeVeque 1979: the squares about a common mean are the squares about both means and count / 2 (difference of the means)^2). For a power of
+// two of warps; once a kernel, by all threads of a block unless a row has one warp.
+__device__ __forceinline__ void team_moments(const Team &team, float &mean, float &squares, float count) {
+    const auto merge = [&](int step) {
+        const float other = shuffle_xor(mean, step), apart = other - mean;
+        squares = squares + shuffle_xor(squares, step) + apart * apart * (0.5f * count);
+        mean = 0.5f * (mean + other);
+        count *= 2.0f;
+    };
+    over_warp(merge);
+    if (team.warps() == 1) return;
+    const Shared<float> parts = static_shared<float, 2 * MAX_WARPS>();
+    const int first = static_cast<int>(threadIdx.y) * team.warps();
+    const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
+    if (lane == 0) {
+        parts.set(first + warp, mean);
+        parts.set(MAX_WARPS + first + warp, squares);
+    }
+    sync_block();
+    const int from = first + warp_of_lane(team.warps());
+    mean = parts.get(from);
+    squares = parts.get(MAX_WARPS + from);
+    over_warps(team.warps(), merge);
 }
 
 template <bool VECTOR, bool HALVES>

@@ -2,8 +2,8 @@
 //
 // Contract   z = dropout(x) + residual, y = (z - mean) rstd (offset + weight) + bias; mean is 0 for RMS. Rows contiguous, width 1 to 65,536,
 //            fewer than 2^31 rows, any mixture of float32, bfloat16 and float16. z is stored where there is dropout or a residual.
-// Numerics   float32, one rounding per output; z is rounded to its dtype before its statistics are taken; the variance is that of the centred
-//            values. Every sum has an order that the width fixes: bitwise repeatable.
+// Numerics   float32, one rounding per output; z is rounded to its dtype before its statistics are taken; the variance is that of centred
+//            values, about the mean of the row or of each thread's share, which are then merged. Every sum has an order that the width fixes: bitwise repeatable.
 // Algorithm  A warp per row up to 1,024 columns, beyond that a block, so that a row lies in registers, as it lies in memory, between its one
 //            read and its one write: up to 20,480 columns; what lies behind is read again, from cache.
 // Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096; first
@@ -11,6 +11,8 @@
 //            0.60 / 0.68  rows as float32 in registers: 120 of them, 16 warps per multiprocessor
 //            0.79 / 0.91  rows as they lie in memory: 60 registers, 32 warps. LayerNorm's second exchange costs what lacks; with a residual, and
 //                         at 8,192 columns, both are above 1 (part of it comes from the L2 cache). Triton's forward: 0.91 / 0.97
+//            not timed    LayerNorm with one exchange where all threads have as many elements (team_moments), and no more steps across warps than
+//                         there are warps: 64 registers. Expected: LayerNorm near RMSNorm's
 #include <cmath>
 
 #include "device_guard.cuh"
@@ -116,16 +118,20 @@ __global__ void __launch_bounds__(THREADS, THREADS == NARROW ? (HALVES && !DROPO
     }
     // z of a chunk that registers do not hold, as this thread stored or read it before.
     const auto reload = [&](int k) { return load_chunk<VECTOR>(p.z ? p.z : p.x, row * p.width + team.column(k), team.count(k)); };
+    // About the mean of the row or, where one exchange will do, about the mean of what this thread has.
+    const bool merged = !p.is_rms && team.is_even();
+    const int own = merged ? rounds * CHUNK : p.width;
     float mean = 0.0f;
     if (!p.is_rms) {
-        team_sums(team, total, 0);
-        mean = total[0] / static_cast<float>(p.width);
+        if (!merged) team_sums(team, total, 0);
+        mean = total[0] / static_cast<float>(own);
     }
     float squares[1] = {0.0f};
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) squares[0] += squares_about(widen<HALVES>(z[k], p.z_dtype), mean, team.count(k));
     for (int k = CHUNKS; k < rounds; k++) squares[0] += squares_about(reload(k), mean, team.count(k));
-    team_sums(team, squares, 1);
+    if (merged) team_moments(team, mean, squares[0], static_cast<float>(own));
+    else team_sums(team, squares, 1);
     const float rstd = 1.0f / sqrtf(squares[0] / static_cast<float>(p.width) + p.eps);
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) store_y<VECTOR, HALVES>(p, row, team.column(k), team.count(k), widen<HALVES>(z[k], p.z_dtype), mean, rstd);

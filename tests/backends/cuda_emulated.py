@@ -43,6 +43,8 @@ NORMS = [
     Norm("rms", (9, 1), F32, weight=None, bias=None),
     Norm("rms", (0, 16), F32, residual=F32),
     Norm("layer", (21, 4096), BF16, residual=BF16),
+    Norm("layer", (3, 2, 1024), BF16, bias=None),
+    Norm("layer", (5, 2048), F32),
     Norm("layer", (6, 4104), BF16, residual=F32, dropout_p=0.2, grad_z=True),
     Norm("layer", (3, 9001), F32, residual=BF16, dropout_p=0.1, grad_z=True),
     Norm("rms", (2, 20488), BF16, offset=1.0, bias=None, residual=BF16),
