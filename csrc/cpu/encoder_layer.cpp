@@ -272,7 +272,7 @@ class Worker {
     }
 
     void normalise(const fastattn_layer_norm &norm, const float *row, void *target, int32_t dtype) const {
-        const float mean = mean_of(row, p_.embed, 0.0f, false);
+        const float mean = mean_of(row, p_.embed);
         write_normal(row, p_.embed, mean, rstd_of(row, p_.embed, mean, norm.eps), {norm.weight, norm.bias, norm.weight_dtype, norm.bias_dtype, 0.0f}, target, dtype);
     }
 

@@ -5,6 +5,13 @@
 // Backward, with g = grad_y (offset + weight) and h = (z - mean) rstd:
 //   grad_z' = rstd (g - mean(g) - h mean(g h)) + grad_z     (RMS: without mean(g))
 //   grad_x = dropout'(grad_z'), grad_residual = grad_z', grad_weight = sum over rows of grad_y h, grad_bias = sum over rows of grad_y
+// Algorithm: a few passes over a row that lies in the level-1 cache; each knows its dtypes when compiled, and only its last vector asks for lanes.
+//
+// Ladder, ms on 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26, float32, 1,024 x 768, LayerNorm / with residual / RMSNorm / forward and backward
+// with residual; torch in the same runs 0.154 / 0.26 / 0.20 / 1.35.
+//   0.332 / 0.667 / 0.294 / 1.57  dtypes and lanes asked for at every vector
+//   0.167 / 0.287 / 0.129 / 1.35  as above
+//   0.167 / 0.252 / 0.129 / 1.30  x and residual in one pass, into z itself where that is float32
 #include "kernels.h"
 #include "norm.h"
 #include "philox.h"
@@ -31,60 +38,87 @@ struct RowBuffers {
 
 Affine affine_of(const fastattn_norm &p) { return {p.weight, p.bias, p.weight_dtype, p.bias_dtype, p.offset}; }
 
-// z of one row as float32, also written to p.z.
-void gather_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
-    if (drops(p)) keep_row(p.dropout, row, p.width, buffers.keep);
-    for (int64_t c = 0; c < p.width; c += kLanes) {
-        const int width = lanes_left(c, p.width);
-        const int64_t at = row * p.width + c;
-        vfloat z = load_any(offset(p.x, p.x_dtype, at), p.x_dtype, width);
-        if (drops(p)) z = drop(z, p.dropout, buffers.keep + c);
-        if (p.residual) z += load_any(offset(p.residual, p.residual_dtype, at), p.residual_dtype, width);
-        if (p.z) {
-            store_any(offset(p.z, p.z_dtype, at), p.z_dtype, z, width);
-            if (p.z_dtype != FASTATTN_FLOAT32) z = load_any(offset(p.z, p.z_dtype, at), p.z_dtype, width);
-        }
-        store(buffers.row + c, z);
+// row[c] = f(c, lanes, elements of that dtype from `source`); nothing is written past the row.
+template <class F>
+void over_elements(const void *source, int32_t source_dtype, int64_t width, float *row, F &&f) {
+    with_dtype(source_dtype, [&]<int dtype>() {
+        over_columns(width, [&](int64_t c, int lanes) {
+            store_any(row + c, FASTATTN_FLOAT32, f(c, lanes, load_any(offset(source, dtype, c), dtype, lanes)), lanes);
+        });
+    });
+}
+
+// target = row, in that dtype.
+void write_elements(const float *row, int64_t width, void *target, int32_t target_dtype) {
+    with_dtype(target_dtype, [&]<int dtype>() {
+        over_columns(width, [&](int64_t c, int lanes) { store_any(offset(target, dtype, c), dtype, load_any(row + c, FASTATTN_FLOAT32, lanes), lanes); });
+    });
+}
+
+// z of one row as float32, also written to p.z: the row of x or of z itself where that will do.
+const float *row_of_z(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
+    const int64_t at = row * p.width;
+    const void *x = offset(p.x, p.x_dtype, at), *residual = p.residual ? offset(p.residual, p.residual_dtype, at) : nullptr;
+    void *kept = p.z ? offset(p.z, p.z_dtype, at) : nullptr;
+    const bool dropped = drops(p);
+    if (p.x_dtype == FASTATTN_FLOAT32 && !dropped && !residual && !kept) return (const float *)x;
+    float *z = kept && p.z_dtype == FASTATTN_FLOAT32 ? (float *)kept : buffers.row;
+    if (dropped) keep_row(p.dropout, row, p.width, buffers.keep);
+    with_dtype(p.residual_dtype, [&]<int residual_dtype>() {
+        over_elements(x, p.x_dtype, p.width, z, [&](int64_t c, int lanes, vfloat v) {
+            if (dropped) v = drop(v, p.dropout, buffers.keep + c);
+            if (residual) v += load_any(offset(residual, residual_dtype, c), residual_dtype, lanes);
+            return v;
+        });
+    });
+    if (kept && z == buffers.row) {  // rounded
+        write_elements(z, p.width, kept, p.z_dtype);
+        over_elements(kept, p.z_dtype, p.width, z, [](int64_t, int, vfloat v) { return v; });
     }
+    return z;
 }
 
 void forward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
-    gather_row(p, row, buffers);
-    const float mean = p.is_rms ? 0.0f : mean_of(buffers.row, p.width, 0.0f, false);
-    const float rstd = rstd_of(buffers.row, p.width, mean, p.eps);
+    const float *z = row_of_z(p, row, buffers);
+    const float mean = p.is_rms ? 0.0f : mean_of(z, p.width);
+    const float rstd = rstd_of(z, p.width, mean, p.eps);
     if (p.mean) p.mean[row] = mean;
     if (p.rstd) p.rstd[row] = rstd;
-    write_normal(buffers.row, p.width, mean, rstd, affine_of(p), offset(p.y, p.x_dtype, row * p.width), p.x_dtype);
+    write_normal(z, p.width, mean, rstd, affine_of(p), offset(p.y, p.x_dtype, row * p.width), p.x_dtype);
 }
 
 void backward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers, float *weight_sum, float *bias_sum) {
     const float mean = p.is_rms ? 0.0f : p.mean[row], rstd = p.rstd[row];
+    const int64_t at = row * p.width;
     const Affine affine = affine_of(p);
+    float *h_row = buffers.row, *g_row = buffers.other;  // past the row they hold anything
+    over_elements(offset((const void *)p.z, p.z_dtype, at), p.z_dtype, p.width, h_row, [&](int64_t, int, vfloat z) { return (z - mean) * rstd; });
     vfloat g_total = zero(), gh_total = zero();
-    for (int64_t c = 0; c < p.width; c += kLanes) {
-        const int width = lanes_left(c, p.width);
-        const int64_t at = row * p.width + c;
-        const vfloat grad_y = load_any(offset(p.grad_y, p.x_dtype, at), p.x_dtype, width);
-        const vfloat h = (load_any(offset((const void *)p.z, p.z_dtype, at), p.z_dtype, width) - mean) * rstd;
-        const vfloat g = grad_y * affine.scale(c, width);  // 0 in the lanes past the row
-        store(buffers.row + c, h);
-        store(buffers.other + c, g);
-        g_total += g;
-        gh_total += g * h;
-        if (weight_sum) add_to(weight_sum + c, grad_y * h);
-        if (bias_sum) add_to(bias_sum + c, grad_y);
-    }
+    const void *grad_y = offset(p.grad_y, p.x_dtype, at);
+    with_dtype(p.x_dtype, [&]<int dtype>() {
+        affine.with_dtypes([&]<int weight, int bias>() {
+            over_columns(p.width, [&](int64_t c, int lanes) {
+                const vfloat grad = load_any(offset(grad_y, dtype, c), dtype, lanes), h = load_any(h_row + c, FASTATTN_FLOAT32, lanes);
+                const vfloat g = grad * affine.scale<weight>(c, lanes);
+                store(g_row + c, g);
+                g_total += g;
+                gh_total += g * h;
+                if (weight_sum) add_to(weight_sum + c, grad * h);
+                if (bias_sum) add_to(bias_sum + c, grad);
+            });
+        });
+    });
     const float g_mean = p.is_rms ? 0.0f : sum(g_total) / (float)p.width, gh_mean = sum(gh_total) / (float)p.width;
-    if (drops(p)) keep_row(p.dropout, row, p.width, buffers.keep);
-    for (int64_t c = 0; c < p.width; c += kLanes) {
-        const int width = lanes_left(c, p.width);
-        const int64_t at = row * p.width + c;
-        vfloat grad = rstd * (load(buffers.other + c) - g_mean - load(buffers.row + c) * gh_mean);
-        if (p.grad_z) grad += load_any(offset(p.grad_z, p.z_dtype, at), p.z_dtype, width);
-        if (p.grad_residual) store_any(offset(p.grad_residual, p.residual_dtype, at), p.residual_dtype, grad, width);
-        if (drops(p)) grad = drop(grad, p.dropout, buffers.keep + c);
-        store_any(offset(p.grad_x, p.x_dtype, at), p.x_dtype, grad, width);
+    over_columns(p.width, [&](int64_t c, int) { store(h_row + c, rstd * (load(g_row + c) - g_mean - load(h_row + c) * gh_mean)); });
+    float *grad = h_row;
+    if (p.grad_z)
+        over_elements(offset(p.grad_z, p.z_dtype, at), p.z_dtype, p.width, grad, [&](int64_t c, int, vfloat v) { return load(grad + c) + v; });
+    if (p.grad_residual) write_elements(grad, p.width, offset(p.grad_residual, p.residual_dtype, at), p.residual_dtype);
+    if (drops(p)) {
+        keep_row(p.dropout, row, p.width, buffers.keep);
+        over_columns(p.width, [&](int64_t c, int) { store(grad + c, drop(load(grad + c), p.dropout, buffers.keep + c)); });
     }
+    write_elements(grad, p.width, offset(p.grad_x, p.x_dtype, at), p.x_dtype);
 }
 
 }  // namespace

@@ -4,20 +4,23 @@
 
 FASTATTN_NAMESPACE_BEGIN
 
-// Mean of (row - shift), or of its square. Four sums at a time: shorter chains, and less rounding.
-static inline float mean_of(const float *row, int64_t width, float shift, bool squared) {
+// Mean of the row, or of (row - shift)^2. Four sums at a time: shorter chains, and less rounding.
+template <bool squared>
+static inline float mean_of(const float *row, int64_t width, float shift) {
     vfloat total[4] = {};
-    int64_t c = 0;
     const auto term = [&](vfloat v) { return squared ? (v - shift) * (v - shift) : v; };
+    int64_t c = 0;
     for (; c + 4 * kLanes <= width; c += 4 * kLanes)
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) total[i] += term(load(row + c + i * kLanes));
     for (; c + kLanes <= width; c += kLanes) total[0] += term(load(row + c));
     float result = sum((total[0] + total[1]) + (total[2] + total[3]));
     for (; c < width; c++) result += squared ? (row[c] - shift) * (row[c] - shift) : row[c];
     return result / (float)width;
 }
+static inline float mean_of(const float *row, int64_t width) { return mean_of<false>(row, width, 0.0f); }
 
-static inline float rstd_of(const float *row, int64_t width, float mean, float eps) { return 1.0f / __builtin_sqrtf(mean_of(row, width, mean, true) + eps); }
+static inline float rstd_of(const float *row, int64_t width, float mean, float eps) { return 1.0f / __builtin_sqrtf(mean_of<true>(row, width, mean) + eps); }
 
 // What follows the normalisation: y = h (added + weight) + bias; weight and bias may be null.
 struct Affine {
@@ -25,17 +28,31 @@ struct Affine {
     int32_t weight_dtype, bias_dtype;
     float added;  // to the weight
 
-    vfloat scale(int64_t c, int lanes) const {
-        return weight ? load_any(offset(weight, weight_dtype, c), weight_dtype, lanes) + added : broadcast(1.0f);
+    // f.template operator()<weight_dtype, bias_dtype>() for loops that call scale<> and shift<>.
+    template <class F>
+    void with_dtypes(F &&f) const {
+        with_dtype(weight_dtype, [&]<int weight>() { with_dtype(bias_dtype, [&]<int bias>() { f.template operator()<weight, bias>(); }); });
     }
-    vfloat shift(int64_t c, int lanes) const { return bias ? load_any(offset(bias, bias_dtype, c), bias_dtype, lanes) : zero(); }
+    template <int dtype>
+    vfloat scale(int64_t c, int lanes) const {
+        return weight ? load_any(offset(weight, dtype, c), dtype, lanes) + added : broadcast(1.0f);
+    }
+    template <int dtype>
+    vfloat shift(int64_t c, int lanes) const {
+        return bias ? load_any(offset(bias, dtype, c), dtype, lanes) : zero();
+    }
 };
 
-static inline void write_normal(const float *row, int64_t width, float mean, float rstd, const Affine &affine, void *y, int32_t dtype) {
-    for (int64_t c = 0; c < width; c += kLanes) {
-        const int lanes = lanes_left(c, width);
-        store_any(offset(y, dtype, c), dtype, (load(row + c) - mean) * rstd * affine.scale(c, lanes) + affine.shift(c, lanes), lanes);
-    }
+// Reads nothing past the row, which may be one of the caller's tensor.
+static inline void write_normal(const float *row, int64_t width, float mean, float rstd, const Affine &affine, void *y, int32_t y_dtype) {
+    with_dtype(y_dtype, [&]<int dtype>() {
+        affine.with_dtypes([&]<int weight, int bias>() {
+            over_columns(width, [&](int64_t c, int lanes) {
+                const vfloat h = (load_any(row + c, FASTATTN_FLOAT32, lanes) - mean) * rstd;
+                store_any(offset(y, dtype, c), dtype, h * affine.scale<weight>(c, lanes) + affine.shift<bias>(c, lanes), lanes);
+            });
+        });
+    });
 }
 
 FASTATTN_NAMESPACE_END

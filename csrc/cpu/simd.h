@@ -149,12 +149,22 @@ FASTATTN_INLINE void store_part(uint16_t *p, vhalf h, int n) {
 }
 
 // ---- bfloat16 and float16, to nearest even, subnormals kept --------------------------------------------------------------------------
-// GCC makes five instructions of the conversion of eight lanes.
+// GCC makes five instructions and more of the conversions of eight lanes.
 FASTATTN_INLINE vuint widen(vhalf h) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     return (vuint)_mm256_cvtepu16_epi32((__m128i)h);
 #else
     return __builtin_convertvector(h, vuint);
+#endif
+}
+
+// The low halves of lanes below 2^16.
+FASTATTN_INLINE vhalf low_halves(vuint v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    return (vhalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+    return __builtin_convertvector(v, vhalf);
 #endif
 }
 
@@ -165,7 +175,7 @@ FASTATTN_INLINE vhalf to_bfloat16(vfloat v) {
     const vuint rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     const vuint quiet_nan = (b >> 16) | 0x40u;
     const vuint is_nan = (vuint)(v != v);
-    return __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), vhalf);
+    return low_halves((is_nan & quiet_nan) | (~is_nan & rounded));
 }
 
 FASTATTN_INLINE vfloat from_float16(vhalf h) {
@@ -200,7 +210,7 @@ FASTATTN_INLINE vhalf to_float16(vfloat v) {
     vuint result = (is_small & subnormal) | (~is_small & normal);
     result = (is_large & 0x7c00u) | (~is_large & result);
     result = (is_nan & 0x7e00u) | (~is_nan & result);
-    return __builtin_convertvector(result | ((b >> 16) & 0x8000u), vhalf);
+    return low_halves(result | ((b >> 16) & 0x8000u));
 #endif
 }
 
@@ -240,6 +250,14 @@ FASTATTN_INLINE void with_dtype(int32_t dtype, F &&f) {
 
 FASTATTN_INLINE float load_scalar(const void *p, int32_t dtype) {
     return dtype == FASTATTN_FLOAT32 ? *(const float *)p : load_any(p, dtype, 1)[0];
+}
+
+// f(c, kLanes) for whole vectors of [0, end) and f(c, n) for the rest, so that only the last one asks how many lanes it has.
+template <class F>
+FASTATTN_INLINE void over_columns(int64_t end, F &&f) {
+    int64_t c = 0;
+    for (; c + kLanes <= end; c += kLanes) f(c, kLanes);
+    if (c < end) f(c, (int)(end - c));
 }
 
 FASTATTN_INLINE int lanes_left(int64_t from, int64_t end) { return end - from < kLanes ? (int)(end - from) : kLanes; }
