@@ -3,7 +3,8 @@
 // Contract   z = dropout(x) + residual, y = (z - mean) rstd (offset + weight) + bias; mean is 0 for RMS. Rows contiguous, width 1 to 65,536,
 //            fewer than 2^31 rows, any mixture of float32, bfloat16 and float16. z is stored where there is dropout or a residual.
 // Numerics   float32, one rounding per output; z is rounded to its dtype before its statistics are taken; the variance is that of centred
-//            values, about the mean of the row or of each thread's share, which are then merged. Every sum has an order that the width fixes: bitwise repeatable.
+//            values, about the mean of the row or of each thread's share, which are then merged. Every sum has an order that the width fixes:
+//            bitwise repeatable.
 // Algorithm  A warp per row up to 1,024 columns, beyond that a block, so that a row lies in registers, as it lies in memory, between its one
 //            read and its one write: up to 20,480 columns; what lies behind is read again, from cache.
 // Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096; first

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn import masks
 from fastattn.backends import cpu
 from fastattn.biases.lowered import NO_BIAS
 from fastattn.masks.lowered import LoweredMask
@@ -148,6 +149,42 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 48, f"peak memory grew by {run.stdout} MiB"
+
+
+@pytest.mark.parametrize("mask", [None, masks.Causal(), masks.SlidingWindow(left=300, right=0)])
+def test_rows_apart_give_what_rows_side_by_side_do(monkeypatch: pytest.MonkeyPatch, mask: masks.Mask | None) -> None:
+    """Keys and values that are read often are copied first: the same bits come out, gradients as the inputs lie."""
+    copied: list[tuple[int, ...]] = []
+    contiguous = Tensor.contiguous
+
+    def counted(tensor: Tensor) -> Tensor:
+        copied.append(tuple(tensor.shape))
+        return contiguous(tensor)
+
+    monkeypatch.setattr(Tensor, "contiguous", counted)
+    draw = torch.Generator().manual_seed(5)
+    apart = [torch.randn(1, 310, heads, 24, generator=draw).transpose(1, 2) for heads in (4, 2, 2)]
+    grad_out = torch.randn(1, 4, 310, 24, generator=draw)
+    found = []
+    for layout in (apart, [contiguous(t) for t in apart]):
+        inputs = [t.detach().requires_grad_() for t in layout]
+        out = fastattn.attention(*inputs, mask=mask, backend="cpu")
+        grads = torch.autograd.grad(out, inputs, grad_out)
+        assert [g.stride() for g in grads] == [t.stride() for t in inputs]
+        found.append((out, *grads))
+    assert copied == 4 * [(1, 2, 310, 24)], "keys and values, forward and backward, of the scattered inputs only"
+    for name, one, other in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_rows_read_seldom_and_expanded_heads_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail(f"a copy of {tuple(tensor.shape)}"))
+    kv = torch.randn(1, 300, 2, 16).transpose(1, 2)
+    fastattn.attention(torch.randn(1, 2, 100, 16), kv, kv, backend="cpu")
+    window = masks.SlidingWindow(left=99, right=99)
+    fastattn.attention(torch.randn(1, 2, 300, 16), kv, kv, mask=window, backend="cpu")
+    expanded = torch.randn(1, 300, 1, 16).transpose(1, 2).expand(1, 4, 300, 16)
+    fastattn.attention(torch.randn(1, 4, 300, 16), expanded, expanded, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

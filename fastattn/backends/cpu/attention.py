@@ -14,6 +14,11 @@ from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
 
+_OFTEN = 256
+"""Queries that read a row of keys or values, from which on a copy of scattered rows costs less than reading them does.
+Of 512 to 1,024 queries, heads side by side: 1.2 to 1.4 times as fast forward, copies included, with 128 queries equal,
+with 16 two thirds (float32, D 64 and 128, 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26)."""
+
 
 def attention_forward(
     q: Tensor,
@@ -29,6 +34,7 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, len_q, _ = q.shape
+    k, v = _gathered(k, v, q, mask, packed)
     out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
     lse = torch.empty(batch, heads, len_q, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
@@ -61,6 +67,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide = [_writable(grad) for grad in (dq, dk, dv)]
+    k, v = _gathered(k, v, q, mask, packed)
     sinks = None if sinks is None else sinks.float()
     dbias = torch.zeros(bias.dense.shape if bias.dense is not None and bias_requires_grad else 0, dtype=torch.float32)
     dtable = torch.empty(bias.table.shape if bias.table is not None and table_requires_grad else 0, dtype=torch.float32)
@@ -81,6 +88,27 @@ def attention_backward(
         if written is not grad:
             grad.copy_(written)
     return dq, dk, dv, dbias, dtable, dslopes, dsinks
+
+
+def _gathered(k: Tensor, v: Tensor, q: Tensor, mask: LoweredMask, packed: Packed | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with the rows of a head side by side where they are read often.
+
+    Rows far apart, as (B, S, H, D) has them, share few sets of the caches, and the hardware does not foresee them.
+    """
+    if mask.intervals is not None or mask.blocks is not None:
+        return k, v  # how many queries see a key is not known here
+    readers = q.shape[2] if packed is None else packed.max_len_q
+    if mask.band_left is not None:
+        readers = min(readers, mask.band_left + 1 + (readers if mask.band_right is None else mask.band_right))
+    if readers * (q.shape[1] // max(k.shape[1], 1)) < _OFTEN:
+        return k, v
+    return _side_by_side(k), _side_by_side(v)
+
+
+def _side_by_side(tensor: Tensor) -> Tensor:
+    """A tensor (B, H, S, D), or a copy whose rows follow each other; an expanded one stays as small as it is."""
+    is_expanded = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor if is_expanded or tensor.stride(2) == tensor.shape[3] else tensor.contiguous()
 
 
 def _writable(grad: Tensor) -> Tensor:
