@@ -35,9 +35,9 @@ constexpr int64_t kPart = 384;                      // keys with a softmax of th
 constexpr int64_t kMostParts = 8;                   // that a thread takes at once: it fetches the next part's first keys during the last block of one
 constexpr int64_t kBlock = kLanes == 16 ? 32 : 24;  // keys whose scores are formed together: their keys and values fit the level-1 cache
 // Accumulators: enough of them to hide the latency of two fused multiply-adds a cycle, and with their operands no more than there are registers.
-constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = kLanes == 16 ? 2 : 3; // dot products at a time
-constexpr int kSumVectors = kLanes == 16 ? 2 : 3;                          // of a row's output at a time
-constexpr int64_t kProducts = kLanes == 16 ? 16 : 24;                      // keys whose products are added up together
+constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = kLanes == 16 ? 2 : 3;  // dot products at a time
+constexpr int kSumVectors = kLanes == 16 ? 2 : 3;                           // of a row's output at a time
+constexpr int64_t kProducts = kLanes == 16 ? 16 : 24;                       // keys whose products are added up together
 static_assert(kPart % kBlock == 0 && kBlock % kProducts == 0 && kProducts % kLanes == 0 && kProducts % kKeys == 0);
 
 // The queries of one head group and one sequence, and the keys that some of them may see.
@@ -182,7 +182,7 @@ class NextRows {
     uint64_t credit_ = 0;
 };
 
-// scores(row, key) = q(row) . k(key) for Rows queries and the block's keys.
+// scores(row, key) = q(row) . k(key) for Rows queries and the block's keys. Not inlined, nor is block_values: its loops need all the registers.
 template <int dtype, int Rows>
 __attribute__((noinline)) void block_scores(const float *queries, int64_t width, int64_t dim, const BlockRows &keys, int64_t count, NextRows &shared_ahead,
                                             float *scores) {
@@ -190,7 +190,7 @@ __attribute__((noinline)) void block_scores(const float *queries, int64_t width,
     const int64_t whole = dim / kLanes * kLanes;
     for (int64_t first = 0; first < count; first += kProducts) {
         vfloat products[Rows][kProducts];
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // else all products would be given registers, and go to memory and back
         for (int64_t key = 0; key < kProducts; key += kKeys) {
             vfloat acc[Rows][kKeys] = {};
             const auto add = [&](int64_t c, int lanes) {
