@@ -48,12 +48,8 @@ void over_elements(const void *source, int32_t source_dtype, int64_t width, floa
     });
 }
 
-// target = row, in that dtype.
-void write_elements(const float *row, int64_t width, void *target, int32_t target_dtype) {
-    with_dtype(target_dtype, [&]<int dtype>() {
-        over_columns(width, [&](int64_t c, int lanes) { store_any(offset(target, dtype, c), dtype, load_any(row + c, FASTATTN_FLOAT32, lanes), lanes); });
-    });
-}
+// target = row of scratch, in that dtype.
+void write_row(const float *row, int64_t width, void *target, int32_t dtype) { unpack_rows(row, 0, 1, width, 1.0f, target, dtype, 0); }
 
 // z of one row as float32, also written to p.z: the row of x or of z itself where that will do.
 const float *row_of_z(const fastattn_norm &p, int64_t row, RowBuffers &buffers) {
@@ -72,8 +68,8 @@ const float *row_of_z(const fastattn_norm &p, int64_t row, RowBuffers &buffers) 
         });
     });
     if (kept && z == buffers.row) {  // rounded
-        write_elements(z, p.width, kept, p.z_dtype);
-        over_elements(kept, p.z_dtype, p.width, z, [](int64_t, int, vfloat v) { return v; });
+        write_row(z, p.width, kept, p.z_dtype);
+        pack_rows({kept, p.z_dtype, 0}, 1, p.width, 1.0f, z, buffers.width);
     }
     return z;
 }
@@ -96,7 +92,7 @@ void backward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers, floa
     vfloat g_total = zero(), gh_total = zero();
     const void *grad_y = offset(p.grad_y, p.x_dtype, at);
     with_dtype(p.x_dtype, [&]<int dtype>() {
-        affine.with_dtypes([&]<int weight, int bias>() {
+        with_dtype(affine.weight_dtype, [&]<int weight>() {
             over_columns(p.width, [&](int64_t c, int lanes) {
                 const vfloat grad = load_any(offset(grad_y, dtype, c), dtype, lanes), h = load_any(h_row + c, FASTATTN_FLOAT32, lanes);
                 const vfloat g = grad * affine.scale<weight>(c, lanes);
@@ -113,12 +109,12 @@ void backward_row(const fastattn_norm &p, int64_t row, RowBuffers &buffers, floa
     float *grad = h_row;
     if (p.grad_z)
         over_elements(offset(p.grad_z, p.z_dtype, at), p.z_dtype, p.width, grad, [&](int64_t c, int, vfloat v) { return load(grad + c) + v; });
-    if (p.grad_residual) write_elements(grad, p.width, offset(p.grad_residual, p.residual_dtype, at), p.residual_dtype);
+    if (p.grad_residual) write_row(grad, p.width, offset(p.grad_residual, p.residual_dtype, at), p.residual_dtype);
     if (drops(p)) {
         keep_row(p.dropout, row, p.width, buffers.keep);
         over_columns(p.width, [&](int64_t c, int) { store(grad + c, drop(load(grad + c), p.dropout, buffers.keep + c)); });
     }
-    write_elements(grad, p.width, offset(p.grad_x, p.x_dtype, at), p.x_dtype);
+    write_row(grad, p.width, offset(p.grad_x, p.x_dtype, at), p.x_dtype);
 }
 
 }  // namespace

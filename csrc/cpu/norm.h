@@ -28,11 +28,7 @@ struct Affine {
     int32_t weight_dtype, bias_dtype;
     float added;  // to the weight
 
-    // f.template operator()<weight_dtype, bias_dtype>() for loops that call scale<> and shift<>.
-    template <class F>
-    void with_dtypes(F &&f) const {
-        with_dtype(weight_dtype, [&]<int weight>() { with_dtype(bias_dtype, [&]<int bias>() { f.template operator()<weight, bias>(); }); });
-    }
+    // Of a vector at column c, for loops that know the dtype.
     template <int dtype>
     vfloat scale(int64_t c, int lanes) const {
         return weight ? load_any(offset(weight, dtype, c), dtype, lanes) + added : broadcast(1.0f);
@@ -45,12 +41,15 @@ struct Affine {
 
 // Reads nothing past the row, which may be one of the caller's tensor.
 static inline void write_normal(const float *row, int64_t width, float mean, float rstd, const Affine &affine, void *y, int32_t y_dtype) {
+    const auto write = [&]<int dtype, int weight, int bias>() {
+        over_columns(width, [&](int64_t c, int lanes) {
+            const vfloat h = (load_any(row + c, FASTATTN_FLOAT32, lanes) - mean) * rstd;
+            store_any(offset(y, dtype, c), dtype, h * affine.scale<weight>(c, lanes) + affine.shift<bias>(c, lanes), lanes);
+        });
+    };
     with_dtype(y_dtype, [&]<int dtype>() {
-        affine.with_dtypes([&]<int weight, int bias>() {
-            over_columns(width, [&](int64_t c, int lanes) {
-                const vfloat h = (load_any(row + c, FASTATTN_FLOAT32, lanes) - mean) * rstd;
-                store_any(offset(y, dtype, c), dtype, h * affine.scale<weight>(c, lanes) + affine.shift<bias>(c, lanes), lanes);
-            });
+        with_dtype(affine.weight_dtype, [&]<int weight>() {
+            with_dtype(affine.bias_dtype, [&]<int bias>() { write.template operator()<dtype, weight, bias>(); });
         });
     });
 }

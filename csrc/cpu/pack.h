@@ -60,9 +60,8 @@ static inline void unpack_transposed(const float *source, int64_t ld, int64_t ro
 static inline void pack_rows(Rows source, int64_t rows, int64_t columns, float scale, float *target, int64_t ld) {
     with_dtype(source.dtype, [&]<int dtype>() {
         for (int64_t r = 0; r < rows; r++) {
-            int64_t c = 0;
-            for (; c < columns; c += kLanes) store(target + r * ld + c, load_any(source.at(r, c), dtype, lanes_left(c, columns)) * scale);
-            for (; c < ld; c += kLanes) store(target + r * ld + c, zero());
+            over_columns(columns, [&](int64_t c, int lanes) { store(target + r * ld + c, load_any(source.at(r, c), dtype, lanes) * scale); });
+            for (int64_t c = round_up(columns, kLanes); c < ld; c += kLanes) store(target + r * ld + c, zero());
         }
     });
 }
@@ -71,8 +70,9 @@ static inline void unpack_rows(const float *source, int64_t ld, int64_t rows, in
                                int64_t stride) {
     with_dtype(target_dtype, [&]<int dtype>() {
         for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < columns; c += kLanes)
-                store_any(offset(target, dtype, r * stride + c), dtype, load(source + r * ld + c) * scale, lanes_left(c, columns));
+            over_columns(columns, [&](int64_t c, int lanes) {
+                store_any(offset(target, dtype, r * stride + c), dtype, load(source + r * ld + c) * scale, lanes);
+            });
     });
 }
 

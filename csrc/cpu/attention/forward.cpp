@@ -20,7 +20,7 @@
 //   their share of the dense time: what a tile costs besides its blocks (its queries, its output) shows where it sees few of them.
 // On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-25: that window at 8 heads takes 1/34 of torch's time, 36 ms, and 1/2.6 of compiled
 //   FlexAttention's at 4,096; block masks of density 0.50, 0.25, 0.11, 0.05 take 1.07, 1.09, 1.12, 1.15 times their share.
-// Rows of keys and values far apart, as (B, S, H, D) has them, cost 11% at 12 heads x 64 and 27% at 16, whose rows share sixteen sets of the level-2
+// Rows of keys and values far apart, as (B, S, H, D) has them, cost 11% at 12 heads x 64 and 26% at 16, whose rows share sixteen sets of the level-2
 //   cache; the caller passes copies of those that are read often.
 #include "../kernels.h"
 #include "tile.h"
