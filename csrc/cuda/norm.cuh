@@ -48,9 +48,24 @@ __device__ __forceinline__ int warp_of_lane(int count) {
     return static_cast<int>(threadIdx.x) % WARP & (neighbours - 1);
 }
 
-// Sums of N values over the threads of a row; every thread gets them. Calls in a row alternate between the buffers 0 and 1, so that one barrier
-// suffices: whoever writes into a buffer again has passed the barrier behind its last reads. All threads of a block call this together unless
-// a row has one warp.
+// Brings each warp's values, which all its threads have, to the threads of the others as over_warps wants them; 0 where there is no warp. Calls in a
+// row alternate between the buffers 0 and 1, so that one barrier suffices: whoever writes into a buffer again has passed the barrier behind its
+// last reads. All threads of a block call this together.
+template <int N>
+__device__ __forceinline__ void exchange(const Team &team, float (&values)[N], int buffer) {
+    const Shared<float> parts = static_shared<float, 2 * N * MAX_WARPS>();
+    const int first = static_cast<int>(threadIdx.y) * team.warps(), warp = static_cast<int>(threadIdx.x) / WARP;
+    const auto place = [&](int n, int of) { return (buffer * N + n) * MAX_WARPS + first + of; };
+    if (static_cast<int>(threadIdx.x) % WARP == 0)
+#pragma unroll
+        for (int n = 0; n < N; n++) parts.set(place(n, warp), values[n]);
+    sync_block();
+    const int from = warp_of_lane(team.warps());
+#pragma unroll
+    for (int n = 0; n < N; n++) values[n] = from < team.warps() ? parts.get(place(n, from)) : 0.0f;
+}
+
+// Sums of N values over the threads of a row; every thread gets them. Together, as exchange(), unless a row has one warp.
 template <int N>
 __device__ __forceinline__ void team_sums(const Team &team, float (&values)[N], int buffer) {
     const auto add = [&](int step) {
@@ -59,44 +74,28 @@ __device__ __forceinline__ void team_sums(const Team &team, float (&values)[N], 
     };
     over_warp(add);
     if (team.warps() == 1) return;
-    const Shared<float> parts = static_shared<float, 2 * N * MAX_WARPS>();
-    const int first = static_cast<int>(threadIdx.y) * team.warps();
-    const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
-    const auto place = [&](int n, int of) { return (buffer * N + n) * MAX_WARPS + first + of; };
-    if (lane == 0)
-#pragma unroll
-        for (int n = 0; n < N; n++) parts.set(place(n, warp), values[n]);
-    sync_block();
-    const int from = warp_of_lane(team.warps());
-#pragma unroll
-    for (int n = 0; n < N; n++) values[n] = from < team.warps() ? parts.get(place(n, from)) : 0.0f;
+    exchange(team, values, buffer);
     over_warps(team.warps(), add);
 }
 
 // From each thread's mean and sum of squares about it, of `count` elements each, those of the row, in one exchange where sums take two (Chan, Golub
 // and LeVeque 1979: the squares about a common mean are the squares about both means and count / 2 (difference of the means)^2). For a power of
-// two of warps; once a kernel, by all threads of a block unless a row has one warp.
+// two of warps; together unless a row has one warp.
 __device__ __forceinline__ void team_moments(const Team &team, float &mean, float &squares, float count) {
+    float both[2] = {mean, squares};
     const auto merge = [&](int step) {
-        const float other = shuffle_xor(mean, step), apart = other - mean;
-        squares = squares + shuffle_xor(squares, step) + apart * apart * (0.5f * count);
-        mean = 0.5f * (mean + other);
+        const float other = shuffle_xor(both[0], step), apart = other - both[0];
+        both[1] = both[1] + shuffle_xor(both[1], step) + apart * apart * (0.5f * count);
+        both[0] = 0.5f * (both[0] + other);
         count *= 2.0f;
     };
     over_warp(merge);
-    if (team.warps() == 1) return;
-    const Shared<float> parts = static_shared<float, 2 * MAX_WARPS>();
-    const int first = static_cast<int>(threadIdx.y) * team.warps();
-    const int warp = static_cast<int>(threadIdx.x) / WARP, lane = static_cast<int>(threadIdx.x) % WARP;
-    if (lane == 0) {
-        parts.set(first + warp, mean);
-        parts.set(MAX_WARPS + first + warp, squares);
+    if (team.warps() > 1) {
+        exchange(team, both, 0);
+        over_warps(team.warps(), merge);
     }
-    sync_block();
-    const int from = first + warp_of_lane(team.warps());
-    mean = parts.get(from);
-    squares = parts.get(MAX_WARPS + from);
-    over_warps(team.warps(), merge);
+    mean = both[0];
+    squares = both[1];
 }
 
 template <bool VECTOR, bool HALVES>
