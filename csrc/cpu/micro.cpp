@@ -155,9 +155,12 @@ void matrix_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b,
 
 // Columns outermost: one strip of B serves all rows of A before the next is touched.
 template <class Operation, Layout layout>
-void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias) {
+void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias,
+               Fetches *fetches) {
     for (int64_t v = 0; v < vectors; v += kTileVectors)
         for (int64_t row = 0; row < m; row += kTileRows) {
+            if (fetches)
+                for (RowsAhead &rows : fetches->rows) rows.step();
             const float *left = a.data + (layout == Layout::rows ? row * a.stride : row);
             const Tile tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, bias ? bias + v * kLanes : nullptr};
             any_tile<Operation, layout, kTileRows>(tile, (int)smaller(kTileRows, m - row), (int)smaller(kTileVectors, vectors - v), k, accumulate);
@@ -165,9 +168,10 @@ void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, in
 }
 
 template <class Operation>
-void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias) {
-    if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
-    else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
+void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias,
+                  Fetches *fetches) {
+    if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
+    else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
 }
 
 }  // namespace
@@ -190,14 +194,14 @@ MatrixUnit::~MatrixUnit() {}
 #endif
 
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias,
-              [[maybe_unused]] Ahead ahead) {
+              [[maybe_unused]] Ahead ahead, Fetches *fetches) {
 #if defined(__AMX_BF16__)
     if (a.parts == 1) return matrix_tiles<1>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
     if (a.parts == 3) return matrix_tiles<3>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
 #elif defined(__AVX512BF16__)
-    if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr);
+    if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr, nullptr);
 #endif
-    both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias);
+    both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
 }
 
 namespace {

@@ -30,13 +30,30 @@ struct Ahead {
     int64_t lines = 0;
 };
 
+// Rows of a tensor to bring into the level-2 cache, `each` of them at a time: processors wait for bursts of prefetches, or drop them.
+struct RowsAhead {
+    const char *row = nullptr;
+    int64_t stride = 0, lines = 0;  // bytes from one row to the next, cache lines of one
+    int64_t left = 0, each = 0;
+
+    void step() {
+        for (int64_t r = 0; r < each && left > 0; r++, left--, row += stride)
+            for (int64_t line = 0; line < lines; line++) __builtin_prefetch(row + line * 64, 0, 2);
+    }
+};
+
+// What a product of float32 fetches with every kTileRows rows of C; the next product goes on with what is left.
+struct Fetches {
+    RowsAhead rows[2];
+};
+
 // C(m, vectors * kLanes) = A B, or += with accumulate, plus a row of `bias` if given; any m, any number of vectors.
 //
 // With words, k counts words and is a multiple of kWordDepth, C has room for m rounded up to kWordRows, vectors is at most kWordVectors, and there
 // is no bias. kWordBlocks: A and B lie in blocks of 16 x 16 words, one after the other: A by row block, k block, part; B by k block, part,
-// vector (kWordVectors of them, whatever `vectors` is), and meanwhile `ahead` is fetched. Otherwise as float32.
+// vector (kWordVectors of them, whatever `vectors` is), and meanwhile `ahead` is fetched. Otherwise as float32, which alone heeds `fetches`.
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
-              const float *bias = nullptr, Ahead ahead = {});
+              const float *bias = nullptr, Ahead ahead = {}, Fetches *fetches = nullptr);
 
 // C(m, n) = A B^T for float32 rows of A and of B, without packing either: for few rows of A, where packing B would cost as much as the product.
 // C has room for n rounded up to whole vectors.

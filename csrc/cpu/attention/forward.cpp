@@ -17,9 +17,14 @@
 //
 // Masks, (1, 8, 8192, 64), same day: a causal window of 256 keys takes 1/40 of the time that torch's scaled_dot_product_attention takes with that
 //   mask as a bool tensor; given the bool tensor itself, 1/16. Block masks of density 0.50, 0.26, 0.11, 0.06 take 1.08, 1.10, 1.18, 1.30 times
-//   their share of the dense time: what a tile costs besides its blocks (its queries, its output) shows where it sees few of them.
+//   their share of the dense time.
 // On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-25: that window at 8 heads takes 1/34 of torch's time, 36 ms, and 1/2.6 of compiled
-//   FlexAttention's at 4,096; block masks of density 0.50, 0.25, 0.11, 0.05 take 1.07, 1.09, 1.12, 1.15 times their share.
+//   FlexAttention's at 4,096.
+// There, 2026-11-26, block masks of density 0.50, 0.25, 0.10, 0.05 by what is fetched how, times their share of the dense time, medians of two runs:
+//   1.07, 1.11, 1.21, 1.35 at (1, 8, 4096, 64)   1.06, 1.11, 1.14, 1.20 at (1, 8, 8192, 64)   a block to jump to, the output and queries in bursts
+//   1.03, 1.06, 1.10, 1.22                       1.03, 1.04, 1.08, 1.10                       a few lines with every few rows of the products,
+//                                                                                           a block by the first tile of its row alone
+//   With no fetching of blocks at all 0.05 took 2% longer than with the latter, the bursts 10%.
 // Rows of keys and values far apart, as (B, S, H, D) has them, cost 11% at 12 heads x 64 and 26% at 16, whose rows share sixteen sets of the level-2
 //   cache; the caller passes copies of those that are read often.
 #include "../kernels.h"
@@ -27,8 +32,6 @@
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
-
-constexpr int64_t kFetchRows = 16;
 
 struct Buffers {
     explicit Buffers(const fastattn_attention &p)
@@ -115,11 +118,16 @@ void write_tile(const fastattn_attention &p, const QueryTile &tile, const Softma
     unpack_transposed(out, tile.lanes(), tile.count, p.dim_v, norm, (void *)target.at(tile.begin, 0), p.dtype, target.stride);
 }
 
-// Brings rows into the level-2 cache.
-template <int write>
-void fetch(Rows rows, int64_t begin, int64_t count, int64_t columns) {
-    for (int64_t row = begin; row < begin + count; row++)
-        for (int64_t c = 0; c < columns; c += 64 / size_of(rows.dtype)) __builtin_prefetch(rows.at(row, c), write, 2);
+RowsAhead ahead(Rows rows, Span span, int64_t columns, int64_t each) {
+    if (span.begin >= span.end) return {};
+    const int64_t size = size_of(rows.dtype);
+    return {(const char *)rows.at(span.begin, 0), rows.stride * size, (columns * size + 63) / 64, span.end - span.begin, each};
+}
+
+// A block of keys or values, all of it during a product of m rows.
+RowsAhead block_ahead(Rows rows, Span span, int64_t columns, int64_t m) {
+    const int64_t steps = (m + kTileRows - 1) / kTileRows;
+    return ahead(rows, span, columns, (span.end - span.begin + steps - 1) / steps);
 }
 
 void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers) {
@@ -131,15 +139,16 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
     TileMask mask(p, tile);
     Softmax softmax;
     bool started = false;
-    for (int64_t fetched = 0; mask.next(); fetched += kFetchRows) {
+    // Fetched meanwhile: the output's lines, the queries of the thread's next tile, the one before this, and blocks that the hardware does not foresee.
+    Fetches with_scores = {{{}, ahead(q, {larger(0, tile.begin - lanes), tile.begin}, p.dim_qk, 1)}};
+    Fetches with_values = {{{}, ahead(out, {tile.begin, tile.begin + tile.count}, p.dim_v, 1)}};
+    while (mask.next()) {
         const KeyBlock &block = mask.block();
-        // In portions, so that the products need not wait: the output's lines and the queries of the thread's next tile, the one before this.
-        if (const int64_t rows = smaller(kFetchRows, tile.count - fetched); rows > 0) {
-            fetch<1>(out, tile.begin + fetched, rows, p.dim_v);
-            if (tile.begin >= lanes) fetch<0>(q, tile.begin - lanes + fetched, rows, p.dim_qk);
-        }
+        const Span jump = mask.jump();
+        with_scores.rows[0] = block_ahead(k, jump, p.dim_qk, block.count);
+        with_values.rows[0] = block_ahead(v, jump, p.dim_v, p.dim_v);
         const Left keys = load_block(k, block, p.dim_qk, Layout::rows, buffers.keys);
-        score_tile(p, tile, mask, keys, buffers.queries, buffers.scores, nullptr);
+        score_tile(p, tile, mask, keys, buffers.queries, buffers.scores, nullptr, &with_scores);
         vfloat correction[kMaxVectors];
         softmax.step(buffers.scores, block.count, tile.vectors, correction);
         if (started) rescale(buffers.out, p.dim_v, tile.vectors, correction);
@@ -147,13 +156,8 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
             keep_tile(p, tile, block.begin, block.count, buffers.keep);
             scale_by(buffers.scores, buffers.keep, block.count * lanes);
         }
-        // The hardware foresees neighbouring blocks only.
-        if (const Span jump = mask.jump(); jump.begin < jump.end) {
-            fetch<0>(k, jump.begin, jump.end - jump.begin, p.dim_qk);
-            fetch<0>(v, jump.begin, jump.end - jump.begin, p.dim_v);
-        }
         const Left values = load_block(v, block, p.dim_v, Layout::columns, buffers.values);
-        multiply_lanes(p.dim_v, tile.vectors, block.count, values, buffers.scores, buffers.out, started);
+        multiply_lanes(p.dim_v, tile.vectors, block.count, values, buffers.scores, buffers.out, started, &with_values);
         started = true;
     }
     if (!started) memset(buffers.out, 0, (size_t)(p.dim_v * lanes) * 4);

@@ -45,11 +45,13 @@ class TileMask {
 
     const KeyBlock &block() const { return block_; }
 
-    // The keys that the walk looks at next, where they do not follow the block at once; else none.
+    // The keys that the walk looks at next, where they do not follow the block at once and no tile of this row of blocks has read them; else none.
     Span jump() const {
         int64_t begin = 0;
         if (mask_.blocks.row_ptr.data) {
-            if (entry_ < last_entry_) begin = mask_.blocks.col[entry_] * kKeyBlock;
+            const int64_t past = tile_.last() + 1;
+            const bool first = past % kKeyBlock == 0 || past == tile_.len_q;  // a row's tiles are taken from its last
+            if (first && entry_ < last_entry_) begin = mask_.blocks.col[entry_] * kKeyBlock;
         } else if (run_ + 1 < n_runs_ && position_ == runs_[run_].end) {
             begin = runs_[run_ + 1].begin;
         }

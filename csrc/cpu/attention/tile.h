@@ -92,27 +92,30 @@ static inline void scale_by(float *target, const float *factor, int64_t floats) 
 }
 
 // C(m, lanes) (+)= A B. Four vectors go as two and two: three and one would leave the micro-kernel with a narrow tile.
-static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, bool accumulate) {
+static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, bool accumulate,
+                                  Fetches *fetches = nullptr) {
     const int64_t lanes = vectors * kLanes;
-    if (vectors != 4) return multiply(m, vectors, k, a, b, lanes, c, lanes, accumulate);
-    for (int64_t half = 0; half < lanes; half += 2 * kLanes) multiply(m, 2, k, a, b + half, lanes, c + half, lanes, accumulate);
+    if (vectors != 4) return multiply(m, vectors, k, a, b, lanes, c, lanes, accumulate, nullptr, {}, fetches);
+    for (int64_t half = 0; half < lanes; half += 2 * kLanes)
+        multiply(m, 2, k, a, b + half, lanes, c + half, lanes, accumulate, nullptr, {}, fetches);
 }
 
 // Rows of A times B with sums over k in blocks: one chain of 256 additions would be less accurate than what it is measured against.
-static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, float *c) {
+static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, float *c,
+                                    Fetches *fetches = nullptr) {
     constexpr int64_t kDepth = 64;
-    multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false);
+    multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false, fetches);
     for (int64_t begin = kDepth; begin < k; begin += kDepth) {
         const Left rest = {rows.data + begin, rows.stride, rows.layout};
-        multiply_lanes(m, vectors, smaller(kDepth, k - begin), rest, b + begin * vectors * kLanes, c, true);
+        multiply_lanes(m, vectors, smaller(kDepth, k - begin), rest, b + begin * vectors * kLanes, c, true, fetches);
     }
 }
 
 // scores(key, lane) of the mask's block, -inf where hidden. `queries` hold the scale already.
 static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Left keys, const float *queries,
-                              float *scores, float *slope) {
+                              float *scores, float *slope, Fetches *fetches = nullptr) {
     const KeyBlock &block = mask.block();
-    multiply_blocked(block.count, tile.vectors, p.dim_qk, keys, queries, scores);
+    multiply_blocked(block.count, tile.vectors, p.dim_qk, keys, queries, scores, fetches);
     if (p.softcap > 0) apply_softcap(p, scores, block.count * tile.lanes(), slope);
     if (p.bias.data) add_bias(p, tile, block.begin, block.count, scores);
     if (is_given(p.distance)) add_distance_bias(p, tile, block.begin, block.count, scores);
