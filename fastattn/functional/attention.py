@@ -25,7 +25,7 @@ from fastattn.masks.arguments import as_4d
 from fastattn.masks.lowered import PackedSize, Size, check_lowered
 from fastattn.masks.packed import lower_packed
 from fastattn.ops.attention import Attention, attention_forward, flatten_call, parse_extras, problem_fields
-from fastattn.ops.library import apply, needs_gradient, tracks_gradients
+from fastattn.ops.library import apply, invoke, needs_gradient, tracks_gradients
 from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 
@@ -122,8 +122,8 @@ def attention(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
     """
-    tracked, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    out, lse = apply(Attention, *call) if tracked else attention_forward(*call)
+    tracked, args = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
+    out, lse = apply(Attention, *args) if tracked else invoke(attention_forward, *args)
     return (out, lse) if return_lse else out
 
 
@@ -147,10 +147,10 @@ def explain(
 
     Raises what `attention` raises for a wrong argument.
     """
-    _, call = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    q, k, v = call[:3]
-    fields = problem_fields(q, k, v, parse_extras(call[3:-_FLAGS]), call[-_FLAGS:-1])
-    return dispatch.explain_problem(AttentionProblem(*fields), call[-1])
+    _, args = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
+    q, k, v = args[:3]
+    fields = problem_fields(q, k, v, parse_extras(args[3:-_FLAGS]), args[-_FLAGS:-1])
+    return dispatch.explain_problem(AttentionProblem(*fields), args[-1])
 
 
 def prepare(
@@ -219,13 +219,10 @@ def complete(
 
 def check_scores(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
     """The factor of the scores, and their bound; 0 is none."""
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[3])
-    else:
-        check_number("scale", scale)
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else check_number("scale", scale)
     if softcap is None:
         return scale, 0.0
-    check_number("softcap", softcap)
+    softcap = check_number("softcap", softcap)
     if not softcap > 0.0:
         raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
     return scale, softcap

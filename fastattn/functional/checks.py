@@ -77,12 +77,13 @@ def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: T
     return seed
 
 
-def check_number(name: str, value: float) -> None:
-    """TypeError unless `value` is a real number of the host."""
-    if type(value) is float or type(value) is int or isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return
+def check_number(name: str, value: float) -> float:
+    """`value` as a float; TypeError unless it is a real number of the host."""
+    if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass a Python number")
+    return float(value)
 
 
 def check_activation(activation: str | None) -> str:

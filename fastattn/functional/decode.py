@@ -16,7 +16,7 @@ from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
 from fastattn.masks.lowered import Size
 from fastattn.ops.decode import attention_decode_forward
-from fastattn.ops.library import tracks_gradients
+from fastattn.ops.library import invoke, tracks_gradients
 
 
 @overload
@@ -115,7 +115,8 @@ def attention_decode(
     elif mask is not None:
         lowered, dense = _lower_mask(mask, added.dense, size, q, cache_lengths)
         added = added._replace(dense=dense)
-    out, lse = attention_decode_forward(
+    out, lse = invoke(
+        attention_decode_forward,
         q,
         k_cache,
         v_cache,

@@ -21,7 +21,7 @@ from fastattn.functional.checks import (
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import Size, flatten
 from fastattn.ops.encoder_layer import encoder_layer_forward
-from fastattn.ops.library import tracks_gradients
+from fastattn.ops.library import invoke, tracks_gradients
 
 _NOTHING_HIDDEN = LoweredMask()
 
@@ -121,14 +121,11 @@ def encoder_layer(
         if value is not None:
             check_beside(label, value, "x", x)
             check_shape(label, value, (features,), "one element per feature of x")
+    eps1, eps2 = check_number("eps1", eps1), check_number("eps2", eps2)
     for label, eps in (("eps1", eps1), ("eps2", eps2)):
-        check_number(label, eps)
         if not eps >= 0.0:
             raise ValueError(f"{label}={eps} is negative: pass 0 or a small positive number such as 1e-5")
-    if scale is None:
-        scale = 1.0 / math.sqrt(features // heads)
-    else:
-        check_number("scale", scale)
+    scale = 1.0 / math.sqrt(features // heads) if scale is None else check_number("scale", scale)
     lowered = _NOTHING_HIDDEN
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, mask, x)
@@ -137,7 +134,8 @@ def encoder_layer(
     weights = (wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias)
     if tracks_gradients(x, *weights):
         _refuse_gradients()
-    y: Tensor = encoder_layer_forward(
+    y: Tensor = invoke(
+        encoder_layer_forward,
         x,
         *weights,
         cu_seqlens,

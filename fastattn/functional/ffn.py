@@ -16,7 +16,7 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.ops.ffn import Ffn, GatedFfn, LinearAct, ffn_forward, gated_ffn_forward, linear_act_forward
-from fastattn.ops.library import apply, tracks_gradients
+from fastattn.ops.library import apply, invoke, tracks_gradients
 
 
 def linear_act(
@@ -47,8 +47,8 @@ def linear_act(
     x, weight, bias = _prepare(x, ("weight", weight), ("bias", bias))
     _check_linear("weight", weight, "bias", bias, x.shape[-1], None)
     tracked = tracks_gradients(x, weight, bias)
-    call = (x, weight, bias, name, tracked, resolve_backend(backend))
-    y: Tensor = (apply(LinearAct, *call) if tracked else linear_act_forward(*call))[0]
+    args = (x, weight, bias, name, tracked, resolve_backend(backend))
+    y: Tensor = (apply(LinearAct, *args) if tracked else invoke(linear_act_forward, *args))[0]
     return y
 
 
@@ -80,8 +80,8 @@ def ffn(
     _check_linear("w2", w2, "b2", b2, w1.shape[0], None)
     tracked = tracks_gradients(x, w1, b1, w2, b2)
     seed = _seed(dropout_p, dropout_seed, x)
-    call = (x, w1, b1, w2, b2, seed, name, dropout_p, tracked, resolve_backend(backend))
-    y: Tensor = (apply(Ffn, *call) if tracked else ffn_forward(*call))[0]
+    args = (x, w1, b1, w2, b2, seed, name, dropout_p, tracked, resolve_backend(backend))
+    y: Tensor = (apply(Ffn, *args) if tracked else invoke(ffn_forward, *args))[0]
     return y
 
 
@@ -123,8 +123,8 @@ def gated_ffn(
     tracked = tracks_gradients(x, w_gate, b_gate, w_up, b_up, w_down, b_down)
     weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
     seed = _seed(dropout_p, dropout_seed, x)
-    call = (x, *weights, seed, name, dropout_p, tracked, resolve_backend(backend))
-    y: Tensor = (apply(GatedFfn, *call) if tracked else gated_ffn_forward(*call))[0]
+    args = (x, *weights, seed, name, dropout_p, tracked, resolve_backend(backend))
+    y: Tensor = (apply(GatedFfn, *args) if tracked else invoke(gated_ffn_forward, *args))[0]
     return y
 
 

@@ -15,7 +15,7 @@ from fastattn.functional.checks import (
     check_tensor,
     resolve_backend,
 )
-from fastattn.ops.library import apply, tracks_gradients
+from fastattn.ops.library import apply, invoke, tracks_gradients
 from fastattn.ops.norm import Norm, norm_forward
 from fastattn.reference.attention import accumulate_dtype
 
@@ -89,7 +89,7 @@ def layer_norm(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call.
     """
-    check_number("eps", eps)
+    eps = check_number("eps", eps)
     y, z = _norm(x, weight, bias, "layer", eps, 0.0, residual, dropout_p, dropout_seed, backend)
     return (y, z) if return_residual else y
 
@@ -148,8 +148,8 @@ def rms_norm(
     The other arguments, the results and the errors are those of `layer_norm`.
     """
     if eps is not None:
-        check_number("eps", eps)
-    check_number("offset", offset)
+        eps = check_number("eps", eps)
+    offset = check_number("offset", offset)
     y, z = _norm(x, weight, None, "rms", eps, offset, residual, dropout_p, dropout_seed, backend)
     return (y, z) if return_residual else y
 
@@ -189,8 +189,8 @@ def _norm(
     if dropout_p != 0.0 or dropout_seed is not None:
         seed = check_dropout(dropout_p, dropout_seed, "x", x)
     tracked = tracks_gradients(x, weight, bias, residual)
-    call = (x, weight, bias, residual, seed, kind, eps, offset, dropout_p, tracked, resolve_backend(backend))
-    y, z, _, _ = apply(Norm, *call) if tracked else norm_forward(*call)
+    args = (x, weight, bias, residual, seed, kind, eps, offset, dropout_p, tracked, resolve_backend(backend))
+    y, z, _, _ = apply(Norm, *args) if tracked else invoke(norm_forward, *args)
     return y, x if residual is None and seed is None else z
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn import dispatch
 from fastattn.biases.lowered import LoweredBias
-from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask, flatten, unflatten
+from fastattn.masks.lowered import FLAT_FIELDS, Blocks, LoweredMask, flatten, unflatten
 from fastattn.ops.library import (
     InDims,
     VmapResult,
@@ -23,6 +23,7 @@ from fastattn.ops.library import (
     differentiate_once,
     fold_dim,
     in_layout_of,
+    invoke,
     is_mapped,
     register,
     unit_stride,
@@ -48,7 +49,7 @@ _PACKED = _BIAS + 5
 _SINKS = _PACKED + 4
 _FLAGS = _QKV + _EXTRAS_LENGTH
 _BACKWARD = 4  # the backward's arguments before the extras beyond those of the forward: grad_out, grad_lse, out, lse
-_DENSE = LoweredMask._fields.index("dense")
+_CONTIGUOUS = ("key_start", "key_end", "intervals", "key_bits", "bounds")
 _BLOCKS = LoweredMask._fields.index("blocks")
 
 
@@ -172,9 +173,16 @@ def _backward(
 
 def contiguous_mask(mask: LoweredMask, full: tuple[int, int, int, int]) -> LoweredMask:
     """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0 to (B, Hq, Sq, Skv)."""
-    flat = flatten(mask)
-    mask = unflatten([dense(x) if isinstance(x, Tensor) and i != _DENSE else x for i, x in enumerate(flat)])
-    return mask if mask.dense is None else mask._replace(dense=mask.dense.expand(full))
+    copies = {}
+    for name in _CONTIGUOUS:
+        tensor = getattr(mask, name)
+        if tensor is not None and not tensor.is_contiguous():
+            copies[name] = dense(tensor)
+    if mask.dense is not None:
+        copies["dense"] = mask.dense.expand(full)
+    if mask.blocks is not None:
+        copies["blocks"] = Blocks._make(map(dense, mask.blocks))
+    return mask._replace(**copies) if copies else mask
 
 
 def contiguous_bias(bias: LoweredBias) -> LoweredBias:
@@ -338,7 +346,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = attention_forward(*args)
+        out, lse = invoke(attention_forward, *args)
         return out, lse
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.ops.library import InDims, VmapResult, dense, differentiate_once, is_mapped, lift, register
+from fastattn.ops.library import InDims, VmapResult, dense, differentiate_once, invoke, is_mapped, lift, register
 from fastattn.problems import LinearProblem
 
 
@@ -318,7 +318,7 @@ class LinearAct(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, pre = linear_act_forward(*args)
+        y, pre = invoke(linear_act_forward, *args)
         return y, pre
 
     @staticmethod
@@ -346,7 +346,7 @@ class Ffn(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        y, pre = ffn_forward(*args)
+        y, pre = invoke(ffn_forward, *args)
         return y, pre
 
     @staticmethod
@@ -372,7 +372,7 @@ class GatedFfn(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        y, gate, up = gated_ffn_forward(*args)
+        y, gate, up = invoke(gated_ffn_forward, *args)
         return y, gate, up
 
     @staticmethod

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.ops.library import InDims, VmapResult, dense, differentiate_once, fold_dim, is_mapped, lift, register
+from fastattn.ops.library import (
+    InDims,
+    VmapResult,
+    dense,
+    differentiate_once,
+    fold_dim,
+    invoke,
+    is_mapped,
+    lift,
+    register,
+)
 from fastattn.problems import NormProblem
 from fastattn.reference.attention import accumulate_dtype
 
@@ -195,7 +205,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, z, mean, rstd = norm_forward(*args)
+        y, z, mean, rstd = invoke(norm_forward, *args)
         return y, z, mean, rstd
 
     @staticmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import dropout_arguments, native
-from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments
+from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments, view
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -78,9 +78,9 @@ def attention_backward(
     call = _call_arguments(q, k, v, out, lse, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
     native().attention_backward(
         *call,
-        broadcast_view(grad_out),
+        *_views(packed, grad_out),
         address(grad_lse),
-        *map(broadcast_view, wide),
+        *_views(packed, *wide),
         broadcast_view(dbias if bias_requires_grad else None),
         *map(address, (dtable, dslopes, dsinks)),
     )
@@ -116,6 +116,11 @@ def _writable(grad: Tensor) -> Tensor:
     return grad if grad.stride(3) == 1 or grad.shape[3] == 1 else torch.empty(grad.shape, dtype=grad.dtype)
 
 
+def _views(packed: Packed | None, *tensors: Tensor) -> tuple[tuple[int, ...] | None, ...]:
+    """Tensors with rows of queries or keys: in a packed batch all sequences count from the one entry they are in."""
+    return tuple(map(view if packed is None else broadcast_view, tensors))
+
+
 def _call_arguments(
     q: Tensor,
     k: Tensor,
@@ -143,7 +148,7 @@ def _call_arguments(
         torch.get_num_threads(),
         (batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v),
         places,
-        *map(broadcast_view, (q, k, v, out)),
+        *_views(packed, q, k, v, out),
         lse.data_ptr(),
         mask_arguments(mask, batch, heads_q),
         broadcast_view(dense),
