@@ -13,6 +13,12 @@ _FAMILIES = {
     "torch.nn.modules.normalization": "fastattn.swap.recipes.torch_nn",
     "torch.nn.modules.transformer": "fastattn.swap.recipes.torch_nn",
     "transformers.models.bert.modeling_bert": "fastattn.swap.recipes.bert",
+    "transformers.models.gemma.modeling_gemma": "fastattn.swap.recipes.gemma",
+    "transformers.models.gpt2.modeling_gpt2": "fastattn.swap.recipes.gpt2",
+    "transformers.models.llama.modeling_llama": "fastattn.swap.recipes.llama",
+    "transformers.models.mistral.modeling_mistral": "fastattn.swap.recipes.mistral",
+    "transformers.models.qwen2.modeling_qwen2": "fastattn.swap.recipes.qwen2",
+    "transformers.models.qwen3.modeling_qwen3": "fastattn.swap.recipes.qwen3",
 }
 
 

@@ -1,25 +1,20 @@
 """BERT of transformers: whole layers, and their attention, projections, residual blocks and feed-forward.
 
-Importing this file registers the attention interface, so that a swapped model that was saved whole runs when it is
-loaded in a process that never called swap.
-
-    BertLayer            the whole layer as one call, in inference and where every child is plain; else its children
-    BertSelfAttention    q, k and v as linears; attention through the interface, on the config that swap copied
-    BertCrossAttention   attention through the interface
-    BertSelfOutput       LayerNorm(dropout(linear(x)) + residual) as linear, then one fused dropout-add-LayerNorm
-    BertOutput           the same
-    BertIntermediate     act(linear(x)) as one kernel
+BertLayer            the whole layer as one call, in inference and where every child is plain; else its children
+BertSelfAttention    q, k and v as linears; attention through the interface, on the config that swap copied
+BertCrossAttention   attention through the interface
+BertSelfOutput       LayerNorm(dropout(linear(x)) + residual) as linear, then one fused dropout-add-LayerNorm
+BertOutput           the same
+BertIntermediate     act(linear(x)) as one kernel
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
@@ -28,16 +23,14 @@ from transformers.utils import output_capturing
 from fastattn.functional import encoder_layer, linear_act
 from fastattn.integrations import transformers as interface
 from fastattn.masks import Causal
-from fastattn.nn.activations import activation_name as torch_activation_name
 from fastattn.nn.checks import full_name, why_not_dropout, why_not_input, why_not_linear, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.nn.sublayers import add_and_normalise, child_reason
 from fastattn.ops.library import tracks_gradients
 from fastattn.swap.recipe import PARTS, Recipe
+from fastattn.swap.recipes.shared import InterfaceAttention, activation_name, note_interface
 from fastattn.swap.swapped import Swapped
-
-interface.register()
 
 
 class BertSelfAttention(Swapped, modeling_bert.BertSelfAttention):
@@ -53,7 +46,7 @@ class BertSelfAttention(Swapped, modeling_bert.BertSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
-        _note_interface(self)
+        note_interface(self)
         query = self._heads(_linear(self, "query", hidden_states, "linears"))
         key = self._heads(_linear(self, "key", hidden_states, "linears"))
         value = self._heads(_linear(self, "value", hidden_states, "linears"))
@@ -81,15 +74,10 @@ class BertSelfAttention(Swapped, modeling_bert.BertSelfAttention):
         return x.view(*x.shape[:-1], -1, self.attention_head_size).transpose(1, 2)
 
 
-class BertCrossAttention(Swapped, modeling_bert.BertCrossAttention):
+class BertCrossAttention(InterfaceAttention, modeling_bert.BertCrossAttention):
     """Cross-attention: the original forward, whose attention comes through the interface."""
 
     fastattn_original = modeling_bert.BertCrossAttention
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        note_call(self)
-        _note_interface(self)
-        return super().forward(*args, **kwargs)
 
 
 class BertSelfOutput(Swapped, modeling_bert.BertSelfOutput):
@@ -331,42 +319,6 @@ def _linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
         note_fallback(module, reason)
         return child(x)
     return linear_act(x, child.weight, child.bias, backend=module.fastattn_backend)
-
-
-def _note_interface(module: Swapped) -> None:
-    """Counts a fallback where the config has since been told to use another attention."""
-    chosen = module.config._attn_implementation
-    if chosen != interface.NAME and "attention" not in module.fastattn_off:
-        note_fallback(module, f'the config asks for the attention "{chosen}"')
-
-
-def activation_name(function: object) -> str | None:
-    """The fastattn name of an activation module of transformers or torch, None where no kernel computes exactly it."""
-    if not isinstance(function, nn.Module) or why_not_unwatched(function) is not None:
-        return None
-    kind = type(function)
-    if kind.__module__.startswith("torch."):
-        return torch_activation_name(function)
-    if kind is activations.GELUActivation:
-        return "gelu" if function.act in (nn.functional.gelu, function._gelu_python) else None
-    if kind is activations.GELUTanh:
-        return "gelu_tanh" if _is_gelu_tanh(function) else None
-    return _ACTIVATION_MODULES.get(kind)
-
-
-def _is_gelu_tanh(function: activations.GELUTanh) -> bool:
-    act = function.act
-    if isinstance(act, functools.partial):
-        return act.func is nn.functional.gelu and not act.args and act.keywords == {"approximate": "tanh"}
-    return act == function._gelu_tanh_python
-
-
-_ACTIVATION_MODULES: dict[type, str] = {
-    activations.NewGELUActivation: "gelu_tanh",
-    activations.QuickGELUActivation: "quick_gelu",
-    activations.ReLUSquaredActivation: "relu2",
-    activations.SiLUActivation: "silu",
-}
 
 
 # ---- what swap and plan ask ------------------------------------------------------------------------------------------

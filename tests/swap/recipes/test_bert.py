@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from fastattn.swap import swap  # noqa: E402
 from fastattn.swap.recipes import bert  # noqa: E402
-from fastattn.swap.recipes.bert import activation_name  # noqa: E402
+from fastattn.swap.recipes.shared import activation_name  # noqa: E402
 
 VOCABULARY = 64
 
