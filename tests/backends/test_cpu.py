@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import masks
+from fastattn import biases, masks
 from fastattn.backends import cpu
+from fastattn.backends.cpu import attention as cpu_attention
 from fastattn.biases.lowered import NO_BIAS
 from fastattn.masks.lowered import LoweredMask
 from fastattn.parity.rule import check_linear_act, failures
@@ -185,6 +186,72 @@ def test_rows_read_seldom_and_expanded_heads_are_not_copied(monkeypatch: pytest.
     fastattn.attention(torch.randn(1, 2, 300, 16), kv, kv, mask=window, backend="cpu")
     expanded = torch.randn(1, 300, 1, 16).transpose(1, 2).expand(1, 4, 300, 16)
     fastattn.attention(torch.randn(1, 4, 300, 16), expanded, expanded, backend="cpu")
+
+
+def test_copied_rows_of_128_lie_a_cache_line_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    arguments = cpu_attention._call_arguments
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[object, ...]:
+        calls.append((k.stride(2), v.stride(2)))
+        return arguments(q, k, v, *rest)
+
+    monkeypatch.setattr(cpu_attention, "_call_arguments", seen)
+    apart = [torch.randn(1, 260, 2, 128).transpose(1, 2) for _ in range(3)]
+    scattered = fastattn.attention(*apart, backend="cpu")
+    assert torch.equal(scattered, fastattn.attention(*(t.contiguous() for t in apart), backend="cpu"))
+    assert calls == [(144, 144), (128, 128)]
+
+
+_RANGES = torch.tensor([[[[0, 40], [3, 20], [50, 50]]]], dtype=torch.int32)
+_NEW, _CACHED = 3, 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "few"),
+    [
+        ({}, True),
+        ({"mask": masks.Causal()}, True),
+        ({"mask": masks.SlidingWindow(5, 0), "softcap": 3.0}, True),
+        ({"mask": _RANGES, "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}, True),
+        ({"bias": biases.ALiBi(torch.tensor([0.5, 0.25, 0.125, 1.0])), "mask": masks.Causal()}, True),
+        ({"bias": torch.linspace(-1, 1, _CACHED).view(1, 1, 1, -1)}, True),
+        ({"mask": masks.Causal("top-left")}, False),
+        ({"mask": masks.KeyLengths([30])}, False),
+        ({"mask": torch.rand(_NEW, _CACHED) < 0.5}, False),
+        ({"dropout_p": 0.5, "dropout_seed": torch.tensor([7])}, False),
+    ],
+    ids=lambda value: (
+        "+".join(f"{k}={type(v).__name__}" for k, v in value.items()) if isinstance(value, dict) else None
+    ),
+)
+def test_few_queries_go_to_the_kernel_for_decoding(monkeypatch: pytest.MonkeyPatch, kind: dict, few: bool) -> None:
+    """Where it knows the form of the mask; either kernel gives what the reference gives, gradients included."""
+    went: list[bool] = []
+    decode = cpu_attention.attention_decode
+    monkeypatch.setattr(cpu_attention, "attention_decode", lambda *args: went.append(True) or decode(*args))
+    draw = torch.Generator().manual_seed(3)
+    shapes = (4, _NEW, 24), (2, _CACHED, 24), (2, _CACHED, 16)
+    results = []
+    for backend in ("cpu", "reference"):
+        inputs = [
+            torch.randn(1, *shape, generator=draw.manual_seed(i)).requires_grad_() for i, shape in enumerate(shapes)
+        ]
+        out, lse = fastattn.attention(*inputs, **kind, return_lse=True, backend=backend)
+        results.append((out, lse, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert bool(went) == few
+    for name, found, expected in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_many_queries_and_packed_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "attention_decode", lambda *args: pytest.fail("went to the kernel for decoding"))
+    kv = torch.randn(1, 2, 30, 16)
+    fastattn.attention(torch.randn(1, 2, 9, 16), kv, kv, backend="cpu")
+    fastattn.attention(torch.randn(1, 2, 0, 16), kv, kv, backend="cpu")
+    packed = torch.randn(5, 2, 16)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    fastattn.attention_varlen(packed, packed, packed, cu_seqlens, cu_seqlens, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
