@@ -38,6 +38,9 @@ FASTER: dict[tuple[str, int], tuple[str, ...]] = {
 }
 """Per operation and major compute capability, the order that was measured to be faster than ORDER's."""
 
+FIRST_TRITON = ("triton", "cuda", "reference")
+"""On every GPU the order of operations that the CUDA library has no kernel for."""
+
 fallbacks: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, reason) sent a call on to the next backend."""
 
@@ -110,7 +113,9 @@ def backends() -> dict[str, str | None]:
 def order(problem: Problem) -> tuple[str, ...]:
     """The backends that may run a problem, the one that should first."""
     names = ORDER.get(problem.device_type, ("reference",))
-    return FASTER.get((problem.op, _capability()), names) if problem.device_type == "cuda" else names
+    if problem.device_type != "cuda":
+        return names
+    return FIRST_TRITON if problem.op == "attention_decode" else FASTER.get((problem.op, _capability()), names)
 
 
 @functools.cache

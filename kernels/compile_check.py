@@ -30,6 +30,7 @@ SHARED_LIMIT = {86: 99 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024} 
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 MULTIPLYING = (
     "attention_forward_kernel",
+    "attention_decode_kernel",
     "attention_queries_kernel",
     "attention_keys_kernel",
     "attention_bias_kernel",
@@ -38,9 +39,9 @@ MULTIPLYING = (
 
 
 class Variant(NamedTuple):
-    """A call of the backend. mask: of attention, or the name of another operation, whose width is dim. options: bias,
-    softcap, sinks and dropout of attention, all at once. distance: biases by distance, with gradients. packed: of
-    attention."""
+    """A call of the backend. mask: of attention; "cache" or "pages" for decoding over one; or the name of another
+    operation, whose width is dim. options: bias, softcap, sinks and dropout of attention, all at once; of decoding all
+    but dropout, and a window and intervals too. distance: biases by distance, with gradients. packed: of attention."""
 
     dtype: str
     dim: int
@@ -78,6 +79,11 @@ VARIANTS = [
     Variant("float32", 64, 64, "intervals", distance=True, packed=True, archs=(80,)),
     Variant("bfloat16", 64, 64, "causal", packed=True, archs=(80, 90)),
     Variant("bfloat16", 128, 128, "causal", packed=True, archs=(90,)),
+    Variant("bfloat16", 64, 64, "cache"),
+    Variant("bfloat16", 128, 128, "cache", options=True, distance=True, archs=(80, 90)),
+    Variant("bfloat16", 128, 128, "pages", short=True),
+    Variant("float16", 256, 256, "pages", archs=(86, 90)),
+    Variant("float32", 256, 256, "cache", archs=(86, 90)),
     Variant("bfloat16", 1024, 1024, "norm"),
     Variant("bfloat16", 16384, 16384, "norm", archs=(90,)),
     Variant("bfloat16", 1024, 1024, "linear_act", archs=(80, 90, 100)),
@@ -108,6 +114,8 @@ def launches(variant: Variant, arch: int) -> list[Any]:
     with recording(arch) as found:
         if variant.mask in ("norm", "linear_act", "gated_ffn"):
             _call_layer(variant)
+        elif variant.mask in ("cache", "pages"):
+            _call_decode(variant)
         else:
             _call_attention(variant)
     return list({launch.kernel.__name__: launch for launch in found}.values())
@@ -132,6 +140,44 @@ def _call_layer(variant: Variant) -> None:
         weights = (weight, bias, weight, bias, weight, bias)
         y, gate, up = backend.gated_ffn_forward(x, *weights, seed, "silu", 0.1, True)
         backend.gated_ffn_backward(y, x, weight, weight, weight, gate, up, seed, "silu", 0.1, *[True] * 7)
+
+
+def _call_decode(variant: Variant) -> None:
+    """A new token of 4 sequences over 2,048 cached keys, 4 query heads for each of keys."""
+    from fastattn.backends import triton as backend
+    from fastattn.biases.lowered import LoweredBias
+    from fastattn.masks.lowered import LoweredMask
+
+    own = getattr(torch, variant.dtype)
+
+    def tensor(*shape: int, dtype: torch.dtype = own) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return tensor(*shape, dtype=torch.int32)
+
+    batch, heads, heads_kv, room, page = 4, 16, 4, 2048, 16
+    pages = variant.mask == "pages"
+    shape = (batch * room // page, page, heads_kv) if pages else (batch, heads_kv, room)
+    mask = LoweredMask(band_left=1000, band_right=0, intervals=numbers(2, batch, 1, 1, 2))
+    bias = LoweredBias(
+        dense=tensor(1, heads, 1, room) if variant.options else None,
+        table=tensor(heads, 257, dtype=torch.float32) if variant.distance else None,
+        first=-128,
+        slopes=tensor(1, heads, dtype=torch.float32) if variant.distance else None,
+    )
+    backend.attention_decode(
+        tensor(batch, heads, 1, variant.dim),
+        tensor(*shape, variant.dim),
+        tensor(*shape, variant.dim_v),
+        numbers(batch),
+        numbers(batch, room // page) if pages else None,
+        mask if variant.options else LoweredMask(),
+        bias,
+        tensor(heads, dtype=torch.float32) if variant.options else None,
+        0.125,
+        30.0 * variant.options,
+    )
 
 
 def _call_attention(variant: Variant) -> None:

@@ -94,7 +94,7 @@ def visible_pairs(
     if INTERVALS > 0:
         inside = queries < 0
         for r in tl.static_range(INTERVALS):
-            start, end = _interval(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q)
+            start, end = interval_of(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q)
             inside = inside | ((keys >= start) & (keys < end))
         seen = seen & inside
     if block_ids is not None:
@@ -110,7 +110,7 @@ def visible_pairs(
 
 
 @triton.jit
-def _interval(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q):
+def interval_of(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q):
     """Start and end of interval r of each query; those past the last query are empty."""
     at = intervals + r * by_interval + batch.to(tl.int64) * intervals_b + head.to(tl.int64) * intervals_h
     at += queries.to(tl.int64) * 2
@@ -224,7 +224,7 @@ def classify_kernel(
         within = queries < len_q
         touched, covered = starts < 0, starts < 0
         for r in tl.static_range(INTERVALS):
-            start, end = _interval(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q)
+            start, end = interval_of(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q)
             holds_any = within & (start < end)
             hull_start = tl.min(tl.where(holds_any, start, FAR), 0)
             hull_end = tl.max(tl.where(holds_any, end, -FAR), 0)

@@ -13,7 +13,9 @@ import torch
 
 from fastattn.backends import triton as backend
 from fastattn.backends.triton.attention import _aligned
-from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
+from fastattn.backends.triton.decode import _keys_seen, _parts
+from fastattn.masks.lowered import LoweredMask
+from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem, Problem
 
 PROBLEM = NormProblem("cuda", torch.bfloat16, "layer", rows=6, width=100)
 
@@ -66,7 +68,7 @@ print(report.checked + report.refused, refused, *report.failures, sep="\\n")
 """
 
 
-RANDOM = ("attention", "norm", "linear_act", "ffn", "gated_ffn")
+RANDOM = ("attention", "attention_decode", "norm", "linear_act", "ffn", "gated_ffn")
 
 
 def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
@@ -83,6 +85,42 @@ def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
 )
 def test_random_cases(op: str, first: int, last: int) -> None:
     assert interpreted("-W", "ignore", "-c", VERIFY, op, str(first), str(last)) == f"{last - first}\n0\n"
+
+
+@pytest.mark.parametrize("entries", [1, 7, 64, 1000])
+@pytest.mark.parametrize("keys", [1, 64, 65, 1000, 4096, 131072])
+def test_the_parts_of_a_cache(entries: int, keys: int) -> None:
+    """They hold every key, none is empty, and there are no more than fill the GPU."""
+    parts, part_keys = _parts(entries, keys, 64, 132)
+    assert part_keys % 64 == 0
+    assert (parts - 1) * part_keys < keys <= parts * part_keys
+    assert parts == 1 or (parts - 1) * entries <= 2 * 132
+
+
+def test_a_window_is_cut_into_parts_and_not_the_cache() -> None:
+    assert _keys_seen(8192, 4, LoweredMask(band_left=100, band_right=0)) == 104
+    assert _keys_seen(8192, 4, LoweredMask(band_left=100)) == 104
+    assert _keys_seen(50, 4, LoweredMask(band_left=100, band_right=0)) == 50
+    assert _keys_seen(8192, 4, LoweredMask(band_right=0)) == 8192
+
+
+DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 1, 64, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float64}, "q is float64"),
+        ({"bias": torch.float64}, "bias is float64"),
+        ({"dim_v": 300}, "Dv is 300"),
+        ({"batch": 2**15}, "fewer than 2**16 of B x Hkv, not 65536"),
+    ],
+)
+def test_refusals_of_decoding_say_why(changes: dict[str, object], words: str) -> None:
+    reasons = backend.not_supported_reasons(dataclasses.replace(DECODING, **changes))
+    assert len(reasons) == 1
+    assert words in reasons[0]
+    assert not backend.not_supported_reasons(DECODING)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.decode import attention_decode
 from fastattn.backends.cpu.library import dropout_arguments, native
+from fastattn.backends.few import is_decoding
 from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments, view
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
@@ -19,12 +20,6 @@ _OFTEN = 256
 """Queries that read a row of keys or values, from which on a copy of scattered rows costs less than reading them does.
 Of 512 to 1,024 queries, heads side by side: 1.2 to 1.4 times as fast forward, copies included, with 128 queries equal,
 with 16 two thirds (float32, D 64 and 128, 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26)."""
-
-
-_FEW = 8
-"""Queries up to which the kernel for decoding is faster, which reads a key once for all heads of its group and shares
-out the keys. Of one query: 1.7 to 10 times as fast, of four 1.4 to 3.6, of eight equal to 2.1, of sixteen 0.7 to 1.2
-(caches of 256 to 4,096 keys, 1 to 4 heads a group, float32 and bfloat16, same machine and day)."""
 
 
 def attention_forward(
@@ -41,7 +36,7 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, len_q, _ = q.shape
-    if packed is None and dropout_p == 0.0 and _decodes(len_q, k.shape[2], mask, bias):
+    if packed is None and dropout_p == 0.0 and is_decoding(len_q, k.shape[2], mask, bias):
         lengths = torch.full((batch,), k.shape[2], dtype=torch.int32)
         return attention_decode(q, k, v, lengths, None, mask, bias, sinks, scale, softcap)
     k, v = _gathered(k, v, q, mask, packed)
@@ -98,22 +93,6 @@ def attention_backward(
         if written is not grad:
             grad.copy_(written)
     return dq, dk, dv, dbias, dtable, dslopes, dsinks
-
-
-def _decodes(len_q: int, len_k: int, mask: LoweredMask, bias: LoweredBias) -> bool:
-    """Whether the call is one of few new tokens over a cache, in the forms that its kernel knows."""
-    has_band = mask.band_left is not None or mask.band_right is not None
-    return (
-        0 < len_q <= _FEW
-        and len_q <= len_k
-        and not (has_band and mask.band_offset != len_k - len_q)
-        and mask.key_start is None
-        and mask.key_end is None
-        and mask.key_bits is None
-        and mask.blocks is None
-        and mask.dense is None
-        and not bias.top_left
-    )
 
 
 def _gathered(k: Tensor, v: Tensor, q: Tensor, mask: LoweredMask, packed: Packed | None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import os
 import torch
 
 from fastattn.backends.triton.attention import attention_backward, attention_forward, attention_reasons
+from fastattn.backends.triton.decode import attention_decode, decode_reasons
 from fastattn.backends.triton.linear import (
     ffn_backward,
     ffn_forward,
@@ -23,11 +24,12 @@ from fastattn.backends.triton.linear import (
     linear_reasons,
 )
 from fastattn.backends.triton.norm import norm_backward, norm_forward, norm_reasons
-from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Problem
+from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem, Problem
 
 __all__ = [
     "NAME",
     "attention_backward",
+    "attention_decode",
     "attention_forward",
     "ffn_backward",
     "ffn_forward",
@@ -63,6 +65,8 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     """Why this problem is refused, one sentence each; empty when it runs."""
     if isinstance(problem, AttentionProblem):
         reasons = attention_reasons(problem)
+    elif isinstance(problem, DecodeProblem):
+        reasons = decode_reasons(problem)
     elif isinstance(problem, NormProblem):
         reasons = norm_reasons(problem)
     elif isinstance(problem, LinearProblem):

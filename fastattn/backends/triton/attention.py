@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.few import is_decoding
+from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
 from fastattn.biases.lowered import LoweredBias
@@ -57,9 +59,13 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
+    batch, heads, rows, _ = q.shape
+    fits = packed is None and dropout_p == 0.0 and batch * k.shape[1] < MAX_ENTRIES
+    if fits and is_decoding(rows, k.shape[2], mask, bias):
+        lengths = torch.full((batch,), k.shape[2], dtype=torch.int32, device=q.device)
+        return attention_decode(q, k, v, lengths, None, mask, bias, sinks, scale, softcap)
     from fastattn.kernels.attention.forward import attention_forward_kernel
 
-    _, heads, rows, _ = q.shape
     out = q.new_empty(q.shape[0], rows, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(q.shape[0], heads, rows, dtype=torch.float32)
     if packed is not None:  # rows that belong to no sequence

@@ -1,0 +1,188 @@
+"""Launches the kernels of fastattn.kernels.attention.decode. Arguments and results: fastattn.backends.protocol."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.triton.launch import architecture, launch
+from fastattn.backends.triton.plan import near
+from fastattn.biases.lowered import LoweredBias
+from fastattn.masks.lowered import LoweredMask
+from fastattn.problems import DecodeProblem
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DIM = 256
+_MAX_LENGTH = 2**30  # positions and band limits are added in int32
+MAX_ENTRIES = 2**16  # of a grid's second dimension
+_FAR = 2**30
+_PROGRAMS_PER_PROCESSOR = 2
+_PROCESSORS = 3  # to plan for in the interpreter, so that a cache has several parts there
+
+
+def decode_reasons(problem: DecodeProblem) -> list[str]:
+    """Why the kernels refuse a problem, whatever its device."""
+    reasons = []
+    for name, dtype in (("q", problem.dtype), ("bias", problem.bias)):
+        if dtype is not None and dtype not in _DTYPES:
+            shown = str(dtype).removeprefix("torch.")
+            reasons.append(f"the Triton decoding takes float32, bfloat16 and float16, and {name} is {shown}")
+    for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
+        if not 1 <= dim <= _MAX_DIM:
+            reasons.append(f"the Triton decoding takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+    if problem.batch * problem.heads_kv >= MAX_ENTRIES:
+        reasons.append(f"the Triton decoding takes fewer than 2**16 of B x Hkv, not {problem.batch * problem.heads_kv}")
+    return reasons
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    block_table: Tensor | None,
+    mask: LoweredMask,
+    bias: LoweredBias,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """See the protocol."""
+    from fastattn.kernels.attention.decode import attention_combine_kernel, attention_decode_kernel
+
+    batch, heads, len_q, dim = q.shape
+    dim_v = v_cache.shape[3]
+    out = q.new_empty(batch, len_q, heads, dim_v).transpose(1, 2)
+    lse = q.new_empty(batch, heads, len_q, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    if block_table is None:
+        heads_kv, room, page_size = k_cache.shape[1], k_cache.shape[2], 1
+        steps = {name: _strides(name, cache, (0, 1, 2)) for name, cache in (("k", k_cache), ("v", v_cache))}
+    else:
+        page_size, heads_kv = k_cache.shape[1], k_cache.shape[2]
+        room = block_table.shape[1] * page_size
+        steps = {name: _strides(name, cache, (0, 2, 1)) for name, cache in (("k", k_cache), ("v", v_cache))}
+    group = heads // heads_kv
+    rows = group * len_q
+    block_q, block_k, stages = _tile(rows, max(dim, dim_v), q.element_size())
+    tiles = -(-rows // block_q)
+    seen = _keys_seen(room, len_q, mask)
+    parts, part_keys = _parts(batch * heads_kv * tiles, seen, block_k, _processors(q.device))
+    whole = parts == 1
+    sums, highests, totals = (None if whole else lse.new_empty(parts, lse.numel() * n) for n in (dim_v, 1, 1))
+    full = (batch, heads, len_q, room)
+    bias_steps = (0, 0, 0, 0) if bias.dense is None else bias.dense.expand(full).stride()
+    intervals = mask.intervals
+    wide = None if intervals is None else intervals.expand(intervals.shape[0], batch, heads, len_q, 2)
+    shared: dict[str, Any] = {
+        "out": out,
+        **_strides("out", out, (0, 1, 2)),
+        "lse": lse,
+        "sums": sums,
+        "highests": highests,
+        "totals": totals,
+        "sinks": None if sinks is None else sinks.float(),
+        "heads_q": heads,
+        "len_q": len_q,
+        "parts": parts,
+        "DIM_V": dim_v,
+        "WIDE_V": _wide(dim_v),
+    }
+    has_band = mask.band_left is not None or mask.band_right is not None
+    biased = any(t is not None for t in (bias.dense, bias.table, bias.slopes))
+    arguments = shared | {
+        "q": q,
+        **_strides("q", q, (0, 1, 2)),
+        "k": k_cache,
+        **steps["k"],
+        "v": v_cache,
+        **steps["v"],
+        "cache_lengths": cache_lengths,
+        "block_table": block_table,
+        "table_b": 0 if block_table is None else block_table.shape[1],
+        "page_size": page_size,
+        "band_low": -_FAR if mask.band_left is None else near(-mask.band_left),
+        "band_high": _FAR if mask.band_right is None else near(mask.band_right),
+        "intervals": intervals,
+        "by_interval": 0 if wide is None else wide.stride(0),
+        "intervals_b": 0 if wide is None else wide.stride(1),
+        "intervals_h": 0 if wide is None else wide.stride(2),
+        "bias": bias.dense,
+        **dict(zip(("bias_b", "bias_h", "bias_q", "bias_k"), bias_steps, strict=True)),
+        "table": bias.table,
+        "table_h": 0 if bias.table is None or bias.table.shape[0] == 1 else bias.table.shape[1],
+        "table_first": near(bias.first),
+        "table_last": 0 if bias.table is None else bias.table.shape[1] - 1,
+        "slopes": bias.slopes,
+        "slopes_b": 0 if bias.slopes is None or bias.slopes.shape[0] == 1 else heads,
+        "heads_kv": heads_kv,
+        "group": group,
+        "rows": rows,
+        "room": room,
+        "part_keys": part_keys,
+        "scale": scale,
+        "softcap": softcap,
+        "DIM": dim,
+        "WIDE": _wide(dim),
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "HAS_BAND": has_band,
+        "INTERVALS": 0 if intervals is None else intervals.shape[0],
+        "WHOLE": whole,
+        "FOLDED": scale > 0.0 and softcap == 0.0 and not biased,
+        "SOFTCAP": softcap != 0.0,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+    }
+    launch(attention_decode_kernel, (parts, batch * heads_kv, tiles), arguments, num_warps=4, num_stages=stages)
+    if not whole:
+        together = shared | {"rows": lse.numel(), "BLOCK_Q": 4}
+        launch(attention_combine_kernel, (-(-lse.numel() // 4),), together, num_warps=4, num_stages=1)
+    return out, lse
+
+
+def _tile(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows and keys of a tile, and stages of its loop: unmeasured, the largest of few tried that spill nothing."""
+    most = 16 if itemsize == 4 else 64 if dim <= 128 else 32
+    block_q = min(most, max(16, 1 << (rows - 1).bit_length()))
+    if itemsize == 4:
+        return block_q, 16, 3 if dim <= 128 else 2
+    return block_q, 64 if dim <= 128 else 32, 3
+
+
+def _keys_seen(room: int, len_q: int, mask: LoweredMask) -> int:
+    """How many keys of a sequence the band leaves at most."""
+    if mask.band_left is None:
+        return room
+    right = 0 if mask.band_right is None else min(mask.band_right, room)
+    return max(1, min(room, len_q + mask.band_left + right))
+
+
+def _parts(entries: int, keys: int, block: int, processors: int) -> tuple[int, int]:
+    """Into how many parts the keys are cut, and the keys of one, whole blocks: enough programs for the GPU, and no
+    part without a block."""
+    wanted = -(-_PROGRAMS_PER_PROCESSOR * processors // entries)
+    blocks = max(1, -(-keys // block))
+    per_part = -(-blocks // max(1, min(wanted, blocks)))
+    return -(-blocks // per_part), per_part * block
+
+
+def _strides(name: str, tensor: Tensor, order: tuple[int, int, int]) -> dict[str, int]:
+    """Strides of batch (or page), head and row."""
+    return {f"{name}_{letter}": tensor.stride(d) for letter, d in zip("bhs", order, strict=True)}
+
+
+def _wide(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _processors(device: torch.device) -> int:
+    return _count(device.index or 0) if device.type == "cuda" else 132 if architecture(device) else _PROCESSORS
+
+
+@functools.cache
+def _count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
