@@ -173,11 +173,7 @@ def _backward(
 
 def contiguous_mask(mask: LoweredMask, full: tuple[int, int, int, int]) -> LoweredMask:
     """The mask as a backend gets it: tensors contiguous, the dense one expanded with strides 0 to (B, Hq, Sq, Skv)."""
-    copies: dict[str, Any] = {}
-    for name in _CONTIGUOUS:
-        tensor = getattr(mask, name)
-        if tensor is not None and not tensor.is_contiguous():
-            copies[name] = dense(tensor)
+    copies: dict[str, Any] = {name: dense(t) for name in _CONTIGUOUS if (t := getattr(mask, name)) is not None}
     if mask.dense is not None:
         copies["dense"] = mask.dense.expand(full)
     if mask.blocks is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.few import is_decoding
-from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode
+from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
 from fastattn.biases.lowered import LoweredBias
@@ -17,8 +17,6 @@ from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_DIM = 256
 _MAX_LENGTH = 2**30  # positions and band limits are added in int32
 _MAX_PROGRAMS = 2**31
 _BIAS_PROGRAMS = 512  # what keeps a GPU busy; with fewer tiles of the bias its gradient is summed up in parts
@@ -28,14 +26,7 @@ _SECTION_BYTES = 32 * 2**20  # keys and values that programs running at the same
 
 def attention_reasons(problem: AttentionProblem) -> list[str]:
     """Why the kernels refuse an attention problem, whatever its device."""
-    reasons = []
-    for name, dtype in (("q", problem.dtype), ("bias", problem.bias)):
-        if dtype is not None and dtype not in _DTYPES:
-            shown = str(dtype).removeprefix("torch.")
-            reasons.append(f"the Triton attention takes float32, bfloat16 and float16, and {name} is {shown}")
-    for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
-        if not 1 <= dim <= _MAX_DIM:
-            reasons.append(f"the Triton attention takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+    reasons = input_reasons("attention", problem)
     for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
         if length >= _MAX_LENGTH:
             reasons.append(f"the Triton attention takes fewer than 2**30 positions, and {name} is {length}")

@@ -9,30 +9,34 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.triton.launch import architecture, launch
-from fastattn.backends.triton.plan import near
+from fastattn.backends.triton.plan import FAR, near
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
-from fastattn.problems import DecodeProblem
+from fastattn.problems import AttentionProblem, DecodeProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
-_MAX_LENGTH = 2**30  # positions and band limits are added in int32
 MAX_ENTRIES = 2**16  # of a grid's second dimension
-_FAR = 2**30
 _PROGRAMS_PER_PROCESSOR = 2
 _PROCESSORS = 3  # to plan for in the interpreter, so that a cache has several parts there
 
 
-def decode_reasons(problem: DecodeProblem) -> list[str]:
-    """Why the kernels refuse a problem, whatever its device."""
+def input_reasons(what: str, problem: AttentionProblem | DecodeProblem) -> list[str]:
+    """Why the kernels of attention or decoding refuse the dtypes or head dims of a problem."""
     reasons = []
     for name, dtype in (("q", problem.dtype), ("bias", problem.bias)):
         if dtype is not None and dtype not in _DTYPES:
             shown = str(dtype).removeprefix("torch.")
-            reasons.append(f"the Triton decoding takes float32, bfloat16 and float16, and {name} is {shown}")
+            reasons.append(f"the Triton {what} takes float32, bfloat16 and float16, and {name} is {shown}")
     for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
         if not 1 <= dim <= _MAX_DIM:
-            reasons.append(f"the Triton decoding takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+            reasons.append(f"the Triton {what} takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+    return reasons
+
+
+def decode_reasons(problem: DecodeProblem) -> list[str]:
+    """Why the kernels refuse a problem, whatever its device."""
+    reasons = input_reasons("decoding", problem)
     if problem.batch * problem.heads_kv >= MAX_ENTRIES:
         reasons.append(f"the Triton decoding takes fewer than 2**16 of B x Hkv, not {problem.batch * problem.heads_kv}")
     return reasons
@@ -105,8 +109,8 @@ def attention_decode(
         "block_table": block_table,
         "table_b": 0 if block_table is None else block_table.shape[1],
         "page_size": page_size,
-        "band_low": -_FAR if mask.band_left is None else near(-mask.band_left),
-        "band_high": _FAR if mask.band_right is None else near(mask.band_right),
+        "band_low": -FAR if mask.band_left is None else near(-mask.band_left),
+        "band_high": FAR if mask.band_right is None else near(mask.band_right),
         "intervals": intervals,
         "by_interval": 0 if wide is None else wide.stride(0),
         "intervals_b": 0 if wide is None else wide.stride(1),

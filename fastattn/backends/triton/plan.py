@@ -11,7 +11,7 @@ from fastattn.backends.triton.launch import launch
 from fastattn.masks.lowered import Blocks, LoweredMask
 from fastattn.packed import Packed
 
-_FAR = 1 << 30
+FAR = 1 << 30
 _CHUNK = 32  # key tiles that one program of classify_kernel looks at
 _LIST_CHUNK = 128
 
@@ -63,8 +63,8 @@ def mask_arguments(
         "flags_b": 0 if flags is None else _stride(flags, 0),
         "flags_k": 0 if flags is None else _stride(flags, 3),
         "HAS_BAND": mask.band_left is not None or mask.band_right is not None,
-        "band_low": -_FAR if mask.band_left is None else near(mask.band_offset - mask.band_left),
-        "band_high": _FAR if mask.band_right is None else near(mask.band_offset + mask.band_right),
+        "band_low": -FAR if mask.band_left is None else near(mask.band_offset - mask.band_left),
+        "band_high": FAR if mask.band_right is None else near(mask.band_offset + mask.band_right),
     }
     intervals = mask.intervals
     arguments |= {"intervals": intervals, "INTERVALS": 0 if intervals is None else intervals.shape[0]}
@@ -197,4 +197,4 @@ def _stride(tensor: Tensor, dim: int) -> int:
 
 def near(number: int) -> int:
     """Band limits beyond any distance become one that sums of positions cannot overflow with."""
-    return max(-_FAR, min(_FAR, number))
+    return max(-FAR, min(FAR, number))
