@@ -58,6 +58,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: object | None = None,
+    sinks: object | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of the transformers contract.
@@ -72,8 +73,13 @@ def attention_forward(
 
     Returns (out (B, Lq, Hq, Dv) contiguous in query's dtype, None). Attention weights are never formed: asked for
     (output_attentions=True) they are missing, with one warning, as with "sdpa".
-    Raises ValueError for a paged cache (`cache=`), and for a mask that is not 4-D.
+    Raises ValueError for a paged cache (`cache=`), for a mask that is not 4-D, and for one sink per query (`sinks=`).
     """
+    if sinks is not None:
+        raise ValueError(
+            "sinks: the fastattn attention takes one sink per head (s_aux), not one per query; load the model with "
+            'attn_implementation="eager"'
+        )
     if cache is not None:
         raise ValueError(
             f"cache: the fastattn attention does not read paged caches (got {type(cache).__name__}); "
@@ -175,7 +181,8 @@ def attention_mask(
         "use_vmap": use_vmap,
         "device": device,
     }
-    if _never_calls_the_interface(kwargs.get("config")):
+    masks = _masks_of(kwargs.get("config"))
+    if masks == "eager":
         return eager_mask(**{**dense, **kwargs})
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     padding = attention_mask
@@ -186,6 +193,8 @@ def attention_mask(
         padding = prepare_padding_mask(padding.to(torch.bool), kv_length, kv_offset)
         keys = padding[:, kv_offset : kv_offset + kv_length]
     if mask_function is bidirectional_mask_function:
+        if keys is None and masks == "explicit":
+            keys = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         return None if keys is None else keys[:, None, None, :]
 
     window = _window(mask_function)
@@ -198,7 +207,7 @@ def attention_mask(
         if not at_the_ends:
             return sdpa_mask(**dense)
         keys = None if all_real else keys
-    if keys is None and _nothing_to_say(window, q_length, kv_length, q_offset, kv_offset):
+    if keys is None and masks != "explicit" and _nothing_to_say(window, q_length, kv_length, q_offset, kv_offset):
         return None
     # One key: a dense mask is as small, and survives models that cut their masks to the key length.
     if kv_length == 1:
@@ -288,33 +297,40 @@ def _key_ranges(
     return ranges.reshape(-1, 1, q_length, 2).expand(batch_size, 1, q_length, 2)
 
 
-_calls_the_interface: dict[type, bool] = {}
+_known_masks: dict[type, str] = {}
 
 
-def _never_calls_the_interface(config: object | None) -> bool:
-    """True for a model that takes the name "fastattn" and still runs its own attention (CodeGen, Bloom, GPT-1, ...).
+def _masks_of(config: object | None) -> str:
+    """Which masks the model of this config is known to handle: "compact", "explicit" or "eager".
 
-    Such code adds the mask to its scores and knows nothing of is_causal: only the eager float mask is right for it.
+    A model that supports sdpa takes a mask for what it is and knows that None may stand for one: "compact". One that
+    supports flash or flex attention alone takes it so too, but need not say rightly what None means: "explicit", never
+    None. Any other has only ever been run with eager's float masks: it may cut, pad or read them (NLLB-MoE's router,
+    DeepSeek-V4's compressed keys), or take the name "fastattn" and still add the mask in an attention of its own
+    (CodeGen, Bloom, GPT-1).
     """
     if config is None or torch.compiler.is_compiling():
-        return False
+        return "compact"
     config_class = type(config)
-    known = _calls_the_interface.get(config_class)
+    known = _known_masks.get(config_class)
     if known is None:
-        known = _calls_the_interface[config_class] = _find_whether_called(config_class)
-    return not known
+        known = _known_masks[config_class] = _find_masks_of(config_class)
+    return known
 
 
-def _find_whether_called(config_class: type) -> bool:
+def _find_masks_of(config_class: type) -> str:
     if config_class not in MODEL_MAPPING:
-        return True
+        return "compact"
     models = MODEL_MAPPING[config_class]
     models = models if isinstance(models, (list, tuple)) else (models,)
-    if any(model._can_set_attn_implementation() for model in models):
-        return True
-    warnings.warn(
-        f"{models[0].__name__} never calls the attention interface of transformers: it runs its own attention, "
-        "not fastattn's, and gets the eager mask.",
-        stacklevel=2,
-    )
-    return False
+    if not any(model._can_set_attn_implementation() for model in models):
+        warnings.warn(
+            f"{models[0].__name__} never calls the attention interface of transformers: it runs its own attention, "
+            "not fastattn's, and gets the eager mask.",
+            stacklevel=2,
+        )
+        return "eager"
+    if any(model._supports_sdpa for model in models):
+        return "compact"
+    is_opaque = any(model._supports_flash_attn or model._supports_flex_attn for model in models)
+    return "explicit" if is_opaque else "eager"

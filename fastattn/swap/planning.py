@@ -61,7 +61,7 @@ def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> D
         row.reason = "swapped before"
         return Decision(row, module)
     recipe = recipe_for(module_class)
-    if recipe is None:
+    if recipe is None or not recipe.applies(module):
         row.reason = _why_no_recipe(module_class, asked)
         return Decision(row, module) if row.reason else None
     parts = recipe.parts(asked)
@@ -86,7 +86,7 @@ def _why_no_recipe(module_class: type[nn.Module], asked: frozenset[str]) -> str:
     """The reason to print for a class that looks swappable, "" for any other."""
     for base in module_class.__mro__[1:]:
         recipe = recipe_for(base) if issubclass(base, nn.Module) else None
-        if recipe is not None and recipe.parts(asked):
+        if recipe is not None and recipe_for(module_class) is None and recipe.parts(asked):
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
     if any(part in asked for part in _parts_by_name(module_class)):
         return f"no recipe for class {module_class.__name__}"

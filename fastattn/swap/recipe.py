@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,20 @@ from fastattn.swap.swapped import Swapped
 
 PARTS = ("attention", "norms", "ffns", "linears")
 Check = Callable[[Any], "str | None"]
+Child = tuple[str, str, Check]
 
 
-def _nothing(module: nn.Module) -> list[str]:
+def _nothing(module: nn.Module) -> list[Any]:
     return []
+
+
+def _always(module: nn.Module) -> bool:
+    return True
+
+
+def always(*children: Child) -> Callable[[nn.Module], tuple[Child, ...]]:
+    """The same children for every module of the class."""
+    return lambda module: children
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,10 @@ class Recipe:
 
     kernels     part (of PARTS) -> what the swapped forward runs for it.
     takes       parameter names of the original forward that the swapped one stands for; another version of the
-                library may have others, and is left alone.
-    children    (name, part, check): children whose tensors the swapped forward reads for that part, where check
-                allows it. An activation may be a function.
+                library may have others, and is left alone. None where the forward itself was read, or is called.
+    children    of a module, (name, part, check): children whose tensors the swapped forward reads for that part, where
+                check allows it. An activation may be a function.
+    applies     whether a module of the class is what its forward looks like; else it is no business of a swap.
     refuse      why a module must be left alone; empty when it need not.
     core        the part without which the original forward runs whole; None where each part stands alone.
     whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
@@ -36,8 +47,9 @@ class Recipe:
 
     swapped: type[Swapped]
     kernels: dict[str, str]
-    takes: tuple[str, ...]
-    children: tuple[tuple[str, str, Check], ...] = ()
+    takes: tuple[str, ...] | None = None
+    children: Callable[[nn.Module], Iterable[Child]] = _nothing
+    applies: Callable[[nn.Module], bool] = _always
     refuse: Callable[[nn.Module], list[str]] = _nothing
     core: str | None = None
     whole: bool = False
@@ -58,7 +70,7 @@ class Recipe:
         """Why this module, of the recipe's class, cannot be swapped; empty when it can."""
         found = tuple(inspect.signature(self.original.forward).parameters)
         reasons = []
-        if found != self.takes:
+        if self.takes is not None and found != self.takes:
             reasons.append(f"its forward takes {', '.join(found)}; the recipe knows {', '.join(self.takes)}")
         if "forward" in module.__dict__:
             reasons.append("its forward is replaced on the instance (by an offloading hook, say): swap before that")
@@ -66,9 +78,9 @@ class Recipe:
 
     def children_called(self, module: nn.Module, parts: frozenset[str]) -> list[str]:
         """Children, with the reason, that the swapped forward would call as they are now instead of reading them."""
-        found = [(name, check(getattr(module, name))) for name, part, check in self.children if part in parts]
+        found = [(name, check(getattr(module, name))) for name, part, check in self.children(module) if part in parts]
         return [f"{name} {reason}" for name, reason in found if reason is not None]
 
     def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[Any]:
         """Children whose work the swapped forward does itself."""
-        return [getattr(module, name) for name, part, _ in self.children if part in parts]
+        return [getattr(module, name) for name, part, _ in self.children(module) if part in parts]

@@ -305,11 +305,48 @@ def test_a_model_that_never_calls_the_interface_keeps_its_mask() -> None:
     model = build(transformers.CodeGenForCausalLM, config)
     other = copy.deepcopy(model)
     other.config._attn_implementation = "fastattn"  # what from_pretrained(attn_implementation=...) does
-    fastattn_transformers._calls_the_interface.clear()
+    fastattn_transformers._known_masks.clear()
     inputs = {"input_ids": tokens(), "attention_mask": padding("left")}
     with pytest.warns(UserWarning, match="CodeGenModel never calls the attention interface"):
         found = first_output(other, **inputs)
     assert_same_on_valid_rows(found, first_output(model, **inputs), padding("left"))
+
+
+_SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": VOCABULARY,
+    "dropout": 0.0,
+}
+
+
+@pytest.mark.parametrize("mask", ["none", "right"])
+@pytest.mark.parametrize("name", ["NllbMoe", "PegasusX", "BigBirdPegasus"])
+def test_models_that_do_not_support_sdpa(name: str, mask: str) -> None:
+    """Their code reads the masks (NLLB-MoE's router), or does not say what no mask means (Pegasus-X's decoder)."""
+    config = getattr(transformers, f"{name}Config")(**_SEQ2SEQ, **({"num_experts": 4} if name == "NllbMoe" else {}))
+    model = build(getattr(transformers, f"{name}Model"), config)
+    model.set_attn_implementation("eager")
+    ids = tokens()
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": padding(mask),
+        "decoder_input_ids": ids,
+        "decoder_attention_mask": padding(mask),
+    }
+    found, expected = (first_output(each, **inputs) for each in (with_fastattn(model), model))
+    assert_same_on_valid_rows(found, expected, padding(mask))
+
+
+def test_one_sink_per_query_is_refused() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="sinks: the fastattn attention takes one sink per head"):
+        attention_forward(types.SimpleNamespace(is_causal=False), q, q, q, None, sinks=torch.zeros(1, 2, 3, 1))
 
 
 def test_output_attentions_warns_and_gives_none(caplog: pytest.LogCaptureFixture) -> None:

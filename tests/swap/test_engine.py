@@ -263,7 +263,7 @@ model = saved["model"]
 with torch.no_grad():
     assert torch.equal(model(**saved["batch"]).last_hidden_state, saved["expected"])
 attention = model.encoder.layer[0].attention.self
-assert type(attention).__module__ == "fastattn.swap.recipes.bert", type(attention)
+assert type(attention).__module__ == "fastattn.swap.recognised", type(attention)
 assert attention.fastattn_off == {"linears"}
 assert model.config._attn_implementation == "fastattn"
 import fastattn

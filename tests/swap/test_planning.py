@@ -86,17 +86,16 @@ def test_lookalikes_beside_each_other_are_both_listed() -> None:
     assert [row[0] for row in rows(Block(a=NoAttention(), ab=NoAttention()))] == ["a", "ab"]
 
 
-@pytest.mark.parametrize("family", ("Roberta", "Electra"))
-def test_copies_of_bert_are_left_with_a_reason(family: str) -> None:
+def test_attention_that_asks_no_interface_is_left_with_a_reason() -> None:
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, family + "Config")(
+    config = transformers.RoFormerConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16
     )
-    found = rows(getattr(transformers, family + "Model")(config))
-    for path, name in (("attention.self", "SelfAttention"), ("intermediate", "Intermediate")):
-        assert (f"encoder.layer.0.{path}", "left", f"no recipe for class {family}{name}") in found
-    assert ("embeddings.LayerNorm", "swap", "") in found
-    assert not any(path == "encoder.layer.0.attention" for path, _, _ in found)
+    found = rows(transformers.RoFormerModel(config))
+    layer = "encoder.layer.0"
+    assert (f"{layer}.attention.self", "left", "no recipe for class RoFormerSelfAttention") in found
+    assert (f"{layer}.intermediate", "swap", "") in found
+    assert not any(path == f"{layer}.attention" for path, _, _ in found)
 
 
 def test_a_module_whose_forward_is_replaced_is_left() -> None:
@@ -115,13 +114,26 @@ def test_a_forward_of_another_library_version_is_left(tiny_bert, monkeypatch: py
         return hidden_states
 
     monkeypatch.setattr(output, "forward", forward)
-    row = next(row for row in plan(model).rows if row.path == "encoder.layer.0.output")
+    found = {row.path: row.action for row in plan(model).rows}
+    assert "encoder.layer.0.output" not in found
+    assert found["encoder.layer.0.output.LayerNorm"] == "swap"  # its parent no longer does its work
+
+
+def test_an_attention_of_another_library_version_is_left(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bert()
+    attention = type(model.encoder.layer[0].attention.self)
+    original = attention.forward
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, scale=1.0, **kwargs):
+        return original(self, hidden_states, attention_mask, past_key_values, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", forward)
+    row = next(row for row in plan(model).rows if row.path == "encoder.layer.0.attention.self")
     assert row.action == "left"
     assert row.reason == (
-        "its forward takes self, hidden_states, input_tensor, scale; the recipe knows self, hidden_states, input_tensor"
+        "its forward takes self, hidden_states, attention_mask, past_key_values, scale, kwargs; "
+        "the recipe knows self, hidden_states, attention_mask, past_key_values, kwargs"
     )
-    norm = next(row for row in plan(model).rows if row.path == "encoder.layer.0.output.LayerNorm")
-    assert norm.action == "swap"  # its parent no longer does its work
 
 
 def test_children_that_would_be_called_are_named(tiny_bert) -> None:

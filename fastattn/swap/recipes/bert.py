@@ -1,17 +1,15 @@
-"""BERT of transformers: whole layers, and their attention, projections, residual blocks and feed-forward.
+"""BERT of transformers and its copies (RoBERTa, XLM-R, Electra, ...): whole layers, and their self-attention.
 
 BertLayer            the whole layer as one call, in inference and where every child is plain; else its children
 BertSelfAttention    q, k and v as linears; attention through the interface, on the config that swap copied
-BertCrossAttention   attention through the interface
-BertSelfOutput       LayerNorm(dropout(linear(x)) + residual) as linear, then one fused dropout-add-LayerNorm
-BertOutput           the same
-BertIntermediate     act(linear(x)) as one kernel
+
+The other parts of a layer are recognised by `norm` (BertSelfOutput, BertOutput) and `feedforward` (BertIntermediate).
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, NamedTuple
+import sys
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +18,37 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
 from transformers.utils import output_capturing
 
-from fastattn.functional import encoder_layer, linear_act
+from fastattn.functional import encoder_layer
 from fastattn.integrations import transformers as interface
 from fastattn.masks import Causal
 from fastattn.nn.checks import full_name, why_not_dropout, why_not_input, why_not_linear, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.norm import why_not_layer_norm
-from fastattn.nn.sublayers import add_and_normalise, child_reason
 from fastattn.ops.library import tracks_gradients
-from fastattn.swap.recipe import PARTS, Recipe
-from fastattn.swap.recipes.shared import InterfaceAttention, activation_name, note_interface
+from fastattn.swap.code import is_copy
+from fastattn.swap.reading import Reading
+from fastattn.swap.recipe import PARTS, Recipe, always
+from fastattn.swap.recipes.activations import activation_name
+from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
+from fastattn.swap.recipes.interface import note_interface
+from fastattn.swap.recipes.linear import linear
+from fastattn.swap.recipes.norm import ResidualNorm
+from fastattn.swap.recognised import recipe_for
 from fastattn.swap.swapped import Swapped
 
 
-class BertSelfAttention(Swapped, modeling_bert.BertSelfAttention):
+class BertSelfAttention(Swapped):
     """Self-attention. hidden_states (B, S, hidden) -> ((B, S, hidden), attention weights or None)."""
 
-    fastattn_original = modeling_bert.BertSelfAttention
+    # What the original holds.
+    config: Any
+    layer_idx: int | None
+    dropout: nn.Dropout
+    scaling: float
+    is_causal: bool
+    attention_head_size: int
+    num_attention_heads: int
+    all_head_size: int
 
     def forward(
         self,
@@ -47,9 +59,9 @@ class BertSelfAttention(Swapped, modeling_bert.BertSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
         note_interface(self)
-        query = self._heads(_linear(self, "query", hidden_states, "linears"))
-        key = self._heads(_linear(self, "key", hidden_states, "linears"))
-        value = self._heads(_linear(self, "value", hidden_states, "linears"))
+        query = _heads(self, linear(self, "query", hidden_states, "linears"))
+        key = _heads(self, linear(self, "key", hidden_states, "linears"))
+        value = _heads(self, linear(self, "value", hidden_states, "linears"))
         if past_key_values is not None:
             is_pair = isinstance(past_key_values, EncoderDecoderCache)
             cache = past_key_values.self_attention_cache if is_pair else past_key_values
@@ -69,58 +81,22 @@ class BertSelfAttention(Swapped, modeling_bert.BertSelfAttention):
         )
         return out.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, S, H*D) -> (B, H, S, D), a view."""
-        return x.view(*x.shape[:-1], -1, self.attention_head_size).transpose(1, 2)
+
+def _heads(attention: BertSelfAttention, x: Tensor) -> Tensor:
+    """(B, S, H*D) -> (B, H, S, D), a view."""
+    return x.view(*x.shape[:-1], -1, attention.attention_head_size).transpose(1, 2)
 
 
-class BertCrossAttention(InterfaceAttention, modeling_bert.BertCrossAttention):
-    """Cross-attention: the original forward, whose attention comes through the interface."""
+class _Parts(NamedTuple):
+    """Classes that do what BERT's of these names do: the attention blocks as they are, the others swapped."""
 
-    fastattn_original = modeling_bert.BertCrossAttention
-
-
-class BertSelfOutput(Swapped, modeling_bert.BertSelfOutput):
-    """LayerNorm(dropout(dense(hidden_states)) + input_tensor), both (B, S, hidden)."""
-
-    fastattn_original = modeling_bert.BertSelfOutput
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        note_call(self)
-        x = _linear(self, "dense", hidden_states, "linears")
-        return add_and_normalise(self, x, input_tensor, "dropout", "LayerNorm")[0]
+    blocks: frozenset[type[nn.Module]]
+    attentions: frozenset[type[nn.Module]]
+    residuals: frozenset[type[nn.Module]]
+    intermediates: frozenset[type[nn.Module]]
 
 
-class BertOutput(Swapped, modeling_bert.BertOutput):
-    """LayerNorm(dropout(dense(hidden_states)) + input_tensor); hidden_states (B, S, intermediate)."""
-
-    fastattn_original = modeling_bert.BertOutput
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        note_call(self)
-        x = _linear(self, "dense", hidden_states, "ffns")
-        return add_and_normalise(self, x, input_tensor, "dropout", "LayerNorm")[0]
-
-
-class BertIntermediate(Swapped, modeling_bert.BertIntermediate):
-    """act(dense(hidden_states)): (B, S, hidden) -> (B, S, intermediate)."""
-
-    fastattn_original = modeling_bert.BertIntermediate
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        note_call(self)
-        activation = activation_name(self.intermediate_act_fn)
-        reason = why_not_input(hidden_states) or child_reason("dense", why_not_linear(self.dense))
-        if activation is None:
-            reason = reason or "intermediate_act_fn has no kernel"
-        if reason is not None:
-            note_fallback(self, reason)
-            return super().forward(hidden_states)
-        dense = self.dense
-        return linear_act(hidden_states, dense.weight, dense.bias, activation, backend=self.fastattn_backend)
-
-
-class BertLayer(Swapped, modeling_bert.BertLayer):
+class BertLayer(Swapped):
     """A layer. hidden_states (B, S, hidden) -> (B, S, hidden).
 
     One operator runs it where CPU tensors go through in inference and every child would do nothing but the plain
@@ -128,7 +104,9 @@ class BertLayer(Swapped, modeling_bert.BertLayer):
     called, each on its own kernels.
     """
 
-    fastattn_original = modeling_bert.BertLayer
+    fastattn_parts: ClassVar[_Parts]
+    """The classes in the file of the original that a layer may be built of."""
+    chunk_size_feed_forward: int
 
     def forward(
         self,
@@ -148,7 +126,7 @@ class BertLayer(Swapped, modeling_bert.BertLayer):
                 for child in whole.swapped:
                     note_call(child)
                 return whole.run(hidden_states, attention_mask, self.fastattn_backend)
-        return super().forward(
+        return super().forward(  # type: ignore[misc, no-any-return]
             hidden_states,
             attention_mask,
             encoder_hidden_states,
@@ -182,7 +160,7 @@ def _wants_one_call(layer: BertLayer, x: Tensor, kwargs: dict[str, Any]) -> bool
 class _WholeLayer(NamedTuple):
     """What the operator needs of a layer whose children are all plain."""
 
-    swapped: tuple[BertSelfAttention, BertSelfOutput, BertIntermediate, BertOutput]
+    swapped: tuple[BertSelfAttention, Swapped, Swapped, Swapped]
     """The swapped children whose work the one call does."""
     dropouts: tuple[nn.Dropout, nn.Dropout]
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
@@ -230,16 +208,17 @@ def _whole_layer(layer: BertLayer) -> _WholeLayer | str:
     """
     children = layer._modules
     block, intermediate, output = children["attention"], children["intermediate"], children["output"]
-    if type(block) is not modeling_bert.BertAttention:
+    known = layer.fastattn_parts
+    if type(block) not in known.blocks:
         return f"attention is a {full_name(block)}"
     attention, mix = block._modules["self"], block._modules["output"]
-    for name, child, kind in (
-        ("attention.self", attention, BertSelfAttention),
-        ("attention.output", mix, BertSelfOutput),
-        ("intermediate", intermediate, BertIntermediate),
-        ("output", output, BertOutput),
+    for name, child, kinds in (
+        ("attention.self", attention, known.attentions),
+        ("attention.output", mix, known.residuals),
+        ("intermediate", intermediate, known.intermediates),
+        ("output", output, known.residuals),
     ):
-        if type(child) is not kind:
+        if type(child) not in kinds:
             return f"{name} is a {full_name(child)}"
     swapped = (attention, mix, intermediate, output)
     projections, mixed, grown, shrunk = (child._modules for child in swapped)
@@ -306,95 +285,90 @@ def _only_idle_hooks(attention: nn.Module) -> bool:
 _COLLECTING_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"
 
 
-# ---- what the forwards share -----------------------------------------------------------------------------------------
+# ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-def _linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
-    """The child nn.Linear `name` applied to x: by the kernel where it is plain, by calling it where it is not."""
-    child = getattr(module, name)
-    if part in module.fastattn_off:
-        return child(x)
-    reason = why_not_input(x) or child_reason(name, why_not_linear(child))
-    if reason is not None:
-        note_fallback(module, reason)
-        return child(x)
-    return linear_act(x, child.weight, child.bias, backend=module.fastattn_backend)
+def read(module_class: type[nn.Module]) -> Reading | None:
+    """The reading of a class whose forward is a copy of one of these."""
+    if is_copy(module_class.forward, modeling_bert.BertSelfAttention.forward):
+        return Reading(BertSelfAttention, _attention_recipe)
+    if _is_layer(module_class):
+        return Reading(BertLayer, _layer_recipe, {"fastattn_parts": _parts_beside(module_class)})
+    return None
 
 
-# ---- what swap and plan ask ------------------------------------------------------------------------------------------
+def _is_layer(module_class: type[nn.Module]) -> bool:
+    return is_copy(module_class.forward, modeling_bert.BertLayer.forward) and is_copy(
+        vars(module_class).get("feed_forward_chunk"), modeling_bert.BertLayer.feed_forward_chunk
+    )
 
 
-def _refuse_intermediate(module: nn.Module) -> list[str]:
-    if activation_name(module.intermediate_act_fn) is None:
-        function = module.intermediate_act_fn
-        name = getattr(function, "__name__", type(function).__name__)
-        return [f"the activation {name} has no kernel"]
-    return []
+def _parts_beside(layer_class: type[nn.Module]) -> _Parts:
+    """What of the file of a layer's class its layers may be built of."""
+    parts: dict[str, set[type[nn.Module]]] = {name: set() for name in _Parts._fields}
+    for sibling in vars(sys.modules[layer_class.__module__]).values():
+        if not isinstance(sibling, type) or not issubclass(sibling, nn.Module) or _is_layer(sibling):
+            continue
+        if is_copy(sibling.forward, modeling_bert.BertAttention.forward):
+            parts["blocks"].add(sibling)
+        recipe = recipe_for(sibling)
+        if recipe is None:
+            continue
+        swapped: Any = recipe.swapped
+        if issubclass(swapped, BertSelfAttention):
+            parts["attentions"].add(swapped)
+        elif issubclass(swapped, ResidualNorm) and swapped.fastattn_children == ("dense", "dropout", "LayerNorm"):
+            parts["residuals"].add(swapped)
+        elif issubclass(swapped, LinearAct) and swapped.fastattn_block == _INTERMEDIATE:
+            parts["intermediates"].add(swapped)
+    return _Parts(**{name: frozenset(classes) for name, classes in parts.items()})
 
 
-def _refuse_layer(module: nn.Module) -> list[str]:
-    reasons = _refuse_intermediate(module.intermediate)
-    for function, known in (
-        (modeling_bert.BertAttention.forward, _ATTENTION_TAKES),
-        (modeling_bert.BertLayer.feed_forward_chunk, ("self", "attention_output")),
-    ):
-        found = tuple(inspect.signature(function).parameters)
-        if found != known:
-            reasons.append(f"{function.__qualname__} takes {', '.join(found)}; the recipe knows {', '.join(known)}")
-    return reasons
+_INTERMEDIATE = Block("dense", Named("intermediate_act_fn"))
 
 
-_ATTENTION_TAKES = (
-    "self",
-    "hidden_states",
-    "attention_mask",
-    "encoder_hidden_states",
-    "encoder_attention_mask",
-    "past_key_values",
-    "kwargs",
-)
-_PROJECTIONS = tuple((name, "linears", why_not_linear) for name in ("query", "key", "value"))
-_NORM = (("LayerNorm", "norms", why_not_layer_norm), ("dropout", "norms", why_not_dropout))
-_ALL_RECIPES = (
-    Recipe(
-        BertLayer,
-        kernels=dict.fromkeys(PARTS, "encoder_layer"),
-        takes=_ATTENTION_TAKES,
-        refuse=_refuse_layer,
-        whole=True,
-    ),
-    Recipe(
-        BertSelfAttention,
+def _attention_recipe(swapped: type[Swapped]) -> Recipe:
+    return Recipe(
+        swapped,
         kernels={"attention": "attention", "linears": "linear (q, k, v)"},
         takes=("self", "hidden_states", "attention_mask", "past_key_values", "kwargs"),
-        children=_PROJECTIONS,
+        children=always(*((name, "linears", why_not_linear) for name in ("query", "key", "value"))),
         interface=True,
-    ),
-    Recipe(
-        BertCrossAttention,
-        kernels={"attention": "attention"},
-        takes=("self", "hidden_states", "encoder_hidden_states", "attention_mask", "past_key_values", "kwargs"),
-        interface=True,
-    ),
-    Recipe(
-        BertSelfOutput,
-        kernels={"linears": "linear", "norms": "dropout_add_layer_norm"},
-        takes=("self", "hidden_states", "input_tensor"),
-        children=(("dense", "linears", why_not_linear), *_NORM),
-    ),
-    Recipe(
-        BertOutput,
-        kernels={"ffns": "linear", "norms": "dropout_add_layer_norm"},
-        takes=("self", "hidden_states", "input_tensor"),
-        children=(("dense", "ffns", why_not_linear), *_NORM),
-    ),
-    Recipe(
-        BertIntermediate,
-        kernels={"ffns": "linear_act"},
-        takes=("self", "hidden_states"),
-        children=(("dense", "ffns", why_not_linear),),
-        refuse=_refuse_intermediate,
-    ),
-)
+    )
 
-RECIPES = {recipe.original: recipe for recipe in _ALL_RECIPES}
+
+def _layer_recipe(swapped: type[Swapped]) -> Recipe:
+    known: _Parts = swapped.fastattn_parts  # type: ignore[attr-defined]
+
+    def refuse(module: nn.Module) -> list[str]:
+        """Why the layer can never be one call."""
+        layer: Any = module
+        reasons = []
+        for name, child, kinds in (
+            ("attention.self", layer.attention.self, known.attentions),
+            ("attention.output", layer.attention.output, known.residuals),
+            ("intermediate", layer.intermediate, known.intermediates),
+            ("output", layer.output, known.residuals),
+        ):
+            recipe = recipe_for(type(child)) if not isinstance(child, Swapped) else None
+            if (type(child) if recipe is None else recipe.swapped) not in kinds:
+                reasons.append(f"{name} is a {full_name(child)}, which works otherwise than BERT's")
+            elif recipe is not None:
+                reasons += recipe.refuse(child)
+        return reasons
+
+    return Recipe(
+        swapped,
+        kernels=dict.fromkeys(PARTS, "encoder_layer"),
+        takes=(
+            "self",
+            "hidden_states",
+            "attention_mask",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "past_key_values",
+            "kwargs",
+        ),
+        refuse=refuse,
+        whole=True,
+    )

@@ -11,7 +11,7 @@ from fastattn.nn import attention, decoder, encoder, norm
 from fastattn.nn.activations import why_not_activation
 from fastattn.nn.checks import why_not_dropout, why_not_linear
 from fastattn.nn.norm import why_not_layer_norm
-from fastattn.swap.recipe import Check, Recipe
+from fastattn.swap.recipe import Check, Recipe, always
 from fastattn.swap.swapped import Swapped
 
 
@@ -78,7 +78,7 @@ RECIPES = {
         TransformerEncoderLayer,
         kernels=_LAYER_KERNELS,
         takes=("self", "src", "src_mask", "src_key_padding_mask", "is_causal"),
-        children=(*_FEED_FORWARD, *_residual_blocks(2)),
+        children=always(*_FEED_FORWARD, *_residual_blocks(2)),
     ),
     nn.TransformerDecoderLayer: Recipe(
         TransformerDecoderLayer,
@@ -94,7 +94,7 @@ RECIPES = {
             "tgt_is_causal",
             "memory_is_causal",
         ),
-        children=(*_FEED_FORWARD, *_residual_blocks(3)),
+        children=always(*_FEED_FORWARD, *_residual_blocks(3)),
     ),
     nn.MultiheadAttention: Recipe(
         MultiheadAttention,

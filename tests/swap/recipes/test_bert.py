@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from fastattn.swap import swap  # noqa: E402
 from fastattn.swap.recipes import bert  # noqa: E402
-from fastattn.swap.recipes.shared import activation_name  # noqa: E402
+from fastattn.swap.recipes.activations import activation_name  # noqa: E402
 
 VOCABULARY = 64
 
@@ -104,7 +104,8 @@ def test_activations_that_are_not_what_they_seem() -> None:
     hooked.register_forward_hook(lambda *_: None)
     assert activation_name(hooked) is None
     assert activation_name(nn.GELU(approximate="tanh")) == "gelu_tanh"
-    assert activation_name(torch.relu) is None
+    assert activation_name(torch.relu) == "relu"
+    assert activation_name(torch.tanh) is None
 
 
 def test_decoder_with_cross_attention_and_generate(tiny_bert) -> None:

@@ -1,4 +1,4 @@
-"""The recipes of Llama and its relatives, and of GPT-2, against transformers' own models."""
+"""Models of transformers, recognised by what their forwards compute, against their originals."""
 
 from __future__ import annotations
 
@@ -146,6 +146,7 @@ def test_everything_is_swapped_and_named(family) -> None:
     kernels = {row.class_name.removeprefix(_FAMILIES[family][0]): row.kernel for row in report.rows}
     assert kernels == {"Attention": "attention", "RMSNorm": "rms_norm", "MLP": "gated_ffn"}
     assert [type(module).__name__ for module in model.modules()] == names
+    assert "fastattn.LlamaMLP" in str(model) or family != "llama"
 
 
 def test_parts_are_swapped_alone(batch) -> None:
@@ -194,6 +195,165 @@ def test_changed_projections_are_called_and_counted(change, batch, valid_differe
     (row,) = [row for row in report.rows if row.fallbacks]
     assert row.path == "model.layers.0.mlp"
     assert list(row.fallbacks) == [f"up_proj is a {__name__}._Adapted" if change == "adapter" else "up_proj has hooks"]
+
+
+# ---- encoders, and encoders with decoders ----------------------------------------------------------------------------
+
+_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+_VISION = {key: value for key, value in _ENCODER.items() if key != "vocab_size" and key != "pad_token_id"}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": VOCABULARY,
+    "dropout_rate": 0.0,
+}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+_ENCODERS: dict[str, tuple[str, dict[str, object], set[str]]] = {
+    "roberta": ("Roberta", _ENCODER, {"encoder_layer", "layer_norm"}),
+    "xlm-roberta": ("XLMRoberta", _ENCODER, {"encoder_layer", "layer_norm"}),
+    "electra": ("Electra", {**_ENCODER, "embedding_size": 32}, {"encoder_layer", "layer_norm"}),
+    "distilbert": (
+        "DistilBert",
+        {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": VOCABULARY},
+        {"attention", "layer_norm"},
+    ),
+    "modernbert": ("ModernBert", {**_ENCODER, "local_attention": 4}, {"attention", "layer_norm", "gated_ffn"}),
+    "albert": ("Albert", {**_ENCODER, "embedding_size": 32}, {"attention", "layer_norm"}),
+    "vit": ("ViT", {**_VISION, "image_size": 16, "patch_size": 4}, {"attention", "layer_norm", "ffn"}),
+    "dinov2": ("Dinov2", {**_VISION, "image_size": 16, "patch_size": 4}, {"attention", "layer_norm", "ffn"}),
+    "t5": ("T5", _T5, {"attention", "rms_norm", "ffn"}),
+    "flan-t5": ("T5", {**_T5, "feed_forward_proj": "gated-gelu"}, {"attention", "rms_norm", "gated_ffn"}),
+    "bart": ("Bart", {**_BART, "vocab_size": VOCABULARY}, {"attention", "layer_norm"}),
+    "whisper": (
+        "Whisper",
+        {**_BART, "vocab_size": VOCABULARY, "num_mel_bins": 8, "max_source_positions": 12, "pad_token_id": 0},
+        {"attention", "layer_norm"},
+    ),
+}
+encoders = pytest.mark.parametrize("family", _ENCODERS)
+
+
+def encoder(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """An eval-mode model, every weight drawn, and inputs with padding where it takes any."""
+    name, settings, _ = _ENCODERS[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, VOCABULARY, (4, 9), generator=draw)
+    mask = torch.ones(4, 9, dtype=torch.long)
+    mask[1, 5:], mask[2, :3] = 0, 0
+    inputs = {
+        "pixel_values": {"pixel_values": torch.randn(2, 3, 16, 16, generator=draw)},
+        "input_features": {"input_features": torch.randn(2, 8, 24, generator=draw), "decoder_input_ids": ids[:2, :5]},
+        "input_ids": {"input_ids": ids, "attention_mask": mask},
+    }[model.main_input_name]
+    if name in ("T5", "Bart"):
+        inputs["decoder_input_ids"] = ids[:, :6]
+    return model.eval(), inputs
+
+
+def states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The last hidden states, without those of padding."""
+    with torch.no_grad():
+        found = model(**inputs).last_hidden_state
+    mask = inputs.get("attention_mask")
+    return found[mask.bool()] if mask is not None and "decoder_input_ids" not in inputs else found
+
+
+@encoders
+def test_an_encoder_equals_eager(family) -> None:
+    model, inputs = encoder(family)
+    expected, original = states(eager(model), inputs), states(model, inputs)
+    report = swap(model)
+    with report.counting():
+        found = states(model, inputs)
+    assert torch.isfinite(found).all()
+    assert float((found - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+    swapped = [row for row in report.rows if row.action == "swapped"]
+    assert {row.kernel for row in swapped} >= _ENCODERS[family][2]
+    assert all(row.calls for row in swapped if "pooler" not in row.path)
+    assert not any(row.fallbacks for row in report.rows)
+    report.undo()
+    assert torch.equal(states(model, inputs), original)
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "vit", "flan-t5", "bart"])
+def test_an_encoder_trains_as_the_original(family) -> None:
+    model, inputs = encoder(family)
+    twin = eager(model)
+    swap(model)
+    mask = inputs.get("attention_mask")
+    for each in (model, twin):
+        found = each(**inputs).last_hidden_state
+        (found if mask is None or "decoder_input_ids" in inputs else found[mask.bool()]).square().sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if other.grad is None:
+            assert parameter.grad is None, name
+            continue
+        scale = float(other.grad.abs().max())
+        torch.testing.assert_close(parameter.grad, other.grad, atol=3e-5 * scale + 1e-7, rtol=0, msg=name)
+
+
+def test_t5_generates_what_eager_generates() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(**_T5, pad_token_id=0, eos_token_id=None, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    ids = torch.randint(2, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    expected = eager(model).generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    swap(model)
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_half_checkpoint_of_t5_keeps_its_float32_linear() -> None:
+    """transformers loads `wo` in float32 beside half weights: the original block runs, and is counted."""
+    model, inputs = encoder("flan-t5")
+    model.to(torch.bfloat16)
+    for name, child in model.named_modules():
+        if name.endswith(".wo"):
+            child.float()
+    expected = states(eager(model), inputs)
+    report = swap(model)
+    with report.counting():
+        found = states(model, inputs)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.float(), expected.float(), atol=0.1 * float(expected.abs().max()), rtol=0)
+    assert {reason for row in report.rows for reason in row.fallbacks} == {"wo is float32, not the input's dtype"}
+
+
+def test_an_attention_function_that_takes_more_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose own attention takes what fastattn's would ignore."""
+    from transformers.models.mistral import modeling_mistral
+
+    def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, clock=None, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(modeling_mistral, "eager_attention_forward", eager_attention_forward)
+    rows = [row for row in plan(tiny("mistral, window")).rows if row.class_name == "MistralAttention"]
+    assert {(row.action, row.reason) for row in rows} == {
+        ("left", "its attention function takes clock, which fastattn's does not")
+    }
 
 
 @families

@@ -1,0 +1,60 @@
+"""Whether two functions are copies of each other: the same instructions on the same globals.
+
+Comments, annotations and docstrings may differ; so may the functions that both call, as long as they are copies too.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import types
+from typing import Any
+
+
+def is_copy(function: object, other: object) -> bool:
+    """Both do the same, as far as instructions, defaults, closures and globals say."""
+    return _is_copy(function, other, set())
+
+
+def _is_copy(one: object, other: object, compared: set[tuple[int, int]]) -> bool:
+    if one is other:
+        return True
+    if not isinstance(one, types.FunctionType) or not isinstance(other, types.FunctionType):
+        return type(one) is type(other) and isinstance(one, (bool, int, float, str, tuple, type(None))) and one == other
+    if (id(one), id(other)) in compared:
+        return True
+    compared.add((id(one), id(other)))
+    if _instructions(one.__code__) != _instructions(other.__code__):
+        return False
+    if one.__defaults__ != other.__defaults__ or one.__kwdefaults__ != other.__kwdefaults__:
+        return False
+    cells = [
+        [None if function.__closure__ is None else [cell.cell_contents for cell in function.__closure__]]
+        for function in (one, other)
+    ]
+    pairs = [(_global(one, name), _global(other, name)) for name in _globals(one.__code__)]
+    if (cells[0][0] is None) != (cells[1][0] is None):
+        return False
+    pairs += zip(cells[0][0] or (), cells[1][0] or (), strict=True)
+    return all(_is_copy(first, second, compared) for first, second in pairs)
+
+
+def _instructions(code: types.CodeType) -> list[tuple[str, Any]]:
+    return [
+        (i.opname, _instructions(i.argval) if isinstance(i.argval, types.CodeType) else i.argval)
+        for i in dis.get_instructions(code)
+    ]
+
+
+def _globals(code: types.CodeType) -> set[str]:
+    names = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            names.add(instruction.argval)
+        elif isinstance(instruction.argval, types.CodeType):
+            names |= _globals(instruction.argval)
+    return names
+
+
+def _global(function: types.FunctionType, name: str) -> object:
+    return function.__globals__[name] if name in function.__globals__ else getattr(builtins, name, None)

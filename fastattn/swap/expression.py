@@ -1,0 +1,306 @@
+"""What a forward computes, read off it by running it once on symbols.
+
+    class MLP(nn.Module):                                  expression_of(MLP) is
+        def forward(self, x):                                  Call(Own("down"), (Op("mul", (
+            gate = F.silu(self.gate(x))                            Op("silu", (Call(Own("gate"), (Input(0),)),)),
+            return self.down(gate * self.up(x))                    Call(Own("up"), (Input(0),)))),))
+
+Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
+block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
+takes a fixed number of tensors, has no branch, no loop and no assignment to an attribute or a global, uses no global
+but torch, and every operation that it does is part of what it returns. Any other has no expression (None).
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import inspect
+import operator
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MAX_INPUTS = 2
+_MAX_INSTRUCTIONS = 120
+
+
+@dataclass(frozen=True)
+class Input:
+    """The tensor that the forward is given at this position."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Own:
+    """An attribute of the module: a child, a parameter or a number."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A child of the module called."""
+
+    child: Own
+    inputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation of torch: x.pow(2), torch.pow(x, 2) and x ** 2 are all Op("pow", (x, 2))."""
+
+    name: str
+    operands: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+Expression = Input | Own | Call | Op
+
+
+def expression_of(module_class: type[nn.Module]) -> Expression | None:
+    """The expression that `module_class.forward` returns, None where it cannot be read."""
+    forward = inspect.getattr_static(module_class, "forward", None)
+    names = parameter_names(forward)
+    if not isinstance(forward, types.FunctionType) or names is None or not _is_plain(forward):
+        return None
+    reader = _Reader(module_class)
+    try:
+        result = forward(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
+    except Exception:
+        # Whatever a forward does that symbols cannot follow means the same: it is not one that can be read.
+        return None
+    if not _is_symbol(result):
+        return None
+    expression: Expression = _expression(result)
+    return expression if reader.done <= set(parts(expression)) else None
+
+
+def parameter_names(forward: object) -> tuple[str, ...] | None:
+    """The names of the tensors that a forward takes; None where it takes other than one or two, by position or name."""
+    if not isinstance(forward, types.FunctionType):
+        return None
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    fixed = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
+    return tuple(p.name for p in parameters) if fixed and 1 <= len(parameters) <= MAX_INPUTS else None
+
+
+def parts(expression: Any) -> Iterator[Any]:
+    """An expression and all within it."""
+    yield expression
+    inner: tuple[Any, ...] = ()
+    if isinstance(expression, Call):
+        inner = expression.inputs
+    elif isinstance(expression, Op):
+        inner = (*expression.operands, *(value for _, value in expression.options))
+    for part in inner:
+        yield from parts(part)
+
+
+# ---- which functions may be run on symbols ---------------------------------------------------------------------------
+
+_JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
+_STORES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "IMPORT_NAME", "YIELD_VALUE")
+_FUNCTIONS = frozenset(
+    ["add", "div", "dropout", "gelu", "mean", "mul", "multiply", "pow", "relu", "rsqrt", "silu", "sqrt", "square"]
+)  # of torch and torch.nn.functional: without effect but their result
+
+
+def _is_plain(function: types.FunctionType) -> bool:
+    """No branch, no store outside its own variables, no closure, and no global but what `_torchs` knows."""
+    instructions = list(dis.get_instructions(function))
+    if len(instructions) > _MAX_INSTRUCTIONS or function.__code__.co_freevars:
+        return False
+    module: types.ModuleType | None = None  # torch, or a part of it, whose attribute comes next
+    for instruction in instructions:
+        if instruction.opcode in _JUMPS or instruction.opname in _STORES:
+            return False
+        if instruction.opname == "LOAD_GLOBAL":
+            found = _global(function, instruction.argval)
+        elif module is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found = getattr(module, instruction.argval, None)
+        else:
+            module = None
+            continue
+        module = found if isinstance(found, types.ModuleType) and _is_torchs(found.__name__) else None
+        if module is None and not _is_harmless(found):
+            return False
+    return True
+
+
+def _global(function: types.FunctionType, name: str) -> object:
+    return function.__globals__[name] if name in function.__globals__ else getattr(builtins, name, None)
+
+
+def _is_harmless(value: object) -> bool:
+    if isinstance(value, (bool, int, float, torch.dtype)):
+        return True
+    name = getattr(value, "__name__", "")
+    return name in _FUNCTIONS and value in (getattr(torch, name, None), getattr(F, name, None))
+
+
+def _is_torchs(module_name: str) -> bool:
+    return module_name == "torch" or module_name.startswith("torch.")
+
+
+# ---- symbols ---------------------------------------------------------------------------------------------------------
+
+
+class _Unreadable(Exception):
+    """Raised where a forward asks a symbol for what only a tensor could say."""
+
+
+class _Reader:
+    """One reading: makes symbols, and remembers every operation done on them."""
+
+    def __init__(self, module_class: type[nn.Module]) -> None:
+        self.module_class = module_class
+        self.done: set[Expression] = set()
+        self.depth = 0
+
+    def symbol(self, expression: Expression) -> _Symbol:
+        return _Symbol(self, expression)
+
+    def operation(self, name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> _Symbol:
+        kept = {key: value for key, value in options.items() if not (key == "inplace" and value is False)}
+        pairs = tuple(sorted((key, _expression(value)) for key, value in kept.items()))
+        op = Op(name, tuple(_expression(operand) for operand in operands), pairs)
+        self.done.add(op)
+        return self.symbol(op)
+
+    def call_of(self, name: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """self.name(...): a method of the class is read through, anything else is taken for a child."""
+        method = inspect.getattr_static(self.module_class, name, None)
+        if method is None:
+            if options:
+                raise _Unreadable(name)
+            call = Call(Own(name), tuple(_expression(each) for each in inputs))
+            self.done.add(call)
+            return self.symbol(call)
+        if not isinstance(method, types.FunctionType) or not _is_plain(method) or self.depth:
+            raise _Unreadable(name)
+        self.depth += 1
+        result = method(_Module(self), *inputs, **options)
+        self.depth -= 1
+        return result
+
+
+class _Module:
+    """Stands for the module: its attributes are symbols."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.__dict__["_reader"] = reader
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self.__dict__["_reader"], Own(name))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise _Unreadable(name)
+
+
+def _operator(name: str, reflected: bool = False) -> Callable[..., Any]:
+    """The method of a symbol for an operator of Python."""
+
+    def method(self: _Symbol, *others: Any) -> _Symbol:
+        operands = (*others, self) if reflected else (self, *others)
+        reader: _Reader = self.__dict__["_reader"]
+        return reader.operation(name, operands, {})
+
+    return method
+
+
+class _Symbol:
+    """Stands for a tensor, or for a number that an attribute holds."""
+
+    def __init__(self, reader: _Reader, expression: Expression) -> None:
+        self.__dict__.update(_reader=reader, _expression=expression)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        first = next(arg for arg in args if _is_symbol(arg))
+        return first.__dict__["_reader"].operation(function.__name__, args, options or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name.endswith("_"):  # protocols, and methods that write into their tensor
+            raise _Unreadable(name)
+        return _Method(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise _Unreadable(name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance asks for it: what depends on the answer is a branch
+        raise _Unreadable("isinstance")
+
+    def __bool__(self) -> bool:
+        raise _Unreadable("bool")
+
+    __iter__ = __len__ = __index__ = __float__ = __int__ = __contains__ = __bool__
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = __bool__
+    __eq__ = __ne__ = __bool__  # type: ignore[assignment]
+    __hash__ = object.__hash__
+
+    __add__, __radd__ = _operator("add"), _operator("add", reflected=True)
+    __sub__, __rsub__ = _operator("sub"), _operator("sub", reflected=True)
+    __mul__, __rmul__ = _operator("mul"), _operator("mul", reflected=True)
+    __truediv__, __rtruediv__ = _operator("div"), _operator("div", reflected=True)
+    __pow__, __neg__, __getitem__ = _operator("pow"), _operator("neg"), _operator("getitem")
+
+
+class _Attribute(_Symbol):
+    """An attribute of the module: a value in an operation, a child or a method when called."""
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        reader, own = self.__dict__["_reader"], self.__dict__["_expression"]
+        return reader.call_of(own.name, inputs, options)
+
+
+class _Method(_Symbol):
+    """x.name: an operation when called, else the attribute (x.dtype)."""
+
+    def __init__(self, base: _Symbol, name: str) -> None:
+        super().__init__(base.__dict__["_reader"], Op("getattr", (base.__dict__["_expression"], name)))
+        self.__dict__.update(_base=base, _name=name)
+
+    def __call__(self, *operands: Any, **options: Any) -> Any:
+        base, name = self.__dict__["_base"], self.__dict__["_name"]
+        result = self.__dict__["_reader"].operation(name, (base, *operands), options)
+        pieces = operands[0] if name == "chunk" and operands else None
+        return _Pieces(result, pieces) if type(pieces) is int else result
+
+
+class _Pieces:
+    """x.chunk(n, ...): n symbols to take apart."""
+
+    def __init__(self, whole: _Symbol, count: int) -> None:
+        self.whole, self.count = whole, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(self.count))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[operator.index(index)]
+
+
+def _is_symbol(value: object) -> bool:
+    """isinstance would ask the symbol for its class."""
+    return issubclass(type(value), _Symbol)
+
+
+def _expression(value: Any) -> Any:
+    """What a symbol stands for; constants stand for themselves."""
+    if _is_symbol(value):
+        return value.__dict__["_expression"]
+    if isinstance(value, (bool, int, float, str, torch.dtype, type(None))):
+        return value
+    if isinstance(value, (tuple, list)):
+        return tuple(_expression(each) for each in value)
+    raise _Unreadable(type(value).__name__)

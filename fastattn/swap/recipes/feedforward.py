@@ -1,0 +1,403 @@
+"""Feed-forward blocks of any spelling.
+
+LinearAct            act(linear(x)), the first half of BERT's block
+FeedForward          linear(act(linear(x)))
+GatedFeedForward     linear(act(linear(x)) * linear(x)), the two inner linears apart (Llama) or one, cut in halves (GLM)
+
+with dropout, as a child or a function, before and behind the last linear or not at all. What a class's forward computes
+is read by `fastattn.swap.expression`; the functions below say which expressions these kernels stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.functional import ffn, gated_ffn, linear_act
+from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear
+from fastattn.nn.counting import note_call, note_fallback
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, expression_of, parameter_names
+from fastattn.swap.reading import ReadForward, Reading, attribute, inputs_of
+from fastattn.swap.recipe import Child, Recipe
+from fastattn.swap.recipes.activations import activation_name, why_not_activation
+from fastattn.swap.swapped import Swapped
+
+
+@dataclass(frozen=True)
+class Named:
+    """A step that a child of this name does: a linear, an activation or a dropout, told apart by the child's class."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Activated:
+    """A step that a function of torch does; `name` is the kernel's."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """F.dropout(x, p, training=self.training), p an attribute or a constant."""
+
+    p: str | float
+
+
+Step = Named | Activated | Dropped
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a class calls the parts of its block. `tail` is what follows the activation or the product."""
+
+    up: str
+    activation: Named | Activated
+    tail: tuple[Step, ...] = ()
+    gate: str | None = None
+    """The linear under the activation of a gated block. The same as `up`: one linear whose output is cut in halves."""
+    gate_first: bool = True
+    """The first half of such a linear is the one under the activation."""
+
+
+class _Tail(NamedTuple):
+    """dropout, last linear, dropout."""
+
+    hidden: Step | None
+    down: str
+    last: Step | None
+
+
+def _tail(module: nn.Module, steps: tuple[Step, ...]) -> _Tail | None:
+    """Which step is which, by the class of the module's children; None where the steps are others."""
+    drops = [_is_dropout(module, step) for step in steps]
+    if drops not in ([False], [True, False], [False, True], [True, False, True]):
+        return None
+    at = drops.index(False)
+    down = steps[at]
+    if not isinstance(down, Named):
+        return None
+    return _Tail(steps[0] if at == 1 else None, down.name, steps[at + 1] if at + 1 < len(steps) else None)
+
+
+def _is_dropout(module: nn.Module, step: Step) -> bool:
+    return isinstance(step, Dropped) or (isinstance(step, Named) and isinstance(getattr(module, step.name), nn.Dropout))
+
+
+class _ReadBlock(ReadForward):
+    """A block in one call of the operator, or, where a check has something against a child, the original forward."""
+
+    fastattn_block: ClassVar[Block]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = inputs_of(self, args, kwargs)
+        if inputs is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        note_call(self)
+        (x,) = inputs
+        reason = why_not_input(x) or _why_not_block(self, self.fastattn_block, x)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        return self.fastattn_run(x)
+
+    def fastattn_run(self, x: Tensor) -> Tensor:
+        """The block on an input and children that have passed the checks."""
+        raise NotImplementedError
+
+
+class LinearAct(_ReadBlock):
+    """act(up(x)), x (..., K)."""
+
+    def fastattn_run(self, x: Tensor) -> Tensor:
+        block = self.fastattn_block
+        up = getattr(self, block.up)
+        return linear_act(x, up.weight, up.bias, _activation(self, block), backend=self.fastattn_backend)
+
+
+class FeedForward(_ReadBlock):
+    """down(dropout(act(up(x)))), x (..., K)."""
+
+    def fastattn_run(self, x: Tensor) -> Tensor:
+        block = self.fastattn_block
+        hidden, down_name, last = _known_tail(self, block)
+        up, down = getattr(self, block.up), getattr(self, down_name)
+        y = ffn(
+            x,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+            _activation(self, block),
+            dropout_p=_rate(self, hidden),
+            backend=self.fastattn_backend,
+        )
+        return _drop(self, last, y)
+
+
+class GatedFeedForward(_ReadBlock):
+    """down(dropout(act(gate(x)) * up(x))), x (..., K)."""
+
+    def fastattn_run(self, x: Tensor) -> Tensor:
+        block = self.fastattn_block
+        hidden, down_name, last = _known_tail(self, block)
+        down = getattr(self, down_name)
+        (gate_weight, gate_bias), (up_weight, up_bias) = _gate_and_up(self, block)
+        y = gated_ffn(
+            x,
+            gate_weight,
+            up_weight,
+            down.weight,
+            _activation(self, block),
+            gate_bias,
+            up_bias,
+            down.bias,
+            dropout_p=_rate(self, hidden),
+            backend=self.fastattn_backend,
+        )
+        return _drop(self, last, y)
+
+
+def _activation(module: nn.Module, block: Block) -> str:
+    step = block.activation
+    name = step.name if isinstance(step, Activated) else activation_name(getattr(module, step.name))
+    assert name is not None  # _why_not_block has asked
+    return name
+
+
+def _known_tail(module: nn.Module, block: Block) -> _Tail:
+    tail = _tail(module, block.tail)
+    assert tail is not None  # _why_not_block has asked
+    return tail
+
+
+def _gate_and_up(module: nn.Module, block: Block) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Weight and bias of the linear under the activation, and of the other."""
+    up = getattr(module, block.up)
+    if block.gate != block.up:
+        gate = getattr(module, str(block.gate))
+        return (gate.weight, gate.bias), (up.weight, up.bias)
+    weights, biases = up.weight.chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
+    halves = tuple(zip(weights, biases, strict=True))
+    return halves if block.gate_first else halves[::-1]
+
+
+def _rate(module: nn.Module, step: Step | None) -> float:
+    """The share that a dropout step drops in this call."""
+    if step is None:
+        return 0.0
+    if isinstance(step, Dropped):
+        return float(attribute(module, step.p)) if module.training else 0.0
+    child: Any = getattr(module, step.name)
+    return float(child.p) if child.training else 0.0
+
+
+def _drop(module: nn.Module, step: Step | None, y: Tensor) -> Tensor:
+    """A last dropout as the original does it."""
+    if step is None:
+        return y
+    if isinstance(step, Dropped):
+        return F.dropout(y, attribute(module, step.p), module.training)
+    return getattr(module, step.name)(y)  # type: ignore[no-any-return]
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _why_not_block(module: nn.Module, block: Block, x: Tensor) -> str | None:
+    """None where the block may run on these children as one operator; asked on every call."""
+    tail = _tail(module, block.tail)
+    if tail is None and not isinstance(module, LinearAct):
+        return "its children are no longer those of a feed-forward block"
+    for name, _, check in _children(module, block):
+        reason = check(getattr(module, name))
+        if reason is not None:
+            return f"{name} {reason}"
+    if tail is not None and isinstance(tail.hidden, Dropped) and _rate(module, tail.hidden) >= 1.0:
+        return f"{tail.hidden.p} is {_rate(module, tail.hidden)}"
+    if not torch.is_autocast_enabled(x.device.type):
+        for name in _linears(block, tail):
+            dtype = getattr(module, name).weight.dtype
+            if dtype != x.dtype:
+                return f"{name} is {str(dtype).removeprefix('torch.')}, not the input's dtype"
+    if block.gate == block.up and getattr(module, block.up).weight.shape[0] % 2:
+        return f"{block.up} has an odd number of features"
+    return None
+
+
+def _linears(block: Block, tail: _Tail | None) -> tuple[str, ...]:
+    names = (block.gate, block.up, None if tail is None else tail.down)
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _children(module: nn.Module, block: Block) -> Iterable[Child]:
+    """The children that the operator stands for."""
+    tail = _tail(module, block.tail)
+    for name in _linears(block, tail):
+        yield name, "ffns", why_not_linear
+    if isinstance(block.activation, Named):
+        yield block.activation.name, "ffns", why_not_activation
+    if tail is not None and isinstance(tail.hidden, Named):
+        yield tail.hidden.name, "ffns", why_not_dropout
+
+
+def _applies(module: nn.Module, block: Block) -> bool:
+    """Whether the children are what the names stand for: linears, adapted or quantised ones too, and an activation."""
+    tail = _tail(module, block.tail)
+    if tail is None and (block.tail or isinstance(module, nn.Sequential)):
+        return False
+    if not all(_is_linear(getattr(module, name)) for name in _linears(block, tail)):
+        return False
+    if isinstance(block.activation, Activated):
+        return True
+    act = getattr(module, block.activation.name)
+    if isinstance(act, nn.Module):
+        return not isinstance(act, (nn.Dropout, nn.Identity)) and next(act.parameters(), None) is None
+    return callable(act)
+
+
+def _is_linear(child: object) -> bool:
+    return isinstance(child, nn.Module) and hasattr(child, "in_features") and hasattr(child, "out_features")
+
+
+def _refuse(module: nn.Module, block: Block) -> list[str]:
+    if isinstance(block.activation, Activated):
+        return []
+    function = getattr(module, block.activation.name)
+    if activation_name(function) is not None:
+        return []
+    return [f"the activation {getattr(function, '__name__', type(function).__name__)} has no kernel"]
+
+
+# ---- which classes ---------------------------------------------------------------------------------------------------
+
+
+def read(module_class: type[nn.Module]) -> Reading | None:
+    """The reading of a class whose forward is one of these."""
+    if module_class.forward is nn.Sequential.forward:
+        attributes = {"fastattn_block": property(_block_of_sequence), "fastattn_inputs": ("input",)}
+        return Reading(FeedForward, _recipe_of_sequences, attributes)
+    expression = expression_of(module_class)
+    block = None if expression is None else _block(expression)
+    return None if block is None else feed_forward(module_class, block)
+
+
+def feed_forward(module_class: type[nn.Module], block: Block) -> Reading:
+    """The reading of a class whose forward is known to be this block."""
+    mixin, kernel = (GatedFeedForward, "gated_ffn") if block.gate is not None else (FeedForward, "ffn")
+    if not block.tail:
+        mixin, kernel = LinearAct, "linear_act"
+
+    def recipe(swapped: type[Swapped]) -> Recipe:
+        return Recipe(
+            swapped,
+            kernels={"ffns": kernel},
+            children=lambda module: _children(module, block),
+            applies=lambda module: _applies(module, block),
+            refuse=lambda module: _refuse(module, block),
+        )
+
+    return Reading(mixin, recipe, {"fastattn_block": block, "fastattn_inputs": parameter_names(module_class.forward)})
+
+
+def _recipe_of_sequences(swapped: type[Swapped]) -> Recipe:
+    """nn.Sequential(linear, activation, dropout, linear, dropout), with or without the dropouts; no other sequence."""
+
+    def applies(module: nn.Module) -> bool:
+        block = _block_of_sequence(module)
+        return _applies(module, block) and not _refuse(module, block)
+
+    return Recipe(
+        swapped,
+        kernels={"ffns": "ffn"},
+        children=lambda module: _children(module, _block_of_sequence(module)),
+        applies=applies,
+    )
+
+
+def _block_of_sequence(module: nn.Module) -> Block:
+    """The children in their order. Of fewer than two there is no block: the names then stand for no children."""
+    names = (*module._modules, "", "")
+    return Block(names[0], Named(names[1]), tuple(Named(name) for name in tuple(module._modules)[2:]))
+
+
+# ---- which expressions -----------------------------------------------------------------------------------------------
+
+
+def _block(expression: Expression) -> Block | None:
+    """The block that an expression spells, or None."""
+    tail: list[Step] = []
+    inner: Any = expression
+    while True:
+        found = _gated(inner, tuple(tail)) or _plain(inner, tuple(tail))
+        if found is not None:
+            return found
+        step = _step(inner)
+        if step is None:
+            return None
+        tail.insert(0, step[0])
+        inner = step[1]
+
+
+def _plain(expression: Any, tail: tuple[Step, ...]) -> Block | None:
+    """act(up(x)) before the tail."""
+    step = _step(expression)
+    if step is None or isinstance(step[0], Dropped):
+        return None
+    match step[1]:
+        case Call(Own(up), (Input(0),)):
+            return Block(up, step[0], tail)
+    return None
+
+
+def _gated(expression: Any, tail: tuple[Step, ...]) -> Block | None:
+    """act(gate(x)) * up(x), in this order or the other, before the tail."""
+    match expression:
+        case Op("mul", (first, second)) if tail:
+            for under, beside in ((first, second), (second, first)):
+                step = _step(under)
+                if step is None or isinstance(step[0], Dropped):
+                    continue
+                match step[1], beside:
+                    case Call(Own(gate), (Input(0),)), Call(Own(up), (Input(0),)):
+                        return Block(up, step[0], tail, gate)
+                    case Op("getitem", (whole, int(i))), Op("getitem", (other, int(j))) if (
+                        whole == other and i + j == 1
+                    ):
+                        name = _halved(whole)
+                        if name is not None:
+                            return Block(name, step[0], tail, name, gate_first=i == 0)
+    return None
+
+
+def _halved(expression: Any) -> str | None:
+    """The linear whose output is cut in halves along its features."""
+    match expression:
+        case Op("chunk", (Call(Own(name), (Input(0),)), 2), (("dim", -1),)) | Op(
+            "chunk", (Call(Own(name), (Input(0),)), 2, -1), ()
+        ):
+            return name
+    return None
+
+
+def _step(expression: Any) -> tuple[Step, Any] | None:
+    """The last step of a chain, and what it is done to."""
+    match expression:
+        case Call(Own(name), (inner,)):
+            return Named(name), inner
+        case Op("relu" | "silu" as name, (inner,), ()):
+            return Activated(name), inner
+        case Op("gelu", (inner,), (("approximate", "tanh"),)):
+            return Activated("gelu_tanh"), inner
+        case Op("gelu", (inner,), () | (("approximate", "none"),)):
+            return Activated("gelu"), inner
+        case Op("square", (Op("relu", (inner,), ()),), ()) | Op("pow", (Op("relu", (inner,), ()), 2), ()):
+            return Activated("relu2"), inner
+        case Op("dropout", (inner,), (("p", p), ("training", Own("training")))):
+            return (Dropped(p.name if isinstance(p, Own) else float(p)), inner) if isinstance(p, (Own, float)) else None
+    return None

@@ -1,0 +1,295 @@
+"""Norms that a class spells out in torch operations, and the residual block dropout-add-LayerNorm.
+
+SpelledNorm     weight * x / sqrt(mean(x^2) + eps), as Llama, Gemma and most decoders have it, or LayerNorm without bias
+ResidualNorm    norm(dropout(linear(x)) + residual), as BERT has it
+
+What a class's forward computes is read by `fastattn.swap.expression`; the functions below say which expressions these
+kernels stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.functional import layer_norm, rms_norm
+from fastattn.nn.checks import FLOATS, why_not_dropout, why_not_input, why_not_linear, why_not_tensor
+from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.norm import why_not_layer_norm
+from fastattn.nn.sublayers import add_and_normalise
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, expression_of, parameter_names, parts
+from fastattn.swap.reading import ReadForward, Reading, attribute, inputs_of
+from fastattn.swap.recipe import Recipe, always
+from fastattn.swap.recipes.linear import linear
+from fastattn.swap.swapped import Swapped
+
+
+class NormNames(NamedTuple):
+    """How a class spells its norm."""
+
+    eps: str | float
+    weight: str | None
+    offset: float
+    """What is added to the weight."""
+    dtype: str
+    """Of the result: the "input"'s, the "weight"'s, or the one that holds both ("wide")."""
+    centred: bool = False
+    """The mean is subtracted first: LayerNorm."""
+
+
+class SpelledNorm(ReadForward):
+    """(weight + offset) * x / sqrt(mean(x^2) + eps), x (..., N). Halves are rounded once, at the end."""
+
+    fastattn_norm: ClassVar[NormNames]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = inputs_of(self, args, kwargs)
+        if inputs is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        note_call(self)
+        (x,) = inputs
+        names = self.fastattn_norm
+        weight, eps = (None if names.weight is None else getattr(self, names.weight)), attribute(self, names.eps)
+        reason = _why_not(x, weight, eps)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        result_dtype = x.dtype
+        if weight is not None and weight.dtype != x.dtype:
+            wide = torch.promote_types(x.dtype, weight.dtype)
+            result_dtype = {"input": x.dtype, "weight": weight.dtype, "wide": wide}[names.dtype]
+            weight = weight.to(torch.float32)
+            x = x.to(torch.promote_types(x.dtype, result_dtype))
+        if names.centred:
+            y = layer_norm(x, weight, None, eps, backend=self.fastattn_backend)
+        else:
+            y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
+        return y.to(result_dtype)
+
+
+def _why_not(x: object, weight: object, eps: object) -> str | None:
+    reason = why_not_input(x) or why_not_tensor("weight", weight)
+    if reason is not None:
+        return reason
+    if not isinstance(eps, (int, float)):
+        return f"its eps is a {type(eps).__name__}"
+    if isinstance(weight, Tensor) and weight.dtype not in FLOATS:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if isinstance(weight, Tensor) and isinstance(x, Tensor) and weight.shape != x.shape[-1:]:
+        return "its weight does not lie along the last dimension"
+    return None
+
+
+class ResidualNorm(ReadForward):
+    """norm(dropout(dense(x)) + residual), both (..., N): one linear, then one fused dropout-add-LayerNorm."""
+
+    fastattn_children: ClassVar[tuple[str, str, str]]
+    """The names of dense, dropout and norm."""
+    fastattn_linear_part: ClassVar[str]
+    """The part of a swap that dense belongs to."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs = inputs_of(self, args, kwargs)
+        if inputs is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        note_call(self)
+        x, residual = inputs
+        dense, dropout, norm = self.fastattn_children
+        return add_and_normalise(self, linear(self, dense, x, self.fastattn_linear_part), residual, dropout, norm)[0]
+
+
+# ---- which classes ---------------------------------------------------------------------------------------------------
+
+
+def read(module_class: type[nn.Module]) -> Reading | None:
+    """The reading of a class whose forward is one of these."""
+    expression = expression_of(module_class)
+    if expression is None:
+        return None
+    names = _spelled_norm(expression)
+    if names is not None:
+        return spelled_norm(module_class, names)
+    children = _residual_norm(expression)
+    return None if children is None else _residual(module_class, children)
+
+
+def spelled_norm(module_class: type[nn.Module], names: NormNames) -> Reading:
+    """The reading of a class whose forward is known to be this norm."""
+    kernel = "layer_norm" if names.centred else "rms_norm"
+
+    def refuse(module: nn.Module) -> list[str]:
+        weight = None if names.weight is None else getattr(module, names.weight, None)
+        reason = _why_not(torch.empty(0, 1), None, attribute(module, names.eps))
+        if isinstance(weight, Tensor) and weight.dim() != 1:
+            reason = reason or f"its weight has {weight.dim()} dimensions"
+        return [] if reason is None else [reason]
+
+    return Reading(
+        SpelledNorm,
+        lambda swapped: Recipe(swapped, kernels={"norms": kernel}, refuse=refuse),
+        {"fastattn_norm": names, "fastattn_inputs": parameter_names(module_class.forward)},
+    )
+
+
+def _residual(module_class: type[nn.Module], children: tuple[str, str, str]) -> Reading:
+    # The block that ends the feed-forward one is told by its name alone: BertOutput, not BertSelfOutput.
+    part = "linears" if "Self" in module_class.__name__ or "Attention" in module_class.__name__ else "ffns"
+    dense, dropout, norm = children
+
+    def recipe(swapped: type[Swapped]) -> Recipe:
+        return Recipe(
+            swapped,
+            kernels={part: "linear", "norms": "dropout_add_layer_norm"},
+            children=always(
+                (dense, part, why_not_linear), (norm, "norms", why_not_layer_norm), (dropout, "norms", why_not_dropout)
+            ),
+            applies=lambda module: (
+                hasattr(getattr(module, dense), "in_features") and isinstance(getattr(module, norm), nn.LayerNorm)
+            ),
+        )
+
+    names = parameter_names(module_class.forward)
+    attributes = {"fastattn_children": children, "fastattn_linear_part": part, "fastattn_inputs": names}
+    return Reading(ResidualNorm, recipe, attributes)
+
+
+# ---- which expressions -----------------------------------------------------------------------------------------------
+
+
+def _residual_norm(expression: Expression) -> tuple[str, str, str] | None:
+    """Call(norm, Call(dropout, Call(dense, x)) + residual)."""
+    match expression:
+        case Call(Own(norm), (Op("add", operands),)):
+            for first, second in _orders(operands):
+                match first:
+                    case Call(Own(dropout), (Call(Own(dense), (Input(0),)),)) if second == Input(1):
+                        return dense, dropout, norm
+    return None
+
+
+def _spelled_norm(expression: Expression) -> NormNames | None:
+    inner, narrowed = _narrowed(expression)
+    match inner:
+        case Op("mul", operands):
+            for factor, rest in _orders(operands):
+                scale = _scale(factor)
+                if scale is None:
+                    continue
+                weight, offset, widened = scale
+                rest, narrowed_before = _narrowed(rest)
+                found = _normalised(rest)
+                # Not narrowed at the end, the result has the dtype that holds both: if no factor is widened.
+                same = not widened and (narrowed_before or not _is_widened(rest))
+                if found is not None and (narrowed or same):
+                    eps, centred = found
+                    return NormNames(eps, weight, offset, "input" if narrowed else "wide", centred)
+    found = _normalised(inner) if narrowed or not _is_widened(inner) else None
+    return None if found is None else NormNames(found[0], None, 0.0, "input", found[1])
+
+
+def _normalised(expression: Any) -> tuple[str | float, bool] | None:
+    """(eps, centred) where the expression is z / sqrt(mean(z^2) + eps), z the input, or the input less its mean."""
+    match expression:
+        case Op("mul" | "div" as name, operands):
+            for z, divisor in _orders(operands) if name == "mul" else ((operands[0], operands[1]),):
+                variance = _under_the_root(divisor, inverse=name == "mul")
+                match variance:
+                    case Op("add", terms):
+                        for mean, eps in _orders(terms):
+                            constant = eps.name if isinstance(eps, Own) else eps
+                            if isinstance(constant, (str, float)) and _mean(mean) in _squares(z):
+                                centred = _centred(z)
+                                return None if centred is None else (constant, centred)
+    return None
+
+
+def _under_the_root(expression: Any, inverse: bool) -> Any:
+    """v of sqrt(v), or, `inverse`, of 1 / sqrt(v) in any form."""
+    match expression:
+        case Op("sqrt", (v,)) if not inverse:
+            return v
+        case Op("rsqrt", (v,)) | Op("div", (1 | 1.0, Op("sqrt", (v,)))) | Op("pow", (v, -0.5)) if inverse:
+            return v
+    return None
+
+
+def _mean(expression: Any) -> Any:
+    """What the expression is the mean of, over the last dimension, which is kept."""
+    match expression:
+        case (
+            Op("mean", (z, -1), (("keepdim", True),))
+            | Op("mean", (z, -1, True), ())
+            | Op("mean", (z,), (("dim", -1), ("keepdim", True)))
+        ):
+            return z
+    return None
+
+
+def _squares(z: Any) -> tuple[Any, ...]:
+    """The spellings of z^2. The square may be of the widened input where z is the input as it came."""
+    forms: list[Any] = []
+    for base in (z, *_widenings(z)):
+        forms += [Op("pow", (base, 2)), Op("pow", (base, 2.0)), Op("square", (base,)), Op("mul", (base, base))]
+    return tuple(forms)
+
+
+def _centred(z: Any) -> bool | None:
+    """False where z is the input, widened or not; True where it is that less its mean; None for anything else."""
+    if _is_input(z):
+        return False
+    match z:
+        case Op("sub", (base, mean)) if _is_input(base) and _mean(mean) == base:
+            return True
+    return None
+
+
+def _is_widened(expression: Any) -> bool:
+    """Whether the input is widened anywhere in the expression."""
+    return any(part in _widenings(Input(0)) for part in parts(expression))
+
+
+def _is_input(z: Any) -> bool:
+    return z == Input(0) or z in _widenings(Input(0))
+
+
+def _widenings(base: Any) -> tuple[Any, ...]:
+    wide = torch.float32
+    return Op("float", (base,)), Op("to", (base, wide)), Op("to", (base,), (("dtype", wide),)), Op("type", (base, wide))
+
+
+def _narrowed(expression: Any) -> tuple[Any, bool]:
+    """The expression without a cast to the input's dtype, and whether there was one."""
+    dtype = Op("getattr", (Input(0), "dtype"))
+    match expression:
+        case Op("to" | "type", (inner, target)) if target in (dtype, Input(0)):
+            return inner, True
+        case Op("to", (inner,), (("dtype", target),)) if target == dtype:
+            return inner, True
+        case Op("type_as", (inner, Input(0))):
+            return inner, True
+    return expression, False
+
+
+def _scale(factor: Any) -> tuple[str, float, bool] | None:
+    """(weight, offset, widened) where a factor is the weight, or 1 + the weight."""
+    match factor:
+        case Own(name):
+            return name, 0.0, False
+        case Op("add", operands):
+            for one, weight in _orders(operands):
+                found = _scale(weight) if one == 1 and not isinstance(one, bool) else None
+                if found is not None:
+                    return found[0], 1.0, found[2]
+        case Op(_, (Own(name), *_)) if factor in _widenings(Own(name)):
+            return name, 0.0, True
+    return None
+
+
+def _orders(operands: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    """Both orders of the operands of a sum or a product; of anything else none."""
+    if len(operands) == 2:
+        yield operands[0], operands[1]
+        yield operands[1], operands[0]

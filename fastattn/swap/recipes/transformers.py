@@ -1,0 +1,70 @@
+"""Classes of transformers, and of code written for it.
+
+InterfaceAttention   any attention whose forward asks the attention interface for its function
+bert, t5             blocks whose forwards branch, known in the original and in its copies (RoBERTa, Electra, mT5, ...)
+
+Importing this file registers the attention interface, so that a swapped model that was saved whole runs when it is
+loaded in a process that never called swap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from fastattn.integrations import transformers as interface
+from fastattn.nn.counting import note_call
+from fastattn.swap.reading import Reading
+from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipes import bert, t5
+from fastattn.swap.recipes.interface import note_interface
+from fastattn.swap.swapped import Swapped
+
+interface.register()
+
+
+class InterfaceAttention(Swapped):
+    """The original forward, whose function the interface gives: the config that swap copied names fastattn's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        note_call(self)
+        note_interface(self)
+        return super().forward(*args, **kwargs)
+
+
+def read(module_class: type[nn.Module]) -> Reading | None:
+    """The reading of a class that is one of these."""
+    return bert.read(module_class) or t5.read(module_class) or _interface_attention(module_class)
+
+
+def _interface_attention(module_class: type[nn.Module]) -> Reading | None:
+    forward = inspect.unwrap(module_class.forward)
+    if not isinstance(forward, FunctionType):
+        return None
+    if not {"get_interface", "config", "_attn_implementation"} <= set(forward.__code__.co_names):
+        return None
+    return Reading(InterfaceAttention, _interface_recipe)
+
+
+def _interface_recipe(swapped: type[Swapped]) -> Recipe:
+    return Recipe(swapped, kernels={"attention": "attention"}, refuse=_refuse_attention, interface=True)
+
+
+def _refuse_attention(module: nn.Module) -> list[str]:
+    reasons = []
+    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
+        reasons.append("it has no config that names its attention implementation")
+    forward: Any = inspect.unwrap(type(module).forward)
+    eager = forward.__globals__.get("eager_attention_forward")
+    unknown = set() if eager is None else set(inspect.signature(eager).parameters) - _KNOWN_ARGUMENTS
+    if unknown:
+        reasons.append(f"its attention function takes {', '.join(sorted(unknown))}, which fastattn's does not")
+    return reasons
+
+
+_KNOWN_ARGUMENTS = set(inspect.signature(interface.attention_forward).parameters) - {"sinks", "cache"} | {
+    "sliding_window"  # the mask holds it already
+}

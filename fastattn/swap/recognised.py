@@ -1,0 +1,102 @@
+"""Swapped classes of classes that a recipe recognises by what their forward computes.
+
+They are made when a module of the class is first met, and are attributes of this file by the path of their original, so
+that a swapped model that was saved whole finds them in a process that never called swap.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from fastattn.swap.reading import Reading
+from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipes import feedforward, norm
+
+
+def recipe_for(original: type[nn.Module]) -> Recipe | None:
+    """The recipe for exactly this class, or None where nothing recognises its forward."""
+    key: Any = original
+    return _recipe_for(key, original.forward)
+
+
+@functools.cache
+def _recipe_for(original: Any, forward: object) -> Recipe | None:
+    """`forward` is that of the class: where a library has replaced it since, the class is read again."""
+    if not _can_be_derived_from(original):
+        return None
+    for read in _readers(original):
+        reading = read(original)
+        if reading is not None:
+            return reading.recipe(_swapped_class(reading, original))
+    return None
+
+
+def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Reading | None]]:
+    readers: list[Callable[[type[nn.Module]], Reading | None]] = []
+    if _calls_forward_as_it_is(original):
+        readers += [norm.read, feedforward.read]
+    if "transformers" in sys.modules and _is_of_transformers(original):
+        readers.append(import_module("fastattn.swap.recipes.transformers").read)
+    return readers
+
+
+def _is_of_transformers(original: type[nn.Module]) -> bool:
+    """A class of transformers, or one that asks its attention interface: model code that comes with a checkpoint."""
+    code = getattr(inspect.unwrap(original.forward), "__code__", None)
+    return original.__module__.startswith("transformers.") or (code is not None and "get_interface" in code.co_names)
+
+
+def _can_be_derived_from(original: type[nn.Module]) -> bool:
+    """Whether making a subclass has no effect but that. The hook of transformers' layers expects more subclasses."""
+    watching = [base for base in original.__mro__[:-1] if "__init_subclass__" in vars(base)]
+    return type(original) is type and all(base.__module__.startswith("transformers.") for base in watching)
+
+
+def _calls_forward_as_it_is(original: type[nn.Module]) -> bool:
+    """Whether calling a module of the class does its forward and nothing more."""
+    plain = all(
+        getattr(original, name) is getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__")
+    )
+    return plain and original.__getattribute__ is object.__getattribute__
+
+
+def _swapped_class(reading: Reading, original: type[nn.Module]) -> Any:
+    own = {
+        "__module__": __name__,
+        "__qualname__": _path(original),
+        "__doc__": f"A swapped {original.__module__}.{original.__qualname__}.",
+        "fastattn_original": original,
+        **reading.attributes,
+    }
+    return type(original.__name__, (reading.mixin, original), own)
+
+
+# ---- found again by name ---------------------------------------------------------------------------------------------
+
+
+def _path(original: type) -> str:
+    """transformers/models/llama/modeling_llama:LlamaMLP. Without a dot, at which pickle would cut it."""
+    return f"{original.__module__}:{original.__qualname__}".replace(".", "/")
+
+
+def __getattr__(name: str) -> Any:
+    module_path, colon, class_path = name.partition(":")
+    if not colon:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: Any = import_module(module_path.replace("/", "."))
+    for part in class_path.split("/"):
+        found = getattr(found, part)
+    recipe = recipe_for(found)
+    if recipe is None:  # no AttributeError: pickle would leave its words out
+        raise ImportError(
+            f"{found.__module__}.{found.__qualname__} was swapped when this was saved; in the installed version its "
+            "forward is another one, which no recipe recognises: install the version it was saved with"
+        )
+    return recipe.swapped

@@ -1,0 +1,224 @@
+"""What is read of a forward, and which forwards are not read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastattn.swap.expression import Call, Input, Op, Own, expression_of, parameter_names
+
+CALLS: list[object] = []
+
+
+class Gated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        """A docstring, names of variables and the order of lines leave no trace."""
+        beside = self.up(x)
+        gate: Tensor = F.silu(self.gate(x))
+        return self.down(gate * beside)
+
+
+class GatedOtherwise(nn.Module):
+    def forward(self, hidden):
+        return self.down(self._product(hidden))
+
+    def _product(self, hidden):
+        return torch.nn.functional.silu(self.gate(hidden)) * self.up(hidden)
+
+
+def test_spellings_of_one_block() -> None:
+    gate, up = Call(Own("gate"), (Input(0),)), Call(Own("up"), (Input(0),))
+    expected = Call(Own("down"), (Op("mul", (Op("silu", (gate,)), up)),))
+    assert expression_of(Gated) == expression_of(GatedOtherwise) == expected
+    assert parameter_names(GatedOtherwise.forward) == ("hidden",)
+
+
+def test_methods_functions_and_operators_are_one_operation() -> None:
+    class Methods(nn.Module):
+        def forward(self, x):
+            return x.pow(2).mean(-1, keepdim=True).rsqrt()
+
+    class Functions(nn.Module):
+        def forward(self, x):
+            return torch.rsqrt(torch.mean(x**2, -1, keepdim=True))
+
+    assert expression_of(Methods) == expression_of(Functions) is not None
+
+
+def test_numbers_on_either_side_and_pieces() -> None:
+    class Module(nn.Module):
+        def forward(self, x, y):
+            a, b = self.linear(x).chunk(2, dim=-1)
+            return (1.0 - a) / (2 + b) * -y
+
+    whole = Op("chunk", (Call(Own("linear"), (Input(0),)), 2), (("dim", -1),))
+    a, b = Op("getitem", (whole, 0)), Op("getitem", (whole, 1))
+    quotient = Op("div", (Op("sub", (1.0, a)), Op("add", (2, b))))
+    assert expression_of(Module) == Op("mul", (quotient, Op("neg", (Input(1),))))
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return self.a(x) if self.training else x
+
+
+class NoneBranch(nn.Module):
+    def forward(self, x):
+        if self.a is None:
+            return x
+        return self.a(x)
+
+
+class Loop(nn.Module):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Instance(nn.Module):
+    def forward(self, x):
+        return self.a(x * isinstance(self.weight, Tensor))
+
+
+class WritesToItsInput(nn.Module):
+    def forward(self, x):
+        x.mul_(2)
+        return self.a(x)
+
+
+class AddsInPlace(nn.Module):
+    def forward(self, x):
+        x += 1
+        return self.a(x)
+
+
+class WritesItems(nn.Module):
+    def forward(self, x):
+        x[0] = 0
+        return self.a(x)
+
+
+class Remembers(nn.Module):
+    def forward(self, x):
+        self.last = x
+        return self.a(x)
+
+
+class CallsForEffect(nn.Module):
+    def forward(self, x):
+        self.monitor(x)
+        return self.a(x)
+
+
+class Prints(nn.Module):
+    def forward(self, x):
+        print(x)
+        return self.a(x)
+
+
+class Appends(nn.Module):
+    def forward(self, x):
+        CALLS.append(x)
+        return self.a(x)
+
+
+class Seeds(nn.Module):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return self.a(x)
+
+
+class OtherModule(nn.Module):
+    def forward(self, x):
+        return self.a(x) * math.pi
+
+
+class Default(nn.Module):
+    def forward(self, x, scale=1.0):
+        return self.a(x) * scale
+
+
+class Many(nn.Module):
+    def forward(self, *x):
+        return self.a(x[0])
+
+
+class Options(nn.Module):
+    def forward(self, x):
+        return self.a(x, mode="fast")
+
+
+class ReadsShape(nn.Module):
+    def forward(self, x):
+        rows, columns = x.shape
+        return self.a(x).reshape(rows, columns)
+
+
+class Super(nn.LayerNorm):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class Computed(nn.Module):
+    @property
+    def weight(self):
+        CALLS.append("read")
+        return torch.ones(1)
+
+    def forward(self, x):
+        return self.weight(x)
+
+
+def _decorated(function):
+    def wrapper(self, x):
+        CALLS.append(x)
+        return function(self, x)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    @_decorated
+    def forward(self, x):
+        return self.a(x)
+
+
+@pytest.mark.parametrize(
+    "module_class",
+    [
+        Branch,
+        NoneBranch,
+        Loop,
+        Instance,
+        WritesToItsInput,
+        AddsInPlace,
+        WritesItems,
+        Remembers,
+        CallsForEffect,
+        Prints,
+        Appends,
+        Seeds,
+        OtherModule,
+        Default,
+        Many,
+        Options,
+        ReadsShape,
+        Super,
+        Computed,
+        Decorated,
+        nn.Module,
+        nn.Sequential,
+    ],
+)
+def test_what_cannot_be_read_is_not_run_either(module_class, capsys: pytest.CaptureFixture[str]) -> None:
+    CALLS.clear()
+    state = torch.get_rng_state()
+    assert expression_of(module_class) is None
+    assert not CALLS
+    assert capsys.readouterr().out == ""
+    assert torch.equal(torch.get_rng_state(), state)
