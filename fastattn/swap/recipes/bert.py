@@ -31,7 +31,7 @@ from fastattn.swap.recipe import PARTS, Recipe, always
 from fastattn.swap.recipes.activations import activation_name
 from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
 from fastattn.swap.recipes.interface import note_interface
-from fastattn.swap.recipes.linear import linear
+from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.recipes.norm import ResidualNorm
 from fastattn.swap.recognised import recipe_for
 from fastattn.swap.swapped import Swapped
@@ -59,9 +59,8 @@ class BertSelfAttention(Swapped):
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
         note_interface(self)
-        query = _heads(self, linear(self, "query", hidden_states, "linears"))
-        key = _heads(self, linear(self, "key", hidden_states, "linears"))
-        value = _heads(self, linear(self, "value", hidden_states, "linears"))
+        projected = (linear(self, name, hidden_states, "linears") for name in ("query", "key", "value"))
+        query, key, value = (split_heads(x, self.attention_head_size) for x in projected)
         if past_key_values is not None:
             is_pair = isinstance(past_key_values, EncoderDecoderCache)
             cache = past_key_values.self_attention_cache if is_pair else past_key_values
@@ -80,11 +79,6 @@ class BertSelfAttention(Swapped):
             **kwargs,
         )
         return out.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
-
-
-def _heads(attention: BertSelfAttention, x: Tensor) -> Tensor:
-    """(B, S, H*D) -> (B, H, S, D), a view."""
-    return x.view(*x.shape[:-1], -1, attention.attention_head_size).transpose(1, 2)
 
 
 class _Parts(NamedTuple):

@@ -1,4 +1,4 @@
-"""The child linears of a swapped module."""
+"""The child linears of a swapped module, and the heads that they project to."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
         note_fallback(module, reason)
         return child(x)
     return linear_act(x, child.weight, child.bias, backend=module.fastattn_backend)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(B, S, H*D) -> (B, H, S, D), a view."""
+    return x.view(*x.shape[:-1], -1, head_dim).transpose(1, 2)

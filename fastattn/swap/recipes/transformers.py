@@ -1,7 +1,7 @@
 """Classes of transformers, and of code written for it.
 
 InterfaceAttention   any attention whose forward asks the attention interface for its function
-bert, t5             blocks whose forwards branch, known in the original and in its copies (RoBERTa, Electra, mT5, ...)
+bert, t5, mpnet      modules whose forwards branch, known in the original and its copies (RoBERTa, Electra, mT5, ...)
 
 Importing this file registers the attention interface, so that a swapped model that was saved whole runs when it is
 loaded in a process that never called swap.
@@ -19,7 +19,7 @@ from fastattn.integrations import transformers as interface
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes import bert, t5
+from fastattn.swap.recipes import bert, mpnet, t5
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.swapped import Swapped
 
@@ -37,7 +37,11 @@ class InterfaceAttention(Swapped):
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
-    return bert.read(module_class) or t5.read(module_class) or _interface_attention(module_class)
+    for recipes in (bert, t5, mpnet):
+        reading = recipes.read(module_class)
+        if reading is not None:
+            return reading
+    return _interface_attention(module_class)
 
 
 def _interface_attention(module_class: type[nn.Module]) -> Reading | None:

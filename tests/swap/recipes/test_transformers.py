@@ -237,6 +237,7 @@ _ENCODERS: dict[str, tuple[str, dict[str, object], set[str]]] = {
     ),
     "modernbert": ("ModernBert", {**_ENCODER, "local_attention": 4}, {"attention", "layer_norm", "gated_ffn"}),
     "albert": ("Albert", {**_ENCODER, "embedding_size": 32}, {"attention", "layer_norm"}),
+    "mpnet": ("MPNet", _ENCODER, {"attention + linear (q, k, v, o)", "linear_act", "layer_norm"}),
     "vit": ("ViT", {**_VISION, "image_size": 16, "patch_size": 4}, {"attention", "layer_norm", "ffn"}),
     "dinov2": ("Dinov2", {**_VISION, "image_size": 16, "patch_size": 4}, {"attention", "layer_norm", "ffn"}),
     "t5": ("T5", _T5, {"attention", "rms_norm", "ffn"}),
@@ -297,7 +298,7 @@ def test_an_encoder_equals_eager(family) -> None:
     assert torch.equal(states(model, inputs), original)
 
 
-@pytest.mark.parametrize("family", ["roberta", "modernbert", "vit", "flan-t5", "bart"])
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "mpnet", "vit", "flan-t5", "bart"])
 def test_an_encoder_trains_as_the_original(family) -> None:
     model, inputs = encoder(family)
     twin = eager(model)
@@ -312,6 +313,18 @@ def test_an_encoder_trains_as_the_original(family) -> None:
             continue
         scale = float(other.grad.abs().max())
         torch.testing.assert_close(parameter.grad, other.grad, atol=3e-5 * scale + 1e-7, rtol=0, msg=name)
+
+
+def test_mpnet_forms_attention_weights_where_asked() -> None:
+    model, inputs = encoder("mpnet")
+    twin = eager(model)
+    report = swap(model)
+    with torch.no_grad(), report.counting():
+        found, expected = (each(**inputs, output_attentions=True).attentions for each in (model, twin))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    reasons = {reason for row in report.rows for reason in row.fallbacks}
+    assert reasons == {"the attention weights are asked for (output_attentions=True)"}
 
 
 def test_t5_generates_what_eager_generates() -> None:
