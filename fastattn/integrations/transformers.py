@@ -307,7 +307,7 @@ def _masks_of(config: object | None) -> str:
     supports flash or flex attention alone takes it so too, but need not say rightly what None means: "explicit", never
     None. Any other has only ever been run with eager's float masks: it may cut, pad or read them (NLLB-MoE's router,
     DeepSeek-V4's compressed keys), or take the name "fastattn" and still add the mask in an attention of its own
-    (CodeGen, Bloom, GPT-1).
+    (Bloom, GPT-1).
     """
     if config is None or torch.compiler.is_compiling():
         return "compact"

@@ -20,7 +20,7 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]]) -> bool
     if one is other:
         return True
     if not isinstance(one, types.FunctionType) or not isinstance(other, types.FunctionType):
-        return type(one) is type(other) and isinstance(one, (bool, int, float, str, tuple, type(None))) and one == other
+        return type(one) is type(other) and isinstance(one, _CONSTANTS) and one == other
     if (id(one), id(other)) in compared:
         return True
     compared.add((id(one), id(other)))
@@ -37,6 +37,9 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]]) -> bool
         return False
     pairs += zip(cells[0][0] or (), cells[1][0] or (), strict=True)
     return all(_is_copy(first, second, compared) for first, second in pairs)
+
+
+_CONSTANTS = (bool, int, float, str, tuple, set, frozenset, type(None))
 
 
 def _instructions(code: types.CodeType) -> list[tuple[str, Any]]:

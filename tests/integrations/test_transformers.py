@@ -299,15 +299,13 @@ def test_training_gradients_equal_eager() -> None:
 
 
 def test_a_model_that_never_calls_the_interface_keeps_its_mask() -> None:
-    config = transformers.CodeGenConfig(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, rotary_dim=4
-    )
-    model = build(transformers.CodeGenForCausalLM, config)
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
+    model = build(transformers.BloomForCausalLM, config)
     other = copy.deepcopy(model)
     other.config._attn_implementation = "fastattn"  # what from_pretrained(attn_implementation=...) does
     fastattn_transformers._known_masks.clear()
     inputs = {"input_ids": tokens(), "attention_mask": padding("left")}
-    with pytest.warns(UserWarning, match="CodeGenModel never calls the attention interface"):
+    with pytest.warns(UserWarning, match="BloomModel never calls the attention interface"):
         found = first_output(other, **inputs)
     assert_same_on_valid_rows(found, first_output(model, **inputs), padding("left"))
 
@@ -521,8 +519,8 @@ def test_whatever_is_not_recognised_is_dense() -> None:
         masking_utils.and_masks(causal, window),
         masking_utils.and_masks(window, masking_utils.bidirectional_mask_function),
         masking_utils.chunked_causal_mask_function(3, torch.zeros(BATCH, dtype=torch.long)),
-        masking_utils.packed_sequence_compatibility_function(
-            causal, torch.arange(6).expand(BATCH, -1), torch.tensor([0, 0, 0, 1, 1, 1]).expand(BATCH, -1)
+        masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(torch.tensor([0, 0, 0, 1, 1, 1]).expand(BATCH, -1)), causal
         ),
         lambda b, h, q, k: k <= q,
     ]

@@ -8,6 +8,7 @@ The other parts of a layer are recognised by `norm` (BertSelfOutput, BertOutput)
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +37,11 @@ from fastattn.swap.recipes.norm import ResidualNorm
 from fastattn.swap.recognised import recipe_for
 from fastattn.swap.swapped import Swapped
 
+# transformers 5.24 renamed the argument, and hands the others on to the cache.
+_CACHE = (
+    "cache" if "cache" in inspect.signature(modeling_bert.BertSelfAttention.forward).parameters else "past_key_values"
+)
+
 
 class BertSelfAttention(Swapped):
     """Self-attention. hidden_states (B, S, hidden) -> ((B, S, hidden), attention weights or None)."""
@@ -55,16 +61,17 @@ class BertSelfAttention(Swapped):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
         note_interface(self)
         projected = (linear(self, name, hidden_states, "linears") for name in ("query", "key", "value"))
         query, key, value = (split_heads(x, self.attention_head_size) for x in projected)
-        if past_key_values is not None:
-            is_pair = isinstance(past_key_values, EncoderDecoderCache)
-            cache = past_key_values.self_attention_cache if is_pair else past_key_values
-            key, value = cache.update(key, value, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            key, value = own.update(key, value, self.layer_idx, **({"kwargs": kwargs} if _CACHE == "cache" else {}))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, modeling_bert.eager_attention_forward
         )
@@ -109,10 +116,12 @@ class BertLayer(Swapped):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         note_call(self)
-        if encoder_hidden_states is None and past_key_values is None and _wants_one_call(self, hidden_states, kwargs):
+        cache = past_key_values if cache is None else cache
+        if encoder_hidden_states is None and cache is None and _wants_one_call(self, hidden_states, kwargs):
             whole = _whole_layer(self)
             if isinstance(whole, str):
                 note_fallback(self, whole)
@@ -125,7 +134,7 @@ class BertLayer(Swapped):
             attention_mask,
             encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
+            **{_CACHE: cache},
             **kwargs,
         )
 
@@ -325,7 +334,7 @@ def _attention_recipe(swapped: type[Swapped]) -> Recipe:
     return Recipe(
         swapped,
         kernels={"attention": "attention", "linears": "linear (q, k, v)"},
-        takes=("self", "hidden_states", "attention_mask", "past_key_values", "kwargs"),
+        takes=("self", "hidden_states", "attention_mask", _CACHE, "kwargs"),
         children=always(*((name, "linears", why_not_linear) for name in ("query", "key", "value"))),
         interface=True,
     )
@@ -360,7 +369,7 @@ def _layer_recipe(swapped: type[Swapped]) -> Recipe:
             "attention_mask",
             "encoder_hidden_states",
             "encoder_attention_mask",
-            "past_key_values",
+            _CACHE,
             "kwargs",
         ),
         refuse=refuse,
