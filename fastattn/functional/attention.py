@@ -22,7 +22,7 @@ from fastattn.functional.checks import (
 )
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
-from fastattn.masks.lowered import PackedSize, Size, check_lowered
+from fastattn.masks.lowered import PackedSize, Size, check_lowered, replaced
 from fastattn.masks.packed import lower_packed
 from fastattn.ops.attention import Attention, attention_forward, flatten_call, parse_extras, problem_fields
 from fastattn.ops.library import apply, invoke, needs_gradient, tracks_gradients
@@ -336,7 +336,7 @@ def lower_mask_and_bias(
         # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
         wide = torch.promote_types(q.dtype, torch.float32)
         terms = terms.to(wide) + added.dense.to(wide)
-    return _NOTHING_HIDDEN, added._replace(dense=terms)
+    return _NOTHING_HIDDEN, replaced(added, dense=terms)
 
 
 def _key_ranges(mask: Tensor, full: Size) -> Tensor:

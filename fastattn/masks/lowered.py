@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,10 +114,20 @@ FLAT_FIELDS = len(LoweredMask._fields) - 1 + len(Blocks._fields)
 one."""
 
 
+TupleT = TypeVar("TupleT", bound=tuple[Any, ...])
+
+
+def replaced(fields: TupleT, **changes: Any) -> TupleT:
+    """`fields._replace(**changes)` of a named tuple, which Dynamo of torch 2.7 does not trace."""
+    kind: Any = type(fields)
+    result: TupleT = kind(*[changes.get(name, value) for name, value in zip(kind._fields, fields, strict=True)])
+    return result
+
+
 def flatten(mask: LoweredMask) -> tuple[Any, ...]:
     """The flat form, which operators take."""
     blocks = (None,) * len(Blocks._fields) if mask.blocks is None else tuple(mask.blocks)
-    return (*mask[:-1], *blocks)
+    return (*tuple(mask)[:-1], *blocks)  # a tuple: Dynamo of torch 2.7 cannot slice a named one
 
 
 def unflatten(flat: Sequence[Any]) -> LoweredMask:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastattn.masks.blocks import build_blocks
 from fastattn.masks.cache import Cache
 from fastattn.masks.intervals import MOST, IntervalSet, intersection, intervals_tensor, row_bounds
-from fastattn.masks.lowered import Blocks, LoweredMask, Size, intersect
+from fastattn.masks.lowered import Blocks, LoweredMask, Size, intersect, replaced
 
 if TYPE_CHECKING:
     from fastattn.masks.base import Mask
@@ -76,7 +76,7 @@ def lower(mask: Mask, size: Size, device: torch.device) -> LoweredMask:
         own = _remember("all", identity, holds, size, device, lambda: _lower_heavy(heavy, limits, size, device))
     if own.key_bits is None and own.intervals is None and own.blocks is None:
         return lowered
-    return lowered._replace(key_bits=own.key_bits, intervals=own.intervals, bounds=own.bounds, blocks=own.blocks)
+    return replaced(lowered, key_bits=own.key_bits, intervals=own.intervals, bounds=own.bounds, blocks=own.blocks)
 
 
 def _lower_light(terms: Sequence[Mask], size: Size, device: torch.device) -> LoweredMask:
@@ -92,7 +92,7 @@ def _lower_heavy(terms: tuple[Mask, ...], limits: tuple[Mask, ...], size: Size, 
     lowered, rest = lower_simple(terms, size, device)
     if rest:
         simple = [term for term in terms if term not in rest]
-        lowered = lowered._replace(blocks=_blocks(rest, [*limits, *simple], size, device))
+        lowered = replaced(lowered, blocks=_blocks(rest, [*limits, *simple], size, device))
     return lowered
 
 
@@ -114,7 +114,7 @@ def lower_simple(terms: Sequence[Mask], size: Size, device: torch.device) -> tup
             intervals = both
     if intervals is not None and not intervals.is_everything:
         tensor = intervals_tensor(intervals, size.len_q, size.len_k, device)
-        lowered = lowered._replace(intervals=tensor, bounds=row_bounds(tensor))
+        lowered = replaced(lowered, intervals=tensor, bounds=row_bounds(tensor))
     return lowered, rest
 
 

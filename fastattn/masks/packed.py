@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn.masks import lowering
 from fastattn.masks.base import Mask
 from fastattn.masks.blocks import build_blocks
-from fastattn.masks.lowered import Blocks, Index, LoweredMask, PackedSize, Size, intersect
+from fastattn.masks.lowered import Blocks, Index, LoweredMask, PackedSize, Size, intersect, replaced
 from fastattn.masks.tiles import TileRule, tile_count
 
 
@@ -36,7 +36,7 @@ def lower_packed(mask: Mask, size: PackedSize, device: torch.device) -> LoweredM
     if not heavy:
         return lowered
     own, rest = lowering.lower_simple(heavy, size, device)
-    lowered = intersect(lowered, own)._replace(intervals=own.intervals, bounds=own.bounds)
+    lowered = replaced(intersect(lowered, own), intervals=own.intervals, bounds=own.bounds)
     if not rest or size.batch == 0:
         return lowered
     if torch.compiler.is_compiling():
@@ -48,7 +48,7 @@ def lower_packed(mask: Mask, size: PackedSize, device: torch.device) -> LoweredM
     cu_seqlens = (size.packed.cu_seqlens_q, size.packed.cu_seqlens_k)
     holds = (*whole.holds(), *cu_seqlens)
     name = ("packed", tuple(size), device, whole.identity())
-    return lowered._replace(blocks=lowering.remembered.get(name, holds, lambda: _blocks(whole, size, device)))
+    return replaced(lowered, blocks=lowering.remembered.get(name, holds, lambda: _blocks(whole, size, device)))
 
 
 class OfEntry(Mask):

@@ -145,7 +145,7 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
         note_call(self)
         added, added_padding = additive_masks(src, mask, src_key_padding_mask, "mask")
         is_causal = _detect_is_causal_mask(added, is_causal, _get_seq_len(src, self.layers[0].self_attn.batch_first))
-        if not all(stands_for(layer, nn.TransformerEncoderLayer) for layer in self.layers):
+        if not all([stands_for(layer, nn.TransformerEncoderLayer) for layer in self.layers]):
             mask, src_key_padding_mask = added, added_padding
         padding = None
         if self._drops_padding(src, mask, src_key_padding_mask):

@@ -91,10 +91,10 @@ class BertSelfAttention(Swapped):
 class _Parts(NamedTuple):
     """Classes that do what BERT's of these names do: the attention blocks as they are, the others swapped."""
 
-    blocks: frozenset[type[nn.Module]]
-    attentions: frozenset[type[nn.Module]]
-    residuals: frozenset[type[nn.Module]]
-    intermediates: frozenset[type[nn.Module]]
+    blocks: tuple[type[nn.Module], ...]
+    attentions: tuple[type[nn.Module], ...]
+    residuals: tuple[type[nn.Module], ...]
+    intermediates: tuple[type[nn.Module], ...]
 
 
 class BertLayer(Swapped):
@@ -308,23 +308,23 @@ def _is_layer(module_class: type[nn.Module]) -> bool:
 
 def _parts_beside(layer_class: type[nn.Module]) -> _Parts:
     """What of the file of a layer's class its layers may be built of."""
-    parts: dict[str, set[type[nn.Module]]] = {name: set() for name in _Parts._fields}
+    parts: dict[str, list[type[nn.Module]]] = {name: [] for name in _Parts._fields}
     for sibling in vars(sys.modules[layer_class.__module__]).values():
         if not isinstance(sibling, type) or not issubclass(sibling, nn.Module) or _is_layer(sibling):
             continue
         if is_copy(sibling.forward, modeling_bert.BertAttention.forward):
-            parts["blocks"].add(sibling)
+            parts["blocks"].append(sibling)
         recipe = recipe_for(sibling)
         if recipe is None:
             continue
         swapped: Any = recipe.swapped
         if issubclass(swapped, BertSelfAttention):
-            parts["attentions"].add(swapped)
+            parts["attentions"].append(swapped)
         elif issubclass(swapped, ResidualNorm) and swapped.fastattn_children == ("dense", "dropout", "LayerNorm"):
-            parts["residuals"].add(swapped)
+            parts["residuals"].append(swapped)
         elif issubclass(swapped, LinearAct) and swapped.fastattn_block == _INTERMEDIATE:
-            parts["intermediates"].add(swapped)
-    return _Parts(**{name: frozenset(classes) for name, classes in parts.items()})
+            parts["intermediates"].append(swapped)
+    return _Parts(**{name: tuple(classes) for name, classes in parts.items()})
 
 
 _INTERMEDIATE = Block("dense", Named("intermediate_act_fn"))
