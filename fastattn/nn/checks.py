@@ -11,8 +11,15 @@ from __future__ import annotations
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DROPOUT = 65535 / 65536  # rates are multiples of 1 / 65536, and 1 drops everything
+
+# What the kernels stand for; other libraries replace forwards of torch's own classes.
+_FORWARDS: dict[type[nn.Module], object] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU)
+}
 
 
 def why_not_input(x: object) -> str | None:
@@ -21,19 +28,31 @@ def why_not_input(x: object) -> str | None:
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.is_nested:
         return "the input is a nested tensor"
+    if x.layout is not torch.strided:
+        return f"the input is {str(x.layout).removeprefix('torch.')}"
     if x.dtype not in FLOATS:
         return f"the input is {str(x.dtype).removeprefix('torch.')}"
     if x.device.type not in ("cpu", "cuda"):
         return f"the input lies on {x.device.type}"
-    return None
+    return _why_not_transformed()
+
+
+def _why_not_transformed() -> str | None:
+    """Derivatives that the kernels do not have: forward-mode ones, and those of torch.func inside a compiled graph."""
+    if torch.compiler.is_compiling():
+        return "torch.func is used inside torch.compile" if torch._C._are_functorch_transforms_active() else None
+    return "forward-mode derivatives are taken" if forward_ad._current_level >= 0 else None
 
 
 def why_not_unwatched(child: nn.Module) -> str | None:
-    """No hook, of the child or global, and no forward put on the instance (as offloading does) may see the call."""
+    """No hook, of the child or global, and no forward put in the place of the class's own may see the call."""
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "has hooks"
     if "forward" in child.__dict__:
         return "has its forward replaced on the instance"
+    kind = type(child)
+    if kind in _FORWARDS and kind.forward is not _FORWARDS[kind]:
+        return "is of a class whose forward was replaced"
     if (
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
@@ -51,8 +70,10 @@ def why_not_parameter(child: nn.Module, name: str, *, optional: bool) -> str | N
     parameter = child._parameters[name]
     if parameter is None:
         return None if optional else f"has no {name}"
-    if type(parameter) is not nn.Parameter:
-        return f"has a {type(parameter).__name__} as its {name}"
+    if type(parameter) is not nn.Parameter or name in child.__dict__:
+        return f"has a {type(getattr(child, name)).__name__} as its {name}"
+    if parameter.layout is not torch.strided:
+        return f"has a {str(parameter.layout).removeprefix('torch.')} {name}"
     if parameter.is_meta:
         return f"has its {name} on the meta device"
     return None
@@ -65,6 +86,8 @@ def why_not_tensor(name: str, value: object) -> str | None:
         return None
     if type(value) is not nn.Parameter and type(value) is not Tensor:
         return f"its {name} is a {type(value).__name__}"
+    if value.layout is not torch.strided:
+        return f"its {name} is {str(value.layout).removeprefix('torch.')}"
     return f"its {name} is on the meta device" if value.is_meta else None
 
 
@@ -76,14 +99,23 @@ def why_not_linear(child: nn.Module) -> str | None:
         why_not_unwatched(child)
         or why_not_parameter(child, "weight", optional=False)
         or why_not_parameter(child, "bias", optional=True)
+        or _why_not_shaped(child)
     )
+
+
+def _why_not_shaped(linear: nn.Linear) -> str | None:
+    """Parameters that were replaced by others may be of any shape that broadcasts."""
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if weight is None or weight.dim() != 2:
+        return "has a weight that is no matrix"
+    return None if bias is None or bias.shape == weight.shape[:1] else "has a bias that is broadcast"
 
 
 def why_not_dropout(child: nn.Module) -> str | None:
     """The child is an nn.Dropout and nothing else, with p < 1."""
     if type(child) is not nn.Dropout:
         return f"is a {full_name(child)}"
-    if child.p >= 1.0:
+    if child.p > MAX_DROPOUT:
         return f"has p = {child.p}"
     return why_not_unwatched(child)
 

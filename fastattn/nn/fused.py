@@ -29,4 +29,4 @@ def stands_for(module: nn.Module, original: type[ModuleT]) -> TypeGuard[ModuleT]
     """Whether the module's class is exactly `original`, or exactly a class that computes the same from the same
     tensors."""
     module_class = type(module)
-    return module_class is original or vars(module_class).get("fastattn_original") is original
+    return module_class is original or module_class.__dict__.get("fastattn_original") is original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
@@ -18,7 +19,12 @@ class LayerNorm(Fused, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         note_call(self)
         weight, bias = self.weight, self.bias
-        reason = why_not_input(input) or why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
+        reason = (
+            why_not_input(input)
+            or why_not_tensor("weight", weight)
+            or why_not_tensor("bias", bias)
+            or _why_not_together(input, self.normalized_shape, weight, bias)
+        )
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(input)
@@ -35,12 +41,26 @@ class RMSNorm(Fused, nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         note_call(self)
         weight = self.weight
-        reason = why_not_input(x) or why_not_tensor("weight", weight)
+        reason = (
+            why_not_input(x)
+            or why_not_tensor("weight", weight)
+            or _why_not_together(x, self.normalized_shape, weight, None)
+        )
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x)
         flat, flat_weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
         return rms_norm(flat, flat_weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
+
+
+def _why_not_together(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Shapes that torch refuses, in its words, and dtypes that it promotes or refuses."""
+    if tuple(x.shape[-len(shape) :]) != tuple(shape):
+        return f"the input's shape does not end in {tuple(shape)}"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in (x.dtype, torch.float32):
+            return f"its {name} is {str(tensor.dtype).removeprefix('torch.')}, not float32 or the input's dtype"
+    return None
 
 
 def why_not_layer_norm(child: nn.Module) -> str | None:
@@ -64,9 +84,5 @@ def _as_one_dim(
     dims = len(shape)
     if dims == 1:
         return x, weight, bias
-    if tuple(x.shape[-dims:]) != tuple(shape):
-        raise ValueError(
-            f"input: expected shape (*, {', '.join(map(str, shape))}), as normalized_shape says, got {tuple(x.shape)}"
-        )
     weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
     return x.flatten(-dims), weight, bias

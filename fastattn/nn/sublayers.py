@@ -39,6 +39,7 @@ def add_and_normalise(module: Fused, x: Tensor, residual: Tensor, dropout: str, 
         reason = (
             why_not_input(x)
             or why_not_input(residual)
+            or (None if x.shape == residual.shape else "the residual is broadcast")
             or child_reason(norm, why_not_layer_norm(norm_child))
             or child_reason(dropout, why_not_dropout(dropout_child))
         )
@@ -46,7 +47,8 @@ def add_and_normalise(module: Fused, x: Tensor, residual: Tensor, dropout: str, 
             if x.dtype != residual.dtype:
                 # The sum, and with it the norm's output, has the wider dtype (half activations beside a float32
                 # residual stream under autocast); the kernel's output has x's.
-                x = x.to(torch.promote_types(x.dtype, residual.dtype))
+                wide = torch.promote_types(x.dtype, residual.dtype)
+                x, residual = x.to(wide), residual.to(wide)
             return layer_norm(
                 x,
                 norm_child.weight,

@@ -13,20 +13,25 @@ from typing import Any
 
 def is_copy(function: object, other: object) -> bool:
     """Both do the same, as far as instructions, defaults, closures and globals say."""
-    return _is_copy(function, other, set())
+    try:
+        return _is_copy(function, other, set())
+    except (RuntimeError, ValueError):  # a comparison without an answer, as of tensors, or an empty cell
+        return False
 
 
 def _is_copy(one: object, other: object, compared: set[tuple[int, int]]) -> bool:
     if one is other:
         return True
     if not isinstance(one, types.FunctionType) or not isinstance(other, types.FunctionType):
-        return type(one) is type(other) and isinstance(one, _CONSTANTS) and one == other
+        return isinstance(one, _CONSTANTS) and _constant(one) == _constant(other)
     if (id(one), id(other)) in compared:
         return True
     compared.add((id(one), id(other)))
     if _instructions(one.__code__) != _instructions(other.__code__):
         return False
-    if one.__defaults__ != other.__defaults__ or one.__kwdefaults__ != other.__kwdefaults__:
+    if _constant(one.__defaults__) != _constant(other.__defaults__):
+        return False
+    if _constant(one.__kwdefaults__) != _constant(other.__kwdefaults__):
         return False
     cells = [
         [None if function.__closure__ is None else [cell.cell_contents for cell in function.__closure__]]
@@ -39,12 +44,23 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]]) -> bool
     return all(_is_copy(first, second, compared) for first, second in pairs)
 
 
+def _constant(value: object) -> tuple[object, ...]:
+    """Tells 1, 1.0 and True apart, and 0.0 from -0.0."""
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_constant, value))
+    if isinstance(value, dict):
+        return dict, *((key, _constant(each)) for key, each in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_constant, value)
+    return (type(value), repr(value)) if isinstance(value, float) else (type(value), value)
+
+
 _CONSTANTS = (bool, int, float, str, tuple, set, frozenset, type(None))
 
 
 def _instructions(code: types.CodeType) -> list[tuple[str, Any]]:
     return [
-        (i.opname, _instructions(i.argval) if isinstance(i.argval, types.CodeType) else i.argval)
+        (i.opname, _instructions(i.argval) if isinstance(i.argval, types.CodeType) else _constant(i.argval))
         for i in dis.get_instructions(code)
     ]
 

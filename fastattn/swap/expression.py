@@ -1,14 +1,14 @@
 """What a forward computes, read off it by running it once on symbols.
 
-    class MLP(nn.Module):                                  expression_of(MLP) is
+    class MLP(nn.Module):                                  spelling_of(MLP).expression is
         def forward(self, x):                                  Call(Own("down"), (Op("mul", (
             gate = F.silu(self.gate(x))                            Op("silu", (Call(Own("gate"), (Input(0),)),)),
             return self.down(gate * self.up(x))                    Call(Own("up"), (Input(0),)))),))
 
 Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
 block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
-takes a fixed number of tensors, has no branch, no loop and no assignment to an attribute or a global, uses no global
-but torch, and every operation that it does is part of what it returns. Any other has no expression (None).
+takes a fixed number of tensors, has no branch, no loop, no code within it and no assignment to an attribute or a
+global, uses no global but torch, and every operation that it does is part of what it returns. Any other is not read.
 """
 
 from __future__ import annotations
@@ -64,11 +64,22 @@ class Op:
 Expression = Input | Own | Call | Op
 
 
-def expression_of(module_class: type[nn.Module]) -> Expression | None:
-    """The expression that `module_class.forward` returns, None where it cannot be read."""
+@dataclass(frozen=True)
+class Spelling:
+    """What was read of a class."""
+
+    expression: Expression
+    inputs: tuple[str, ...]
+    """The names of the tensors that the forward takes."""
+    methods: dict[str, types.FunctionType]
+    """The methods that were read through: `forward` and its helpers."""
+
+
+def spelling_of(module_class: type[nn.Module]) -> Spelling | None:
+    """What `module_class.forward` returns, as an expression; None where it cannot be read."""
     forward = inspect.getattr_static(module_class, "forward", None)
-    names = parameter_names(forward)
-    if not isinstance(forward, types.FunctionType) or names is None or not _is_plain(forward):
+    names = argument_names(forward)
+    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward):
         return None
     reader = _Reader(module_class)
     try:
@@ -79,16 +90,22 @@ def expression_of(module_class: type[nn.Module]) -> Expression | None:
     if not _is_symbol(result):
         return None
     expression: Expression = _expression(result)
-    return expression if reader.done <= set(parts(expression)) else None
-
-
-def parameter_names(forward: object) -> tuple[str, ...] | None:
-    """The names of the tensors that a forward takes; None where it takes other than one or two, by position or name."""
-    if not isinstance(forward, types.FunctionType):
+    found = set(parts(expression))
+    if not reader.done <= found or not {Input(index) for index in range(len(names))} <= found:
         return None
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
-    fixed = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
-    return tuple(p.name for p in parameters) if fixed and 1 <= len(parameters) <= MAX_INPUTS else None
+    return Spelling(expression, names, {"forward": forward, **reader.methods})
+
+
+def argument_names(method: object) -> tuple[str, ...]:
+    """What a method takes after self, all by position or name and none with a default; else nothing."""
+    if not isinstance(method, types.FunctionType) or method.__defaults__ or method.__kwdefaults__:
+        return ()
+    code = method.__code__
+    others = code.co_posonlyargcount or code.co_kwonlyargcount or code.co_flags & _VARIABLE_ARGUMENTS
+    return () if others else code.co_varnames[1 : code.co_argcount]
+
+
+_VARIABLE_ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
 
 
 def parts(expression: Any) -> Iterator[Any]:
@@ -105,43 +122,68 @@ def parts(expression: Any) -> Iterator[Any]:
 
 # ---- which functions may be run on symbols ---------------------------------------------------------------------------
 
-_JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
-_STORES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "IMPORT_NAME", "YIELD_VALUE")
+_REFUSED = (
+    frozenset(dis.hasjrel)
+    | frozenset(dis.hasjabs)
+    | frozenset(
+        dis.opmap[name]
+        for name in (
+            *(
+                "STORE_ATTR",
+                "STORE_GLOBAL",
+                "STORE_SUBSCR",
+                "STORE_SLICE",
+                "STORE_DEREF",
+                "DELETE_ATTR",
+                "DELETE_GLOBAL",
+            ),
+            *("DELETE_SUBSCR", "DELETE_DEREF", "IMPORT_NAME", "IMPORT_FROM", "YIELD_VALUE", "MAKE_FUNCTION"),
+            *("LOAD_BUILD_CLASS", "PUSH_EXC_INFO"),
+        )
+        if name in dis.opmap
+    )
+)
 _FUNCTIONS = frozenset(
     ["add", "div", "dropout", "gelu", "mean", "mul", "multiply", "pow", "relu", "rsqrt", "silu", "sqrt", "square"]
 )  # of torch and torch.nn.functional: without effect but their result
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def _is_plain(function: types.FunctionType) -> bool:
-    """No branch, no store outside its own variables, no closure, and no global but what `_torchs` knows."""
-    instructions = list(dis.get_instructions(function))
-    if len(instructions) > _MAX_INSTRUCTIONS or function.__code__.co_freevars:
+    """No branch, no store outside its own variables, no code within, and no global but torch, of which only known parts
+    are touched, one attribute after the other."""
+    code = function.__code__
+    instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
+    if len(instructions) > _MAX_INSTRUCTIONS or code.co_freevars or getattr(code, "co_exceptiontable", False):
         return False
-    module: types.ModuleType | None = None  # torch, or a part of it, whose attribute comes next
+    module: types.ModuleType | None = None  # torch, or a part of it: nothing may be done with it but take an attribute
     for instruction in instructions:
-        if instruction.opcode in _JUMPS or instruction.opname in _STORES:
+        is_load = instruction.opname in _LOADS
+        if instruction.opcode in _REFUSED or (module is not None and not is_load):
             return False
-        if instruction.opname == "LOAD_GLOBAL":
-            found = _global(function, instruction.argval)
-        elif module is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        if module is not None:
             found = getattr(module, instruction.argval, None)
+        elif instruction.opname == "LOAD_GLOBAL":
+            found = _global(function, instruction.argval)
         else:
-            module = None
+            if is_load and instruction.argval.startswith("__"):
+                return False
             continue
         module = found if isinstance(found, types.ModuleType) and _is_torchs(found.__name__) else None
-        if module is None and not _is_harmless(found):
+        if module is None and not _is_harmless(found, instruction.argval):
             return False
-    return True
+    return module is None
 
 
 def _global(function: types.FunctionType, name: str) -> object:
     return function.__globals__[name] if name in function.__globals__ else getattr(builtins, name, None)
 
 
-def _is_harmless(value: object) -> bool:
-    if isinstance(value, (bool, int, float, torch.dtype)):
+def _is_harmless(value: object, name: str) -> bool:
+    """A dtype of torch, or a function of it under its own name: numbers may be bound anew, and what was read with them
+    would be stale."""
+    if isinstance(value, torch.dtype):
         return True
-    name = getattr(value, "__name__", "")
     return name in _FUNCTIONS and value in (getattr(torch, name, None), getattr(F, name, None))
 
 
@@ -162,12 +204,14 @@ class _Reader:
     def __init__(self, module_class: type[nn.Module]) -> None:
         self.module_class = module_class
         self.done: set[Expression] = set()
-        self.depth = 0
+        self.methods: dict[str, types.FunctionType] = {}
 
     def symbol(self, expression: Expression) -> _Symbol:
         return _Symbol(self, expression)
 
     def operation(self, name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> _Symbol:
+        if options.get("out") is not None:
+            raise _Unreadable("out")
         kept = {key: value for key, value in options.items() if not (key == "inplace" and value is False)}
         pairs = tuple(sorted((key, _expression(value)) for key, value in kept.items()))
         op = Op(name, tuple(_expression(operand) for operand in operands), pairs)
@@ -183,12 +227,19 @@ class _Reader:
             call = Call(Own(name), tuple(_expression(each) for each in inputs))
             self.done.add(call)
             return self.symbol(call)
-        if not isinstance(method, types.FunctionType) or not _is_plain(method) or self.depth:
+        if not isinstance(method, types.FunctionType) or not _is_plain(method) or self.methods:
             raise _Unreadable(name)
-        self.depth += 1
-        result = method(_Module(self), *inputs, **options)
-        self.depth -= 1
-        return result
+        if options or len(argument_names(method)) != len(inputs):
+            raise _Unreadable(name)
+        self.methods[name] = method
+        return method(_Module(self), *inputs)
+
+    def attribute(self, name: str) -> _Attribute:
+        """self.name: a method may be called, a property could do anything."""
+        static = inspect.getattr_static(self.module_class, name, None)
+        if hasattr(type(static), "__get__") and not isinstance(static, types.FunctionType):
+            raise _Unreadable(name)
+        return _Attribute(self, Own(name))
 
 
 class _Module:
@@ -198,7 +249,8 @@ class _Module:
         self.__dict__["_reader"] = reader
 
     def __getattr__(self, name: str) -> Any:
-        return _Attribute(self.__dict__["_reader"], Own(name))
+        reader: _Reader = self.__dict__["_reader"]
+        return reader.attribute(name)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise _Unreadable(name)
@@ -229,7 +281,8 @@ class _Symbol:
         return first.__dict__["_reader"].operation(function.__name__, args, options or {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name.endswith("_"):  # protocols, and methods that write into their tensor
+        # Protocols, methods that write into their tensor, and what a tensor does not have.
+        if name.startswith("__") or name.endswith("_") or not hasattr(torch.Tensor, name):
             raise _Unreadable(name)
         return _Method(self, name)
 

@@ -54,6 +54,15 @@ def decide(model: nn.Module, asked: frozenset[str]) -> list[Decision]:
 
 
 def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decision | None:
+    try:
+        return _decide(module, paths, asked)
+    except Exception as error:  # of reading the module: a child or an attribute that its class promises is missing
+        row = Row(path=paths[0], class_name=type(module).__name__, action="left")
+        row.reason = f"it could not be read: {type(error).__name__}: {error}"
+        return Decision(row, module)
+
+
+def _decide(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decision | None:
     module_class = type(module)
     row = Row(path=paths[0], class_name=module_class.__name__, action="left")
     if issubclass(module_class, Swapped):
@@ -62,7 +71,7 @@ def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> D
         return Decision(row, module)
     recipe = recipe_for(module_class)
     if recipe is None or not recipe.applies(module):
-        row.reason = _why_no_recipe(module_class, asked)
+        row.reason = _why_no_recipe(module, asked)
         return Decision(row, module) if row.reason else None
     parts = recipe.parts(asked)
     if not parts:
@@ -82,11 +91,14 @@ def _decide_one(module: nn.Module, paths: list[str], asked: frozenset[str]) -> D
     return Decision(row, module, Target(row.path, module, recipe, parts))
 
 
-def _why_no_recipe(module_class: type[nn.Module], asked: frozenset[str]) -> str:
-    """The reason to print for a class that looks swappable, "" for any other."""
+def _why_no_recipe(module: nn.Module, asked: frozenset[str]) -> str:
+    """The reason to print for a module that looks swappable, "" for any other."""
+    module_class = type(module)
     for base in module_class.__mro__[1:]:
         recipe = recipe_for(base) if issubclass(base, nn.Module) else None
-        if recipe is not None and recipe_for(module_class) is None and recipe.parts(asked):
+        if recipe is None or recipe_for(module_class) is not None:
+            continue
+        if recipe.parts(asked) and recipe.applies(module):
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
     if any(part in asked for part in _parts_by_name(module_class)):
         return f"no recipe for class {module_class.__name__}"

@@ -1,4 +1,4 @@
-"""What a recipe that reads forwards finds in a class, and what its swapped forwards share."""
+"""What a recipe that recognises classes finds in one, and what its swapped forwards share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from fastattn.swap.expression import Spelling
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.swapped import Swapped
 
@@ -23,27 +24,44 @@ class Reading:
 
     mixin: type[Swapped]
     recipe: Callable[[type[Swapped]], Recipe]
-    attributes: dict[str, object] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 class ReadForward(Swapped):
     """Base of the mixins that stand for forwards of any spelling.
 
-    Whatever a mixin adds but `forward` begins with fastattn: any other name may be that of a child in some class.
+    Whatever a mixin adds begins with fastattn: any other name may be that of a child in some class. The swapped class
+    gets a forward that takes what its original takes, by position or name, and hands it to fastattn_forward.
     """
 
-    fastattn_inputs: ClassVar[tuple[str, ...]]
-    """What the original forward calls the tensors that it takes."""
+    fastattn_methods: ClassVar[dict[str, Callable[..., Any]]]
+    """The methods of the original that were read."""
+
+    def fastattn_forward(self, *inputs: Any) -> Any:
+        """The forward, its inputs in the original's order."""
+        raise NotImplementedError
 
 
-def inputs_of(module: ReadForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """The tensors of a call in order; None where the original forward would not take it."""
-    names = module.fastattn_inputs
-    if len(args) == len(names) and not kwargs:
-        return args
-    if len(args) + len(kwargs) != len(names) or any(name not in kwargs for name in names[len(args) :]):
-        return None
-    return (*args, *(kwargs[name] for name in names[len(args) :]))
+def spelled_as(spelling: Spelling) -> dict[str, Any]:
+    """The class attributes of a swapped class whose original has this spelling."""
+    return {"fastattn_methods": spelling.methods, "forward": _forward_that_takes(spelling.inputs)}
+
+
+def _forward_that_takes(names: tuple[str, ...]) -> Callable[..., Any]:
+    """A method of these parameters, as dataclasses make theirs: tools that look at a signature find the original's."""
+    listed, scope = ", ".join(names), dict[str, Any]()
+    exec(f"def forward(self, {listed}):\n    return self.fastattn_forward({listed})", scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward
+
+
+def why_not_as_read(module: ReadForward) -> str | None:
+    """None where the methods of the original class are those that were read: other libraries replace them, too."""
+    own, original = module.__dict__, module.fastattn_original
+    for name, method in module.fastattn_methods.items():
+        if name in own or getattr(original, name) is not method:
+            return f"its {name} was replaced"
+    return None
 
 
 def attribute(module: nn.Module, name: str | float) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,15 @@ def _always(module: nn.Module) -> bool:
 def always(*children: Child) -> Callable[[nn.Module], tuple[Child, ...]]:
     """The same children for every module of the class."""
     return lambda module: children
+
+
+def parameters(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a method's parameters. Not by inspect.signature, which evaluates annotations from Python 3.14 on."""
+    code: CodeType = inspect.unwrap(method).__code__
+    count = code.co_argcount + code.co_kwonlyargcount
+    for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS):
+        count += bool(code.co_flags & flag)
+    return code.co_varnames[:count]
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class Recipe:
 
     def reasons_to_leave(self, module: nn.Module) -> list[str]:
         """Why this module, of the recipe's class, cannot be swapped; empty when it can."""
-        found = tuple(inspect.signature(self.original.forward).parameters)
+        found = parameters(self.original.forward)
         reasons = []
         if self.takes is not None and found != self.takes:
             reasons.append(f"its forward takes {', '.join(found)}; the recipe knows {', '.join(self.takes)}")

@@ -6,10 +6,10 @@ that a swapped model that was saved whole finds them in a process that never cal
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -20,22 +20,35 @@ from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import feedforward, norm
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    methods: dict[str, object]
+    recipe: Recipe | None
+
+
+_remembered: dict[Any, _Remembered] = {}
+
+
 def recipe_for(original: type[nn.Module]) -> Recipe | None:
-    """The recipe for exactly this class, or None where nothing recognises its forward."""
-    key: Any = original
-    return _recipe_for(key, original.forward)
+    """The recipe for exactly this class, or None where nothing recognises its forward.
+
+    Where a library has replaced a method since the class was read, it is read again.
+    """
+    known = _remembered.get(original)
+    if known is None or any(getattr(original, name, None) is not method for name, method in known.methods.items()):
+        known = _remembered[original] = _read(original)
+    return known.recipe
 
 
-@functools.cache
-def _recipe_for(original: Any, forward: object) -> Recipe | None:
-    """`forward` is that of the class: where a library has replaced it since, the class is read again."""
-    if not _can_be_derived_from(original):
-        return None
-    for read in _readers(original):
-        reading = read(original)
-        if reading is not None:
-            return reading.recipe(_swapped_class(reading, original))
-    return None
+def _read(original: type[nn.Module]) -> _Remembered:
+    methods: dict[str, object] = {"forward": getattr(original, "forward", None)}
+    if callable(methods["forward"]) and _can_be_derived_from(original):
+        for read in _readers(original):
+            reading = read(original)
+            if reading is not None:
+                methods |= reading.attributes.get("fastattn_methods", {})
+                return _Remembered(methods, reading.recipe(_swapped_class(reading, original)))
+    return _Remembered(methods, None)
 
 
 def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Reading | None]]:
@@ -54,7 +67,13 @@ def _is_of_transformers(original: type[nn.Module]) -> bool:
 
 
 def _can_be_derived_from(original: type[nn.Module]) -> bool:
-    """Whether making a subclass has no effect but that. The hook of transformers' layers expects more subclasses."""
+    """Whether making a subclass has no effect but that. The hook of transformers' layers expects more subclasses.
+
+    Classes of torch itself are known by name, but for Sequential; those that it makes (parametrised, sharded) it wants
+    to find as they are.
+    """
+    if original.__module__.startswith("torch.") and original is not nn.Sequential:
+        return False
     watching = [base for base in original.__mro__[:-1] if "__init_subclass__" in vars(base)]
     return type(original) is type and all(base.__module__.startswith("transformers.") for base in watching)
 

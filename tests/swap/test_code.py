@@ -33,6 +33,9 @@ def test_others() -> None:
         ("y=1", "y=2"),
         ("+ [y]", "+ [x]"),
         ("+ [y]", "+ [y, y]"),
+        ("y=1", "y=1.0"),
+        ("y=1", "y=True"),
+        ("K = 2", "K = 2.0"),
         ("i + K", "i - K"),  # of a function that it calls
         ("K = 2", "K = 3"),
         ("helper(i) for", "helper(i + 1) for"),  # in code within its code
@@ -57,3 +60,16 @@ def test_closures_are_compared() -> None:
 def test_functions_that_call_themselves() -> None:
     source = "def f(n):\n    return n and f(n - 1)"
     assert is_copy(define(source), define(source))
+
+
+def test_what_cannot_be_compared_is_no_copy() -> None:
+    import torch
+
+    def f(x, y=torch.ones(2)):  # noqa: B008
+        return x + y
+
+    def g(x, y=torch.ones(2)):  # noqa: B008
+        return x + y
+
+    assert is_copy(f, f)
+    assert not is_copy(f, g)

@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.swap.expression import Call, Input, Op, Own, expression_of, parameter_names
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, spelling_of
 
 CALLS: list[object] = []
+NUMBER = 2.0
+
+
+def expression_of(module_class: type[nn.Module]) -> Expression | None:
+    found = spelling_of(module_class)
+    return None if found is None else found.expression
 
 
 class Gated(nn.Module):
@@ -34,7 +40,9 @@ def test_spellings_of_one_block() -> None:
     gate, up = Call(Own("gate"), (Input(0),)), Call(Own("up"), (Input(0),))
     expected = Call(Own("down"), (Op("mul", (Op("silu", (gate,)), up)),))
     assert expression_of(Gated) == expression_of(GatedOtherwise) == expected
-    assert parameter_names(GatedOtherwise.forward) == ("hidden",)
+    found = spelling_of(GatedOtherwise)
+    assert found.inputs == ("hidden",)
+    assert found.methods == {"forward": GatedOtherwise.forward, "_product": GatedOtherwise._product}
 
 
 def test_methods_functions_and_operators_are_one_operation() -> None:
@@ -159,6 +167,79 @@ class ReadsShape(nn.Module):
         return self.a(x).reshape(rows, columns)
 
 
+class UnusedInput(nn.Module):
+    def forward(self, x, unused):
+        return self.a(x)
+
+
+class Lambda(nn.Module):
+    def forward(self, x):
+        act = lambda h: F.gelu(h) if torch.is_grad_enabled() else F.relu(h)  # noqa: E731
+        return self.a(act(x))
+
+
+class Comprehension(nn.Module):
+    def forward(self, x):
+        [CALLS.append(i) for i in (1, 2)]
+        return self.a(x)
+
+
+class Alias(nn.Module):
+    def forward(self, x):
+        t = torch
+        t.manual_seed(0)
+        return self.a(x)
+
+
+class OwnDictionary(nn.Module):
+    def forward(self, x):
+        self.__dict__.update(last=1)
+        return self.a(x)
+
+
+class ReadForEffect(nn.Module):
+    @property
+    def tick(self):
+        CALLS.append("tick")
+        return 1.0
+
+    def forward(self, x):
+        self.tick  # noqa: B018
+        return self.a(x)
+
+
+class HelperWithDefault(nn.Module):
+    def _log(self, x, log=CALLS):
+        log.append("helper")
+        return F.gelu(x)
+
+    def forward(self, x):
+        return self.a(self._log(x))
+
+
+class Tries(nn.Module):
+    def forward(self, x):
+        try:
+            return self.a(x)
+        except:  # noqa: E722
+            return x
+
+
+class OfAGlobalNumber(nn.Module):
+    def forward(self, x):
+        return self.a(x) * NUMBER
+
+
+class WritesOut(nn.Module):
+    def forward(self, x):
+        return torch.mul(self.a(x), self.weight, out=self.buffer)
+
+
+class NoSuchMethod(nn.Module):
+    def forward(self, x):
+        return self.a(x).gelu()
+
+
 class Super(nn.LayerNorm):
     def forward(self, input):
         return super().forward(input)
@@ -208,6 +289,17 @@ class Decorated(nn.Module):
         Many,
         Options,
         ReadsShape,
+        UnusedInput,
+        Lambda,
+        Comprehension,
+        Alias,
+        OwnDictionary,
+        ReadForEffect,
+        HelperWithDefault,
+        Tries,
+        OfAGlobalNumber,
+        WritesOut,
+        NoSuchMethod,
         Super,
         Computed,
         Decorated,

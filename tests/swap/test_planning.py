@@ -141,3 +141,30 @@ def test_children_that_would_be_called_are_named(tiny_bert) -> None:
     nn.utils.prune.l1_unstructured(model.encoder.layer[0].attention.self.query, "weight", amount=0.5)
     row = next(row for row in plan(model).rows if row.path == "encoder.layer.0.attention.self")
     assert (row.action, row.reason) == ("swap", "query has hooks")
+
+
+def test_what_cannot_be_read_is_left_with_the_error() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            return self.down(self.act(self.up(x)))
+
+    (row,) = plan(Block()).rows
+    assert row.action == "left"
+    assert row.reason == "it could not be read: AttributeError: 'Block' object has no attribute 'down'"
+
+
+def test_scripted_modules_are_no_business_of_a_swap() -> None:
+    assert rows(Block(scripted=torch.jit.script(nn.Linear(3, 3)), norm=nn.LayerNorm(3))) == [("norm", "swap", "")]
+
+
+def test_parametrised_norms_are_left() -> None:
+    norm = nn.utils.parametrizations.weight_norm(nn.LayerNorm(4), dim=None)
+    (row,) = plan(Block(norm=norm)).rows
+    assert (row.action, row.reason) == (
+        "left",
+        "only the exact class LayerNorm is swapped, this is a subclass of it",
+    )

@@ -8,7 +8,6 @@ The other parts of a layer are recognised by `norm` (BertSelfOutput, BertOutput)
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,7 +27,7 @@ from fastattn.nn.norm import why_not_layer_norm
 from fastattn.ops.library import tracks_gradients
 from fastattn.swap.code import is_copy
 from fastattn.swap.reading import Reading
-from fastattn.swap.recipe import PARTS, Recipe, always
+from fastattn.swap.recipe import PARTS, Recipe, always, parameters
 from fastattn.swap.recipes.activations import activation_name
 from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
 from fastattn.swap.recipes.interface import note_interface
@@ -38,9 +37,7 @@ from fastattn.swap.recognised import recipe_for
 from fastattn.swap.swapped import Swapped
 
 # transformers 5.24 renamed the argument, and hands the others on to the cache.
-_CACHE = (
-    "cache" if "cache" in inspect.signature(modeling_bert.BertSelfAttention.forward).parameters else "past_key_values"
-)
+_CACHE = "cache" if "cache" in parameters(modeling_bert.BertSelfAttention.forward) else "past_key_values"
 
 
 class BertSelfAttention(Swapped):

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import ffn, gated_ffn, linear_act
-from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear
+from fastattn.nn.checks import MAX_DROPOUT, why_not_dropout, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
-from fastattn.swap.expression import Call, Expression, Input, Op, Own, expression_of, parameter_names
-from fastattn.swap.reading import ReadForward, Reading, attribute, inputs_of
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
+from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
 from fastattn.swap.swapped import Swapped
@@ -60,9 +60,14 @@ class Block:
     activation: Named | Activated
     tail: tuple[Step, ...] = ()
     gate: str | None = None
-    """The linear under the activation of a gated block. The same as `up`: one linear whose output is cut in halves."""
-    gate_first: bool = True
-    """The first half of such a linear is the one under the activation."""
+    """The linear under the activation of a gated block."""
+    halves: str | None = None
+    """One linear, `up`, does both, its output is cut in halves, and this one ("first" or "second") is under the
+    activation."""
+
+    @property
+    def is_gated(self) -> bool:
+        return self.gate is not None or self.halves is not None
 
 
 class _Tail(NamedTuple):
@@ -94,13 +99,10 @@ class _ReadBlock(ReadForward):
 
     fastattn_block: ClassVar[Block]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = inputs_of(self, args, kwargs)
-        if inputs is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+    def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
-        reason = why_not_input(x) or _why_not_block(self, self.fastattn_block, x)
+        reason = why_not_as_read(self) or why_not_input(x) or _why_not_block(self, self.fastattn_block, x)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x)  # type: ignore[misc, no-any-return]
@@ -179,12 +181,12 @@ def _known_tail(module: nn.Module, block: Block) -> _Tail:
 def _gate_and_up(module: nn.Module, block: Block) -> tuple[tuple[Tensor, Tensor | None], ...]:
     """Weight and bias of the linear under the activation, and of the other."""
     up = getattr(module, block.up)
-    if block.gate != block.up:
-        gate = getattr(module, str(block.gate))
+    if block.gate is not None:
+        gate = getattr(module, block.gate)
         return (gate.weight, gate.bias), (up.weight, up.bias)
     weights, biases = up.weight.chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
     halves = tuple(zip(weights, biases, strict=True))
-    return halves if block.gate_first else halves[::-1]
+    return halves if block.halves == "first" else halves[::-1]
 
 
 def _rate(module: nn.Module, step: Step | None) -> float:
@@ -218,14 +220,14 @@ def _why_not_block(module: nn.Module, block: Block, x: Tensor) -> str | None:
         reason = check(getattr(module, name))
         if reason is not None:
             return f"{name} {reason}"
-    if tail is not None and isinstance(tail.hidden, Dropped) and _rate(module, tail.hidden) >= 1.0:
+    if tail is not None and isinstance(tail.hidden, Dropped) and _rate(module, tail.hidden) > MAX_DROPOUT:
         return f"{tail.hidden.p} is {_rate(module, tail.hidden)}"
     if not torch.is_autocast_enabled(x.device.type):
         for name in _linears(block, tail):
             dtype = getattr(module, name).weight.dtype
             if dtype != x.dtype:
                 return f"{name} is {str(dtype).removeprefix('torch.')}, not the input's dtype"
-    if block.gate == block.up and getattr(module, block.up).weight.shape[0] % 2:
+    if block.halves is not None and getattr(module, block.up).weight.shape[0] % 2:
         return f"{block.up} has an odd number of features"
     return None
 
@@ -279,17 +281,25 @@ def _refuse(module: nn.Module, block: Block) -> list[str]:
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is one of these."""
-    if module_class.forward is nn.Sequential.forward:
-        attributes = {"fastattn_block": property(_block_of_sequence), "fastattn_inputs": ("input",)}
+    if module_class.forward is _SEQUENCE_FORWARD:
+        if module_class.__iter__ is not nn.Sequential.__iter__:
+            return None
+        spelling = Spelling(Input(0), ("input",), {"forward": _SEQUENCE_FORWARD})
+        attributes = {"fastattn_block": property(_block_of_sequence), **spelled_as(spelling)}
         return Reading(FeedForward, _recipe_of_sequences, attributes)
-    expression = expression_of(module_class)
-    block = None if expression is None else _block(expression)
-    return None if block is None else feed_forward(module_class, block)
+    found = spelling_of(module_class)
+    if found is None or len(found.inputs) != 1:
+        return None
+    block = _block(found.expression)
+    return None if block is None else feed_forward(found, block)
 
 
-def feed_forward(module_class: type[nn.Module], block: Block) -> Reading:
+_SEQUENCE_FORWARD: Any = nn.Sequential.forward
+
+
+def feed_forward(spelling: Spelling, block: Block) -> Reading:
     """The reading of a class whose forward is known to be this block."""
-    mixin, kernel = (GatedFeedForward, "gated_ffn") if block.gate is not None else (FeedForward, "ffn")
+    mixin, kernel = (GatedFeedForward, "gated_ffn") if block.is_gated else (FeedForward, "ffn")
     if not block.tail:
         mixin, kernel = LinearAct, "linear_act"
 
@@ -302,7 +312,7 @@ def feed_forward(module_class: type[nn.Module], block: Block) -> Reading:
             refuse=lambda module: _refuse(module, block),
         )
 
-    return Reading(mixin, recipe, {"fastattn_block": block, "fastattn_inputs": parameter_names(module_class.forward)})
+    return Reading(mixin, recipe, {"fastattn_block": block, **spelled_as(spelling)})
 
 
 def _recipe_of_sequences(swapped: type[Swapped]) -> Recipe:
@@ -358,7 +368,7 @@ def _plain(expression: Any, tail: tuple[Step, ...]) -> Block | None:
 def _gated(expression: Any, tail: tuple[Step, ...]) -> Block | None:
     """act(gate(x)) * up(x), in this order or the other, before the tail."""
     match expression:
-        case Op("mul", (first, second)) if tail:
+        case Op("mul", (first, second), ()) if tail:
             for under, beside in ((first, second), (second, first)):
                 step = _step(under)
                 if step is None or isinstance(step[0], Dropped):
@@ -366,12 +376,10 @@ def _gated(expression: Any, tail: tuple[Step, ...]) -> Block | None:
                 match step[1], beside:
                     case Call(Own(gate), (Input(0),)), Call(Own(up), (Input(0),)):
                         return Block(up, step[0], tail, gate)
-                    case Op("getitem", (whole, int(i))), Op("getitem", (other, int(j))) if (
-                        whole == other and i + j == 1
-                    ):
+                    case Op("getitem", (whole, int(i))), Op("getitem", (other, int(j))) if whole == other:
                         name = _halved(whole)
-                        if name is not None:
-                            return Block(name, step[0], tail, name, gate_first=i == 0)
+                        if name is not None and {i, j} == {0, 1}:
+                            return Block(name, step[0], tail, halves="second" if i else "first")
     return None
 
 

@@ -20,8 +20,8 @@ from fastattn.nn.checks import FLOATS, why_not_dropout, why_not_input, why_not_l
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.nn.sublayers import add_and_normalise
-from fastattn.swap.expression import Call, Expression, Input, Op, Own, expression_of, parameter_names, parts
-from fastattn.swap.reading import ReadForward, Reading, attribute, inputs_of
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, parts, spelling_of
+from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.linear import linear
 from fastattn.swap.swapped import Swapped
@@ -38,6 +38,8 @@ class NormNames(NamedTuple):
     """Of the result: the "input"'s, the "weight"'s, or the one that holds both ("wide")."""
     centred: bool = False
     """The mean is subtracted first: LayerNorm."""
+    widened: bool = True
+    """The statistics are of the input in float32."""
 
 
 class SpelledNorm(ReadForward):
@@ -45,19 +47,20 @@ class SpelledNorm(ReadForward):
 
     fastattn_norm: ClassVar[NormNames]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = inputs_of(self, args, kwargs)
-        if inputs is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+    def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
         names = self.fastattn_norm
         weight, eps = (None if names.weight is None else getattr(self, names.weight)), attribute(self, names.eps)
-        reason = _why_not(x, weight, eps)
-        if reason is not None:
-            note_fallback(self, reason)
+        order = _order_in_memory(x)
+        reason = why_not_as_read(self) or _why_not(x, weight, eps, names)
+        if reason is None and order is None:
+            reason = "the last dimension of its input is not the densest"
+        if reason is not None or order is None:
+            note_fallback(self, str(reason))
             return super().forward(x)  # type: ignore[misc, no-any-return]
         result_dtype = x.dtype
+        x = x.permute(order)
         if weight is not None and weight.dtype != x.dtype:
             wide = torch.promote_types(x.dtype, weight.dtype)
             result_dtype = {"input": x.dtype, "weight": weight.dtype, "wide": wide}[names.dtype]
@@ -67,15 +70,31 @@ class SpelledNorm(ReadForward):
             y = layer_norm(x, weight, None, eps, backend=self.fastattn_backend)
         else:
             y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
-        return y.to(result_dtype)
+        # The original's result lies in memory as its input does.
+        return y.to(result_dtype).permute(sorted(range(y.dim()), key=order.__getitem__))
 
 
-def _why_not(x: object, weight: object, eps: object) -> str | None:
+def _order_in_memory(x: Any) -> tuple[int, ...] | None:
+    """The dimensions of a dense tensor from the outermost to the innermost, if that is the last one; else None."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.is_contiguous():
+        return tuple(range(x.dim())) if isinstance(x, Tensor) else ()
+    last = x.dim() - 1
+    order = (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
+    return order if x.permute(order).is_contiguous() else None
+
+
+def _why_not(x: object, weight: object, eps: object, names: NormNames) -> str | None:
     reason = why_not_input(x) or why_not_tensor("weight", weight)
     if reason is not None:
         return reason
-    if not isinstance(eps, (int, float)):
-        return f"its eps is a {type(eps).__name__}"
+    if type(eps) not in (int, float) or not eps >= 0:  # type: ignore[operator]
+        return f"its eps is {eps!r}" if isinstance(eps, (int, float)) else f"its eps is a {type(eps).__name__}"
+    if weight is None and names.weight is not None:
+        return "its weight is None"
+    if isinstance(x, Tensor) and x.dim() == 0:
+        return "the input has no dimension"
+    if isinstance(x, Tensor) and not names.widened and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return "autocast widens its statistics, and with them the result"
     if isinstance(weight, Tensor) and weight.dtype not in FLOATS:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if isinstance(weight, Tensor) and isinstance(x, Tensor) and weight.shape != x.shape[-1:]:
@@ -91,12 +110,13 @@ class ResidualNorm(ReadForward):
     fastattn_linear_part: ClassVar[str]
     """The part of a swap that dense belongs to."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = inputs_of(self, args, kwargs)
-        if inputs is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+    def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         x, residual = inputs
+        reason = why_not_as_read(self)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x, residual)  # type: ignore[misc, no-any-return]
         dense, dropout, norm = self.fastattn_children
         return add_and_normalise(self, linear(self, dense, x, self.fastattn_linear_part), residual, dropout, norm)[0]
 
@@ -106,35 +126,35 @@ class ResidualNorm(ReadForward):
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is one of these."""
-    expression = expression_of(module_class)
-    if expression is None:
+    spelling = spelling_of(module_class)
+    if spelling is None:
         return None
-    names = _spelled_norm(expression)
-    if names is not None:
-        return spelled_norm(module_class, names)
-    children = _residual_norm(expression)
-    return None if children is None else _residual(module_class, children)
+    if len(spelling.inputs) == 1:
+        names = _spelled_norm(spelling.expression)
+        return None if names is None else spelled_norm(spelling, names)
+    children = _residual_norm(spelling.expression)
+    return None if children is None else _residual(module_class, spelling, children)
 
 
-def spelled_norm(module_class: type[nn.Module], names: NormNames) -> Reading:
+def spelled_norm(spelling: Spelling, names: NormNames) -> Reading:
     """The reading of a class whose forward is known to be this norm."""
     kernel = "layer_norm" if names.centred else "rms_norm"
 
     def refuse(module: nn.Module) -> list[str]:
         weight = None if names.weight is None else getattr(module, names.weight, None)
-        reason = _why_not(torch.empty(0, 1), None, attribute(module, names.eps))
         if isinstance(weight, Tensor) and weight.dim() != 1:
-            reason = reason or f"its weight has {weight.dim()} dimensions"
+            return [f"its weight has {weight.dim()} dimensions"]
+        reason = _why_not(torch.empty(0, 1), torch.empty(1), attribute(module, names.eps), names)
         return [] if reason is None else [reason]
 
     return Reading(
         SpelledNorm,
         lambda swapped: Recipe(swapped, kernels={"norms": kernel}, refuse=refuse),
-        {"fastattn_norm": names, "fastattn_inputs": parameter_names(module_class.forward)},
+        {"fastattn_norm": names, **spelled_as(spelling)},
     )
 
 
-def _residual(module_class: type[nn.Module], children: tuple[str, str, str]) -> Reading:
+def _residual(module_class: type[nn.Module], spelling: Spelling, children: tuple[str, str, str]) -> Reading:
     # The block that ends the feed-forward one is told by its name alone: BertOutput, not BertSelfOutput.
     part = "linears" if "Self" in module_class.__name__ or "Attention" in module_class.__name__ else "ffns"
     dense, dropout, norm = children
@@ -151,8 +171,7 @@ def _residual(module_class: type[nn.Module], children: tuple[str, str, str]) -> 
             ),
         )
 
-    names = parameter_names(module_class.forward)
-    attributes = {"fastattn_children": children, "fastattn_linear_part": part, "fastattn_inputs": names}
+    attributes = {"fastattn_children": children, "fastattn_linear_part": part, **spelled_as(spelling)}
     return Reading(ResidualNorm, recipe, attributes)
 
 
@@ -162,7 +181,7 @@ def _residual(module_class: type[nn.Module], children: tuple[str, str, str]) -> 
 def _residual_norm(expression: Expression) -> tuple[str, str, str] | None:
     """Call(norm, Call(dropout, Call(dense, x)) + residual)."""
     match expression:
-        case Call(Own(norm), (Op("add", operands),)):
+        case Call(Own(norm), (Op("add", operands, ()),)):
             for first, second in _orders(operands):
                 match first:
                     case Call(Own(dropout), (Call(Own(dense), (Input(0),)),)) if second == Input(1):
@@ -173,7 +192,7 @@ def _residual_norm(expression: Expression) -> tuple[str, str, str] | None:
 def _spelled_norm(expression: Expression) -> NormNames | None:
     inner, narrowed = _narrowed(expression)
     match inner:
-        case Op("mul", operands):
+        case Op("mul", operands, ()):
             for factor, rest in _orders(operands):
                 scale = _scale(factor)
                 if scale is None:
@@ -185,22 +204,23 @@ def _spelled_norm(expression: Expression) -> NormNames | None:
                 same = not widened and (narrowed_before or not _is_widened(rest))
                 if found is not None and (narrowed or same):
                     eps, centred = found
-                    return NormNames(eps, weight, offset, "input" if narrowed else "wide", centred)
+                    dtype = "input" if narrowed else "wide"
+                    return NormNames(eps, weight, offset, dtype, centred, _is_widened(expression))
     found = _normalised(inner) if narrowed or not _is_widened(inner) else None
-    return None if found is None else NormNames(found[0], None, 0.0, "input", found[1])
+    return None if found is None else NormNames(found[0], None, 0.0, "input", found[1], _is_widened(expression))
 
 
 def _normalised(expression: Any) -> tuple[str | float, bool] | None:
     """(eps, centred) where the expression is z / sqrt(mean(z^2) + eps), z the input, or the input less its mean."""
     match expression:
-        case Op("mul" | "div" as name, operands):
+        case Op("mul" | "div" as name, operands, ()):
             for z, divisor in _orders(operands) if name == "mul" else ((operands[0], operands[1]),):
                 variance = _under_the_root(divisor, inverse=name == "mul")
                 match variance:
-                    case Op("add", terms):
+                    case Op("add", terms, ()):
                         for mean, eps in _orders(terms):
                             constant = eps.name if isinstance(eps, Own) else eps
-                            if isinstance(constant, (str, float)) and _mean(mean) in _squares(z):
+                            if isinstance(eps, (Own, float)) and _mean(mean) in _squares(z):
                                 centred = _centred(z)
                                 return None if centred is None else (constant, centred)
     return None
@@ -209,9 +229,11 @@ def _normalised(expression: Any) -> tuple[str | float, bool] | None:
 def _under_the_root(expression: Any, inverse: bool) -> Any:
     """v of sqrt(v), or, `inverse`, of 1 / sqrt(v) in any form."""
     match expression:
-        case Op("sqrt", (v,)) if not inverse:
+        case Op("sqrt", (v,), ()) if not inverse:
             return v
-        case Op("rsqrt", (v,)) | Op("div", (1 | 1.0, Op("sqrt", (v,)))) | Op("pow", (v, -0.5)) if inverse:
+        case Op("rsqrt", (v,), ()) | Op("div", (1 | 1.0, Op("sqrt", (v,), ())), ()) | Op("pow", (v, -0.5), ()) if (
+            inverse
+        ):
             return v
     return None
 
@@ -241,7 +263,7 @@ def _centred(z: Any) -> bool | None:
     if _is_input(z):
         return False
     match z:
-        case Op("sub", (base, mean)) if _is_input(base) and _mean(mean) == base:
+        case Op("sub", (base, mean), ()) if _is_input(base) and _mean(mean) == base:
             return True
     return None
 
@@ -264,11 +286,11 @@ def _narrowed(expression: Any) -> tuple[Any, bool]:
     """The expression without a cast to the input's dtype, and whether there was one."""
     dtype = Op("getattr", (Input(0), "dtype"))
     match expression:
-        case Op("to" | "type", (inner, target)) if target in (dtype, Input(0)):
+        case Op("to" | "type", (inner, target), ()) if target in (dtype, Input(0)):
             return inner, True
         case Op("to", (inner,), (("dtype", target),)) if target == dtype:
             return inner, True
-        case Op("type_as", (inner, Input(0))):
+        case Op("type_as", (inner, Input(0)), ()):
             return inner, True
     return expression, False
 
@@ -278,7 +300,7 @@ def _scale(factor: Any) -> tuple[str, float, bool] | None:
     match factor:
         case Own(name):
             return name, 0.0, False
-        case Op("add", operands):
+        case Op("add", operands, ()):
             for one, weight in _orders(operands):
                 found = _scale(weight) if one == 1 and not isinstance(one, bool) else None
                 if found is not None:

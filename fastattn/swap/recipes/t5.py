@@ -7,10 +7,13 @@ T5DenseGatedActDense      gated_ffn; both run the original where `wo` has a dtyp
 
 from __future__ import annotations
 
+from types import FunctionType
+
 from torch import nn
 from transformers.models.t5 import modeling_t5
 
 from fastattn.swap.code import is_copy
+from fastattn.swap.expression import Input, Spelling, argument_names
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipes.feedforward import Block, Named, feed_forward
 from fastattn.swap.recipes.norm import NormNames, spelled_norm
@@ -20,10 +23,14 @@ _TAIL = (Named("dropout"), Named("wo"))
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is a copy of one of these."""
-    if is_copy(module_class.forward, modeling_t5.T5LayerNorm.forward):
-        return spelled_norm(module_class, NormNames("variance_epsilon", "weight", 0.0, "weight"))
-    if is_copy(module_class.forward, modeling_t5.T5DenseActDense.forward):
-        return feed_forward(module_class, Block("wi", Named("act"), _TAIL))
-    if is_copy(module_class.forward, modeling_t5.T5DenseGatedActDense.forward):
-        return feed_forward(module_class, Block("wi_1", Named("act"), _TAIL, "wi_0"))
+    forward = module_class.forward
+    if not isinstance(forward, FunctionType) or argument_names(forward) != ("hidden_states",):
+        return None
+    spelling = Spelling(Input(0), ("hidden_states",), {"forward": forward})
+    if is_copy(forward, modeling_t5.T5LayerNorm.forward):
+        return spelled_norm(spelling, NormNames("variance_epsilon", "weight", 0.0, "weight"))
+    if is_copy(forward, modeling_t5.T5DenseActDense.forward):
+        return feed_forward(spelling, Block("wi", Named("act"), _TAIL))
+    if is_copy(forward, modeling_t5.T5DenseGatedActDense.forward):
+        return feed_forward(spelling, Block("wi_1", Named("act"), _TAIL, gate="wi_0"))
     return None

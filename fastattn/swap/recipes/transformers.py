@@ -18,7 +18,7 @@ from torch import nn
 from fastattn.integrations import transformers as interface
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
-from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipe import Recipe, parameters
 from fastattn.swap.recipes import bert, mpnet, t5
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.swapped import Swapped
@@ -63,12 +63,12 @@ def _refuse_attention(module: nn.Module) -> list[str]:
         reasons.append("it has no config that names its attention implementation")
     forward: Any = inspect.unwrap(type(module).forward)
     eager = forward.__globals__.get("eager_attention_forward")
-    unknown = set() if eager is None else set(inspect.signature(eager).parameters) - _KNOWN_ARGUMENTS
+    unknown = set() if eager is None else set(parameters(eager)) - _KNOWN_ARGUMENTS
     if unknown:
         reasons.append(f"its attention function takes {', '.join(sorted(unknown))}, which fastattn's does not")
     return reasons
 
 
-_KNOWN_ARGUMENTS = set(inspect.signature(interface.attention_forward).parameters) - {"sinks", "cache"} | {
+_KNOWN_ARGUMENTS = set(parameters(interface.attention_forward)) - {"sinks", "cache"} | {
     "sliding_window"  # the mask holds it already
 }

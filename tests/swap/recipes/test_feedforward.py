@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -81,6 +82,11 @@ class ModernBERT(Block):
         return self.down(self.drop(halves[0] * self.activation(halves[1])))
 
 
+class OneLinearTwice(Block):
+    def forward(self, x):
+        return self.down(F.silu(self.up(x)) * self.up(x))
+
+
 class Bert(Block):
     def forward(self, hidden_states):
         return self.activation(self.up(hidden_states))
@@ -96,6 +102,7 @@ KERNELS = {
     GPTFast: "gated_ffn",
     GLM: "gated_ffn",
     ModernBERT: "gated_ffn",
+    OneLinearTwice: "gated_ffn",
     Bert: "linear_act",
 }
 blocks = pytest.mark.parametrize("block_class", KERNELS)
@@ -199,6 +206,15 @@ def test_other_sequences_are_no_business_of_a_swap(module: nn.Sequential) -> Non
     assert plan(module).rows == []
 
 
+def test_a_sequence_in_another_order_is_none() -> None:
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return iter(list(self._modules.values())[::-1])
+
+    (row,) = plan(Backwards(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))).rows
+    assert row.action == "left"
+
+
 class SigmoidGate(Block):
     def forward(self, x):
         return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
@@ -280,7 +296,23 @@ def other_dtype(block: Block) -> str:
     return "down has hooks"
 
 
-@pytest.mark.parametrize("change", [hook, other_class, other_activation, other_dtype])
+def broadcast_bias(block: Block) -> str:
+    block.up.bias = nn.Parameter(torch.ones(1))
+    return "up has a bias that is broadcast"
+
+
+def shadowed(block: Block) -> str:
+    block.down.__dict__["weight"] = torch.zeros(WIDTH, HIDDEN)
+    return "down has a Tensor as its weight"
+
+
+def sparse(block: Block) -> str:
+    block.up.weight = nn.Parameter(torch.eye(HIDDEN, WIDTH).to_sparse_csr(), requires_grad=False)
+    return "up has a sparse_csr weight"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("change", [hook, other_class, other_activation, other_dtype, broadcast_bias, shadowed, sparse])
 @pytest.mark.parametrize("block_class", [Plain, Llama])
 def test_changed_children_are_called_and_counted(change, block_class) -> None:
     module, twin = block_class().eval(), block_class().eval()
@@ -302,6 +334,44 @@ def test_a_last_linear_of_another_dtype_runs_the_original() -> None:
     with report.counting(), pytest.raises(RuntimeError, match="dtype"):
         module(torch.randn(2, WIDTH, dtype=torch.bfloat16))
     assert report.rows[0].fallbacks == {"down is float32, not the input's dtype": 1}
+
+
+def test_forwards_of_torch_that_were_replaced_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As loaders of adapters do it, for a whole process."""
+    module, x = Plain().eval(), torch.randn(2, WIDTH)
+    report = swap(module)
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: plain(self, input) + 1)
+    expected = Plain.forward(module, x)
+    with report.counting():
+        torch.testing.assert_close(module(x), expected)
+    assert report.rows[0].fallbacks == {"up is of a class whose forward was replaced": 1}
+
+
+def test_the_signature_is_the_originals() -> None:
+    module = GLM().eval()
+    x = torch.randn(2, WIDTH)
+    expected = module(x)
+    swap(module)
+    assert list(inspect.signature(module.forward).parameters) == ["hidden_states"]
+    torch.testing.assert_close(module(hidden_states=x), expected, atol=1e-6, rtol=1e-6)
+    for args, kwargs in (((), {}), ((x, x), {}), ((), {"x": x})):
+        with pytest.raises(TypeError, match="forward"):
+            module(*args, **kwargs)
+
+
+def test_derivatives_of_torch_func() -> None:
+    """Inside a compiled graph the original runs: autograd's functions are not seen there."""
+    module, x = Plain().eval(), torch.randn(WIDTH)
+    total = lambda x: module(x).square().sum()  # noqa: E731
+    expected = torch.func.grad(total)(x)
+    swap(module)
+    torch.testing.assert_close(torch.func.grad(total)(x), expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(total), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+    tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, torch.func.jacrev(module)(x).sum(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_under_autocast_it_casts_as_linears_do() -> None:

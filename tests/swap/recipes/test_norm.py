@@ -120,7 +120,7 @@ def test_the_call_by_name_and_a_wrong_call(norm_class) -> None:
     name = "hidden_states" if norm_class in (Llama, Cohere) else "x"
     torch.testing.assert_close(swapped(**{name: x}), original(x))
     for wrong in ({"args": (x, x)}, {"kwargs": {"z": x}}, {}):
-        with pytest.raises(TypeError, match=norm_class.__name__):
+        with pytest.raises(TypeError, match="forward"):
             swapped(*wrong.get("args", ()), **wrong.get("kwargs", {}))
 
 
@@ -159,6 +159,22 @@ class Shifted(Norm):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)) + 1.0
 
 
+class AddsMore(Norm):
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).add(self.eps, alpha=1e5)))
+
+
+class Rounds(Norm):
+    def forward(self, x):
+        return self.weight * torch.div(x, (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt(), rounding_mode="floor")
+
+
+class HalfCentred(Norm):
+    def forward(self, x):
+        x = x.sub(x.mean(-1, keepdim=True), alpha=0.5)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
 class StaysWide(Norm):
     def forward(self, x):
         wide = x.float()
@@ -167,7 +183,19 @@ class StaysWide(Norm):
 
 @pytest.mark.parametrize(
     "norm_class",
-    [SumOfSquares, FirstAxis, Cubes, OfTheHalf, EpsilonOutside, TwiceTheWeight, Shifted, StaysWide],
+    [
+        SumOfSquares,
+        FirstAxis,
+        Cubes,
+        OfTheHalf,
+        EpsilonOutside,
+        TwiceTheWeight,
+        Shifted,
+        AddsMore,
+        Rounds,
+        HalfCentred,
+        StaysWide,
+    ],
 )
 def test_what_only_looks_like_one_is_left(norm_class) -> None:
     assert not [row for row in plan(norm_class()).rows if row.action == "swap"]
@@ -183,6 +211,29 @@ def test_what_cannot_be_known_beforehand_falls_back_and_is_counted() -> None:
         torch.testing.assert_close(module(x), expected)
         assert module(x.double()).dtype == torch.float64
     assert dict(report.rows[0].fallbacks) == {"its eps is a Tensor": 1, "the input is float64": 1}
+    module.eps = -1e-9
+    with report.counting():
+        module(x)
+    assert dict(report.rows[0].fallbacks) == {"its eps is -1e-09": 1}
+    module.weight = None
+    module.eps = 1e-5
+    with pytest.raises(TypeError):
+        module(x)
+
+
+@spellings
+def test_the_result_lies_in_memory_as_the_input(norm_class) -> None:
+    swapped, original = pair(norm_class())
+    x = torch.randn(2, 3, 5, WIDTH)
+    for each in (
+        x.permute(2, 0, 1, 3),
+        x.transpose(0, 1),
+        x.transpose(-1, -2).contiguous().transpose(-1, -2),
+        x[:, ::2],
+    ):
+        found, expected = swapped(each), original(each)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert found.stride() == expected.stride()
 
 
 def test_a_weight_of_two_dimensions_is_left() -> None:
@@ -220,6 +271,24 @@ def test_a_residual_block() -> None:
         swapped(states)
 
 
+def test_a_residual_of_another_shape_or_dtype() -> None:
+    swapped, original = pair(Residual())
+    states = torch.randn(2, 3, 8)
+    for skip in (torch.randn(WIDTH), torch.randn(1, 3, WIDTH), torch.tensor(0.5), torch.randn(2, 3, WIDTH).bfloat16()):
+        found, expected = swapped(states, skip), original(states, skip)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+class WeightedResidual(Residual):
+    def forward(self, states, skip):
+        return self.norm(torch.add(self.drop(self.project(states)), skip, alpha=0.5))
+
+
+def test_a_weighted_residual_is_none() -> None:
+    assert {row.path: row.action for row in plan(WeightedResidual()).rows} == {"": "left", "norm": "swap"}
+
+
 def test_a_residual_block_in_training_drops() -> None:
     module = Residual(0.5).train()
     swap(module)
@@ -237,6 +306,26 @@ class ConvolutionalResidual(Residual):
 def test_a_residual_block_of_a_convolution_is_none() -> None:
     rows = {row.path: row.action for row in plan(ConvolutionalResidual()).rows}
     assert rows == {"norm": "swap"}
+
+
+def test_a_method_replaced_after_the_swap_is_called_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Gemma(), torch.randn(2, WIDTH)
+    report = swap(module)
+    module._norm = lambda x: x * 2  # on the instance
+    with report.counting():
+        torch.testing.assert_close(module(x), x * 2 * (1 + module.weight))
+    assert report.rows[0].fallbacks == {"its _norm was replaced": 1}
+    del module._norm
+    monkeypatch.setattr(Gemma, "forward", lambda self, x: x - 1)
+    with report.counting():
+        assert torch.equal(module(x), x - 1)
+    assert report.rows[0].fallbacks == {"its forward was replaced": 1}
+
+
+def test_a_helper_replaced_on_the_class_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan(Gemma()).rows[0].action == "swap"
+    monkeypatch.setattr(Gemma, "_norm", lambda self, x: x)
+    assert not [row for row in plan(Gemma()).rows if row.action == "swap"]
 
 
 def test_a_forward_replaced_on_the_class_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
