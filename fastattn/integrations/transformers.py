@@ -5,7 +5,7 @@
     model.set_attn_implementation("fastattn")
 
 Two functions are registered under one name, and belong together: `attention_forward` runs the attention,
-`attention_mask` builds what it is given as a mask. Read against transformers 5.23 (masking_utils.py,
+`attention_mask` builds what it is given as a mask. Read against transformers 5.23 and 5.24 (masking_utils.py,
 integrations/sdpa_attention.py).
 """
 

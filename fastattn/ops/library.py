@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -81,13 +83,23 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
 
 def tracks_gradients(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors has to go through autograd, or through a transform of torch.func."""
-    if not torch.compiler.is_compiling() and _transformed():
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() and _differentiates():
+            # Dynamo would trace the operator without its derivative, which then is 0 in silence.
+            raise NotImplementedError("torch.func inside torch.compile: compile without fullgraph, or take it outside")
+    elif _transformed():
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def _differentiates() -> bool:
+    """Whether a transform of torch.func takes a derivative: any but one vmap alone may."""
+    transform = retrieve_current_functorch_interpreter()
+    return transform.key() != TransformType.Vmap or transform.level() > 1
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
