@@ -20,11 +20,13 @@ class Reading:
     mixin        its forward stands for that of the class.
     attributes   class attributes of the swapped class, by which the mixin knows the names in this class.
     recipe       the recipe of the swapped class.
+    built_on     other classes whose forwards and recipes it was made with.
     """
 
     mixin: type[Swapped]
     recipe: Callable[[type[Swapped]], Recipe]
     attributes: dict[str, Any] = field(default_factory=dict)
+    built_on: tuple[type[nn.Module], ...] = ()
 
 
 class ReadForward(Swapped):

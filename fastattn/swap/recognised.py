@@ -24,6 +24,14 @@ from fastattn.swap.recipes import feedforward, norm
 class _Remembered:
     methods: dict[str, object]
     recipe: Recipe | None
+    built_on: tuple[tuple[type[nn.Module], object, Recipe | None], ...] = ()
+
+    def still_holds(self, original: type[nn.Module]) -> bool:
+        """Whether no library has replaced a method that was read since."""
+        own = all(getattr(original, name, None) is method for name, method in self.methods.items())
+        return own and all(
+            other.forward is forward and recipe_for(other) is recipe for other, forward, recipe in self.built_on
+        )
 
 
 _remembered: dict[Any, _Remembered] = {}
@@ -35,7 +43,7 @@ def recipe_for(original: type[nn.Module]) -> Recipe | None:
     Where a library has replaced a method since the class was read, it is read again.
     """
     known = _remembered.get(original)
-    if known is None or any(getattr(original, name, None) is not method for name, method in known.methods.items()):
+    if known is None or not known.still_holds(original):
         known = _remembered[original] = _read(original)
     return known.recipe
 
@@ -47,7 +55,8 @@ def _read(original: type[nn.Module]) -> _Remembered:
             reading = read(original)
             if reading is not None:
                 methods |= reading.attributes.get("fastattn_methods", {})
-                return _Remembered(methods, reading.recipe(_swapped_class(reading, original)))
+                others = tuple((other, other.forward, recipe_for(other)) for other in reading.built_on)
+                return _Remembered(methods, reading.recipe(_swapped_class(reading, original)), others)
     return _Remembered(methods, None)
 
 

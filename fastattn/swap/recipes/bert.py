@@ -26,7 +26,7 @@ from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.ops.library import tracks_gradients
 from fastattn.swap.code import is_copy
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import ReadForward, Reading, why_not_as_read
 from fastattn.swap.recipe import PARTS, Recipe, always, parameters
 from fastattn.swap.recipes.activations import activation_name
 from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
@@ -88,7 +88,8 @@ class BertSelfAttention(Swapped):
 class _Parts(NamedTuple):
     """Classes that do what BERT's of these names do: the attention blocks as they are, the others swapped."""
 
-    blocks: tuple[type[nn.Module], ...]
+    blocks: tuple[tuple[type[nn.Module], object], ...]
+    """With their forwards."""
     attentions: tuple[type[nn.Module], ...]
     residuals: tuple[type[nn.Module], ...]
     intermediates: tuple[type[nn.Module], ...]
@@ -209,7 +210,7 @@ def _whole_layer(layer: BertLayer) -> _WholeLayer | str:
     children = layer._modules
     block, intermediate, output = children["attention"], children["intermediate"], children["output"]
     known = layer.fastattn_parts
-    if type(block) not in known.blocks:
+    if not any([type(block) is kind and kind.forward is forward for kind, forward in known.blocks]):
         return f"attention is a {full_name(block)}"
     attention, mix = block._modules["self"], block._modules["output"]
     for name, child, kinds in (
@@ -218,6 +219,10 @@ def _whole_layer(layer: BertLayer) -> _WholeLayer | str:
         ("intermediate", intermediate, known.intermediates),
         ("output", output, known.residuals),
     ):
+        if isinstance(child, ReadForward):
+            reason = why_not_as_read(child)
+            if reason is not None:
+                return f"{name}: {reason}"
         if type(child) not in kinds:
             return f"{name} is a {full_name(child)}"
     swapped = (attention, mix, intermediate, output)
@@ -290,27 +295,37 @@ _COLLECTING_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is a copy of one of these."""
-    if is_copy(module_class.forward, modeling_bert.BertSelfAttention.forward):
+    if is_copy(module_class.forward, _ATTENTION):
         return Reading(BertSelfAttention, _attention_recipe)
     if _is_layer(module_class):
-        return Reading(BertLayer, _layer_recipe, {"fastattn_parts": _parts_beside(module_class)})
+        siblings = _siblings(module_class)
+        return Reading(BertLayer, _layer_recipe, {"fastattn_parts": _parts_of(siblings)}, siblings)
     return None
 
 
 def _is_layer(module_class: type[nn.Module]) -> bool:
-    return is_copy(module_class.forward, modeling_bert.BertLayer.forward) and is_copy(
-        vars(module_class).get("feed_forward_chunk"), modeling_bert.BertLayer.feed_forward_chunk
-    )
+    chunk = vars(module_class).get("feed_forward_chunk")
+    return is_copy(module_class.forward, _LAYER) and is_copy(chunk, _CHUNK)
 
 
-def _parts_beside(layer_class: type[nn.Module]) -> _Parts:
-    """What of the file of a layer's class its layers may be built of."""
-    parts: dict[str, list[type[nn.Module]]] = {name: [] for name in _Parts._fields}
-    for sibling in vars(sys.modules[layer_class.__module__]).values():
-        if not isinstance(sibling, type) or not issubclass(sibling, nn.Module) or _is_layer(sibling):
-            continue
-        if is_copy(sibling.forward, modeling_bert.BertAttention.forward):
-            parts["blocks"].append(sibling)
+# As they are when this file is imported: another library may replace them later.
+_ATTENTION, _BLOCK = modeling_bert.BertSelfAttention.forward, modeling_bert.BertAttention.forward
+_LAYER, _CHUNK = modeling_bert.BertLayer.forward, modeling_bert.BertLayer.feed_forward_chunk
+
+
+def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """The classes of modules, but layers, in the file of a layer's class."""
+    found = vars(sys.modules[layer_class.__module__]).values()
+    modules = (each for each in found if isinstance(each, type) and issubclass(each, nn.Module))
+    return tuple(each for each in modules if not _is_layer(each))
+
+
+def _parts_of(siblings: tuple[type[nn.Module], ...]) -> _Parts:
+    """What of a file's classes its layers may be built of."""
+    parts: dict[str, list[Any]] = {name: [] for name in _Parts._fields}
+    for sibling in siblings:
+        if is_copy(sibling.forward, _BLOCK):
+            parts["blocks"].append((sibling, sibling.forward))
         recipe = recipe_for(sibling)
         if recipe is None:
             continue

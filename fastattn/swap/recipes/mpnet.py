@@ -64,9 +64,12 @@ class MPNetSelfAttention(Swapped):
         return (linear(self, "o", out.transpose(1, 2).flatten(2), "linears"),)
 
 
+_ATTENTION = modeling_mpnet.MPNetSelfAttention.forward  # as it is when this file is imported
+
+
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is a copy of this one."""
-    if not is_copy(module_class.forward, modeling_mpnet.MPNetSelfAttention.forward):
+    if not is_copy(module_class.forward, _ATTENTION):
         return None
     return Reading(MPNetSelfAttention, _recipe)
 

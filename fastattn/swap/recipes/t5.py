@@ -18,6 +18,11 @@ from fastattn.swap.reading import Reading
 from fastattn.swap.recipes.feedforward import Block, Named, feed_forward
 from fastattn.swap.recipes.norm import NormNames, spelled_norm
 
+# As they are when this file is imported: another library may replace them later.
+_NORM, _DENSE, _GATED = (
+    module_class.forward
+    for module_class in (modeling_t5.T5LayerNorm, modeling_t5.T5DenseActDense, modeling_t5.T5DenseGatedActDense)
+)
 _TAIL = (Named("dropout"), Named("wo"))
 
 
@@ -27,10 +32,10 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     if not isinstance(forward, FunctionType) or argument_names(forward) != ("hidden_states",):
         return None
     spelling = Spelling(Input(0), ("hidden_states",), {"forward": forward})
-    if is_copy(forward, modeling_t5.T5LayerNorm.forward):
+    if is_copy(forward, _NORM):
         return spelled_norm(spelling, NormNames("variance_epsilon", "weight", 0.0, "weight"))
-    if is_copy(forward, modeling_t5.T5DenseActDense.forward):
+    if is_copy(forward, _DENSE):
         return feed_forward(spelling, Block("wi", Named("act"), _TAIL))
-    if is_copy(forward, modeling_t5.T5DenseGatedActDense.forward):
+    if is_copy(forward, _GATED):
         return feed_forward(spelling, Block("wi_1", Named("act"), _TAIL, gate="wi_0"))
     return None

@@ -565,3 +565,28 @@ def test_all_minilm_l6_v2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.all_called
     report.undo()
     assert torch.equal(run(model, batch), expected)
+
+
+@pytest.mark.parametrize("name", ["BertAttention", "BertSelfAttention", "BertSelfOutput", "BertIntermediate"])
+def test_a_class_patched_by_another_library(
+    name, one_calls, tiny_bert, batch, valid_difference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the swap the layer is not one call; afterwards, it is one again."""
+    model = tiny_bert()
+    expected = run(eager(model), batch)
+    kind = getattr(transformers.models.bert.modeling_bert, name)
+    original = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+        report = swap(model)
+        assert valid_difference(run(model, batch), expected) < 1e-5
+        assert not one_calls
+        report.undo()
+    swap(model)
+    assert valid_difference(run(model, batch), expected) < 1e-5
+    assert len(one_calls) == 2
+    if name != "BertSelfAttention":  # which the swap replaced
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+            assert valid_difference(run(model, batch), expected) < 1e-5
+            assert len(one_calls) == 2
