@@ -84,9 +84,7 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
 def tracks_gradients(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors has to go through autograd, or through a transform of torch.func."""
     if torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active() and _differentiates():
-            # Dynamo would trace the operator without its derivative, which then is 0 in silence.
-            raise NotImplementedError("torch.func inside torch.compile: compile without fullgraph, or take it outside")
+        _refuse_derivatives_within_a_graph()
     elif _transformed():
         return True
     if torch.is_grad_enabled():
@@ -96,15 +94,22 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _differentiates() -> bool:
-    """Whether a transform of torch.func takes a derivative: any but one vmap alone may."""
+def _refuse_derivatives_within_a_graph() -> None:
+    """Dynamo traces an operator under torch.func without its derivative, which then is 0 in silence.
+
+    Any transform but one vmap alone may take derivatives.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
     transform = retrieve_current_functorch_interpreter()
-    return transform.key() != TransformType.Vmap or transform.level() > 1
+    if transform.key() != TransformType.Vmap or transform.level() > 1:
+        raise NotImplementedError("derivatives of torch.func inside of torch.compile: take them outside of it")
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, in eager mode without the signature inspection that doubles its cost."""
     if torch.compiler.is_compiling():
+        _refuse_derivatives_within_a_graph()
         return function.apply(*_distinct(args))
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)

@@ -170,24 +170,20 @@ def test_inductor(case):
 
 
 def test_derivatives_of_torch_func_inside_of_a_graph_are_refused_not_zero() -> None:
-    """Dynamo would trace the operator without its derivative. Without fullgraph the call runs outside of the graph."""
+    """Dynamo would trace the operator without its derivative."""
     x, weight = torch.randn(3, 4, 8), torch.ones(8)
 
     def norm(t: torch.Tensor) -> torch.Tensor:
         return fastattn.layer_norm(t, weight)
 
-    functions = {
-        "grad": torch.func.grad(lambda t: norm(t).pow(3).sum()),
-        "grad of vmap": torch.func.grad(lambda t: torch.vmap(norm)(t).pow(3).sum()),
-        "vmap of grad": torch.vmap(torch.func.grad(lambda t: norm(t).pow(3).sum())),
-    }
-    for name, function in functions.items():
+    for function in (
+        torch.func.grad(lambda t: norm(t).pow(3).sum()),
+        torch.func.grad(lambda t: torch.vmap(norm)(t).pow(3).sum()),
+        torch.vmap(torch.func.grad(lambda t: norm(t).pow(3).sum())),
+    ):
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported):
-            torch.compile(function, fullgraph=True, backend="aot_eager")(x)
-        torch._dynamo.reset()
-        found = torch.compile(function, backend="aot_eager")(x)
-        torch.testing.assert_close(found, function(x), atol=0, rtol=0, msg=name)
+            torch.compile(function, fullgraph=True, backend="eager")(x)
     torch._dynamo.reset()
-    batched = torch.compile(torch.vmap(norm), fullgraph=True, backend="aot_eager")
+    batched = torch.compile(torch.vmap(norm), fullgraph=True, backend="eager")
     torch.testing.assert_close(batched(x), norm(x), atol=1e-6, rtol=1e-6)

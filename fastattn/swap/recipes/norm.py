@@ -52,15 +52,22 @@ class SpelledNorm(ReadForward):
         (x,) = inputs
         names = self.fastattn_norm
         weight, eps = (None if names.weight is None else getattr(self, names.weight)), attribute(self, names.eps)
-        order = _order_in_memory(x)
         reason = why_not_as_read(self) or _why_not(x, weight, eps, names)
-        if reason is None and order is None:
-            reason = "the last dimension of its input is not the densest"
-        if reason is not None or order is None:
-            note_fallback(self, str(reason))
+        order = None if reason is not None or x.is_contiguous() else _order_in_memory(x)
+        rows = x if order is None else x.permute(order)
+        if reason is None and not rows.is_contiguous():
+            reason = "its input is not dense, its last dimension innermost"
+        if reason is not None:
+            note_fallback(self, reason)
             return super().forward(x)  # type: ignore[misc, no-any-return]
+        y = self.fastattn_normalise(rows, weight, eps)
+        # The original's result lies in memory as its input does.
+        return y if order is None else y.permute(sorted(range(y.dim()), key=order.__getitem__))
+
+    def fastattn_normalise(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """The norm of a contiguous tensor."""
+        names = self.fastattn_norm
         result_dtype = x.dtype
-        x = x.permute(order)
         if weight is not None and weight.dtype != x.dtype:
             wide = torch.promote_types(x.dtype, weight.dtype)
             result_dtype = {"input": x.dtype, "weight": weight.dtype, "wide": wide}[names.dtype]
@@ -70,17 +77,13 @@ class SpelledNorm(ReadForward):
             y = layer_norm(x, weight, None, eps, backend=self.fastattn_backend)
         else:
             y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
-        # The original's result lies in memory as its input does.
-        return y.to(result_dtype).permute(sorted(range(y.dim()), key=order.__getitem__))
+        return y.to(result_dtype)
 
 
-def _order_in_memory(x: Any) -> tuple[int, ...] | None:
-    """The dimensions of a dense tensor from the outermost to the innermost, if that is the last one; else None."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.is_contiguous():
-        return tuple(range(x.dim())) if isinstance(x, Tensor) else ()
+def _order_in_memory(x: Tensor) -> tuple[int, ...]:
+    """The dimensions before the last, from the outermost in memory to the innermost, and the last."""
     last = x.dim() - 1
-    order = (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
-    return order if x.permute(order).is_contiguous() else None
+    return (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
 
 
 def _why_not(x: object, weight: object, eps: object, names: NormNames) -> str | None:
