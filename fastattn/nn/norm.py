@@ -6,13 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
+from fastattn.functional.checks import resolve_backend
 from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused, stands_for
+from fastattn.ops.library import tracks_gradients
 
 
 class LayerNorm(Fused, nn.LayerNorm):
-    """nn.LayerNorm on fastattn.layer_norm. Any normalized_shape; x (..., *normalized_shape)."""
+    """nn.LayerNorm on fastattn.layer_norm. Any normalized_shape; x (..., *normalized_shape).
+
+    float32 inference on a CPU, which has no residual to fuse, runs torch's own kernel unless a backend is forced: it is
+    as fast (0.94 to 1.02 of its time from 1,024 rows of 768 on) and called in a fifth of the time.
+    """
 
     fastattn_original = nn.LayerNorm
 
@@ -27,6 +33,13 @@ class LayerNorm(Fused, nn.LayerNorm):
         )
         if reason is not None:
             note_fallback(self, reason)
+            return super().forward(input)
+        if (
+            input.is_cpu
+            and input.dtype is torch.float32
+            and not resolve_backend(self.fastattn_backend)
+            and not tracks_gradients(input, weight, bias)
+        ):
             return super().forward(input)
         x, flat_weight, flat_bias = _as_one_dim(self.normalized_shape, input, weight, bias)
         y = layer_norm(x, flat_weight, flat_bias, self.eps, backend=self.fastattn_backend)

@@ -80,18 +80,42 @@ class _Tail(NamedTuple):
 
 def _tail(module: nn.Module, steps: tuple[Step, ...]) -> _Tail | None:
     """Which step is which, by the class of the module's children; None where the steps are others."""
-    drops = [_is_dropout(module, step) for step in steps]
-    if drops not in ([False], [True, False], [False, True], [True, False, True]):
-        return None
-    at = drops.index(False)
-    down = steps[at]
-    if not isinstance(down, Named):
-        return None
-    return _Tail(steps[0] if at == 1 else None, down.name, steps[at + 1] if at + 1 < len(steps) else None)
+    hidden: Step | None = None
+    last: Step | None = None
+    down: str | None = None
+    for step in steps:
+        if isinstance(step, Dropped) or (isinstance(step, Named) and isinstance(_child(module, step.name), nn.Dropout)):
+            if (hidden if down is None else last) is not None:
+                return None
+            if down is None:
+                hidden = step
+            else:
+                last = step
+        elif down is None and isinstance(step, Named):
+            down = step.name
+        else:
+            return None
+    return None if down is None else _Tail(hidden, down, last)
 
 
-def _is_dropout(module: nn.Module, step: Step) -> bool:
-    return isinstance(step, Dropped) or (isinstance(step, Named) and isinstance(getattr(module, step.name), nn.Dropout))
+def _child(module: nn.Module, name: str) -> Any:
+    """The attribute `name`, most often a child: nn.Module looks for those last."""
+    child = module._modules.get(name)
+    return getattr(module, name) if child is None else child
+
+
+# ---- the forwards ----------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """What one call of the operator takes; the children have passed the checks."""
+
+    up: nn.Linear
+    gate: nn.Linear | None
+    down: nn.Linear | None
+    activation: str
+    dropout_p: float
+    last: Step | None
 
 
 class _ReadBlock(ReadForward):
@@ -102,101 +126,74 @@ class _ReadBlock(ReadForward):
     def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
-        reason = why_not_as_read(self) or why_not_input(x) or _why_not_block(self, self.fastattn_block, x)
-        if reason is not None:
-            note_fallback(self, reason)
+        call = why_not_as_read(self) or why_not_input(x) or _call(self, self.fastattn_block, x)
+        if isinstance(call, str):
+            note_fallback(self, call)
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        return self.fastattn_run(x)
+        return _drop(self, call.last, self.fastattn_run(x, call))
 
-    def fastattn_run(self, x: Tensor) -> Tensor:
-        """The block on an input and children that have passed the checks."""
+    def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
+        """The block without its last dropout."""
         raise NotImplementedError
 
 
 class LinearAct(_ReadBlock):
     """act(up(x)), x (..., K)."""
 
-    def fastattn_run(self, x: Tensor) -> Tensor:
-        block = self.fastattn_block
-        up = getattr(self, block.up)
-        return linear_act(x, up.weight, up.bias, _activation(self, block), backend=self.fastattn_backend)
+    def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
+        return linear_act(x, *_tensors(call.up), call.activation, backend=self.fastattn_backend)
 
 
 class FeedForward(_ReadBlock):
     """down(dropout(act(up(x)))), x (..., K)."""
 
-    def fastattn_run(self, x: Tensor) -> Tensor:
-        block = self.fastattn_block
-        hidden, down_name, last = _known_tail(self, block)
-        up, down = getattr(self, block.up), getattr(self, down_name)
-        y = ffn(
+    def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
+        assert call.down is not None
+        return ffn(
             x,
-            up.weight,
-            up.bias,
-            down.weight,
-            down.bias,
-            _activation(self, block),
-            dropout_p=_rate(self, hidden),
+            *_tensors(call.up),
+            *_tensors(call.down),
+            call.activation,
+            dropout_p=call.dropout_p,
             backend=self.fastattn_backend,
         )
-        return _drop(self, last, y)
 
 
 class GatedFeedForward(_ReadBlock):
     """down(dropout(act(gate(x)) * up(x))), x (..., K)."""
 
-    def fastattn_run(self, x: Tensor) -> Tensor:
-        block = self.fastattn_block
-        hidden, down_name, last = _known_tail(self, block)
-        down = getattr(self, down_name)
-        (gate_weight, gate_bias), (up_weight, up_bias) = _gate_and_up(self, block)
-        y = gated_ffn(
+    def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
+        assert call.down is not None
+        up_weight, up_bias = _tensors(call.up)
+        down_weight, down_bias = _tensors(call.down)
+        if call.gate is not None:
+            gate_weight, gate_bias = _tensors(call.gate)
+        else:
+            (gate_weight, up_weight), (gate_bias, up_bias) = _halves(up_weight, up_bias, self.fastattn_block.halves)
+        return gated_ffn(
             x,
             gate_weight,
             up_weight,
-            down.weight,
-            _activation(self, block),
+            down_weight,
+            call.activation,
             gate_bias,
             up_bias,
-            down.bias,
-            dropout_p=_rate(self, hidden),
+            down_bias,
+            dropout_p=call.dropout_p,
             backend=self.fastattn_backend,
         )
-        return _drop(self, last, y)
 
 
-def _activation(module: nn.Module, block: Block) -> str:
-    step = block.activation
-    name = step.name if isinstance(step, Activated) else activation_name(getattr(module, step.name))
-    assert name is not None  # _why_not_block has asked
-    return name
+def _tensors(linear: nn.Linear) -> tuple[Any, Any]:
+    """Weight and bias of a checked linear."""
+    parameters = linear._parameters
+    return parameters["weight"], parameters["bias"]
 
 
-def _known_tail(module: nn.Module, block: Block) -> _Tail:
-    tail = _tail(module, block.tail)
-    assert tail is not None  # _why_not_block has asked
-    return tail
-
-
-def _gate_and_up(module: nn.Module, block: Block) -> tuple[tuple[Tensor, Tensor | None], ...]:
-    """Weight and bias of the linear under the activation, and of the other."""
-    up = getattr(module, block.up)
-    if block.gate is not None:
-        gate = getattr(module, block.gate)
-        return (gate.weight, gate.bias), (up.weight, up.bias)
-    weights, biases = up.weight.chunk(2), (None, None) if up.bias is None else up.bias.chunk(2)
-    halves = tuple(zip(weights, biases, strict=True))
-    return halves if block.halves == "first" else halves[::-1]
-
-
-def _rate(module: nn.Module, step: Step | None) -> float:
-    """The share that a dropout step drops in this call."""
-    if step is None:
-        return 0.0
-    if isinstance(step, Dropped):
-        return float(attribute(module, step.p)) if module.training else 0.0
-    child: Any = getattr(module, step.name)
-    return float(child.p) if child.training else 0.0
+def _halves(weight: Tensor, bias: Tensor | None, gate: str | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Two weights and two biases of one linear, those of the half under the activation first."""
+    weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+    return (weights, biases) if gate == "first" else (weights[::-1], biases[::-1])
 
 
 def _drop(module: nn.Module, step: Step | None, y: Tensor) -> Tensor:
@@ -205,31 +202,63 @@ def _drop(module: nn.Module, step: Step | None, y: Tensor) -> Tensor:
         return y
     if isinstance(step, Dropped):
         return F.dropout(y, attribute(module, step.p), module.training)
-    return getattr(module, step.name)(y)  # type: ignore[no-any-return]
+    return _child(module, step.name)(y)  # type: ignore[no-any-return]
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _why_not_block(module: nn.Module, block: Block, x: Tensor) -> str | None:
-    """None where the block may run on these children as one operator; asked on every call."""
+def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
+    """The call that the block is, or why it must not be one; asked every time."""
     tail = _tail(module, block.tail)
     if tail is None and not isinstance(module, LinearAct):
         return "its children are no longer those of a feed-forward block"
-    for name, _, check in _children(module, block):
-        reason = check(getattr(module, name))
+    linears: list[nn.Linear | None] = []
+    for name in (block.up, block.gate, None if tail is None else tail.down):
+        linear = None if name is None else _child(module, name)
+        reason = None if linear is None else why_not_linear(linear)
         if reason is not None:
             return f"{name} {reason}"
-    if tail is not None and isinstance(tail.hidden, Dropped) and _rate(module, tail.hidden) > MAX_DROPOUT:
-        return f"{tail.hidden.p} is {_rate(module, tail.hidden)}"
+        linears.append(linear)
+    up, gate, down = linears
+    assert up is not None
     if not torch.is_autocast_enabled(x.device.type):
-        for name in _linears(block, tail):
-            dtype = getattr(module, name).weight.dtype
-            if dtype != x.dtype:
+        for name, linear in ((block.up, up), (block.gate, gate), ("" if tail is None else tail.down, down)):
+            dtype = x.dtype if linear is None else _tensors(linear)[0].dtype
+            if dtype is not x.dtype:
                 return f"{name} is {str(dtype).removeprefix('torch.')}, not the input's dtype"
-    if block.halves is not None and getattr(module, block.up).weight.shape[0] % 2:
+    if block.halves is not None and _tensors(up)[0].shape[0] % 2:
         return f"{block.up} has an odd number of features"
-    return None
+    activation = _activation(module, block)
+    if activation is None:
+        name = block.activation.name
+        return f"{name} {why_not_activation(_child(module, name))}"
+    dropout_p = _rate(module, None if tail is None else tail.hidden)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
+
+
+def _activation(module: nn.Module, block: Block) -> str | None:
+    step = block.activation
+    return step.name if isinstance(step, Activated) else activation_name(_child(module, step.name))
+
+
+def _rate(module: nn.Module, step: Step | None) -> float | str:
+    """The share that a dropout step drops in this call, or why the kernel cannot."""
+    if step is None:
+        return 0.0
+    if isinstance(step, Dropped):
+        rate = float(attribute(module, step.p)) if module.training else 0.0
+        return rate if rate <= MAX_DROPOUT else f"{step.p} is {rate}"
+    child = _child(module, step.name)
+    reason = why_not_dropout(child)
+    if reason is not None:
+        return f"{step.name} {reason}"
+    return float(child.p) if child.training else 0.0
+
+
+# ---- what swap and plan ask ------------------------------------------------------------------------------------------
 
 
 def _linears(block: Block, tail: _Tail | None) -> tuple[str, ...]:

@@ -309,3 +309,29 @@ def test_swapped_attention_learns_as_torchs_does() -> None:
             losses.append(loss.item())
     assert losses[9] < 0.97 * losses[0]
     torch.testing.assert_close(torch.tensor(losses[10:]), torch.tensor(losses[:10]), atol=0, rtol=1e-4)
+
+
+def test_plain_layer_norm_in_float32_inference_on_a_cpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fast there, and called sooner; gradients, half dtypes and a forced backend run the kernel."""
+    from fastattn.nn import norm
+
+    calls = []
+    kernel = norm.layer_norm
+    monkeypatch.setattr(norm, "layer_norm", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    module, x = nn.LayerNorm(16), torch.randn(3, 16)
+    expected = module(x)
+    report = swap(module)
+    with report.counting(), torch.no_grad():
+        assert torch.equal(module(x), expected)
+        assert not calls
+        with fastattn.use_backend("reference"):
+            module(x)
+        module(x.bfloat16())
+    module(x)
+    assert len(calls) == 3
+    assert report.rows[0].calls == 3
+    report.undo()
+    swap(module, backend="reference")
+    with torch.no_grad():
+        module(x)
+    assert len(calls) == 4
