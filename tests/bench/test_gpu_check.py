@@ -53,6 +53,7 @@ def test_build_says_what_it_built_and_what_needs_a_device(script, check, monkeyp
     assert "no C++20 compiler with OpenMP was found" in said and "cuda: " in said and "reference: usable" in said
 
 
+@pytest.mark.slow  # Triton's own tests run its interpreter
 def test_verify_runs_triton_in_the_interpreter(script, check) -> None:
     pytest.importorskip("triton")
     outcome = script.run_stage("verify", check)
@@ -64,6 +65,7 @@ def test_verify_runs_triton_in_the_interpreter(script, check) -> None:
     assert report["passed"] and report["checked"] == 2
 
 
+@pytest.mark.slow
 def test_bench_and_tune_run_in_small(script, check) -> None:
     pytest.importorskip("triton")
     outcome = script.run_stage("bench", check)

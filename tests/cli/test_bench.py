@@ -143,6 +143,7 @@ def test_tune_times_choices_or_says_that_there_are_none() -> None:
     assert "nothing to tune" in text or "has anything to tune" in text or "norm, width" in text
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_the_same_cases() -> None:
     pytest.importorskip("pytest_benchmark")
     if not (CHECKOUT / "bench" / "conftest.py").exists():

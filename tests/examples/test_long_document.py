@@ -15,6 +15,7 @@ EXAMPLE = CHECKOUT / "examples" / "long_document.py"
 pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="FASTATTN_CHECKOUT does not name a checkout")
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_and_saves_a_picture(tmp_path):
     for needed in ("matplotlib", "rich", "typer"):
         pytest.importorskip(needed)

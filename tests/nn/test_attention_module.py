@@ -360,7 +360,7 @@ def test_changed_children_and_weights(change: str) -> None:
 # ---- torch's machinery -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", (False, True))
+@pytest.mark.parametrize("dynamic", (pytest.param(False, marks=pytest.mark.slow), True))
 @pytest.mark.parametrize("need_weights", (True, False))
 @pytest.mark.parametrize("training", (True, False))
 def test_compiles_whole(training: bool, need_weights: bool, dynamic: bool) -> None:

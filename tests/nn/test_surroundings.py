@@ -54,8 +54,15 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, atol=2**-20 * largest, rtol=1e-4)
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("training", "norm_first"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_whole(training: bool, norm_first: bool) -> None:
     model = transformer(norm_first=norm_first).train(training)
     expected = model(**batch())

@@ -135,7 +135,7 @@ def test_equals_the_original(block_class) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-@blocks
+@pytest.mark.parametrize("block_class", [Timm, Functions, ModernBERT])
 def test_compiles_as_one_graph(block_class) -> None:
     module = block_class().eval()
     x = torch.randn(2, WIDTH)
