@@ -118,7 +118,8 @@ def test_dropout_is_random_unless_seeded_and_off_at_zero(backend):
     assert torch.equal(none, fastattn.ffn(x, w1, None, w2, None, backend=backend))
 
 
-@pytest.mark.parametrize("op", ["ffn", pytest.param("gated_ffn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["ffn", "gated_ffn"])
 def test_dropout_gradcheck_through_the_operators(op):
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in SHAPES[op]]
 
