@@ -14,7 +14,7 @@ from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sink
 from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
-from fastattn.masks.lowered import Size
+from fastattn.masks.lowered import Size, replaced
 from fastattn.ops.decode import attention_decode_forward
 from fastattn.ops.library import invoke, tracks_gradients
 
@@ -111,10 +111,10 @@ def attention_decode(
         raise ValueError(f"bias={bias!r} sits at the top left: new tokens are the last ones, leave align out")
     lowered = LoweredMask()
     if isinstance(mask, Tensor):
-        added = added._replace(dense=_hide(mask, added.dense, size, q))
+        added = replaced(added, dense=_hide(mask, added.dense, size, q))
     elif mask is not None:
         lowered, dense = _lower_mask(mask, added.dense, size, q, cache_lengths)
-        added = added._replace(dense=dense)
+        added = replaced(added, dense=dense)
     out, lse = invoke(
         attention_decode_forward,
         q,
@@ -214,7 +214,7 @@ def _lower_mask(
     lengths = cache_lengths.tolist()
     forms = [mask.lower(1, heads, len_q, length, q.device) for length in lengths]
     if forms and all(_is_about_positions(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
-        return forms[0]._replace(intervals=_stack_intervals(forms, heads)), added
+        return replaced(forms[0], intervals=_stack_intervals(forms, heads)), added
     seen = torch.zeros(full, dtype=torch.bool, device=q.device)
     for b, length in enumerate(lengths):
         seen[b, ..., :length] = mask.to_dense(1, heads, len_q, length, q.device)[0]
@@ -224,7 +224,7 @@ def _lower_mask(
 def _is_about_positions(form: LoweredMask, offset: int) -> bool:
     """Whether nothing but a band about that offset and intervals hides keys."""
     has_band = form.band_left is not None or form.band_right is not None
-    rest = form._replace(band_offset=0, band_left=None, band_right=None, intervals=None, bounds=None)
+    rest = replaced(form, band_offset=0, band_left=None, band_right=None, intervals=None, bounds=None)
     return rest == LoweredMask() and (not has_band or form.band_offset == offset)
 
 
