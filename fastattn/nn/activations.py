@@ -49,4 +49,9 @@ def why_not_activation(activation: object) -> str | None:
     """None where a kernel computes the activation."""
     if activation_name(activation) is not None:
         return None
-    return f"is {getattr(activation, '__name__', type(activation).__name__)}, which has no kernel"
+    return f"is {shown(activation)}, which has no kernel"
+
+
+def shown(activation: object) -> str:
+    """A function's name, or that of a module's class."""
+    return getattr(activation, "__name__", type(activation).__name__)

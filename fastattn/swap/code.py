@@ -33,14 +33,10 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]]) -> bool
         return False
     if _constant(one.__kwdefaults__) != _constant(other.__kwdefaults__):
         return False
-    cells = [
-        [None if function.__closure__ is None else [cell.cell_contents for cell in function.__closure__]]
-        for function in (one, other)
-    ]
     pairs = [(_global(one, name), _global(other, name)) for name in _globals(one.__code__)]
-    if (cells[0][0] is None) != (cells[1][0] is None):
-        return False
-    pairs += zip(cells[0][0] or (), cells[1][0] or (), strict=True)
+    # Equal instructions close over as many variables.
+    for cell, other_cell in zip(one.__closure__ or (), other.__closure__ or (), strict=True):
+        pairs.append((cell.cell_contents, other_cell.cell_contents))
     return all(_is_copy(first, second, compared) for first, second in pairs)
 
 

@@ -122,27 +122,25 @@ def parts(expression: Any) -> Iterator[Any]:
 
 # ---- which functions may be run on symbols ---------------------------------------------------------------------------
 
-_REFUSED = (
-    frozenset(dis.hasjrel)
-    | frozenset(dis.hasjabs)
-    | frozenset(
-        dis.opmap[name]
-        for name in (
-            *(
-                "STORE_ATTR",
-                "STORE_GLOBAL",
-                "STORE_SUBSCR",
-                "STORE_SLICE",
-                "STORE_DEREF",
-                "DELETE_ATTR",
-                "DELETE_GLOBAL",
-            ),
-            *("DELETE_SUBSCR", "DELETE_DEREF", "IMPORT_NAME", "IMPORT_FROM", "YIELD_VALUE", "MAKE_FUNCTION"),
-            *("LOAD_BUILD_CLASS", "PUSH_EXC_INFO"),
-        )
-        if name in dis.opmap
-    )
-)
+_EFFECTS = [
+    "STORE_ATTR",
+    "STORE_GLOBAL",
+    "STORE_SUBSCR",
+    "STORE_SLICE",
+    "STORE_DEREF",
+    "DELETE_ATTR",
+    "DELETE_GLOBAL",
+    "DELETE_SUBSCR",
+    "DELETE_DEREF",
+    "IMPORT_NAME",
+    "IMPORT_FROM",
+    "YIELD_VALUE",
+    "MAKE_FUNCTION",
+    "LOAD_BUILD_CLASS",
+    "PUSH_EXC_INFO",
+]
+_JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
+_REFUSED = _JUMPS | {dis.opmap[name] for name in _EFFECTS if name in dis.opmap}  # each Python has some of them
 _FUNCTIONS = frozenset(
     ["add", "div", "dropout", "gelu", "mean", "mul", "multiply", "pow", "relu", "rsqrt", "silu", "sqrt", "square"]
 )  # of torch and torch.nn.functional: without effect but their result

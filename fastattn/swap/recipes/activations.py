@@ -45,4 +45,4 @@ def why_not_activation(function: object) -> str | None:
     """None where a kernel computes the activation."""
     if activation_name(function) is not None:
         return None
-    return f"is {getattr(function, '__name__', type(function).__name__)}, which has no kernel"
+    return f"is {torch_activations.shown(function)}, which has no kernel"

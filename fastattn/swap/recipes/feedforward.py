@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import ffn, gated_ffn, linear_act
+from fastattn.nn.activations import shown
 from fastattn.nn.checks import MAX_DROPOUT, why_not_dropout, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
@@ -213,20 +214,17 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     tail = _tail(module, block.tail)
     if tail is None and not isinstance(module, LinearAct):
         return "its children are no longer those of a feed-forward block"
-    linears: list[nn.Linear | None] = []
-    for name in (block.up, block.gate, None if tail is None else tail.down):
-        linear = None if name is None else _child(module, name)
-        reason = None if linear is None else why_not_linear(linear)
+    linears: dict[str | None, nn.Linear] = {}
+    casts = torch.is_autocast_enabled(x.device.type)
+    for name in _linears(block, tail):
+        linears[name] = linear = _child(module, name)
+        reason = why_not_linear(linear)
         if reason is not None:
             return f"{name} {reason}"
-        linears.append(linear)
-    up, gate, down = linears
-    assert up is not None
-    if not torch.is_autocast_enabled(x.device.type):
-        for name, linear in ((block.up, up), (block.gate, gate), ("" if tail is None else tail.down, down)):
-            dtype = x.dtype if linear is None else _tensors(linear)[0].dtype
-            if dtype is not x.dtype:
-                return f"{name} is {str(dtype).removeprefix('torch.')}, not the input's dtype"
+        dtype = _tensors(linear)[0].dtype
+        if dtype is not x.dtype and not casts:
+            return f"{name} is {str(dtype).removeprefix('torch.')}, not the input's dtype"
+    up = linears[block.up]
     if block.halves is not None and _tensors(up)[0].shape[0] % 2:
         return f"{block.up} has an odd number of features"
     activation = _activation(module, block)
@@ -236,7 +234,9 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     dropout_p = _rate(module, None if tail is None else tail.hidden)
     if isinstance(dropout_p, str):
         return dropout_p
-    return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
+    if tail is None:
+        return _Call(up, None, None, activation, dropout_p, None)
+    return _Call(up, linears.get(block.gate), linears[tail.down], activation, dropout_p, tail.last)
 
 
 def _activation(module: nn.Module, block: Block) -> str | None:
@@ -302,7 +302,7 @@ def _refuse(module: nn.Module, block: Block) -> list[str]:
     function = getattr(module, block.activation.name)
     if activation_name(function) is not None:
         return []
-    return [f"the activation {getattr(function, '__name__', type(function).__name__)} has no kernel"]
+    return [f"the activation {shown(function)} has no kernel"]
 
 
 # ---- which classes ---------------------------------------------------------------------------------------------------

@@ -90,8 +90,9 @@ def _why_not(x: object, weight: object, eps: object, names: NormNames) -> str | 
     reason = why_not_input(x) or why_not_tensor("weight", weight)
     if reason is not None:
         return reason
-    if type(eps) not in (int, float) or not eps >= 0:  # type: ignore[operator]
-        return f"its eps is {eps!r}" if isinstance(eps, (int, float)) else f"its eps is a {type(eps).__name__}"
+    reason = _why_not_eps(eps)
+    if reason is not None:
+        return reason
     if weight is None and names.weight is not None:
         return "its weight is None"
     if isinstance(x, Tensor) and x.dim() == 0:
@@ -103,6 +104,12 @@ def _why_not(x: object, weight: object, eps: object, names: NormNames) -> str | 
     if isinstance(weight, Tensor) and isinstance(x, Tensor) and weight.shape != x.shape[-1:]:
         return "its weight does not lie along the last dimension"
     return None
+
+
+def _why_not_eps(eps: object) -> str | None:
+    if type(eps) not in (int, float):
+        return f"its eps is a {type(eps).__name__}"
+    return None if eps >= 0 else f"its eps is {eps!r}"  # type: ignore[operator]
 
 
 class ResidualNorm(ReadForward):
@@ -147,7 +154,7 @@ def spelled_norm(spelling: Spelling, names: NormNames) -> Reading:
         weight = None if names.weight is None else getattr(module, names.weight, None)
         if isinstance(weight, Tensor) and weight.dim() != 1:
             return [f"its weight has {weight.dim()} dimensions"]
-        reason = _why_not(torch.empty(0, 1), torch.empty(1), attribute(module, names.eps), names)
+        reason = _why_not_eps(attribute(module, names.eps))
         return [] if reason is None else [reason]
 
     return Reading(
