@@ -107,7 +107,7 @@ typedef struct {
     int64_t max_length;  // keys that the cache has room for, per sequence
     fastattn_tensor q, k, v, out;
     float *lse;                    // (B,Hq,Sq) contiguous
-    const int32_t *cache_lengths;  // (B)
+    const int32_t *cache_lengths;  // (B); null: max_length for all
     const int32_t *block_table;    // or null: contiguous
     int64_t block_table_stride, page_size;
     int64_t band_left, band_right;  // about position cache_length - Sq + i; either may be negative

@@ -1,4 +1,5 @@
-"""How tensors and masks are handed to the native modules: addresses and strides, as csrc/bindings/views.h has them."""
+"""How tensors and masks are handed to the native modules: addresses and strides, as csrc/bindings/views.h has them; and
+how an output of attention lies."""
 
 from __future__ import annotations
 
@@ -30,9 +31,21 @@ def broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
     return (tensor.data_ptr(), *strides)
 
 
+def empty_out(q: Tensor, dim_v: int) -> Tensor:
+    """An output (B, Hq, Sq, Dv) for q (B, Hq, Sq, D), (B, Sq, Hq, Dv) in memory."""
+    batch, heads, len_q, _ = q.shape
+    row = max(heads, 1) * dim_v
+    return q.new_empty_strided((batch, heads, len_q, dim_v), (max(len_q, 1) * row, dim_v, row, 1))
+
+
+_NO_DISTANCES = (0, 0, 0, 0, 0, 0, False)
+
+
 def distance_arguments(bias: LoweredBias) -> tuple[Any, ...]:
     """The parts of a bias that depend on distance alone, as both modules take them."""
     table, slopes = bias.table, bias.slopes
+    if table is None and slopes is None:
+        return _NO_DISTANCES
     return (
         address(table),
         table.shape[1] if table is not None and table.shape[0] > 1 else 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,16 +22,17 @@ from fastattn.functional.checks import (
 )
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.arguments import as_4d
-from fastattn.masks.lowered import PackedSize, Size, check_lowered, replaced
+from fastattn.masks.lowered import NOTHING_HIDDEN, PackedSize, Size, check_lowered, replaced
 from fastattn.masks.packed import lower_packed
-from fastattn.ops.attention import Attention, attention_forward, flatten_call, parse_extras, problem_fields
-from fastattn.ops.library import apply, invoke, needs_gradient, tracks_gradients
+from fastattn.ops.attention import Extras, attend, problem_fields
+from fastattn.ops.library import needs_gradient, tracks_gradients
 from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 
 MAX_HEAD_DIM = 256
-_FLAGS = 6  # the operator's last arguments, from requires_grad to the backend
-_NOTHING_HIDDEN = LoweredMask()
+
+Prepared = tuple[Tensor, Tensor, Tensor, Extras, tuple[bool, ...], str]
+"""The arguments of `ops.attention.attend`."""
 
 
 @overload
@@ -122,8 +123,9 @@ def attention(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
     """
-    tracked, args = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    out, lse = apply(Attention, *args) if tracked else invoke(attention_forward, *args)
+    out, lse = attend(
+        *prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
+    )
     return (out, lse) if return_lse else out
 
 
@@ -147,10 +149,10 @@ def explain(
 
     Raises what `attention` raises for a wrong argument.
     """
-    _, args = prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
-    q, k, v = args[:3]
-    fields = problem_fields(q, k, v, parse_extras(args[3:-_FLAGS]), args[-_FLAGS:-1])
-    return dispatch.explain_problem(AttentionProblem(*fields), args[-1])
+    q, k, v, call, flags, forced = prepare(
+        q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend
+    )
+    return dispatch.explain_problem(AttentionProblem(*problem_fields(q, k, v, call, flags)), forced)
 
 
 def prepare(
@@ -166,11 +168,11 @@ def prepare(
     dropout_seed: Tensor | None,
     deterministic: bool,
     backend: str | None,
-) -> tuple[bool, tuple[Any, ...]]:
-    """Checks and lowers a call: whether it goes through autograd, and the arguments of the operator."""
+) -> Prepared:
+    """Checks and lowers a call."""
     q, k, v = check_qkv(q, k, v)
     size = _check_shapes(q, k, v)
-    lowered, added = _NOTHING_HIDDEN, NO_BIAS
+    lowered, added = NOTHING_HIDDEN, NO_BIAS
     if mask is not None or bias is not None:
         lowered, added = lower_mask_and_bias(mask, bias, size, q)
     return complete(
@@ -200,9 +202,8 @@ def complete(
     dropout_seed: Tensor | None,
     deterministic: bool,
     backend: str | None,
-) -> tuple[bool, tuple[Any, ...]]:
-    """Checks what is not lowered and fills in defaults; q, k, v, packed or not, as the operator takes them. Results as
-    `prepare`."""
+) -> Prepared:
+    """Checks what is not lowered and fills in defaults; q, k, v, packed or not, as the operator takes them."""
     scale, softcap = check_scores(q, scale, softcap)
     if sinks is not None:
         check_sinks(sinks, q)
@@ -213,8 +214,8 @@ def complete(
     tracked = tracks_gradients(q, k, v, *learned, sinks)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     flags = (tracked, *(tracked and t is not None and needs_gradient(t) for t in learned), deterministic)
-    extras = (*flatten_call(mask, bias, packed), sinks, seed, scale, softcap, dropout_p)
-    return tracked, (q, k, v, *extras, *flags, resolve_backend(backend))
+    call = Extras(mask, bias, packed, sinks, seed, scale, softcap, dropout_p)
+    return q, k, v, call, flags, resolve_backend(backend)
 
 
 def check_scores(q: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
@@ -303,7 +304,7 @@ def lower_mask_and_bias(
     """The lowered mask, and the lowered bias with a float mask added to it."""
     added = NO_BIAS if bias is None else lower_bias("bias", bias, size, q)
     if mask is None:
-        return _NOTHING_HIDDEN, added
+        return NOTHING_HIDDEN, added
     if isinstance(mask, Mask):
         if isinstance(size, PackedSize):
             return lower_packed(mask, size, q.device), added
@@ -336,7 +337,7 @@ def lower_mask_and_bias(
         # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
         wide = torch.promote_types(q.dtype, torch.float32)
         terms = terms.to(wide) + added.dense.to(wide)
-    return _NOTHING_HIDDEN, replaced(added, dense=terms)
+    return NOTHING_HIDDEN, replaced(added, dense=terms)
 
 
 def _key_ranges(mask: Tensor, full: Size) -> Tensor:

@@ -19,11 +19,9 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import LoweredMask, Mask
-from fastattn.masks.lowered import Size, flatten
+from fastattn.masks.lowered import NOTHING_HIDDEN, Size, flatten
 from fastattn.ops.encoder_layer import encoder_layer_forward
 from fastattn.ops.library import invoke, tracks_gradients
-
-_NOTHING_HIDDEN = LoweredMask()
 
 
 def encoder_layer(
@@ -126,7 +124,7 @@ def encoder_layer(
         if not eps >= 0.0:
             raise ValueError(f"{label}={eps} is negative: pass 0 or a small positive number such as 1e-5")
     scale = 1.0 / math.sqrt(features // heads) if scale is None else check_number("scale", scale)
-    lowered = _NOTHING_HIDDEN
+    lowered = NOTHING_HIDDEN
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, mask, x)
     elif mask is not None:

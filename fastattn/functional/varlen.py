@@ -18,8 +18,7 @@ from fastattn.functional.attention import (
 from fastattn.functional.checks import check_device
 from fastattn.masks import Mask
 from fastattn.masks.lowered import PackedSize
-from fastattn.ops.attention import Attention, attention_forward
-from fastattn.ops.library import apply, invoke
+from fastattn.ops.attention import attend
 from fastattn.packed import Packed
 
 
@@ -116,10 +115,11 @@ def attention_varlen(
     size = PackedSize(packed, q.shape[1])
     lowered, added = lower_mask_and_bias(mask, bias, size, q)
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    tracked, args = complete(
-        q, k, v, lowered, added, packed, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend
+    out, lse = attend(
+        *complete(
+            q, k, v, lowered, added, packed, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend
+        )
     )
-    out, lse = apply(Attention, *args) if tracked else invoke(attention_forward, *args)
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 

@@ -109,6 +109,8 @@ class LoweredMask(NamedTuple):
     blocks: Blocks | None = None
 
 
+NOTHING_HIDDEN = LoweredMask()
+
 FLAT_FIELDS = len(LoweredMask._fields) - 1 + len(Blocks._fields)
 """Length of the flat form of a lowered mask: its fields in order, those of its blocks in place of `blocks`, the last
 one."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastattn.masks.blocks import build_blocks
 from fastattn.masks.cache import Cache
 from fastattn.masks.intervals import MOST, IntervalSet, intersection, intervals_tensor, row_bounds
-from fastattn.masks.lowered import Blocks, LoweredMask, Size, intersect, replaced
+from fastattn.masks.lowered import NOTHING_HIDDEN, Blocks, LoweredMask, Size, intersect, replaced
 
 if TYPE_CHECKING:
     from fastattn.masks.base import Mask
@@ -29,8 +29,6 @@ T = TypeVar("T")
 
 remembered = Cache(entries=128, size=1 << 29)
 """Words of key masks, intervals and blocks, of all masks."""
-
-_NOTHING_HIDDEN = LoweredMask()
 
 
 class Split(NamedTuple):
@@ -82,9 +80,9 @@ def lower(mask: Mask, size: Size, device: torch.device) -> LoweredMask:
 def _lower_light(terms: Sequence[Mask], size: Size, device: torch.device) -> LoweredMask:
     lowered: LoweredMask | None = None
     for term in terms:
-        own = term.keys_and_band(size, device) or _NOTHING_HIDDEN
+        own = term.keys_and_band(size, device) or NOTHING_HIDDEN
         lowered = own if lowered is None else intersect(lowered, own)
-    return lowered or _NOTHING_HIDDEN
+    return lowered or NOTHING_HIDDEN
 
 
 def _lower_heavy(terms: tuple[Mask, ...], limits: tuple[Mask, ...], size: Size, device: torch.device) -> LoweredMask:
@@ -98,7 +96,7 @@ def _lower_heavy(terms: tuple[Mask, ...], limits: tuple[Mask, ...], size: Size, 
 
 def lower_simple(terms: Sequence[Mask], size: Size, device: torch.device) -> tuple[LoweredMask, list[Mask]]:
     """The words and intervals of `terms`, and those of them that need blocks."""
-    lowered = _NOTHING_HIDDEN
+    lowered = NOTHING_HIDDEN
     intervals: IntervalSet | None = None
     rest: list[Mask] = []
     for term in terms:

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.biases.lowered import LoweredBias
-from fastattn.masks.lowered import FLAT_FIELDS, Blocks, LoweredMask, flatten, unflatten
+from fastattn.biases.lowered import NO_BIAS, LoweredBias
+from fastattn.masks.lowered import FLAT_FIELDS, NOTHING_HIDDEN, Blocks, LoweredMask, flatten, unflatten
 from fastattn.ops.library import (
     InDims,
     VmapResult,
+    apply,
     dense,
     differentiate_once,
     fold_dim,
     in_layout_of,
     invoke,
     is_mapped,
+    is_watched,
     register,
     unit_stride,
 )
@@ -67,30 +69,32 @@ class Extras(NamedTuple):
 
     def backend_arguments(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
         """As a backend gets them."""
-        mask = contiguous_mask(self.mask, self.full(q, k))
-        packed = self.packed
+        mask, bias, packed, sinks, *others = self
+        if mask is not NOTHING_HIDDEN:
+            mask = contiguous_mask(mask, self.full(q, k))
         if packed is not None:
             cu_seqlens_q, cu_seqlens_k, *longest = packed
             packed = Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *longest)
-        return mask, contiguous_bias(self.bias), packed, dense(self.sinks), *self[4:]
+        return mask, contiguous_bias(bias), packed, dense(sinks), *others
 
     def full(self, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
         """B, Hq, Sq, Skv, in a packed batch those of a padded one."""
-        if self.packed is None:
-            return (*q.shape[:3], k.shape[2])
-        return self.packed.batch, q.shape[1], self.packed.max_len_q, self.packed.max_len_k
+        batch, heads, len_q, _ = q.shape
+        packed = self.packed
+        return (batch, heads, len_q, k.shape[2]) if packed is None else (packed.batch, heads, *packed[2:])
+
+
+def flatten_extras(call: Extras) -> tuple[Any, ...]:
+    """As the operators take them."""
+    mask, bias, packed, *others = call
+    return *flatten(mask), *bias, *(packed or (None, None, 0, 0)), *others
 
 
 def parse_extras(flat: Sequence[Any]) -> Extras:
-    """The inverse of `flatten_call`, with what follows it."""
+    """The inverse of `flatten_extras`."""
     cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k, *rest = flat[FLAT_FIELDS + 5 :]
     packed = None if cu_seqlens_q is None else Packed(cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     return Extras(unflatten(flat[:FLAT_FIELDS]), LoweredBias(*flat[FLAT_FIELDS : FLAT_FIELDS + 5]), packed, *rest)
-
-
-def flatten_call(mask: LoweredMask, bias: LoweredBias, packed: Packed | None) -> tuple[Any, ...]:
-    """The operators' arguments for a mask, a bias and a packing."""
-    return *flatten(mask), *bias, *(packed or (None, None, 0, 0))
 
 
 def problem_fields(
@@ -103,8 +107,8 @@ def problem_fields(
     """The fields of this call's AttentionProblem, in order. flags: requires_grad, bias_requires_grad,
     table_requires_grad, slopes_requires_grad, deterministic."""
     requires_grad, *of_bias, deterministic = flags
-    batch, heads_q, len_q, len_k = call.full(q, k)
     mask, bias = call.mask, call.bias
+    batch, heads_q, len_q, len_k = call.full(q, k)
     return (
         q.device.type,
         q.dtype,
@@ -134,12 +138,36 @@ def problem_fields(
     )
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    call = parse_extras(rest[:_EXTRAS_LENGTH])
-    chosen = dispatch.choose(AttentionProblem, problem_fields(q, k, v, call, rest[_EXTRAS_LENGTH:-1]), rest[-1])
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Extras, flags: Sequence[bool], backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse, through autograd where flags[0] says so, and by the operator where anyone watches."""
+    tracked = flags[0]
+    if not (tracked or torch.compiler.is_compiling() or is_watched((q, k, v, *_values(call)))):
+        return run_forward(q, k, v, call, flags, backend)
+    args = (q, k, v, *flatten_extras(call), *flags, backend)
+    out, lse = apply(Attention, *args) if tracked else attention_forward(*args)
+    return out, lse
+
+
+def _values(call: Extras) -> tuple[Any, ...]:
+    """What may be a tensor, among other values."""
+    mask, bias, packed, sinks, seed, *_ = call
+    if mask is NOTHING_HIDDEN and bias is NO_BIAS and packed is None:
+        return sinks, seed
+    return flatten_extras(call)
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, call: Extras, flags: Sequence[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    """The forward on the backend that takes it."""
+    chosen = dispatch.choose(AttentionProblem, problem_fields(q, k, v, call, flags), backend)
     arguments = call.backend_arguments(q, k)
     out, lse = chosen.attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), *arguments)
     return out, lse
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return run_forward(q, k, v, parse_extras(rest[:_EXTRAS_LENGTH]), rest[_EXTRAS_LENGTH:-1], rest[-1])
 
 
 def _backward(

@@ -54,16 +54,15 @@ def register(
 
 def invoke(operator: Callable[..., Any], *args: Any) -> Any:
     """`operator(*args)`, without the dispatcher where nothing watches it."""
-    if torch.compiler.is_compiling() or _watched(args):
-        return operator(*args)
-    return _IMPLEMENTATIONS[operator](*args)
+    return operator(*args) if is_watched(args) else _IMPLEMENTATIONS[operator](*args)
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Whether anyone could tell a call of the operator from one of its implementation: a transform, a mode, a tracer, a
-    profiler, or a tensor of another class."""
+def is_watched(args: tuple[Any, ...]) -> bool:
+    """Whether anyone could tell a call of an operator from one of its implementation: a compiler, a transform, a mode,
+    a tracer, a profiler, or a tensor of another class among the arguments."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._get_tracing_state() is not None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
-from fastattn.ops import library
+from fastattn.ops import attention, library
 
 
 class Recorder(TorchDispatchMode):
@@ -46,6 +48,14 @@ def straight(monkeypatch):
             return implementation(*args)
 
         monkeypatch.setitem(library._IMPLEMENTATIONS, operator, spy)
+
+    def spy_on_attention(*args):
+        if sys._getframe(1).f_code is attention.attend.__code__:  # not the operator's implementation
+            names.append("attention_forward")
+        return run_forward(*args)
+
+    run_forward = attention.run_forward
+    monkeypatch.setattr(attention, "run_forward", spy_on_attention)
     return names
 
 

@@ -103,7 +103,7 @@ struct Query {
 
 Group group_at(const fastattn_decode &p, const Shape &shape, int64_t index) {
     Group group{index / p.heads_kv, index % p.heads_kv, 0, {INT64_MAX, 0}};
-    group.cache_length = larger(0, smaller(p.max_length, p.cache_lengths[group.batch]));
+    group.cache_length = p.cache_lengths ? larger(0, smaller(p.max_length, p.cache_lengths[group.batch])) : p.max_length;
     for (int64_t row = 0; row < shape.rows; row++) {
         const Span span = Query(p, group, row).span();
         if (span.begin < span.end) group.span = {smaller(group.span.begin, span.begin), larger(group.span.end, span.end)};

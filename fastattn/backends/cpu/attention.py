@@ -11,7 +11,7 @@ from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.decode import attention_decode
 from fastattn.backends.cpu.library import dropout_arguments, native
 from fastattn.backends.few import is_decoding
-from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments, view
+from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out, mask_arguments, view
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -37,10 +37,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, len_q, _ = q.shape
     if packed is None and dropout_p == 0.0 and is_decoding(len_q, k.shape[2], mask, bias):
-        lengths = torch.full((batch,), k.shape[2], dtype=torch.int32)
-        return attention_decode(q, k, v, lengths, None, mask, bias, sinks, scale, softcap)
+        return attention_decode(q, k, v, None, None, mask, bias, sinks, scale, softcap)
     k, v = _gathered(k, v, q, mask, packed)
-    out = q.new_empty(batch, len_q, heads, v.shape[3]).transpose(1, 2)
+    out = empty_out(q, v.shape[3])
     lse = torch.empty(batch, heads, len_q, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
     call = _call_arguments(q, k, v, out, lse, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)

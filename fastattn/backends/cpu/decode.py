@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.library import native
-from fastattn.backends.views import address, distance_arguments, view
+from fastattn.backends.views import address, distance_arguments, empty_out, view
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 
@@ -16,7 +16,7 @@ def attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_lengths: Tensor,
+    cache_lengths: Tensor | None,
     block_table: Tensor | None,
     mask: LoweredMask,
     bias: LoweredBias,
@@ -24,13 +24,14 @@ def attention_decode(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    """As in the protocol; cache_lengths None: the caches are full."""
     batch, heads, len_q, dim = q.shape
     if block_table is None:
         heads_kv, room, pages = k_cache.shape[1], k_cache.shape[2], (0, 0, 0)
     else:
         page_size, heads_kv = k_cache.shape[1], k_cache.shape[2]
         room, pages = block_table.shape[1] * page_size, (block_table.data_ptr(), block_table.shape[1], page_size)
-    out = q.new_empty(batch, len_q, heads, v_cache.shape[3]).transpose(1, 2)
+    out = empty_out(q, v_cache.shape[3])
     lse = torch.empty(batch, heads, len_q, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float()
     intervals = mask.intervals
@@ -48,7 +49,7 @@ def attention_decode(
         view(v_cache),
         view(out),
         lse.data_ptr(),
-        cache_lengths.data_ptr(),
+        address(cache_lengths),
         pages,
         (mask.band_left, mask.band_right),
         None if intervals is None else (intervals.data_ptr(), *intervals.stride()[:4]),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, place
-from fastattn.backends.views import address, broadcast_view, distance_arguments, mask_arguments
+from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out, mask_arguments
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -55,7 +55,7 @@ def attention_forward(
     """
     batch, heads_q, len_q, dim_qk = q.shape
     _, heads_kv, len_k, dim_v = v.shape
-    out = q.new_empty(batch, len_q, heads_q, dim_v).transpose(1, 2)
+    out = empty_out(q, dim_v)
     lse = q.new_empty(batch, heads_q, len_q, dtype=torch.float32)
     places = (0, 0, 0, 0)
     if packed is not None:

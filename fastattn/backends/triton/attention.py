@@ -11,6 +11,7 @@ from fastattn.backends.few import is_decoding
 from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
+from fastattn.backends.views import empty_out
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -57,7 +58,7 @@ def attention_forward(
         return attention_decode(q, k, v, lengths, None, mask, bias, sinks, scale, softcap)
     from fastattn.kernels.attention.forward import attention_forward_kernel
 
-    out = q.new_empty(q.shape[0], rows, heads, v.shape[3]).transpose(1, 2)
+    out = empty_out(q, v.shape[3])
     lse = q.new_empty(q.shape[0], heads, rows, dtype=torch.float32)
     if packed is not None:  # rows that belong to no sequence
         out.zero_()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import FAR, near
+from fastattn.backends.views import empty_out
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.problems import AttentionProblem, DecodeProblem
@@ -59,7 +60,7 @@ def attention_decode(
 
     batch, heads, len_q, dim = q.shape
     dim_v = v_cache.shape[3]
-    out = q.new_empty(batch, len_q, heads, dim_v).transpose(1, 2)
+    out = empty_out(q, dim_v)
     lse = q.new_empty(batch, heads, len_q, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
