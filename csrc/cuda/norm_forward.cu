@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == NARROW ? (HALVES && !DROPO
     for (int k = CHUNKS; k < rounds; k++) store_y<VECTOR, HALVES>(p, row, team.column(k), team.count(k), reload(k), mean, rstd);
     if (threadIdx.x == 0) {
         if (p.mean) p.mean.set(row, mean);
-        p.rstd.set(row, rstd);
+        if (p.rstd) p.rstd.set(row, rstd);
     }
 }
 

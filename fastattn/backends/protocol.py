@@ -13,7 +13,7 @@ What the operators promise to a backend, and ask of it:
   reach past the tensors; nothing outside of them is touched.
 - Norm and linear functions and the encoder layer get contiguous tensors only (but for a dense mask).
 - A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
-  for is an empty (0,) tensor of the dtype it would have. No two results share memory.
+  for is an empty (0,) tensor of the dtype it would have, which several calls may share. No two results share memory.
 - "Accumulate dtype" is float32, but float64 for float64 inputs.
 - Sizes may be 0. Values of device tensors (lengths, ranges, seeds) are not read on the host by a GPU backend.
 """
@@ -119,10 +119,11 @@ class Backend(Protocol):
         eps: float,
         offset: float,
         dropout_p: float,
+        save_statistics: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y like x; z in the promoted dtype of x and residual, empty where there is neither residual nor dropout;
-        mean (rows,), empty for "rms"; rstd (rows,). Statistics in the accumulate dtype of z. kind is "layer" or
-        "rms"."""
+        mean (rows,), empty for "rms", and rstd (rows,), both empty unless save_statistics. Statistics in the
+        accumulate dtype of z. kind is "layer" or "rms"."""
 
     def norm_backward(
         self,

@@ -287,12 +287,14 @@ def norm_forward(
     eps: float,
     offset: float,
     dropout_p: float,
+    save_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See the protocol."""
     z = add_residual(x, residual, dropout_p, dropout_seed)
     y, mean, rstd = normalise(z, weight, bias, kind, eps, offset)
-    mean = mean.flatten() if kind == "layer" else rstd.new_empty(0)
-    return y.to(x.dtype), (x.new_empty(0) if z is x else z), mean, rstd.flatten()
+    mean = mean.flatten() if kind == "layer" and save_statistics else rstd.new_empty(0)
+    rstd = rstd.flatten() if save_statistics else rstd.new_empty(0)
+    return y.to(x.dtype), (x.new_empty(0) if z is x else z), mean, rstd
 
 
 @_plain

@@ -33,6 +33,7 @@ from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 
 from fastattn.functional import attention
 from fastattn.masks import Causal
+from fastattn.nn.fused import Fused
 
 NAME = "fastattn"
 
@@ -115,7 +116,7 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         dropout_p=dropout,
-        backend=getattr(module, "fastattn_backend", None),
+        backend=module.fastattn_backend if isinstance(module, Fused) else None,
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -32,7 +32,7 @@ def why_not_input(x: object) -> str | None:
         return f"the input is {str(x.layout).removeprefix('torch.')}"
     if x.dtype not in FLOATS:
         return f"the input is {str(x.dtype).removeprefix('torch.')}"
-    if x.device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         return f"the input lies on {x.device.type}"
     return _why_not_transformed()
 

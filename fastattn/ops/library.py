@@ -19,6 +19,13 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 
+# Looked up once: every eager call asks them all.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_transforms = torch._C._are_functorch_transforms_active
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_tracing_state = torch._C._get_tracing_state
+_has_profiler = torch._C._autograd._profiler_enabled
+
 _IMPLEMENTATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _VALUES = frozenset({type(None), bool, int, float, str, torch.dtype})
@@ -37,7 +44,7 @@ def register(
     be exact; the call then runs once per entry.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _with_own_results(implementation), "CompositeExplicitAutograd")
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # not differentiable by itself, at no cost
     qualified = f"fastattn::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
@@ -52,6 +59,19 @@ def register(
     return operator
 
 
+def _with_own_results(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation as the dispatcher gets it: an operator must not return the same tensor twice, and backends may
+    share those that stand for results nobody asked for."""
+
+    def run(*args: Any) -> Any:
+        results = implementation(*args)
+        if isinstance(results, Tensor):
+            return results
+        return tuple([t.new_empty(0) if t.shape == (0,) else t for t in results])
+
+    return run
+
+
 def invoke(operator: Callable[..., Any], *args: Any) -> Any:
     """`operator(*args)`, without the dispatcher where nothing watches it."""
     return operator(*args) if is_watched(args) else _IMPLEMENTATIONS[operator](*args)
@@ -62,11 +82,11 @@ def is_watched(args: tuple[Any, ...]) -> bool:
     a tracer, a profiler, or a tensor of another class among the arguments."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _dispatch_modes() > 0
+        or _has_transforms()
+        or _has_function_mode()
+        or _tracing_state() is not None
+        or _has_profiler()
         or not _are_plain(args)
     )
 

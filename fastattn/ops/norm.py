@@ -69,7 +69,7 @@ def _forward(
     residual_dtype = None if residual is None else residual.dtype
     fields = problem_fields(x, weight, bias, residual_dtype, kind, dropout_p, x.dtype, requires_grad)
     y, z, mean, rstd = dispatch.choose(NormProblem, fields, backend).norm_forward(
-        dense(x), dense(weight), dense(bias), dense(residual), dropout_seed, kind, eps, offset, dropout_p
+        dense(x), dense(weight), dense(bias), dense(residual), dropout_seed, kind, eps, offset, dropout_p, requires_grad
     )
     return y, z, mean, rstd
 
@@ -125,7 +125,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     z_shape = (0,) if residual is None and dropout_p == 0.0 else x.shape
-    rstd = x.new_empty(math.prod(x.shape[:-1]), dtype=accumulate_dtype(z_dtype))
+    rstd = x.new_empty(math.prod(x.shape[:-1]) if requires_grad else 0, dtype=accumulate_dtype(z_dtype))
     mean = rstd.new_empty(rstd.shape if kind == "layer" else (0,))
     return x.new_empty(x.shape), x.new_empty(z_shape, dtype=z_dtype), mean, rstd
 
@@ -162,6 +162,8 @@ def _fold_forward(size: int, dims: InDims, args: tuple[Any, ...]) -> VmapResult 
     x, residual = (None if args[i] is None else lift(args[i], dims[i], size) for i in (0, 3))
     y, z, mean, rstd = norm_forward(x, args[1], args[2], residual, *args[4:])
     z_dim = None if residual is None else 0
+    if not args[9]:
+        return (y, z, mean, rstd), (0, z_dim, None, None)
     mean_dim = 0 if args[5] == "layer" else None
     mean = mean if mean_dim is None else mean.unflatten(0, (size, -1))
     return (y, z, mean, rstd.unflatten(0, (size, -1))), (0, z_dim, mean_dim, 0)

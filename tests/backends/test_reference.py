@@ -97,5 +97,7 @@ def test_what_is_not_asked_for_is_empty():
         (4, 8),
         (0,),
     ]
-    y, z, mean, rstd = reference.norm_forward(x, None, None, None, None, "rms", 1e-6, 0.0, 0.0)
+    y, z, mean, rstd = reference.norm_forward(x, None, None, None, None, "rms", 1e-6, 0.0, 0.0, True)
     assert (y.shape, z.shape, mean.shape, rstd.shape) == ((2, 8), (0,), (0,), (2,))
+    y, z, mean, rstd = reference.norm_forward(x, None, None, None, None, "layer", 1e-6, 0.0, 0.0, False)
+    assert (y.shape, z.shape, mean.shape, rstd.shape) == ((2, 8), (0,), (0,), (0,))

@@ -61,8 +61,10 @@ def outputs(module: object, case: Case, seed: int) -> dict[str, Tensor]:
     weight, bias = tensor((width,), case.weight), tensor((width,), case.bias)
     dropout_seed = torch.tensor([-(2**62) + seed]) if case.dropout_p else None
     forward = (x, weight, bias, residual, dropout_seed, case.kind, 1e-5, case.offset, case.dropout_p)
-    y, z, mean, rstd = module.norm_forward(*forward)
-    _, true_z, true_mean, true_rstd = reference.norm_forward(*forward)
+    y, z, mean, rstd = module.norm_forward(*forward, True)
+    again, _, *nothing = module.norm_forward(*forward, False)
+    assert torch.equal(y, again) and [t.shape for t in nothing] == [(0,), (0,)]
+    _, true_z, true_mean, true_rstd = reference.norm_forward(*forward, True)
     true_z = true_z if residual is not None or case.dropout_p else x
     grad_y, grad_z = tensor(case.shape, case.dtype), tensor(case.shape, true_z.dtype) if case.grad_z else None
     dx, dresidual, dweight, dbias = module.norm_backward(

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.library import NO_DROPOUT, dropout_arguments, native
+from fastattn.backends.cpu.library import NO_DROPOUT, NOTHING, dropout_arguments, native
 from fastattn.backends.views import address, view
 
 
 def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    pre = _empty(x, weight.shape[0], wanted=save_pre and activation != "none")
+    pre = x.new_empty(0) if save_pre else NOTHING[x.dtype]
+    if save_pre and activation != "none":
+        pre = _wide(x, weight.shape[0])
     return _project(x, weight, bias, activation, pre=pre), pre
 
 
@@ -53,7 +55,7 @@ def ffn_forward(
     dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    pre = _empty(x, w1.shape[0], wanted=save_pre)
+    pre = _wide(x, w1.shape[0]) if save_pre else NOTHING[x.dtype]
     hidden = _project(x, w1, b1, activation, pre=pre, dropout=dropout_arguments(dropout_seed, dropout_p))
     return _project(hidden, w2, b2), pre
 
@@ -104,10 +106,10 @@ def gated_ffn_forward(
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = _project(x, w_up, b_up)
-    gate = _empty(x, w_gate.shape[0], wanted=save_pre)
+    gate = _wide(x, w_gate.shape[0]) if save_pre else NOTHING[x.dtype]
     dropout = dropout_arguments(dropout_seed, dropout_p)
     hidden = _project(x, w_gate, b_gate, activation, pre=gate, multiplier=up, dropout=dropout)
-    return _project(hidden, w_down, b_down), gate, up if save_pre else x.new_empty(0)
+    return _project(hidden, w_down, b_down), gate, up if save_pre else NOTHING[x.dtype]
 
 
 def gated_ffn_backward(
@@ -168,7 +170,7 @@ def _project(
 ) -> Tensor:
     """dropout(act(x W^T + b) * multiplier); x (..., K), weight (N, K)."""
     out_features, in_features = weight.shape
-    y = x.new_empty(*x.shape[:-1], out_features)
+    y = _wide(x, out_features)
     rows = y.numel() // max(out_features, 1)
     native().gemm(
         DTYPES[x.dtype],
@@ -259,8 +261,8 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
 
 
-def _empty(x: Tensor, features: int, *, wanted: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], features) if wanted else x.new_empty(0)
+def _wide(x: Tensor, features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], features)
 
 
 def _sums(x: Tensor, wanted: bool) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cpu.library import dropout_arguments, native
+from fastattn.backends.cpu.library import NOTHING, dropout_arguments, native
 from fastattn.backends.views import address
 
 
@@ -20,15 +20,18 @@ def norm_forward(
     eps: float,
     offset: float,
     dropout_p: float,
+    save_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = x.shape[-1]
     rows = x.numel() // max(width, 1)
     y = torch.empty_like(x)
     has_z = residual is not None or dropout_p > 0.0
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    z = torch.empty(x.shape if has_z else (0,), dtype=z_dtype)
-    mean = torch.empty(rows if kind == "layer" else 0, dtype=torch.float32)
-    rstd = torch.empty(rows, dtype=torch.float32)
+    z = torch.empty(x.shape, dtype=z_dtype) if has_z else NOTHING[z_dtype]
+    mean = rstd = NOTHING[torch.float32]
+    if save_statistics:
+        rstd = torch.empty(rows, dtype=torch.float32)
+        mean = torch.empty_like(rstd) if kind == "layer" else mean
     native().norm_forward(
         kind == "rms",
         torch.get_num_threads(),

@@ -43,6 +43,7 @@ def norm_forward(
     eps: float,
     offset: float,
     dropout_p: float,
+    save_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (..., N) in x's dtype, z, mean (rows,) and rstd (rows,) float32; z and mean empty where they are not needed."""
     width = x.shape[-1]
@@ -51,8 +52,8 @@ def norm_forward(
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     z = x.new_empty(x.shape if has_z else (0,), dtype=z_dtype)
     y = torch.empty_like(x)
-    mean = x.new_empty(rows if kind == "layer" else 0, dtype=torch.float32)
-    rstd = x.new_empty(rows, dtype=torch.float32)
+    mean = x.new_empty(rows if kind == "layer" and save_statistics else 0, dtype=torch.float32)
+    rstd = x.new_empty(rows if save_statistics else 0, dtype=torch.float32)
     load().norm_forward(
         x=x.data_ptr(),
         residual=address(residual),

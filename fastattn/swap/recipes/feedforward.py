@@ -214,17 +214,16 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     tail = _tail(module, block.tail)
     if tail is None and not isinstance(module, LinearAct):
         return "its children are no longer those of a feed-forward block"
-    linears: dict[str | None, nn.Linear] = {}
-    casts = torch.is_autocast_enabled(x.device.type)
-    for name in _linears(block, tail):
-        linears[name] = linear = _child(module, name)
-        reason = why_not_linear(linear)
+    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+    linears: list[nn.Linear | None] = []
+    for name in (block.up, block.gate, None if tail is None else tail.down):
+        linear = None if name is None else _child(module, name)
+        reason = None if linear is None else why_not_linear(linear) or _why_not_of(dtype, linear)
         if reason is not None:
             return f"{name} {reason}"
-        dtype = _tensors(linear)[0].dtype
-        if dtype is not x.dtype and not casts:
-            return f"{name} is {str(dtype).removeprefix('torch.')}, not the input's dtype"
-    up = linears[block.up]
+        linears.append(linear)
+    up, gate, down = linears
+    assert up is not None
     if block.halves is not None and _tensors(up)[0].shape[0] % 2:
         return f"{block.up} has an odd number of features"
     activation = _activation(module, block)
@@ -234,9 +233,15 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     dropout_p = _rate(module, None if tail is None else tail.hidden)
     if isinstance(dropout_p, str):
         return dropout_p
-    if tail is None:
-        return _Call(up, None, None, activation, dropout_p, None)
-    return _Call(up, linears.get(block.gate), linears[tail.down], activation, dropout_p, tail.last)
+    return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
+
+
+def _why_not_of(dtype: torch.dtype | None, linear: nn.Linear) -> str | None:
+    """A linear of another dtype than the input's; None casts."""
+    own: torch.dtype = _tensors(linear)[0].dtype
+    if dtype is None or own is dtype:
+        return None
+    return f"is {str(own).removeprefix('torch.')}, not the input's dtype"
 
 
 def _activation(module: nn.Module, block: Block) -> str | None:

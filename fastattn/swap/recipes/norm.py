@@ -53,22 +53,21 @@ class SpelledNorm(ReadForward):
         names = self.fastattn_norm
         weight, eps = (None if names.weight is None else getattr(self, names.weight)), attribute(self, names.eps)
         reason = why_not_as_read(self) or _why_not(x, weight, eps, names)
-        order = None if reason is not None or x.is_contiguous() else _order_in_memory(x)
-        rows = x if order is None else x.permute(order)
-        if reason is None and not rows.is_contiguous():
-            reason = "its input is not dense, its last dimension innermost"
-        if reason is not None:
-            note_fallback(self, reason)
+        if reason is None and x.is_contiguous():
+            return self.fastattn_normalise(x, weight, eps)
+        order = None if reason is not None else _order_in_memory(x)
+        if order is None:
+            note_fallback(self, reason or "its input is not dense, its last dimension innermost")
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        y = self.fastattn_normalise(rows, weight, eps)
         # The original's result lies in memory as its input does.
-        return y if order is None else y.permute(sorted(range(y.dim()), key=order.__getitem__))
+        y = self.fastattn_normalise(x.permute(order), weight, eps)
+        return y.permute(sorted(range(y.dim()), key=order.__getitem__))
 
     def fastattn_normalise(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """The norm of a contiguous tensor."""
         names = self.fastattn_norm
-        result_dtype = x.dtype
-        if weight is not None and weight.dtype != x.dtype:
+        result_dtype = dtype = x.dtype
+        if weight is not None and weight.dtype is not dtype:
             wide = torch.promote_types(x.dtype, weight.dtype)
             result_dtype = {"input": x.dtype, "weight": weight.dtype, "wide": wide}[names.dtype]
             weight = weight.to(torch.float32)
@@ -77,33 +76,30 @@ class SpelledNorm(ReadForward):
             y = layer_norm(x, weight, None, eps, backend=self.fastattn_backend)
         else:
             y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
-        return y.to(result_dtype)
+        return y if result_dtype is dtype else y.to(result_dtype)
 
 
-def _order_in_memory(x: Tensor) -> tuple[int, ...]:
-    """The dimensions before the last, from the outermost in memory to the innermost, and the last."""
+def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
+    """The dimensions before the last, from the outermost in memory to the innermost, and the last; None where x is not
+    contiguous in this order either."""
     last = x.dim() - 1
-    return (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
+    order = (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
+    return order if x.permute(order).is_contiguous() else None
 
 
-def _why_not(x: object, weight: object, eps: object, names: NormNames) -> str | None:
-    reason = why_not_input(x) or why_not_tensor("weight", weight)
+def _why_not(x: Any, weight: Any, eps: object, names: NormNames) -> str | None:
+    reason = why_not_input(x) or why_not_tensor("weight", weight) or _why_not_eps(eps)
     if reason is not None:
         return reason
-    reason = _why_not_eps(eps)
-    if reason is not None:
-        return reason
-    if weight is None and names.weight is not None:
-        return "its weight is None"
-    if isinstance(x, Tensor) and x.dim() == 0:
+    if x.dim() == 0:
         return "the input has no dimension"
-    if isinstance(x, Tensor) and not names.widened and x.is_cuda and torch.is_autocast_enabled("cuda"):
+    if not names.widened and x.is_cuda and torch.is_autocast_enabled("cuda"):
         return "autocast widens its statistics, and with them the result"
-    if isinstance(weight, Tensor) and weight.dtype not in FLOATS:
+    if weight is None:
+        return None if names.weight is None else "its weight is None"
+    if weight.dtype not in FLOATS:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    if isinstance(weight, Tensor) and isinstance(x, Tensor) and weight.shape != x.shape[-1:]:
-        return "its weight does not lie along the last dimension"
-    return None
+    return None if weight.shape == x.shape[-1:] else "its weight does not lie along the last dimension"
 
 
 def _why_not_eps(eps: object) -> str | None:
