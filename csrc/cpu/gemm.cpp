@@ -13,9 +13,13 @@
 //   323, 324, 312  finished tiles straight into C, whose lines are fetched while the sums are formed
 //   343, 349, 333  the threads pack B together and prefer to share out rows
 //   429, 424, 415  AMX, three bfloat16 parts, blocks of 1 KiB (its own limit there: 8 ns a block product, about 650)
+// A B that lies by rows (transposed weights, backward) took 1.04 to 1.28 times as long to multiply by 48 to 128 rows as one by columns, strip by strip;
+// 1.01 to 1.21 packed four strips at a time, the rows fetched ahead (2 cores of an AMD EPYC, Zen 3, AVX2, VM, 2026-11-26).
+// Few rows: few_rows.cpp.
 #include <omp.h>
 
 #include "activation.h"
+#include "few_rows.h"
 #include "kernels.h"
 #include "operands.h"
 #include "philox.h"
@@ -62,24 +66,39 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
     });
 }
 
-constexpr int64_t kFewRows = 32;
-
 // Whether packing B would not pay for itself.
-bool few_rows(const fastattn_gemm &p) {
-    return p.m <= kFewRows && p.dtype == FASTATTN_FLOAT32 && p.a.stride[1] == 1 && p.b.stride[0] == 1;
-}
+bool has_few_rows(const fastattn_gemm &p, const Operand &b) { return p.m <= most_few_rows(b) && p.a.stride[1] == 1; }
 
-int few_rows_product(const fastattn_gemm &p) {
-    const int64_t strips = (p.n + kTileWidth - 1) / kTileWidth;
-#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
-    for (int64_t index = 0; index < strips; index++) {
-        alignas(64) float sums[kFewRows * kTileWidth];
-        const Range strip{index * kTileWidth, smaller((index + 1) * kTileWidth, p.n)};
-        const float *b = (const float *)p.b.data + strip.begin * p.b.stride[1];
-        multiply_dots(p.m, strip.size(), p.k, (const float *)p.a.data, p.a.stride[0], b, p.b.stride[1], sums, kTileWidth);
-        finish(p, sums, kTileWidth, {0, p.m}, strip, p.bias);
+int few_rows_product(const fastattn_gemm &p, const Operand &b) {
+    const bool converted = p.dtype != FASTATTN_FLOAT32;
+    const int64_t panel = few_rows_panel(b), left_ld = converted ? round_up(p.k, kLanes) : p.a.stride[0];
+    Scratch left(converted ? p.m * left_ld : 0);
+    if (left.failed()) return FASTATTN_OUT_OF_MEMORY;
+    const float *a = (const float *)p.a.data;
+    if (converted) {
+        float *target = left.take(p.m * left_ld);
+        pack_rows({p.a.data, p.dtype, p.a.stride[0]}, p.m, p.k, 1.0f, target, left_ld);
+        a = target;
     }
-    return FASTATTN_OK;
+    int status = FASTATTN_OK;
+#pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
+    {
+        Scratch scratch(2 * p.m * panel);
+        if (scratch.failed()) {
+#pragma omp atomic write
+            status = FASTATTN_OUT_OF_MEMORY;
+        } else {
+            float *sums = scratch.take(2 * p.m * panel);
+            const Range mine = part(p.n, kTileWidth, omp_get_num_threads(), omp_get_thread_num());
+            for (int64_t first = mine.begin; first < mine.end; first += panel) {
+                const Range columns{first, smaller(first + panel, mine.end)};
+                few_rows_sums(p.m, p.k, a, left_ld, b, columns, sums, panel);
+                for (int64_t c = columns.begin; c < columns.end; c += kTileWidth)
+                    finish(p, sums + (c - columns.begin), panel, {0, p.m}, {c, smaller(c + kTileWidth, columns.end)}, p.bias);
+            }
+        }
+    }
+    return status;
 }
 
 // How B is cut up and packed.
@@ -205,6 +224,7 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
     const Packing packing(p, form);
     const int64_t width = form.strip_width(), chunk_columns = packing.chunk_strips * width;
     const Operand b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]};
+    const int64_t together = strips_at_once(form, b);
     Outcome outcome;
     Scratch scratch(packing.chunk_strips * packing.strip_floats);
     if (scratch.failed()) return {FASTATTN_OUT_OF_MEMORY};
@@ -217,11 +237,13 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
         for (int64_t first = 0; first < p.n; first += chunk_columns) {
             const int64_t columns = smaller(chunk_columns, p.n - first);
 #pragma omp for schedule(static)
-            for (int64_t item = 0; item < form.strips(columns) * packing.blocks; item++) {
-                const int64_t strip = item / packing.blocks, column = first + strip * width;
+            for (int64_t item = 0; item < (form.strips(columns) + together - 1) / together * packing.blocks; item++) {
+                const int64_t strip = item / packing.blocks * together;
                 const Range k = depth_block(p.k, item % packing.blocks);
+                const Range strips{first + strip * width, first + smaller((strip + together) * width, columns)};
                 float *target = packed + strip * packing.strip_floats + form.right_depth(k.begin);
-                nonfinite |= pack_strip(form, b, k, {column, smaller(column + width, p.n)}, target);
+                if (together > 1) pack_strips_of_rows(b, k, strips, target, packing.strip_floats);
+                else nonfinite |= pack_strip(form, b, k, strips, target);
             }
             const int64_t across = column_parts(form, p.m, columns, threads);
             const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across), mine = part(columns, width, across, thread % across);
@@ -242,7 +264,8 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
 
 int gemm(const fastattn_gemm &p) {
     if (p.m == 0 || p.n == 0) return FASTATTN_OK;
-    if (few_rows(p)) return few_rows_product(p);
+    const Operand b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]};
+    if (has_few_rows(p, b)) return few_rows_product(p, b);
     const Form form{p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.m >= kSplitRows ? kFloat32Parts : 0};
     const Outcome outcome = packed_product(p, form);
     // Infinity and NaN do not split into parts: such a product, rare as it is, is made again without.

@@ -55,10 +55,6 @@ struct Fetches {
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
               const float *bias = nullptr, Ahead ahead = {}, Fetches *fetches = nullptr);
 
-// C(m, n) = A B^T for float32 rows of A and of B, without packing either: for few rows of A, where packing B would cost as much as the product.
-// C has room for n rounded up to whole vectors.
-void multiply_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
-
 #if defined(__AMX_BF16__)
 // AMX: blocks of 16 x 16 words; 32 x 32 of C in four accumulator tiles. Fast enough to make float32 of six products.
 constexpr int kBfloat16Parts = 1, kFloat32Parts = 3;

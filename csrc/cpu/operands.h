@@ -7,6 +7,7 @@
 FASTATTN_NAMESPACE_BEGIN
 
 constexpr int64_t kDepth = 512;  // k in one block, a multiple of 32
+constexpr int64_t kStripsOfRows = 4;  // packed at once, so that a cache line is read once: strips of 24 floats end within one
 
 struct Range {
     int64_t begin, end;
@@ -74,6 +75,30 @@ static inline bool pack_strip([[maybe_unused]] Form form, const Operand &b, Rang
     if (transposed) pack_transposed(source, columns.size(), k.size(), 1.0f, target, kTileWidth, (columns.size() + kLanes - 1) / kLanes);
     else pack_rows(source, k.size(), columns.size(), 1.0f, target, kTileWidth);
     return false;
+}
+
+// Strips that are packed together.
+static inline int64_t strips_at_once(Form form, const Operand &b) { return form.parts || b.down == 1 ? 1 : kStripsOfRows; }
+
+// Rows k of float32 strips of B, `strip_floats` apart. Its rows lie far apart, where the hardware does not foresee them: they are fetched ahead.
+static inline void pack_strips_of_rows(const Operand &b, Range k, Range columns, float *target, int64_t strip_floats) {
+    constexpr int64_t kAhead = 16;
+    with_dtype(b.dtype, [&]<int dtype>() {
+        for (int64_t r = k.begin; r < k.end; r++, target += kTileWidth) {
+            if (r + kAhead < k.end)
+                for (int64_t c = columns.begin; c < columns.end; c += 64 / size_of(dtype)) __builtin_prefetch(b.at(r + kAhead, c));
+            float *strip = target;
+            for (int64_t first = columns.begin; first < columns.end; first += kTileWidth, strip += strip_floats) {
+                const void *source = b.at(r, first);
+                const int64_t width = smaller(kTileWidth, columns.end - first);
+#pragma GCC unroll 3
+                for (int64_t c = 0; c < kTileWidth; c += kLanes)
+                    store(strip + c, c + kLanes <= width ? load_any(offset(source, dtype, c), dtype, kLanes)
+                                     : c < width         ? load_any(offset(source, dtype, c), dtype, (int)(width - c))
+                                                         : zero());
+            }
+        }
+    });
 }
 
 #if defined(__AVX512BF16__)

@@ -11,7 +11,8 @@ What the operators promise to a backend, and ask of it:
   max_len_k, in coordinates within each sequence: masks, biases, dropout's counters. Keys past a sequence's length are
   not there. Rows of q in no sequence, or past max_len_q of theirs, get out 0, lse -inf and gradient 0. cu_seqlens may
   reach past the tensors; nothing outside of them is touched.
-- Norm and linear functions and the encoder layer get contiguous tensors only (but for a dense mask).
+- Norm and linear functions and the encoder layer get contiguous tensors only, but for a dense mask, and for weights of
+  linear functions: their rows or their columns are contiguous, each behind the end of the one before.
 - A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
   for is an empty (0,) tensor of the dtype it would have, which several calls may share. No two results share memory.
 - "Accumulate dtype" is float32, but float64 for float64 inputs.

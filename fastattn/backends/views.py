@@ -1,5 +1,5 @@
 """How tensors and masks are handed to the native modules: addresses and strides, as csrc/bindings/views.h has them; and
-how an output of attention lies."""
+how results lie in memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
     if 1 in shape:  # what follows is a tenth of a small call's time
         strides = tuple([0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True)])
     return (tensor.data_ptr(), *strides)
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether a weight (N, K) lies in memory by its columns, as one transposed does."""
+    return weight.stride(1) != 1 and weight.shape[1] != 1
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """grad^T x of matrices of rows by torch, lying in memory as the weight does."""
+    return (x.t() @ grad).t() if is_transposed(weight) else grad.t() @ x
 
 
 def empty_out(q: Tensor, dim_v: int) -> Tensor:

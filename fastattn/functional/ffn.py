@@ -31,7 +31,7 @@ def linear_act(
 
     Args:
         x: (..., K), float32, bfloat16, float16 (float64 on the reference backend), any strides.
-        weight, bias: (N, K) and (N,), in x's dtype.
+        weight, bias: (N, K) and (N,), in x's dtype. The weight's rows or columns are contiguous, else it is copied.
         activation: relu, gelu (by erf), gelu_tanh, silu, quick_gelu, relu2 (the square of relu), or None.
         backend: the backend's name; None takes that of `use_backend`, or the first that supports the call.
 

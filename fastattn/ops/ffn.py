@@ -6,13 +6,25 @@ linear_act, ffn and gated_ffn, forward and backward; shapes and results: `fastat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.ops.library import InDims, VmapResult, dense, differentiate_once, invoke, is_mapped, lift, register
+from fastattn.ops.library import (
+    InDims,
+    VmapResult,
+    dense,
+    differentiate_once,
+    in_layout_of,
+    invoke,
+    is_mapped,
+    lift,
+    matrix,
+    register,
+)
 from fastattn.problems import LinearProblem
 
 
@@ -42,7 +54,7 @@ def _linear_act_forward(
 ) -> tuple[Tensor, Tensor]:
     fields = problem_fields("linear_act", x, None, weight, activation, 0.0, requires_grad)
     y, pre = dispatch.choose(LinearProblem, fields, backend).linear_act_forward(
-        dense(x), dense(weight), dense(bias), activation, requires_grad
+        dense(x), matrix(weight), dense(bias), activation, requires_grad
     )
     return y, pre
 
@@ -59,17 +71,17 @@ def _linear_act_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fields = problem_fields("linear_act", x, None, weight, activation, 0.0, True)
-    results: tuple[Tensor, Tensor, Tensor] = dispatch.choose(LinearProblem, fields, backend).linear_act_backward(
+    dx, dweight, dbias = dispatch.choose(LinearProblem, fields, backend).linear_act_backward(
         dense(grad_y),
         dense(x),
-        dense(weight),
+        matrix(weight),
         dense(pre),
         activation,
         x_requires_grad,
         weight_requires_grad,
         bias_requires_grad,
     )
-    return results
+    return dx, in_layout_of(dweight, weight), dbias
 
 
 def _ffn_forward(
@@ -86,7 +98,7 @@ def _ffn_forward(
 ) -> tuple[Tensor, Tensor]:
     fields = problem_fields("ffn", x, w1, w2, activation, dropout_p, requires_grad)
     y, pre = dispatch.choose(LinearProblem, fields, backend).ffn_forward(
-        *map(dense, (x, w1, b1, w2, b2)), dropout_seed, activation, dropout_p, requires_grad
+        dense(x), matrix(w1), dense(b1), matrix(w2), dense(b2), dropout_seed, activation, dropout_p, requires_grad
     )
     return y, pre
 
@@ -104,10 +116,10 @@ def _ffn_backward(
 ) -> tuple[Tensor, ...]:
     *flags, backend = flags_and_backend
     fields = problem_fields("ffn", x, w1, w2, activation, dropout_p, True)
-    results: tuple[Tensor, ...] = dispatch.choose(LinearProblem, fields, backend).ffn_backward(
-        *map(dense, (grad_y, x, w1, w2, pre)), dropout_seed, activation, dropout_p, *flags
+    dx, *others = dispatch.choose(LinearProblem, fields, backend).ffn_backward(
+        dense(grad_y), dense(x), matrix(w1), matrix(w2), dense(pre), dropout_seed, activation, dropout_p, *flags
     )
-    return results
+    return dx, *_in_layout_of_weights(others, (w1, w2))
 
 
 def _gated_ffn_forward(
@@ -125,9 +137,18 @@ def _gated_ffn_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, dropout_p, requires_grad)
-    weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
     y, gate, up = dispatch.choose(LinearProblem, fields, backend).gated_ffn_forward(
-        dense(x), *map(dense, weights), dropout_seed, activation, dropout_p, requires_grad
+        dense(x),
+        matrix(w_gate),
+        dense(b_gate),
+        matrix(w_up),
+        dense(b_up),
+        matrix(w_down),
+        dense(b_down),
+        dropout_seed,
+        activation,
+        dropout_p,
+        requires_grad,
     )
     return y, gate, up
 
@@ -147,11 +168,27 @@ def _gated_ffn_backward(
 ) -> tuple[Tensor, ...]:
     *flags, backend = flags_and_backend
     fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, dropout_p, True)
-    tensors = (grad_y, x, w_gate, w_up, w_down, gate, up)
-    results: tuple[Tensor, ...] = dispatch.choose(LinearProblem, fields, backend).gated_ffn_backward(
-        *map(dense, tensors), dropout_seed, activation, dropout_p, *flags
+    weights = (w_gate, w_up, w_down)
+    dx, *others = dispatch.choose(LinearProblem, fields, backend).gated_ffn_backward(
+        dense(grad_y),
+        dense(x),
+        *map(matrix, weights),
+        dense(gate),
+        dense(up),
+        dropout_seed,
+        activation,
+        dropout_p,
+        *flags,
     )
-    return results
+    return dx, *_in_layout_of_weights(others, weights)
+
+
+def _in_layout_of_weights(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of weights and biases in turn, those of weights as their weights lie in memory."""
+    result: list[Tensor] = []
+    for weight, dweight, dbias in zip(weights, gradients[::2], gradients[1::2], strict=True):
+        result += (in_layout_of(dweight, weight), dbias)
+    return tuple(result)
 
 
 def _wide(x: Tensor, weight: Tensor, wanted: bool = True) -> Tensor:
@@ -159,9 +196,12 @@ def _wide(x: Tensor, weight: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]) if wanted else (0,))
 
 
-def _gradients(*pairs: tuple[tuple[int, ...] | torch.Size, bool], like: Tensor) -> tuple[Tensor, ...]:
-    """Fake gradients: the shape of each where it is wanted."""
-    return tuple(like.new_empty(shape if wanted else (0,)) for shape, wanted in pairs)
+def _gradients(x: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Fake gradients where they are wanted: of x, and of each weight and its bias."""
+    gradients = [x.new_empty(x.shape)]
+    for weight in weights:
+        gradients += (torch.empty_like(weight, dtype=x.dtype), x.new_empty(weight.shape[:1]))
+    return tuple(t if asked else x.new_empty(0) for t, asked in zip(gradients, wanted, strict=True))
 
 
 def _fake_linear_act_forward(
@@ -173,7 +213,7 @@ def _fake_linear_act_forward(
 def _fake_linear_act_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, pre: Tensor, activation: str, dx: bool, dw: bool, db: bool, backend: str
 ) -> tuple[Tensor, ...]:
-    return _gradients((x.shape, dx), (weight.shape, dw), (weight.shape[:1], db), like=x)
+    return _gradients(x, (weight,), (dx, dw, db))
 
 
 def _fake_ffn_forward(
@@ -192,8 +232,7 @@ def _fake_ffn_forward(
 
 
 def _fake_ffn_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1])
-    return _gradients(*zip(shapes, rest[4:9], strict=True), like=x)
+    return _gradients(x, (w1, w2), rest[4:9])
 
 
 def _fake_gated_ffn_forward(
@@ -206,10 +245,7 @@ def _fake_gated_ffn_forward(
 def _fake_gated_ffn_backward(
     grad_y: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    shapes = [x.shape]
-    for weight in (w_gate, w_up, w_down):
-        shapes += [weight.shape, weight.shape[:1]]
-    return _gradients(*zip(shapes, rest[5:12], strict=True), like=x)
+    return _gradients(x, (w_gate, w_up, w_down), rest[5:12])
 
 
 def _drops(args: tuple[Any, ...], activation: int) -> bool:

@@ -203,6 +203,14 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.detach().contiguous()
 
 
+def matrix(weight: Tensor) -> Tensor:
+    """A weight (N, K), copied unless its rows or its columns are contiguous and do not overlap."""
+    (rows, columns), (down, across) = weight.shape, weight.stride()
+    if (across == 1 and down >= columns) or (down == 1 and across >= rows):
+        return weight
+    return weight.detach().contiguous()
+
+
 def in_layout_of(value: Tensor, tensor: Tensor) -> Tensor:
     """`value`, copied where its strides are not those `torch.empty_like(tensor)` would have."""
     if value.numel() == 0 and value.shape != tensor.shape:

@@ -284,6 +284,34 @@ def test_large_products_keep_the_parity_rule(isa: str, shape: tuple[int, int, in
     assert not failures(checked), failures(checked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lies", ["by rows", "by columns"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_few_rows_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, two_threads: None) -> None:
+    """Up to 32 rows the weight is read where it lies: beyond a panel of columns, beyond a block of the sums, and ends
+    that fill no vector."""
+    inner = 521
+    for rows, columns in ((1, 2300), (2, 49), (7, 30), (8, 25), (9, 100), (32, 47), (33, 24)):
+        x, bias = torch.randn(rows, inner).to(dtype), torch.randn(columns).to(dtype)
+        weight = (torch.randn(columns, inner) * inner**-0.5).to(dtype)
+        if lies == "by columns":
+            weight = weight.t().contiguous().t()
+        with cpu.use_isa(isa):
+            checked = check_linear_act(x, weight, bias, "silu", backend="cpu")
+        assert not failures(checked), (rows, columns, failures(checked))
+
+
+def test_transposed_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "contiguous", lambda tensor: pytest.fail(f"a copy of {tuple(tensor.shape)}"))
+    x = torch.randn(5, 12, requires_grad=True)
+    weights = [torch.randn(12, 20, requires_grad=True), torch.randn(20, 12, requires_grad=True)]
+    w1, w2 = (weight.t() for weight in weights)
+    fastattn.linear_act(x, w1, None, "relu", backend="cpu").backward(torch.ones(5, 20))
+    fastattn.ffn(x, w1, None, w2, None, backend="cpu").backward(torch.ones(5, 12))
+    fastattn.gated_ffn(x, w1, w1, w2, backend="cpu").backward(torch.ones(5, 12))
+    assert all(weight.grad is not None and weight.grad.stride() == weight.stride() for weight in weights)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.4e38])
 @pytest.mark.parametrize("where", ["x", "weight"])
 @pytest.mark.parametrize("isa", ISAS)

@@ -85,6 +85,30 @@ def test_strided_inputs_weights_and_gradients(backend):
     gradients = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
     for a, b in zip(gradients, torch.autograd.grad(y, (x, weight), grad.contiguous()), strict=True):
         assert torch.equal(a, b)
+    assert gradients[1].stride() == weight.stride()
+
+
+LAYOUTS = {
+    "transposed": lambda w: w.t().contiguous().t(),
+    "transposed and padded": lambda w: F.pad(w.t(), (0, 5))[:, : w.shape[0]].t(),
+    "padded": lambda w: F.pad(w, (0, 5))[:, : w.shape[1]],
+    "every second": lambda w: w.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda w: w[:1].expand_as(w),
+}
+
+
+@pytest.mark.parametrize("op", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_any_strides(backend, op, layout):
+    x, *rest = [torch.randn(s) for s in SHAPES[op]]
+    odd = [x.requires_grad_(), *((LAYOUTS[layout](t) if t.dim() == 2 else t).requires_grad_() for t in rest)]
+    plain = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in odd]
+    results = []
+    for tensors in (odd, plain):
+        y = getattr(fastattn, op)(*arrange(op, tensors, "silu"), backend=backend)
+        results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("op", SHAPES)

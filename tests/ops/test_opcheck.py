@@ -141,7 +141,7 @@ def test_norm(backend, kind, residual, dropout_p):
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("with_biases", [True, False])
 def test_linear_operators(backend, activation, with_biases):
-    x, w1, w2, w3 = r(2, 3, 12), r(20, 12), r(10, 20), r(20, 12)
+    x, w1, w2, w3 = r(2, 3, 12), r(20, 12), r(20, 10).detach().t().requires_grad_(), r(20, 12)
     b1, b2, b3 = (r(n) if with_biases else None for n in (20, 10, 20))
     grad = r(2, 3, 10)
     tail = (activation, True, backend)

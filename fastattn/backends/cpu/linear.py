@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
 from fastattn.backends.cpu.library import NO_DROPOUT, NOTHING, dropout_arguments, native
-from fastattn.backends.views import address, view
+from fastattn.backends.views import address, is_transposed, view
 
 
 def linear_act_forward(
@@ -41,7 +41,7 @@ def linear_act_backward(
     elif bias_requires_grad:
         _activation_backward("none", grad_y, None, grad_gate_sum=dbias)
     dx = _grad_input(grad_pre, weight) if x_requires_grad else x.new_empty(0)
-    return dx, _grad_weight(grad_pre, x, weight_requires_grad), dbias.to(x.dtype)
+    return dx, _grad_weight(grad_pre, x, weight, weight_requires_grad), dbias.to(x.dtype)
 
 
 def ffn_forward(
@@ -87,8 +87,8 @@ def ffn_backward(
         dropout=dropout_arguments(dropout_seed, dropout_p),
     )
     dx = _grad_input(grad_pre, w1) if x_requires_grad else x.new_empty(0)
-    dw1 = _grad_weight(grad_pre, x, w1_requires_grad)
-    dw2 = _grad_weight(grad_y, hidden, w2_requires_grad)
+    dw1 = _grad_weight(grad_pre, x, w1, w1_requires_grad)
+    dw2 = _grad_weight(grad_y, hidden, w2, w2_requires_grad)
     return dx, dw1, db1.to(x.dtype), dw2, _grad_bias(grad_y, b2_requires_grad)
 
 
@@ -150,11 +150,11 @@ def gated_ffn_backward(
         dx = _grad_input(grad_gate, w_gate).add_(_grad_input(grad_up, w_up))
     return (
         dx,
-        _grad_weight(grad_gate, x, w_gate_requires_grad),
+        _grad_weight(grad_gate, x, w_gate, w_gate_requires_grad),
         db_gate.to(x.dtype),
-        _grad_weight(grad_up, x, w_up_requires_grad),
+        _grad_weight(grad_up, x, w_up, w_up_requires_grad),
         db_up.to(x.dtype),
-        _grad_weight(grad_y, hidden, w_down_requires_grad),
+        _grad_weight(grad_y, hidden, w_down, w_down_requires_grad),
         _grad_bias(grad_y, b_down_requires_grad),
     )
 
@@ -170,6 +170,7 @@ def _project(
 ) -> Tensor:
     """dropout(act(x W^T + b) * multiplier); x (..., K), weight (N, K)."""
     out_features, in_features = weight.shape
+    down, across = weight.stride()
     y = _wide(x, out_features)
     rows = y.numel() // max(out_features, 1)
     native().gemm(
@@ -179,7 +180,7 @@ def _project(
         out_features,
         in_features,
         (x.data_ptr(), in_features, 1),
-        (weight.data_ptr(), 1, in_features),
+        (weight.data_ptr(), across, down),
         (y.data_ptr(), out_features),
         address(bias),
         0 if bias is None else DTYPES[bias.dtype],
@@ -217,10 +218,14 @@ def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     return dx
 
 
-def _grad_weight(grad: Tensor, x: Tensor, wanted: bool) -> Tensor:
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    """grad^T x, lying in memory as the weight does."""
     if not wanted:
         return x.new_empty(0)
-    return _product(_matrix(grad).t(), _matrix(x), x.new_empty(grad.shape[-1], x.shape[-1]))
+    rows, columns = weight.shape
+    if is_transposed(weight):
+        return _product(_matrix(x).t(), _matrix(grad), x.new_empty(columns, rows)).t()
+    return _product(_matrix(grad).t(), _matrix(x), x.new_empty(rows, columns))
 
 
 def _grad_bias(grad: Tensor, wanted: bool) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
 from fastattn.backends.cuda.library import NO_DROPOUT, device_reasons, device_type, dropout_arguments, load, place
-from fastattn.backends.views import address
+from fastattn.backends.views import address, weight_gradient
 from fastattn.problems import LinearProblem
 
 
@@ -54,7 +54,7 @@ def linear_act_backward(
     elif bias_requires_grad:
         sums = _column_sums(grad_y)
     dx = _product(grad_pre, weight) if x_requires_grad else x.new_empty(0)
-    return dx, _grad_weight(grad_pre, x, weight_requires_grad), sums.to(x.dtype)
+    return dx, _grad_weight(grad_pre, x, weight, weight_requires_grad), sums.to(x.dtype)
 
 
 def ffn_forward(
@@ -95,9 +95,9 @@ def ffn_backward(
     db1, _ = _backward(activation, grad_pre, pre, None, grad_pre, None, hidden, wanted, dropout)
     return (
         _product(grad_pre, w1) if x_requires_grad else x.new_empty(0),
-        _grad_weight(grad_pre, x, w1_requires_grad),
+        _grad_weight(grad_pre, x, w1, w1_requires_grad),
         db1.to(x.dtype),
-        _grad_weight(grad_y, hidden, w2_requires_grad),
+        _grad_weight(grad_y, hidden, w2, w2_requires_grad),
         _grad_bias(grad_y, b2_requires_grad),
     )
 
@@ -155,11 +155,11 @@ def gated_ffn_backward(
         dx = _product(grad_gate, w_gate).add_(_product(grad_up, w_up))
     return (
         dx,
-        _grad_weight(grad_gate, x, w_gate_requires_grad),
+        _grad_weight(grad_gate, x, w_gate, w_gate_requires_grad),
         db_gate.to(x.dtype),
-        _grad_weight(grad_up, x, w_up_requires_grad),
+        _grad_weight(grad_up, x, w_up, w_up_requires_grad),
         db_up.to(x.dtype),
-        _grad_weight(grad_y, hidden, w_down_requires_grad),
+        _grad_weight(grad_y, hidden, w_down, w_down_requires_grad),
         _grad_bias(grad_y, b_down_requires_grad),
     )
 
@@ -187,11 +187,11 @@ def _product(grad: Tensor, weight: Tensor) -> Tensor:
         return grad @ weight
 
 
-def _grad_weight(grad: Tensor, x: Tensor, wanted: bool) -> Tensor:
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     if not wanted:
         return x.new_empty(0)
     with torch.autocast(device_type(), enabled=False):
-        return _matrix(grad).t() @ _matrix(x)
+        return weight_gradient(_matrix(grad), _matrix(x), weight)
 
 
 def _grad_bias(grad: Tensor, wanted: bool) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.triton.launch import launch
+from fastattn.backends.views import weight_gradient
 from fastattn.problems import LinearProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
@@ -84,7 +85,7 @@ def linear_act_backward(
         found = _activation_backward(activation, grad_y, pre, sums=bias_requires_grad)
         grad_pre, dbias = found["grad_pre"], found["pre_sums"]
     dx = grad_pre @ weight if x_requires_grad else x.new_empty(0)
-    return dx, _grad_weight(grad_pre, x, weight_requires_grad), dbias
+    return dx, _grad_weight(grad_pre, x, weight, weight_requires_grad), dbias
 
 
 @_plain
@@ -130,8 +131,8 @@ def ffn_backward(
         keep_h=w2_requires_grad,
     )
     dx = found["grad_pre"] @ w1 if x_requires_grad else x.new_empty(0)
-    dw1 = _grad_weight(found["grad_pre"], x, w1_requires_grad)
-    dw2 = _grad_weight(grad_y, found["h"], w2_requires_grad)
+    dw1 = _grad_weight(found["grad_pre"], x, w1, w1_requires_grad)
+    dw2 = _grad_weight(grad_y, found["h"], w2, w2_requires_grad)
     return dx, dw1, found["pre_sums"], dw2, _column_sums(grad_y, b2_requires_grad)
 
 
@@ -194,11 +195,11 @@ def gated_ffn_backward(
     )
     return (
         dx,
-        _grad_weight(grad_gate, x, w_gate_requires_grad),
+        _grad_weight(grad_gate, x, w_gate, w_gate_requires_grad),
         found["pre_sums"],
-        _grad_weight(grad_up, x, w_up_requires_grad),
+        _grad_weight(grad_up, x, w_up, w_up_requires_grad),
         found["up_sums"],
-        _grad_weight(grad_y, found["h"], w_down_requires_grad),
+        _grad_weight(grad_y, found["h"], w_down, w_down_requires_grad),
         _column_sums(grad_y, b_down_requires_grad),
     )
 
@@ -298,8 +299,8 @@ def _activation_backward(
     return found
 
 
-def _grad_weight(grad: Tensor, x: Tensor, wanted: bool) -> Tensor:
-    return _rows(grad).t() @ _rows(x) if wanted else x.new_empty(0)
+def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    return weight_gradient(_rows(grad), _rows(x), weight) if wanted else x.new_empty(0)
 
 
 def _column_sums(grad: Tensor, wanted: bool) -> Tensor:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from fastattn.functional import ffn, gated_ffn, linear_act
 from fastattn.nn.activations import shown
-from fastattn.nn.checks import MAX_DROPOUT, why_not_dropout, why_not_input, why_not_linear
+from fastattn.nn.checks import MAX_DROPOUT, why_not_dropout, why_not_input
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
 from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
+from fastattn.swap.recipes.linear import is_conv1d, projection, why_not_projection
 from fastattn.swap.swapped import Swapped
 
 
@@ -111,9 +112,9 @@ def _child(module: nn.Module, name: str) -> Any:
 class _Call(NamedTuple):
     """What one call of the operator takes; the children have passed the checks."""
 
-    up: nn.Linear
-    gate: nn.Linear | None
-    down: nn.Linear | None
+    up: nn.Module
+    gate: nn.Module | None
+    down: nn.Module | None
     activation: str
     dropout_p: float
     last: Step | None
@@ -142,7 +143,7 @@ class LinearAct(_ReadBlock):
     """act(up(x)), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
-        return linear_act(x, *_tensors(call.up), call.activation, backend=self.fastattn_backend)
+        return linear_act(x, *projection(call.up), call.activation, backend=self.fastattn_backend)
 
 
 class FeedForward(_ReadBlock):
@@ -152,8 +153,8 @@ class FeedForward(_ReadBlock):
         assert call.down is not None
         return ffn(
             x,
-            *_tensors(call.up),
-            *_tensors(call.down),
+            *projection(call.up),
+            *projection(call.down),
             call.activation,
             dropout_p=call.dropout_p,
             backend=self.fastattn_backend,
@@ -165,10 +166,10 @@ class GatedFeedForward(_ReadBlock):
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         assert call.down is not None
-        up_weight, up_bias = _tensors(call.up)
-        down_weight, down_bias = _tensors(call.down)
+        up_weight, up_bias = projection(call.up)
+        down_weight, down_bias = projection(call.down)
         if call.gate is not None:
-            gate_weight, gate_bias = _tensors(call.gate)
+            gate_weight, gate_bias = projection(call.gate)
         else:
             (gate_weight, up_weight), (gate_bias, up_bias) = _halves(up_weight, up_bias, self.fastattn_block.halves)
         return gated_ffn(
@@ -183,12 +184,6 @@ class GatedFeedForward(_ReadBlock):
             dropout_p=call.dropout_p,
             backend=self.fastattn_backend,
         )
-
-
-def _tensors(linear: nn.Linear) -> tuple[Any, Any]:
-    """Weight and bias of a checked linear."""
-    parameters = linear._parameters
-    return parameters["weight"], parameters["bias"]
 
 
 def _halves(weight: Tensor, bias: Tensor | None, gate: str | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -215,16 +210,16 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     if tail is None and not isinstance(module, LinearAct):
         return "its children are no longer those of a feed-forward block"
     dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-    linears: list[nn.Linear | None] = []
+    linears: list[nn.Module | None] = []
     for name in (block.up, block.gate, None if tail is None else tail.down):
         linear = None if name is None else _child(module, name)
-        reason = None if linear is None else why_not_linear(linear) or _why_not_of(dtype, linear)
+        reason = None if linear is None else why_not_projection(linear) or _why_not_of(dtype, linear)
         if reason is not None:
             return f"{name} {reason}"
         linears.append(linear)
     up, gate, down = linears
     assert up is not None
-    if block.halves is not None and _tensors(up)[0].shape[0] % 2:
+    if block.halves is not None and projection(up)[0].shape[0] % 2:
         return f"{block.up} has an odd number of features"
     activation = _activation(module, block)
     if activation is None:
@@ -236,12 +231,12 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
 
 
-def _why_not_of(dtype: torch.dtype | None, linear: nn.Linear) -> str | None:
+def _why_not_of(dtype: torch.dtype | None, linear: nn.Module) -> str | None:
     """A linear of another dtype than the input's; None casts."""
-    own: torch.dtype = _tensors(linear)[0].dtype
-    if dtype is None or own is dtype:
+    weight: Any = linear._parameters["weight"]
+    if dtype is None or weight.dtype is dtype:
         return None
-    return f"is {str(own).removeprefix('torch.')}, not the input's dtype"
+    return f"is {str(weight.dtype).removeprefix('torch.')}, not the input's dtype"
 
 
 def _activation(module: nn.Module, block: Block) -> str | None:
@@ -275,7 +270,7 @@ def _children(module: nn.Module, block: Block) -> Iterable[Child]:
     """The children that the operator stands for."""
     tail = _tail(module, block.tail)
     for name in _linears(block, tail):
-        yield name, "ffns", why_not_linear
+        yield name, "ffns", why_not_projection
     if isinstance(block.activation, Named):
         yield block.activation.name, "ffns", why_not_activation
     if tail is not None and isinstance(tail.hidden, Named):
@@ -298,6 +293,8 @@ def _applies(module: nn.Module, block: Block) -> bool:
 
 
 def _is_linear(child: object) -> bool:
+    if is_conv1d(child):
+        return True
     return isinstance(child, nn.Module) and hasattr(child, "in_features") and hasattr(child, "out_features")
 
 

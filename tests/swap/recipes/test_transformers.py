@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from fastattn.swap import NotSwapped, plan, swap  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from fastattn.swap import plan, swap  # noqa: E402
 
 VOCABULARY = 64
 _SHARED = {
@@ -156,12 +158,49 @@ def test_parts_are_swapped_alone(batch) -> None:
     }
 
 
-def test_gpt2_keeps_its_feed_forward_block_and_says_so() -> None:
+def test_the_transposed_linears_of_gpt2_run_in_its_block() -> None:
     model = tiny("gpt2")
-    left = [row for row in plan(model).rows if row.action == "left"]
-    assert {(row.class_name, row.reason) for row in left} == {("GPT2MLP", "no recipe for class GPT2MLP")}
-    with pytest.raises(NotSwapped, match="GPT2MLP"):
-        swap(model, strict=True)
+    report = swap(model, strict=True)
+    assert {row.class_name: row.kernel for row in report.rows} == {
+        "LayerNorm": "layer_norm",
+        "GPT2Attention": "attention",
+        "GPT2MLP": "ffn",
+    }
+
+
+def _hook(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    linear.register_forward_hook(lambda *_: None)
+    return "c_fc has hooks"
+
+
+def _subclass(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    linear.__class__ = type("Conv1D", (Conv1D,), {"__module__": "adapters"})
+    return "c_fc is a adapters.Conv1D"
+
+
+def _replace_forward(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    forward = Conv1D.forward
+    monkeypatch.setattr(Conv1D, "forward", lambda self, x: forward(self, x))
+    return "c_fc is of a class whose forward was replaced"
+
+
+def _broadcast_bias(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    linear.bias = nn.Parameter(torch.ones(1))
+    return "c_fc has a weight or a bias of another shape"
+
+
+@pytest.mark.parametrize("change", [_hook, _subclass, _replace_forward, _broadcast_bias])
+def test_changed_transposed_linears_are_called(change, monkeypatch) -> None:
+    model = tiny("gpt2")
+    block, x = model.transformer.h[0].mlp, torch.randn(2, 5, 32)
+    report = swap(model)
+    reason = change(block.c_fc, monkeypatch)
+    with report.counting(), pytest.warns(UserWarning, match=reason):
+        found = block(x)
+    row = next(row for row in report.rows if row.path == "transformer.h.0.mlp")
+    assert row.fallbacks == {reason: 1}
+    report.undo()
+    assert torch.equal(found, block(x))
 
 
 def test_an_activation_without_a_kernel_is_left_with_its_name() -> None:
