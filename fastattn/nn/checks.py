@@ -13,6 +13,8 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fastattn.nn.fused import original_class, stands_for
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DROPOUT = 65535 / 65536  # rates are multiples of 1 / 65536, and 1 drops everything
 
@@ -50,7 +52,7 @@ def why_not_unwatched(child: nn.Module) -> str | None:
         return "has hooks"
     if "forward" in child.__dict__:
         return "has its forward replaced on the instance"
-    kind = type(child)
+    kind = original_class(child)
     if kind in _FORWARDS and kind.forward is not _FORWARDS[kind]:
         return "is of a class whose forward was replaced"
     if (
@@ -92,8 +94,8 @@ def why_not_tensor(name: str, value: object) -> str | None:
 
 
 def why_not_linear(child: nn.Module) -> str | None:
-    """The child is an nn.Linear and nothing else."""
-    if type(child) is not nn.Linear:
+    """The child is an nn.Linear and nothing else, or stands for it."""
+    if not stands_for(child, nn.Linear):
         return f"is a {full_name(child)}"
     return (
         why_not_unwatched(child)
@@ -103,7 +105,7 @@ def why_not_linear(child: nn.Module) -> str | None:
     )
 
 
-def _why_not_shaped(linear: nn.Linear) -> str | None:
+def _why_not_shaped(linear: nn.Module) -> str | None:
     """Parameters that were replaced by others may be of any shape that broadcasts."""
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     if weight is None or weight.dim() != 2:

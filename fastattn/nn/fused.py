@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeGuard, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 from torch import nn
 
@@ -28,5 +28,16 @@ class Fused(nn.Module):
 def stands_for(module: nn.Module, original: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Whether the module's class is exactly `original`, or exactly a class that computes the same from the same
     tensors."""
+    return original_class(module) is original
+
+
+def original_class(module: object) -> Any:
+    """The class that the module's class stands for, or the module's class.
+
+    What someone derives from a class of ours is of another package: to look into the class's own attributes instead
+    would break Dynamo's graphs.
+    """
     module_class = type(module)
-    return module_class is original or module_class.__dict__.get("fastattn_original") is original
+    if module_class.__module__.startswith("fastattn."):
+        return getattr(module_class, "fastattn_original", module_class)
+    return module_class

@@ -26,7 +26,7 @@ from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling,
 from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
-from fastattn.swap.recipes.linear import is_conv1d, projection, why_not_projection
+from fastattn.swap.recipes.linear import is_projection, projection, why_not_projection
 from fastattn.swap.swapped import Swapped
 
 
@@ -293,9 +293,8 @@ def _applies(module: nn.Module, block: Block) -> bool:
 
 
 def _is_linear(child: object) -> bool:
-    if is_conv1d(child):
-        return True
-    return isinstance(child, nn.Module) and hasattr(child, "in_features") and hasattr(child, "out_features")
+    names_features = hasattr(child, "in_features") and hasattr(child, "out_features")
+    return is_projection(child) or (isinstance(child, nn.Module) and names_features)
 
 
 def _refuse(module: nn.Module, block: Block) -> list[str]:

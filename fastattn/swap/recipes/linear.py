@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from fastattn.functional import linear_act
 from fastattn.nn.checks import why_not_input, why_not_linear, why_not_parameter, why_not_unwatched
 from fastattn.nn.counting import note_fallback
+from fastattn.nn.fused import original_class
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.swapped import Swapped
 
@@ -26,41 +26,52 @@ def linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
     return linear_act(x, child.weight, child.bias, backend=module.fastattn_backend)
 
 
-def is_conv1d(child: object) -> bool:
-    """Conv1D of transformers: a linear that keeps its weight transposed, as GPT-2 has it."""
-    kind = type(child)
+_first_forwards: dict[type[nn.Module], object] = {}
+
+
+def conv1d(kind: type) -> bool:
+    """Whether a class is Conv1D of transformers: a linear that keeps its weight transposed, as GPT-2 has it."""
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def is_projection(child: object) -> bool:
+    """Whether the child is exactly an nn.Linear or a Conv1D, or stands for one."""
+    kind = original_class(child)
+    return kind is nn.Linear or conv1d(kind)
 
 
 def why_not_projection(child: nn.Module) -> str | None:
     """As `why_not_linear`, for a Conv1D too."""
-    if not is_conv1d(child):
+    kind = original_class(child)
+    if not conv1d(kind):
         return why_not_linear(child)
-    if type(child).forward is not _conv1d_forward(type(child)):
-        return "is of a class whose forward was replaced"
-    reason = (
-        why_not_unwatched(child)
-        or why_not_parameter(child, "weight", optional=False)
-        or why_not_parameter(child, "bias", optional=False)
-    )
+    return why_not_replaced(kind) or why_not_unwatched(child) or why_not_own_tensors(child)
+
+
+def why_not_replaced(kind: type[nn.Module]) -> str | None:
+    """None where the class has the forward that it had when it was first met."""
+    first = _first_forwards.get(kind)
+    if first is None:
+        first = _first_forwards[kind] = kind.forward
+    return None if kind.forward is first else "is of a class whose forward was replaced"
+
+
+def why_not_own_tensors(linear: nn.Module) -> str | None:
+    """None where weight and bias are plain parameters whose shapes are those of a linear."""
+    reason = why_not_parameter(linear, "weight", optional=False) or why_not_parameter(linear, "bias", optional=True)
     if reason is not None:
         return reason
-    weight: Any = child._parameters["weight"]
-    bias: Any = child._parameters["bias"]
-    return None if weight.dim() == 2 and bias.shape == weight.shape[1:] else "has a weight or a bias of another shape"
+    weight, bias = projection(linear)
+    if weight.dim() != 2:
+        return "has a weight that is no matrix"
+    return None if bias is None or bias.shape == weight.shape[:1] else "has a bias that is broadcast"
 
 
-@functools.cache
-def _conv1d_forward(kind: type[nn.Module]) -> object:
-    """The forward that the class had when it was first met."""
-    return kind.forward
-
-
-def projection(child: nn.Module) -> tuple[Any, Any]:
-    """Weight (out features, in features), a view where it is kept transposed, and bias, of a checked child."""
-    parameters = child._parameters
+def projection(linear: nn.Module) -> tuple[Any, Any]:
+    """Weight (out features, in features), a view where it is kept transposed, and bias."""
+    parameters = linear._parameters
     weight: Any = parameters["weight"]
-    return weight.t() if is_conv1d(child) else weight, parameters["bias"]
+    return weight.t() if conv1d(original_class(linear)) else weight, parameters["bias"]
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

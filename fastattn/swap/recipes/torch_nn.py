@@ -12,6 +12,7 @@ from fastattn.nn.activations import why_not_activation
 from fastattn.nn.checks import why_not_dropout, why_not_linear
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.recipe import Check, Recipe, always
+from fastattn.swap.recipes import free_linear
 from fastattn.swap.swapped import Swapped
 
 
@@ -114,4 +115,5 @@ RECIPES = {
     ),
     nn.LayerNorm: Recipe(LayerNorm, kernels={"norms": "layer_norm"}, takes=("self", "input")),
     nn.RMSNorm: Recipe(RMSNorm, kernels={"norms": "rms_norm"}, takes=("self", "x")),
+    nn.Linear: free_linear.recipe(free_linear.Linear),
 }

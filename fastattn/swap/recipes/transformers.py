@@ -19,8 +19,9 @@ from fastattn.integrations import transformers as interface
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, parameters
-from fastattn.swap.recipes import bert, mpnet, t5
+from fastattn.swap.recipes import bert, free_linear, mpnet, t5
 from fastattn.swap.recipes.interface import note_interface
+from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
 
 interface.register()
@@ -37,6 +38,8 @@ class InterfaceAttention(Swapped):
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
+    if conv1d(module_class):
+        return Reading(free_linear.FreeLinear, free_linear.recipe)
     for recipes in (bert, t5, mpnet):
         reading = recipes.read(module_class)
         if reading is not None:

@@ -186,7 +186,7 @@ def _replace_forward(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _broadcast_bias(linear: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
     linear.bias = nn.Parameter(torch.ones(1))
-    return "c_fc has a weight or a bias of another shape"
+    return "c_fc has a bias that is broadcast"
 
 
 @pytest.mark.parametrize("change", [_hook, _subclass, _replace_forward, _broadcast_bias])

@@ -1,0 +1,92 @@
+"""Linears that belong to no block, in inference on a CPU: nn.Linear, and Conv1D of transformers.
+
+Where the kernel was found faster than torch's it runs, else the original forward does:
+
+- float32, up to 32 rows, as in generation: 1.0 to 4.6 times as fast; more rows equal.
+- bfloat16 and float16, any number of rows, on processors without instructions for them: 1.4 to 6 times as fast, and 30
+  times or more for weights that are kept transposed, as in Conv1D.
+
+(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26.) Smaller weights than those below take torch less time than
+our call does. Halves on processors with instructions for them are unmeasured, and left to torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import dispatch
+from fastattn.functional import linear_act
+from fastattn.functional.checks import HALVES
+from fastattn.nn.checks import why_not_input
+from fastattn.nn.counting import note_call, note_fallback
+from fastattn.ops.library import tracks_gradients
+from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipes.linear import conv1d, is_projection, projection, why_not_own_tensors, why_not_replaced
+from fastattn.swap.swapped import Swapped
+
+_FEW_ROWS = 32
+_FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 128 * 1024, torch.float16: 128 * 1024}
+"""Elements of a weight from which on the product of one row, with the call around it, takes no longer than torch's."""
+_WITHOUT_HALVES = ("avx512", "avx2", "baseline")
+
+
+class FreeLinear(Swapped):
+    """x W^T + b; x (..., K)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        note_call(self)
+        if len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        (x,) = args
+        reason = why_not_input(x) or why_not_own_tensors(self) or why_not_replaced(self.fastattn_original)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        weight, bias = projection(self)
+        if self.fastattn_backend is None and not _is_faster(x, weight, bias):
+            return super().forward(x)  # type: ignore[misc, no-any-return]
+        return linear_act(x, weight, bias, backend=self.fastattn_backend)
+
+
+class Linear(FreeLinear, nn.Linear):
+    """A swapped nn.Linear."""
+
+    fastattn_original = nn.Linear
+
+
+def recipe(swapped: type[Swapped]) -> Recipe:
+    """The recipe of nn.Linear or Conv1D."""
+    return Recipe(swapped, kernels={"linears": "linear_act"}, takes=_takes(swapped), applies=_applies)
+
+
+def _takes(swapped: type[Swapped]) -> tuple[str, ...]:
+    return ("self", "x" if conv1d(swapped.fastattn_original) else "input")
+
+
+def _applies(module: nn.Module) -> bool:
+    """Whether the module could gain anything: it is large, and in inference on this CPU."""
+    if not is_projection(module):
+        return False  # a subclass: of such linears no report needs to speak
+    reason = why_not_own_tensors(module) or why_not_replaced(type(module)) or dispatch.backends()["cpu"]
+    if reason is not None:
+        return False
+    weight: Any = module._parameters["weight"]
+    least = _FROM_ELEMENTS.get(weight.dtype)
+    return weight.is_cpu and least is not None and weight.numel() >= least and _is_measured(weight.dtype)
+
+
+def _is_measured(dtype: torch.dtype) -> bool:
+    from fastattn.backends import cpu
+
+    return dtype not in HALVES or cpu.isa() in _WITHOUT_HALVES
+
+
+def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not x.is_cpu or x.dtype is not weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    if tracks_gradients(x, weight, bias):
+        return False
+    return x.dtype in HALVES or x.numel() <= _FEW_ROWS * weight.shape[1]

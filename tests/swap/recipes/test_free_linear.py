@@ -1,0 +1,183 @@
+"""Large linears that belong to no block: the kernel in inference on a CPU, the original everywhere else."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastattn.backends import cpu
+from fastattn.nn.checks import why_not_linear
+from fastattn.swap import plan, swap
+from fastattn.swap.recipes import free_linear
+
+pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the inputs that went to the kernel."""
+    calls: list[tuple[int, ...]] = []
+    linear_act = free_linear.linear_act
+
+    def counted(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        calls.append(tuple(x.shape))
+        return linear_act(x, *args, **kwargs)
+
+    monkeypatch.setattr(free_linear, "linear_act", counted)
+    return calls
+
+
+@pytest.fixture
+def without_half_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best instruction set here may have some."""
+    monkeypatch.setattr(cpu, "isa", lambda: "avx2")
+
+
+def large(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1024, 640, bias=bias), nn.Tanh()).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_original(kernel_calls, bias) -> None:
+    model, x = large(bias=bias), torch.randn(2, 3, 1024)
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(x)
+        report = swap(model)
+        assert [(row.path, row.class_name, row.kernel) for row in report.rows] == [("0", "Linear", "linear_act")]
+        assert type(model[0]).__name__ == "Linear" and isinstance(model[0], nn.Linear)
+        with report.counting():
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+        assert report.all_called and kernel_calls == [(2, 3, 1024)]
+        assert list(model.state_dict()) == keys
+        report.undo()
+        assert torch.equal(model(x), expected) and len(kernel_calls) == 1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.usefixtures("without_half_instructions")
+def test_halves_err_no_more_than_the_original(kernel_calls, dtype) -> None:
+    model, x = large(dtype), torch.randn(70, 1024).to(dtype)
+    with torch.no_grad():
+        exact, original = model.double()(x.double()), model.to(dtype)(x)
+        swap(model)
+        error, before = ((y.double() - exact).abs().max() for y in (model(x), original))
+    assert error <= 2 * before and kernel_calls == [(70, 1024)]
+
+
+def test_the_original_runs_where_it_is_as_fast(kernel_calls) -> None:
+    model = large()
+    swap(model)
+    for x in (torch.randn(33, 1024), torch.randn(1, 1024, requires_grad=True)):
+        expected = torch.tanh(nn.functional.linear(x, model[0].weight, model[0].bias))
+        assert torch.equal(model(x), expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randn(1, 1024)).dtype is torch.bfloat16
+    assert not kernel_calls
+    model[0].requires_grad_(False)
+    model(torch.randn(1, 1024))
+    assert kernel_calls == [(1, 1024)], "nothing is tracked"
+
+
+def test_a_forced_backend_runs_every_call(kernel_calls) -> None:
+    model = large()
+    swap(model, backend="cpu")
+    model(torch.randn(40, 1024)).sum().backward()
+    assert kernel_calls == [(40, 1024)] and model[0].weight.grad is not None
+
+
+def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
+    small, subclass = nn.Linear(64, 64), type("Mine", (nn.Linear,), {})(1024, 1024)
+    meta, double = nn.Linear(1024, 1024, device="meta"), nn.Linear(1024, 1024, dtype=torch.float64)
+    for linear in (small, subclass, meta, double):
+        assert not plan(nn.Sequential(linear)).rows
+    assert not [row for row in plan(large(), linears=False).rows if row.action == "swap"]
+    half = large(torch.bfloat16)
+    monkeypatch.setattr(cpu, "isa", lambda: "avx512bf16")
+    assert not plan(half).rows, "unmeasured there"
+    monkeypatch.setattr(cpu, "isa", lambda: "avx2")
+    assert len(plan(half).rows) == 1
+
+
+def test_changed_linears_run_the_original(kernel_calls, monkeypatch) -> None:
+    model, x = large(), torch.randn(2, 1024)
+    report = swap(model)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        expected = torch.tanh(nn.functional.linear(x, model[0].weight, model[0].bias))
+        assert torch.equal(model(x), expected)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x)
+    with report.counting(), pytest.warns(UserWarning, match="forward was replaced"):
+        assert torch.equal(model(x), torch.tanh(x))
+    assert not kernel_calls
+
+
+def test_hooks_are_called(kernel_calls) -> None:
+    model = large()
+    swap(model)
+    model[0].register_forward_hook(lambda module, args, y: y * 2)
+    with torch.no_grad():
+        x = torch.randn(1, 1024)
+        torch.testing.assert_close(model(x), torch.tanh(2 * nn.functional.linear(x, model[0].weight, model[0].bias)))
+    assert kernel_calls
+
+
+def test_a_parent_reads_a_swapped_linear() -> None:
+    linear = nn.Sequential(nn.Linear(1024, 1024))
+    swap(linear)
+    assert why_not_linear(linear[0]) is None
+    derived = type("Derived", (type(linear[0]),), {"__module__": "elsewhere"})
+    linear[0].__class__ = derived
+    assert why_not_linear(linear[0]) == "is a elsewhere.Derived"
+
+
+def test_compiles_as_one_graph() -> None:
+    model = large()
+    swap(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for rows in (1, 5, 40):
+            x = torch.randn(rows, 1024)
+            assert torch.equal(compiled(x), model(x))
+
+
+def test_a_saved_model_runs_where_nothing_was_swapped(tmp_path) -> None:
+    model = large()
+    swap(model)
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import torch; model = torch.load('model.pt', weights_only=False)\n"
+        "with torch.no_grad(): print(type(model[0]).__module__, tuple(model(torch.ones(1, 1024)).shape))"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["fastattn.swap.recipes.free_linear", "(1,", "640)"]
+
+
+@pytest.mark.usefixtures("without_half_instructions")
+def test_transposed_linears_of_transformers(kernel_calls) -> None:
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(512, 1024)).to(torch.bfloat16)
+    x = torch.randn(3, 4, 1024).to(torch.bfloat16)
+    with torch.no_grad():
+        exact, original = model.double()(x.double()), model.to(torch.bfloat16)(x)
+        report = swap(model)
+        assert [(row.class_name, row.kernel) for row in report.rows] == [("Conv1D", "linear_act")]
+        assert (model(x).double() - exact).abs().max() <= 2 * (original.double() - exact).abs().max()
+        assert kernel_calls == [(3, 4, 1024)]
+        saved = io.BytesIO()
+        torch.save(model, saved)
+        saved.seek(0)
+        assert torch.equal(torch.load(saved, weights_only=False)(x), model(x))
+        report.undo()
+        assert type(model[0]) is Conv1D and torch.equal(model(x), original)
