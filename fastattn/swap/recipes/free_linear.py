@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch
 from fastattn.functional import linear_act
-from fastattn.functional.checks import HALVES
+from fastattn.functional.checks import HALVES, resolve_backend
 from fastattn.nn.checks import why_not_input
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.ops.library import tracks_gradients
@@ -36,17 +36,15 @@ _WITHOUT_HALVES = ("avx512", "avx2", "baseline")
 class FreeLinear(Swapped):
     """x W^T + b; x (..., K)."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def fastattn_forward(self, x: Tensor) -> Tensor:
+        """The forward, whose argument each class names as its original does."""
         note_call(self)
-        if len(args) != 1 or kwargs:
-            return super().forward(*args, **kwargs)  # type: ignore[misc, no-any-return]
-        (x,) = args
         reason = why_not_input(x) or why_not_own_tensors(self) or why_not_replaced(self.fastattn_original)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x)  # type: ignore[misc, no-any-return]
         weight, bias = projection(self)
-        if self.fastattn_backend is None and not _is_faster(x, weight, bias):
+        if not resolve_backend(self.fastattn_backend) and not _is_faster(x, weight, bias):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         return linear_act(x, weight, bias, backend=self.fastattn_backend)
 
@@ -55,6 +53,16 @@ class Linear(FreeLinear, nn.Linear):
     """A swapped nn.Linear."""
 
     fastattn_original = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fastattn_forward(input)
+
+
+class Conv1D(FreeLinear):
+    """The mixin of the swapped Conv1D."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fastattn_forward(x)
 
 
 def recipe(swapped: type[Swapped]) -> Recipe:
@@ -87,6 +95,8 @@ def _is_measured(dtype: torch.dtype) -> bool:
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not x.is_cpu or x.dtype is not weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return False  # torch has the words for it
     if tracks_gradients(x, weight, bias):
         return False
     return x.dtype in HALVES or x.numel() <= _FEW_ROWS * weight.shape[1]

@@ -39,7 +39,7 @@ class InterfaceAttention(Swapped):
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
     if conv1d(module_class):
-        return Reading(free_linear.FreeLinear, free_linear.recipe)
+        return Reading(free_linear.Conv1D, free_linear.recipe)
     for recipes in (bert, t5, mpnet):
         reading = recipes.read(module_class)
         if reading is not None:

@@ -78,6 +78,8 @@ def test_the_original_runs_where_it_is_as_fast(kernel_calls) -> None:
     for x in (torch.randn(33, 1024), torch.randn(1, 1024, requires_grad=True)):
         expected = torch.tanh(nn.functional.linear(x, model[0].weight, model[0].bias))
         assert torch.equal(model(x), expected)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+        model(torch.randn(1, 1023))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(1, 1024)).dtype is torch.bfloat16
     assert not kernel_calls
