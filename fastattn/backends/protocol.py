@@ -14,7 +14,8 @@ What the operators promise to a backend, and ask of it:
 - Norm and linear functions and the encoder layer get contiguous tensors only, but for a dense mask, and for weights of
   linear functions: their rows or their columns are contiguous, each behind the end of the one before.
 - A backend allocates its results, does not keep its arguments and does not write to them. A result that is not asked
-  for is an empty (0,) tensor of the dtype it would have, which several calls may share. No two results share memory.
+  for is an empty (0,) tensor of the dtype it would have; where nothing is saved for a backward, several calls may share
+  one. No two results share memory.
 - "Accumulate dtype" is float32, but float64 for float64 inputs.
 - Sizes may be 0. Values of device tensors (lengths, ranges, seeds) are not read on the host by a GPU backend.
 """

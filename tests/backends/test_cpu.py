@@ -17,6 +17,7 @@ import fastattn
 from fastattn import biases, masks
 from fastattn.backends import cpu
 from fastattn.backends.cpu import attention as cpu_attention
+from fastattn.backends.cpu import library as cpu_library
 from fastattn.biases.lowered import NO_BIAS
 from fastattn.masks.lowered import LoweredMask
 from fastattn.parity.rule import check_linear_act, failures
@@ -299,6 +300,19 @@ def test_few_rows_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, 
         with cpu.use_isa(isa):
             checked = check_linear_act(x, weight, bias, "silu", backend="cpu")
         assert not failures(checked), (rows, columns, failures(checked))
+
+
+def test_no_graph_hangs_on_what_calls_share() -> None:
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    for result in (
+        fastattn.rms_norm(x),
+        fastattn.layer_norm(x, residual=x),
+        fastattn.linear_act(x, w),
+        fastattn.ffn(x, w, None, w, None),
+        fastattn.gated_ffn(x, w, w, w),
+    ):
+        result.sum().backward()
+    assert not any(nothing.requires_grad or nothing.grad_fn for nothing in cpu_library.NOTHING.values())
 
 
 def test_transposed_weights_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

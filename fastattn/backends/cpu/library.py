@@ -23,7 +23,7 @@ NO_DROPOUT = (0, 0, 1.0)
 
 with torch.inference_mode(False):
     NOTHING = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
-"""Results that are not asked for: to make one takes a microsecond, a tenth of a small call."""
+"""Results that are not asked for, in inference: to make one takes a microsecond, a tenth of a small call."""
 
 
 @functools.cache

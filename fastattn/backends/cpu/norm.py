@@ -27,11 +27,12 @@ def norm_forward(
     y = torch.empty_like(x)
     has_z = residual is not None or dropout_p > 0.0
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    z = torch.empty(x.shape, dtype=z_dtype) if has_z else NOTHING[z_dtype]
-    mean = rstd = NOTHING[torch.float32]
+    z, mean, rstd = NOTHING[z_dtype], NOTHING[torch.float32], NOTHING[torch.float32]
+    if has_z or save_statistics:  # autograd hangs its graph on results, empty ones too
+        z = torch.empty(x.shape if has_z else (0,), dtype=z_dtype)
     if save_statistics:
+        mean = torch.empty(rows if kind == "layer" else 0, dtype=torch.float32)
         rstd = torch.empty(rows, dtype=torch.float32)
-        mean = torch.empty_like(rstd) if kind == "layer" else mean
     native().norm_forward(
         kind == "rms",
         torch.get_num_threads(),
