@@ -8,6 +8,8 @@ called.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
@@ -18,9 +20,17 @@ from fastattn.nn.fused import original_class, stands_for
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DROPOUT = 65535 / 65536  # rates are multiples of 1 / 65536, and 1 drops everything
 
+
+def own_forward(kind: type[nn.Module]) -> object:
+    """A class's forward, or None where a function of another module was put in its place."""
+    forward: object = kind.forward
+    defined_in = getattr(forward, "__globals__", None)
+    return forward if defined_in is vars(sys.modules[kind.__module__]) else None
+
+
 # What the kernels stand for; other libraries replace forwards of torch's own classes.
 _FORWARDS: dict[type[nn.Module], object] = {
-    kind: kind.forward for kind in (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU)
+    kind: own_forward(kind) for kind in (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU)
 }
 
 

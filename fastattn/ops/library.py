@@ -91,6 +91,13 @@ def is_watched(args: tuple[Any, ...]) -> bool:
     )
 
 
+def is_recorded() -> bool:
+    """Whether a tracer or a mode of eager torch sees each operator: what it makes of them may want torch's own."""
+    if torch.compiler.is_compiling():
+        return False
+    return _dispatch_modes() > 0 or _has_function_mode() or _tracing_state() is not None
+
+
 def _are_plain(args: tuple[Any, ...]) -> bool:
     """Whether the dispatcher would hand these values to the implementation as they are."""
     for value in args:

@@ -150,6 +150,11 @@ class _Change:
                     f"undo: {target.path or 'the model'} is now a {found.__module__}.{found.__qualname__}, not the "
                     "class that swap set; undo what changed it first (nothing was undone)"
                 )
+            if "forward" in target.module.__dict__:
+                raise RuntimeError(
+                    f"undo: the forward of {target.path or 'the model'} was replaced on the instance since the swap; "
+                    "undo that first (nothing was undone)"
+                )
         for move in self.moves:
             for holder in move.holders:
                 if holder.config is not move.new:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ def norm_forward(
     dropout_p: float,
     save_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    width = x.shape[-1]
-    rows = x.numel() // max(width, 1)
+    *lead, width = x.shape
+    rows = math.prod(lead)
     y = torch.empty_like(x)
     has_z = residual is not None or dropout_p > 0.0
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)

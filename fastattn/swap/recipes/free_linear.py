@@ -22,7 +22,7 @@ from fastattn.functional import linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
 from fastattn.nn.checks import why_not_input
 from fastattn.nn.counting import note_call, note_fallback
-from fastattn.ops.library import tracks_gradients
+from fastattn.ops.library import is_recorded, tracks_gradients
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.linear import conv1d, is_projection, projection, why_not_own_tensors, why_not_replaced
 from fastattn.swap.swapped import Swapped
@@ -30,6 +30,7 @@ from fastattn.swap.swapped import Swapped
 _FEW_ROWS = 32
 _FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 128 * 1024, torch.float16: 128 * 1024}
 """Elements of a weight from which on the product of one row, with the call around it, takes no longer than torch's."""
+_FROM_FEATURES = 256  # narrower ones leave threads idle
 _WITHOUT_HALVES = ("avx512", "avx2", "baseline")
 
 
@@ -67,6 +68,7 @@ class Conv1D(FreeLinear):
 
 def recipe(swapped: type[Swapped]) -> Recipe:
     """The recipe of nn.Linear or Conv1D."""
+    why_not_replaced(swapped.fastattn_original)  # remembered for compiled graphs
     return Recipe(swapped, kernels={"linears": "linear_act"}, takes=_takes(swapped), applies=_applies)
 
 
@@ -83,7 +85,8 @@ def _applies(module: nn.Module) -> bool:
         return False
     weight: Any = module._parameters["weight"]
     least = _FROM_ELEMENTS.get(weight.dtype)
-    return weight.is_cpu and least is not None and weight.numel() >= least and _is_measured(weight.dtype)
+    is_large = least is not None and weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES
+    return is_large and weight.is_cpu and _is_measured(weight.dtype)
 
 
 def _is_measured(dtype: torch.dtype) -> bool:
@@ -93,10 +96,9 @@ def _is_measured(dtype: torch.dtype) -> bool:
 
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not x.is_cpu or x.dtype is not weight.dtype or torch.is_autocast_enabled("cpu"):
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or is_recorded() or tracks_gradients(x, weight, bias):
         return False
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    agree = x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.dtype is weight.dtype
+    if not agree or (bias is not None and bias.dtype is not x.dtype):
         return False  # torch has the words for it
-    if tracks_gradients(x, weight, bias):
-        return False
-    return x.dtype in HALVES or x.numel() <= _FEW_ROWS * weight.shape[1]
+    return _is_measured(x.dtype) if x.dtype in HALVES else x.numel() <= _FEW_ROWS * weight.shape[1]

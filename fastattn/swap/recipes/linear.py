@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn.functional import linear_act
-from fastattn.nn.checks import why_not_input, why_not_linear, why_not_parameter, why_not_unwatched
+from fastattn.nn.checks import own_forward, why_not_input, why_not_linear, why_not_parameter, why_not_unwatched
 from fastattn.nn.counting import note_fallback
 from fastattn.nn.fused import original_class
 from fastattn.nn.sublayers import child_reason
@@ -26,7 +26,7 @@ def linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
     return linear_act(x, child.weight, child.bias, backend=module.fastattn_backend)
 
 
-_first_forwards: dict[type[nn.Module], object] = {}
+_own_forwards: dict[type[nn.Module], object] = {}  # looked up, since Dynamo does not see where a function is from
 
 
 def conv1d(kind: type) -> bool:
@@ -49,11 +49,12 @@ def why_not_projection(child: nn.Module) -> str | None:
 
 
 def why_not_replaced(kind: type[nn.Module]) -> str | None:
-    """None where the class has the forward that it had when it was first met."""
-    first = _first_forwards.get(kind)
-    if first is None:
-        first = _first_forwards[kind] = kind.forward
-    return None if kind.forward is first else "is of a class whose forward was replaced"
+    """None where the class's forward is its own."""
+    if kind.forward is not _own_forwards.get(kind):
+        if own_forward(kind) is None:
+            return "is of a class whose forward was replaced"
+        _own_forwards[kind] = kind.forward
+    return None
 
 
 def why_not_own_tensors(linear: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.backends import cpu
 from fastattn.nn.checks import why_not_linear
@@ -80,6 +81,10 @@ def test_the_original_runs_where_it_is_as_fast(kernel_calls) -> None:
         assert torch.equal(model(x), expected)
     with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
         model(torch.randn(1, 1023))
+    model[0].bias = nn.Parameter(model[0].bias.to(torch.bfloat16))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must have the same dtype"):
+        model(torch.randn(1, 1024))
+    model[0].bias = nn.Parameter(model[0].bias.float())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.randn(1, 1024)).dtype is torch.bfloat16
     assert not kernel_calls
@@ -98,7 +103,7 @@ def test_a_forced_backend_runs_every_call(kernel_calls) -> None:
 def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
     small, subclass = nn.Linear(64, 64), type("Mine", (nn.Linear,), {})(1024, 1024)
     meta, double = nn.Linear(1024, 1024, device="meta"), nn.Linear(1024, 1024, dtype=torch.float64)
-    for linear in (small, subclass, meta, double):
+    for linear in (small, nn.Linear(65536, 24), subclass, meta, double):
         assert not plan(nn.Sequential(linear)).rows
     assert not [row for row in plan(large(), linears=False).rows if row.action == "swap"]
     half = large(torch.bfloat16)
@@ -120,6 +125,36 @@ def test_changed_linears_run_the_original(kernel_calls, monkeypatch) -> None:
     with report.counting(), pytest.warns(UserWarning, match="forward was replaced"):
         assert torch.equal(model(x), torch.tanh(x))
     assert not kernel_calls
+
+
+def test_a_forward_that_was_replaced_before_is_left(monkeypatch) -> None:
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: 3 * forward(self, input))
+    assert not plan(large()).rows
+    monkeypatch.undo()
+    assert len(plan(large()).rows) == 1
+
+
+def test_recorders_see_torchs_linear(kernel_calls) -> None:
+    model, x = large(), torch.randn(2, 1024)
+    swap(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+    assert counter.get_total_flops() == 2 * 2 * 1024 * 640 and not kernel_calls
+    assert traced(x.requires_grad_()).requires_grad
+
+
+def test_undo_asks_for_a_forward_that_was_put_on_top() -> None:
+    model = large()
+    report = swap(model)
+    forward = model[0].forward
+    model[0].forward = lambda *args: forward(*args)
+    with pytest.raises(RuntimeError, match="forward of 0 was replaced"):
+        report.undo()
+    del model[0].forward
+    report.undo()
 
 
 def test_hooks_are_called(kernel_calls) -> None:
