@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
 from fastattn.masks import Causal, Document, KeyLengths, Longformer, Strided
@@ -41,7 +42,7 @@ def test_without_gradients(case):
 
 
 def test_one_graph_serves_all_lengths():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def call(q, k, v, lengths):
         return fastattn.attention(q, k, v, mask=Causal() & KeyLengths(lengths))
