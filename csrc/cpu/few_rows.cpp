@@ -8,7 +8,7 @@
 // Ladder, 2,048 x 8,192 weights, GB/s of them read with 1 and 8 rows of A: float32 by columns, float32 by rows, bfloat16 by columns, bfloat16 by rows, on
 // 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26; torch 2.13 in the same runs: 26 7, 28 8, 20 2.6, 0.3 0.03.
 //   42 22,  4  4,  10 6,  10 6   packed, but for float32 by columns
-//   42 17, 35 15,  41 12, 39 11  read in place
+//   42 17, 35 15,  41 12, 39 11  read in place; float32 by columns is as before, the difference that of the machine from run to run
 // 12 and 16 rows of bfloat16: 2.0 and 1.4 times as fast as packed, 32 rows equal.
 #include "few_rows.h"
 
@@ -152,6 +152,7 @@ void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const
 
 }  // namespace
 
+// With instructions for pairs of bfloat16 packing pays earlier; how early is a guess.
 int64_t most_few_rows(const Operand &b) { return kBfloat16Parts > 0 && b.dtype == FASTATTN_BFLOAT16 ? 8 : 32; }
 
 int64_t few_rows_panel(const Operand &b) { return b.down == 1 ? kTileWidth : kPanel; }

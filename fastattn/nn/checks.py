@@ -111,13 +111,12 @@ def why_not_linear(child: nn.Module) -> str | None:
         why_not_unwatched(child)
         or why_not_parameter(child, "weight", optional=False)
         or why_not_parameter(child, "bias", optional=True)
-        or _why_not_shaped(child)
+        or why_not_shaped(child._parameters["weight"], child._parameters["bias"])
     )
 
 
-def _why_not_shaped(linear: nn.Module) -> str | None:
-    """Parameters that were replaced by others may be of any shape that broadcasts."""
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+def why_not_shaped(weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Parameters of a linear that were replaced by others may be of any shape that broadcasts."""
     if weight is None or weight.dim() != 2:
         return "has a weight that is no matrix"
     return None if bias is None or bias.shape == weight.shape[:1] else "has a bias that is broadcast"

@@ -7,7 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn.functional import linear_act
-from fastattn.nn.checks import own_forward, why_not_input, why_not_linear, why_not_parameter, why_not_unwatched
+from fastattn.nn.checks import (
+    own_forward,
+    why_not_input,
+    why_not_linear,
+    why_not_parameter,
+    why_not_shaped,
+    why_not_unwatched,
+)
 from fastattn.nn.counting import note_fallback
 from fastattn.nn.fused import original_class
 from fastattn.nn.sublayers import child_reason
@@ -60,12 +67,7 @@ def why_not_replaced(kind: type[nn.Module]) -> str | None:
 def why_not_own_tensors(linear: nn.Module) -> str | None:
     """None where weight and bias are plain parameters whose shapes are those of a linear."""
     reason = why_not_parameter(linear, "weight", optional=False) or why_not_parameter(linear, "bias", optional=True)
-    if reason is not None:
-        return reason
-    weight, bias = projection(linear)
-    if weight.dim() != 2:
-        return "has a weight that is no matrix"
-    return None if bias is None or bias.shape == weight.shape[:1] else "has a bias that is broadcast"
+    return reason or why_not_shaped(*projection(linear))
 
 
 def projection(linear: nn.Module) -> tuple[Any, Any]:

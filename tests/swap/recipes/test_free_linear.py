@@ -157,6 +157,15 @@ def test_undo_asks_for_a_forward_that_was_put_on_top() -> None:
     report.undo()
 
 
+def test_without_the_native_library_the_original_runs(kernel_calls, monkeypatch) -> None:
+    model = large()
+    swap(model)
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "not built here")
+    with torch.no_grad():
+        model(torch.randn(1, 1024))
+    assert not kernel_calls and not plan(large()).rows
+
+
 def test_hooks_are_called(kernel_calls) -> None:
     model = large()
     swap(model)
@@ -176,13 +185,15 @@ def test_a_parent_reads_a_swapped_linear() -> None:
     assert why_not_linear(linear[0]) == "is a elsewhere.Derived"
 
 
-def test_compiles_as_one_graph() -> None:
-    model = large()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_compiles_as_one_graph(dtype, without_half_instructions) -> None:
+    model = large(dtype)
     swap(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for rows in (1, 5, 40):
-            x = torch.randn(rows, 1024)
+            x = torch.randn(rows, 1024).to(dtype)
             assert torch.equal(compiled(x), model(x))
 
 
