@@ -19,6 +19,7 @@ struct PairProduct {
 #endif
 
 constexpr int64_t kFetchDepth = 192;
+constexpr int kUnrolledSteps = kManyRegisters && kLanes == 4 ? 2 : 4;  // Clang loads four steps of AArch64's full tile at once, past its registers
 
 // Where a tile's operands and result lie.
 struct Tile {
@@ -40,7 +41,7 @@ void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
 #pragma GCC unroll 3
         for (int v = 0; v < Vectors; v++) __builtin_prefetch(t.c + r * t.ldc + v * kLanes, 1);
     vfloat acc[Rows][Vectors] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll kUnrolledSteps
     for (int64_t i = 0; i < k; i++) {
         vfloat bv[Vectors];
 #pragma GCC unroll 3

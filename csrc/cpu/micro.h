@@ -9,9 +9,9 @@
 
 FASTATTN_NAMESPACE_BEGIN
 
-// With AVX-512 a full tile is 8 x 48: 24 accumulators, 3 vectors of B and one broadcast of the 32 registers; 11 loads for 24 fused
-// multiply-adds a step. With 16 registers it is 4 x 3 vectors.
-constexpr int kTileRows = kLanes == 16 ? 8 : 4;
+// With 32 registers a full tile is 8 x 3 vectors: 24 accumulators, 3 vectors of B and one broadcast; 11 loads for 24 fused multiply-adds a
+// step. With 16 it is 4 x 3 vectors.
+constexpr int kTileRows = kManyRegisters ? 8 : 4;
 constexpr int kTileVectors = 3;
 constexpr int kTileWidth = kTileVectors * kLanes;
 

@@ -17,7 +17,7 @@ struct RowChunks {
 class ColumnSums {
   public:
     ColumnSums(int64_t sums, int64_t chunks, int64_t columns)
-        : sums_(sums), chunks_(chunks), width_(round_up(columns, 16)), scratch_(sums * chunks * width_), data_(scratch_.take(sums * chunks * width_)) {
+        : chunks_(chunks), width_(round_up(columns, 16)), scratch_(sums * chunks * width_), data_(scratch_.take(sums * chunks * width_)) {
         if (!failed()) memset(data_, 0, (size_t)(sums * chunks * width_) * 4);
     }
     bool failed() const { return scratch_.failed(); }
@@ -32,7 +32,7 @@ class ColumnSums {
     }
 
   private:
-    int64_t sums_, chunks_, width_;
+    int64_t chunks_, width_;
     Scratch scratch_;
     float *data_;
 };

@@ -18,11 +18,20 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+// 32 vector registers, with AVX-512 and on AArch64, whose widest cores need 16 sums under way; else 16.
+#if defined(__AVX512F__) || !defined(__SSE2__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
 
 typedef float vfloat __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vint __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vuint __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vhalf __attribute__((vector_size(kLanes * 2)));
+#if defined(__aarch64__)
+typedef __fp16 vfloat16 __attribute__((vector_size(kLanes * 2)));
+#endif
 
 constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -44,7 +53,7 @@ FASTATTN_INLINE vfloat load(const float *p) {
 }
 // Keeps GCC from loading the same operand once for every product it is part of.
 FASTATTN_INLINE vfloat in_register(vfloat v) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTATTN_EMULATE)
     __asm__("" : "+v"(v));
 #endif
     return v;
@@ -183,6 +192,8 @@ FASTATTN_INLINE vfloat from_float16(vhalf h) {
     return (vfloat)_mm512_maskz_cvtph_ps((__mmask16)-1, (__m256i)h);
 #elif defined(__F16C__)
     return (vfloat)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+    return __builtin_convertvector((vfloat16)h, vfloat);
 #else
     // The exponent of float16 moved into that of float32 is off by 2^112, which one product mends (subnormals included).
     const vuint wide = widen(h);
@@ -198,6 +209,8 @@ FASTATTN_INLINE vhalf to_float16(vfloat v) {
     return (vhalf)_mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (vhalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return (vhalf)__builtin_convertvector(v, vfloat16);
 #else
     const vuint b = (vuint)v;
     const vuint magnitude = b & 0x7fffffffu;

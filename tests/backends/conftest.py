@@ -1,4 +1,4 @@
-"""csrc/cuda/emulation, found in the checkout and built; a test that needs it skips where that is not possible."""
+"""csrc/emulation.py, found in the checkout; a test that needs it skips where nothing can be built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CHECKOUT = Path(os.environ.get("FASTATTN_CHECKOUT", Path(__file__).resolve().par
 
 @pytest.fixture(scope="session")
 def emulation_build() -> ModuleType:
-    """csrc/cuda/emulation/build.py as a module."""
-    script = CHECKOUT / "csrc" / "cuda" / "emulation" / "build.py"
+    """csrc/emulation.py as a module."""
+    script = CHECKOUT / "csrc" / "emulation.py"
     if not script.exists():
         pytest.skip("FASTATTN_CHECKOUT does not name a checkout")
-    spec = importlib.util.spec_from_file_location("cuda_emulation_build", script)
+    spec = importlib.util.spec_from_file_location("emulation_build", script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,4 +34,4 @@ def emulation_build() -> ModuleType:
 def emulated_cuda(emulation_build: ModuleType) -> Path:
     """The folder for FASTATTN_CUDA_EMULATION: the CUDA backend on the CPU."""
     pytest.importorskip("pybind11", reason="the emulated module needs pybind11")
-    return Path(emulation_build.build_module())
+    return Path(emulation_build.build_cuda())

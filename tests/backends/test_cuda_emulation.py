@@ -54,7 +54,7 @@ def aligned(numbers: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def kernels(emulation_build: ModuleType) -> Kernels:
-    return Kernels(emulation_build.build_library(SOURCE))
+    return Kernels(emulation_build.build_cuda_test(SOURCE))
 
 
 @pytest.fixture(params=SEEDS)

@@ -33,11 +33,11 @@ namespace {
 
 constexpr int64_t kPart = 384;                      // keys with a softmax of their own
 constexpr int64_t kMostParts = 8;                   // that a thread takes at once: it fetches the next part's first keys during the last block of one
-constexpr int64_t kBlock = kLanes == 16 ? 32 : 24;  // keys whose scores are formed together: their keys and values fit the level-1 cache
+constexpr int64_t kBlock = kManyRegisters ? 32 : 24;  // keys whose scores are formed together: their keys and values fit the level-1 cache
 // Accumulators: enough of them to hide the latency of two fused multiply-adds a cycle, and with their operands no more than there are registers.
-constexpr int kRows = kLanes == 16 ? 8 : 4, kKeys = kLanes == 16 ? 2 : 3;  // dot products at a time
-constexpr int kSumVectors = kLanes == 16 ? 2 : 3;                           // of a row's output at a time
-constexpr int64_t kProducts = kLanes == 16 ? 16 : 24;                       // keys whose products are added up together
+constexpr int kRows = kManyRegisters ? 8 : 4, kKeys = kManyRegisters ? 2 : 3;  // dot products at a time
+constexpr int kSumVectors = kManyRegisters ? 2 : 3;                             // of a row's output at a time
+constexpr int64_t kProducts = kManyRegisters ? 16 : 24;                         // keys whose products are added up together
 static_assert(kPart % kBlock == 0 && kBlock % kProducts == 0 && kProducts % kLanes == 0 && kProducts % kKeys == 0);
 
 // The queries of one head group and one sequence, and the keys that some of them may see.
