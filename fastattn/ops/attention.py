@@ -28,6 +28,7 @@ from fastattn.ops.library import (
     is_mapped,
     is_watched,
     register,
+    register_exported,
     unit_stride,
 )
 from fastattn.packed import Packed
@@ -411,3 +412,6 @@ class Attention(torch.autograd.Function):
             if needed:
                 grads[i] = grad.to(extras[i - _QKV].dtype)
         return tuple(grads)
+
+
+register_exported(Attention, attention_forward, visible=2)

@@ -24,6 +24,7 @@ from fastattn.ops.library import (
     lift,
     matrix,
     register,
+    register_exported,
 )
 from fastattn.problems import LinearProblem
 
@@ -427,3 +428,8 @@ class GatedFfn(torch.autograd.Function):
             gated_ffn_backward, grad_y, *ctx.saved_tensors, *ctx.options, *flags, ctx.backend
         )
         return (*_wanted(gradients, flags), *(None,) * 5)
+
+
+register_exported(LinearAct, linear_act_forward, visible=1)
+register_exported(Ffn, ffn_forward, visible=1)
+register_exported(GatedFfn, gated_ffn_forward, visible=1)

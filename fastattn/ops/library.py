@@ -59,6 +59,38 @@ def register(
     return operator
 
 
+def register_exported(function: type[torch.autograd.Function], operator: Callable[..., Any], visible: int) -> None:
+    """Defines the operator that a graph of torch.export holds in the place of `function.apply(...)`.
+
+    Export keeps operators and drops autograd.Functions with their gradients, so this one takes gradients by itself.
+    Its arguments and results are those of `operator`, but that all after the first `visible` results, which serve a
+    backward alone, are empty.
+    """
+    schema = operator._schema  # type: ignore[attr-defined]
+    name = schema.name.removeprefix("fastattn::").removesuffix("_forward")
+    flags = [i for i, argument in enumerate(schema.arguments) if argument.name.endswith("requires_grad")]
+    tracked = flags[0]  # "requires_grad"; the others belong to single tensors
+
+    def shown(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (*results[:visible], *(result.new_empty(0) for result in results[visible:]))
+
+    def without_gradients(*args: Any) -> tuple[Tensor, ...]:
+        return shown(operator(*(False if i in flags else value for i, value in enumerate(args))))
+
+    def with_gradients(*args: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            return shown(_apply(function, *args[:tracked], True, *args[tracked + 1 :]))
+        with torch._C._AutoDispatchBelowAutograd():
+            return exported(*args)
+
+    LIBRARY.define(str(schema).replace(f"fastattn::{name}_forward", name), tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, without_gradients, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, with_gradients, "Autograd")
+    torch.library.register_fake(f"fastattn::{name}", without_gradients, lib=LIBRARY)
+    exported: Callable[..., Any] = getattr(torch.ops.fastattn, name).default
+    function.exported = staticmethod(lambda *args: exported(*args))  # type: ignore[attr-defined]
+
+
 def _with_own_results(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation as the dispatcher gets it: an operator must not return the same tensor twice, and backends may
     share those that stand for results nobody asked for."""
@@ -136,7 +168,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, in eager mode without the signature inspection that doubles its cost."""
     if torch.compiler.is_compiling():
         _refuse_derivatives_within_a_graph()
+        if torch.compiler.is_exporting():
+            return function.exported(*args)  # type: ignore[attr-defined]
         return function.apply(*_distinct(args))
+    return _apply(function, *args)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

@@ -22,6 +22,7 @@ from fastattn.ops.library import (
     is_mapped,
     lift,
     register,
+    register_exported,
 )
 from fastattn.problems import NormProblem
 from fastattn.reference.attention import accumulate_dtype
@@ -252,3 +253,6 @@ class Norm(torch.autograd.Function):
             (dresidual if separate else dx) if residual_requires_grad else None,
             *(None,) * 7,
         )
+
+
+register_exported(Norm, norm_forward, visible=2)

@@ -166,6 +166,19 @@ def test_linear_operators(backend, activation, with_biases):
             torch.library.opcheck(ops.gated_ffn_backward, (grad, x, w1, w3, w2, gate, up, *options, *flags, backend))
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_what_stands_for_them_in_exported_graphs(backend, tracked):
+    x, w1, w2, b1, b2 = r(2, 3, 12), r(20, 12), r(12, 20), r(20), r(12)
+    tail = (None, "gelu", 0.0, tracked, backend)
+    attention = attention_arguments(torch.float32, requires_grad=tracked, backend=backend)
+    torch.library.opcheck(torch.ops.fastattn.attention.default, tuple(attention.values()))
+    norm = (x, r(12), b2, r(2, 3, 12), None, "layer", 1e-5, 0.0, 0.0, tracked, backend)
+    torch.library.opcheck(torch.ops.fastattn.norm.default, norm)
+    torch.library.opcheck(torch.ops.fastattn.linear_act.default, (x, w1, b1, "gelu", tracked, backend))
+    torch.library.opcheck(torch.ops.fastattn.ffn.default, (x, w1, b1, w2, b2, *tail))
+    torch.library.opcheck(torch.ops.fastattn.gated_ffn.default, (x, w1, b1, w1, b1, w2, b2, *tail))
+
+
 @pytest.mark.parametrize("paged", [False, True])
 def test_attention_decode(paged):
     shape = (3, 4, 2, 8) if paged else (2, 2, 8, 8)
