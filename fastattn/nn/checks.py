@@ -9,6 +9,7 @@ called.
 from __future__ import annotations
 
 import sys
+from typing import TypeGuard
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -35,7 +36,7 @@ _FORWARDS: dict[type[nn.Module], object] = {
 }
 
 
-def is_exported(x: object, kind: type[Tensor] = Tensor) -> bool:
+def is_exported(x: object, kind: type[Tensor] = Tensor) -> TypeGuard[Tensor]:
     """torch.export, which runs a module as it is on tensors without data, put x in the place of a plain one. Not for
     ONNX, which has no such operators as ours: there torch's own are wanted."""
     if type(x) is not FakeTensor or not isinstance(x, kind):
