@@ -194,14 +194,16 @@ def tune(
 @bench.command()
 def docs(
     results: Annotated[Path, typer.Argument(help="The folder of committed result folders.")] = Path("bench/results"),
-    target: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/performance.md"),
+    folder: Annotated[Path, typer.Option(help="Where performance.md and parity.md are written.")] = Path("docs"),
 ) -> None:
-    """Write the performance page from committed results."""
+    """Write the pages of performance and of parity from committed results."""
     from fastattn.bench.docs import performance_page
+    from fastattn.parity.page import parity_page
 
     try:
-        page = performance_page(results, target.parent)
+        pages = {"performance.md": performance_page(results, folder), "parity.md": parity_page(results)}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, page in pages.items():
+        (folder / name).write_text(page)

@@ -109,6 +109,7 @@ def verify(
     repro: Annotated[str | None, typer.Option(help="Replay one case, such as 0.17, as a failure printed it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    note: Annotated[str, typer.Option(help="A sentence that the JSON keeps, of how the kernels ran.")] = "",
 ) -> None:
     """Check a backend against float64 on random calls, forward and backward. Exit code 1 if any fails.
 
@@ -132,7 +133,7 @@ def verify(
         report = _run(f"{op} on {name}", total, console, partial(run, jobs=jobs, seconds=seconds))
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
-    text = json.dumps(report.to_json(), indent=2)
+    text = json.dumps({"note": note, **report.to_json()}, indent=2)
     if output is not None:
         output.write_text(text + "\n")
     if as_json:

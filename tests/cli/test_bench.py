@@ -130,12 +130,13 @@ def test_wrong_options_are_answered_by_a_sentence(arguments, said) -> None:
     assert said in text and "Traceback" not in text
 
 
-def test_the_page_is_written(tmp_path) -> None:
+def test_the_pages_are_written(tmp_path) -> None:
     results = CHECKOUT / "bench" / "results"
     if not list(results.glob("*/results.json")):
         pytest.skip("FASTATTN_CHECKOUT names no checkout with results")
-    _run("docs", str(results), "--target", str(tmp_path / "page.md"))
-    assert (tmp_path / "page.md").read_text().startswith("# Performance")
+    _run("docs", str(results), "--folder", str(tmp_path / "docs"))
+    assert (tmp_path / "docs" / "performance.md").read_text().startswith("# Performance")
+    assert (tmp_path / "docs" / "parity.md").read_text().startswith("# Parity")
 
 
 def test_tune_times_choices_or_says_that_there_are_none() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,15 +154,11 @@ def test_it_compiles_ahead_of_time(tmp_path: Path) -> None:
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*args, **kwargs), before)
 
 
-def test_onnx_gets_torch_s_own_operations(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+def test_onnx_gets_torch_s_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     model, args, kwargs, valid = encoder()
     before = valid(model.eval()(*args, **kwargs))
     fastattn.swap(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, of deprecations within torch
-        program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
-    assert program is not None
-    assert not operators(program.exported_program)
-    out = program.exported_program.module()(*args, **kwargs)
-    torch.testing.assert_close(valid(out), before, atol=5e-6, rtol=1e-5)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # what torch.onnx.export's own use of it sees
+    program = torch.export.export(model, args, kwargs, strict=False)
+    assert not operators(program)
+    torch.testing.assert_close(valid(program.module()(*args, **kwargs)), before, atol=5e-6, rtol=1e-5)
