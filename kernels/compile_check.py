@@ -65,6 +65,7 @@ VARIANTS = [
     Variant("bfloat16", 128, 128, "causal", short=True),
     Variant("bfloat16", 256, 256, "causal", archs=(80, 86, 90, 100)),
     Variant("float16", 80, 80, "none"),
+    Variant("bfloat16", 16, 16, "causal"),
     Variant("float16", 192, 128, "none", archs=(90,)),
     Variant("bfloat16", 96, 96, "none", options=True, archs=(90,)),
     Variant("float32", 64, 64, "causal", archs=(80, 90)),
@@ -84,10 +85,10 @@ VARIANTS = [
     Variant("bfloat16", 128, 128, "pages", short=True),
     Variant("float16", 256, 256, "pages", archs=(86, 90)),
     Variant("float32", 256, 256, "cache", archs=(86, 90)),
-    Variant("bfloat16", 1024, 1024, "norm"),
+    Variant("bfloat16", 1024, 1024, "norm", short=True),
     Variant("bfloat16", 16384, 16384, "norm", archs=(90,)),
-    Variant("bfloat16", 1024, 1024, "linear_act", archs=(80, 90, 100)),
-    Variant("float32", 1024, 1024, "gated_ffn", archs=(90,)),
+    Variant("bfloat16", 1024, 1024, "linear_act", archs=(80, 90, 100), short=True),
+    Variant("float32", 1024, 1024, "gated_ffn", archs=(90,), short=True),
 ]
 
 
@@ -131,7 +132,7 @@ def _call_layer(variant: Variant) -> None:
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     if variant.mask == "norm":
         residual = x.float()
-        y, z, mean, rstd = backend.norm_forward(x, bias, bias, residual, seed, "layer", 1e-5, 0.0, 0.1)
+        y, z, mean, rstd = backend.norm_forward(x, bias, bias, residual, seed, "layer", 1e-5, 0.0, 0.1, True)
         backend.norm_backward(y, z, z, bias, mean, rstd, seed, "layer", 0.0, 0.1, dtype, dtype, dtype)
     elif variant.mask == "linear_act":
         y, pre = backend.linear_act_forward(x, weight, bias, "gelu", True)

@@ -97,6 +97,8 @@ ROOMY: dict[tuple[str, int, int], list[tuple[int, Tile]]] = {
     ("keys", 90, 2): [(64, Tile(32, 128, 8, 2)), (128, Tile(32, 128, 8, 2)), (256, Tile(32, 32, 4, 2, _H100))],
 }
 INTERPRETED = Tile(128, 64, 4, 1, "for the interpreter: no speed is meant")
+NARROW_HEAD = 16  # columns, padding included, up to which weights of halves are multiplied in float32
+NARROW_TILES = {"forward": Tile(64, 64, 4, 2), "queries": Tile(64, 64, 4, 2), "keys": Tile(32, 64, 4, 2)}
 
 
 def pieces(dim: int) -> tuple[int, int]:
@@ -124,4 +126,6 @@ def attention_tile(
             rows = ROOMY.get((kernel, known, itemsize), rows)
         width = max(sum(pieces(dim_qk)), sum(pieces(dim_v)))
         tile = next(tile for limit, tile in rows if width <= limit)
+        if width <= NARROW_HEAD and itemsize == 2:
+            tile = NARROW_TILES.get(kernel, tile)
     return tile._replace(block_k=min(tile.block_k, BASE_BLOCK)) if blocks else tile

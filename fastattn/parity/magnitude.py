@@ -17,7 +17,7 @@ Norms, with r = rstd, g = |offset| + |weight|, T_x^ = (|z| + mean|z|) r for laye
     T_dz   = r (T_h + mean T_h + T_x^ mean(T_h T_x^)) + |dz|    with T_h = |dy| g (rms has no mean T_h)
     T_dx   = T_dz m      T_dweight = sum |dy| T_x^      T_dbias = sum |dy|
 Linears, with pre-activation a and D(a) the activation's derivative with its terms made positive:
-    T_a    = |x| |W|^T + |b|                       T_h   = T_a (relu2: T_a^2)
+    T_a    = |x| |W|^T + |b|                       T_h   = T_a (relu2: T_a^2, D(a) = 2 T_a where a > 0)
     T_da   = T_dh D(a) (a hidden layer: T_h m, T_dh m)    T_dx  = T_da |W|    T_dW = T_da^T |x|    T_db = sum T_da
 Encoder layers: T of the last product, residual sum and norm, with everything before them as it is. Composed over the
     whole layer T would outgrow every error; what the first half does to the result, plain torch does too.
@@ -141,6 +141,7 @@ def norm_magnitudes(
     }
 
 
+_ROUNDING = 2.0**-20  # of T: what float32 sums may be off by
 _SQRT2, _GELU_K, _TANH_CUBE = math.sqrt(2.0), math.sqrt(2.0 / math.pi), 0.044715
 
 
@@ -165,7 +166,6 @@ _POSITIVE_DERIVATIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": _positive_gelu_tanh,
     "silu": lambda x: _positive_swish(x, 1.0),
     "quick_gelu": lambda x: _positive_swish(x, 1.702),
-    "relu2": lambda x: 2 * torch.relu(x),
 }
 
 
@@ -188,8 +188,10 @@ class _Linear:
 def _hidden(layer: _Linear, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """Value and T of act(a), and D(a)."""
     name = activation or "none"
-    t_h = layer.t.square() if name == "relu2" else layer.t
-    return ACTIVATIONS[name](layer.a), t_h, _POSITIVE_DERIVATIVE[name](layer.a)
+    h = ACTIVATIONS[name](layer.a)
+    if name == "relu2":  # its derivative, 2 a, is the sum itself, which may round across zero
+        return h, layer.t.square(), 2 * layer.t * (layer.a > -_ROUNDING * layer.t)
+    return h, layer.t, _POSITIVE_DERIVATIVE[name](layer.a)
 
 
 def linear_act_magnitudes(
@@ -264,7 +266,7 @@ def near_kink(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | 
     if activation != "relu":
         return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     layer = _Linear(x.double(), x.double().abs(), weight, bias)
-    return (layer.a.abs() <= 2.0**-20 * layer.t).any(dim=-1)
+    return (layer.a.abs() <= _ROUNDING * layer.t).any(dim=-1)
 
 
 def encoder_layer_magnitudes(

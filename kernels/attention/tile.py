@@ -15,6 +15,9 @@ import triton.language as tl
 
 from fastattn.kernels.attention.mask import range_of_keys, range_of_queries
 from fastattn.kernels.numerics import LOG2E, LOWEST, dot, dot_add, narrow, tanh
+from fastattn.kernels.tiles import NARROW_HEAD
+
+NARROW = tl.constexpr(NARROW_HEAD)
 
 
 @triton.jit
@@ -98,9 +101,13 @@ def products(a_one, a_two, b_one, b_two, REST: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def accumulate(one, two, a, b_one, b_two, REST: tl.constexpr, PRECISION: tl.constexpr):
-    """(one, two) + a b, a rounded to the dtype of b."""
+    """(one, two) + a b, a rounded to the dtype of b; but in float32 of a narrow head, where little averages rounding
+    errors and the products are few."""
     left = narrow(a, b_one.dtype)
-    one = dot_add(left, b_one, one, PRECISION)
+    if b_one.dtype != tl.float32 and b_one.shape[1] <= NARROW:
+        one = dot_add(a, b_one.to(tl.float32), one, "tf32x3")
+    else:
+        one = dot_add(left, b_one, one, PRECISION)
     if REST > 0:
         two = dot_add(left, b_two, two, PRECISION)
     return one, two
