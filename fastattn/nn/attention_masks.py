@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.masks import Causal, Dense, KeyMask, Mask
-from fastattn.nn.checks import is_exported
+from fastattn.nn.checks import is_plain
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_masks(
 
 
 def _why_not_mask(name: str, mask: Tensor, query: Tensor) -> str | None:
-    if type(mask) is not Tensor and type(mask) is not torch.nn.Parameter and not is_exported(mask):
+    if not is_plain(mask):
         return f"{name} is a {type(mask).__name__}, not a plain tensor"
     if mask.device != query.device:
         return f"{name} lies on {mask.device.type} beside a query on {query.device.type}"

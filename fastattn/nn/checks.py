@@ -36,7 +36,12 @@ _FORWARDS: dict[type[nn.Module], object] = {
 }
 
 
-def is_exported(x: object, kind: type[Tensor] = Tensor) -> TypeGuard[Tensor]:
+def is_plain(x: object) -> TypeGuard[Tensor]:
+    """A tensor or parameter and no subclass of them."""
+    return type(x) is Tensor or type(x) is nn.Parameter or _is_exported(x)
+
+
+def _is_exported(x: object, kind: type[Tensor] = Tensor) -> bool:
     """torch.export, which runs a module as it is on tensors without data, put x in the place of a plain one. Not for
     ONNX, which has no such operators as ours: there torch's own are wanted."""
     if type(x) is not FakeTensor or not isinstance(x, kind):
@@ -46,7 +51,7 @@ def is_exported(x: object, kind: type[Tensor] = Tensor) -> TypeGuard[Tensor]:
 
 def why_not_input(x: object) -> str | None:
     """The kernels take plain float32, bfloat16 and float16 tensors of a CPU or a CUDA device."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter and not is_exported(x):
+    if not is_plain(x):
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.is_nested:
         return "the input is a nested tensor"
@@ -92,7 +97,7 @@ def why_not_parameter(child: nn.Module, name: str, *, optional: bool) -> str | N
     parameter = child._parameters[name]
     if parameter is None:
         return None if optional else f"has no {name}"
-    if (type(parameter) is not nn.Parameter and not is_exported(parameter, nn.Parameter)) or name in child.__dict__:
+    if (type(parameter) is not nn.Parameter and not _is_exported(parameter, nn.Parameter)) or name in child.__dict__:
         return f"has a {type(getattr(child, name)).__name__} as its {name}"
     if parameter.layout is not torch.strided:
         return f"has a {str(parameter.layout).removeprefix('torch.')} {name}"
@@ -106,7 +111,7 @@ def why_not_tensor(name: str, value: object) -> str | None:
     None is fine."""
     if value is None:
         return None
-    if type(value) is not nn.Parameter and type(value) is not Tensor and not is_exported(value):
+    if not is_plain(value):
         return f"its {name} is a {type(value).__name__}"
     if value.layout is not torch.strided:
         return f"its {name} is {str(value.layout).removeprefix('torch.')}"

@@ -9,8 +9,9 @@ Contract
     one entry of q, k, v and out whose rows cu_seqlens divides into sequences; rows of none are not written.
 
 Numerics
-    Scores, softmax and sums in float32; weights are rounded to the dtype of v for their product. A query that sees no
-    key gives 0 and -inf. Keys that form A hides are read as 0, whatever is stored there.
+    Scores, softmax and sums in float32; weights are rounded to the dtype of v for their product, but for heads of
+    up to 16 columns. A query that sees no key gives 0 and -inf. Keys that form A hides are read as 0, whatever is
+    stored there.
 
 Algorithm
     Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): a program keeps a tile of queries and walks the key

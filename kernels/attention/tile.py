@@ -103,13 +103,13 @@ def products(a_one, a_two, b_one, b_two, REST: tl.constexpr, PRECISION: tl.const
 def accumulate(one, two, a, b_one, b_two, REST: tl.constexpr, PRECISION: tl.constexpr):
     """(one, two) + a b, a rounded to the dtype of b; but in float32 of a narrow head, where little averages rounding
     errors and the products are few."""
-    left = narrow(a, b_one.dtype)
     if b_one.dtype != tl.float32 and b_one.shape[1] <= NARROW:
-        one = dot_add(a, b_one.to(tl.float32), one, "tf32x3")
+        one = dot_add(a, b_one.to(tl.float32), one, "tf32x3")  # there is no second piece beside it
     else:
+        left = narrow(a, b_one.dtype)
         one = dot_add(left, b_one, one, PRECISION)
-    if REST > 0:
-        two = dot_add(left, b_two, two, PRECISION)
+        if REST > 0:
+            two = dot_add(left, b_two, two, PRECISION)
     return one, two
 
 

@@ -31,8 +31,8 @@
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
-constexpr int64_t kPart = 384;                      // keys with a softmax of their own
-constexpr int64_t kMostParts = 8;                   // that a thread takes at once: it fetches the next part's first keys during the last block of one
+constexpr int64_t kPart = 384;                        // keys with a softmax of their own
+constexpr int64_t kMostParts = 8;                     // that a thread takes at once: it fetches the next part's first keys during the last block of one
 constexpr int64_t kBlock = kManyRegisters ? 32 : 24;  // keys whose scores are formed together: their keys and values fit the level-1 cache
 // Accumulators: enough of them to hide the latency of two fused multiply-adds a cycle, and with their operands no more than there are registers.
 constexpr int kRows = kManyRegisters ? 8 : 4, kKeys = kManyRegisters ? 2 : 3;  // dot products at a time
