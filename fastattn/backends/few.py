@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastattn.biases.lowered import LoweredBias
+import torch
+
+from fastattn.biases.lowered import LoweredBias, hide_keys
 from fastattn.masks.lowered import LoweredMask
 
 FEW = 8
@@ -12,18 +14,19 @@ shares out the keys. Of one query: 1.7 to 10 times as fast, of four 1.4 to 3.6, 
 2026-11-26). On GPUs unmeasured."""
 
 
-def is_decoding(len_q: int, len_k: int, mask: LoweredMask, bias: LoweredBias) -> bool:
-    """Whether `attention_decode` of the same backend, with len_k keys in every cache, computes the call. It knows bands
-    about the last position, intervals and biases; and no dropout, which is for the caller to look at."""
+def as_decoding(
+    mask: LoweredMask, bias: LoweredBias, len_q: int, len_k: int, device: torch.device
+) -> tuple[LoweredMask, LoweredBias] | None:
+    """The mask and bias with which `attention_decode` of the same backend computes the call, len_k keys in every cache;
+    None where it does not. It knows bands about the last position, intervals and biases, and no dropout, which is for
+    the caller to look at."""
     has_band = mask.band_left is not None or mask.band_right is not None
-    return (
-        0 < len_q <= FEW
-        and len_q <= len_k
-        and not (has_band and mask.band_offset != len_k - len_q)
-        and mask.key_start is None
-        and mask.key_end is None
-        and mask.key_bits is None
-        and mask.blocks is None
-        and mask.dense is None
-        and not bias.top_left
-    )
+    if (
+        not 0 < len_q <= FEW
+        or len_q > len_k
+        or (has_band and mask.band_offset != len_k - len_q)
+        or mask.blocks is not None
+        or bias.top_left
+    ):
+        return None
+    return hide_keys(mask, bias, len_q, len_k, device)

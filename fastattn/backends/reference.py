@@ -165,6 +165,8 @@ def attention_backward(
     compute = accumulate_dtype(q.dtype)
     full = (*queries.shape[:3], keys.shape[2])
     added = expand(bias, full, position)
+    if added is not None:
+        seen = seen & (added != -torch.inf)
     queries = queries.to(compute)
     keys, values = hide_unseen(seen, keys.to(compute), values.to(compute))
     keys, values = repeat_heads(keys, full[1]), repeat_heads(values, full[1])

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.masks.lowered import LoweredMask, replaced, visible
+
 
 class LoweredBias(NamedTuple):
     """The sum of what is given: a tensor read through its strides, and functions of the distance from query to key.
@@ -49,6 +51,36 @@ def expand(bias: LoweredBias, full: tuple[int, int, int, int], position: Tensor 
         total = total + term
     lowest = torch.finfo(total.dtype).min  # a sum of finite numbers stays finite
     return torch.where(total == -torch.inf, _floor(terms, lowest), total)
+
+
+def hide(dense: Tensor | None, seen: Tensor) -> Tensor:
+    """The dense bias with -inf where a bool mask that broadcasts with it hides a key, whatever the bias is there."""
+    if dense is None:
+        dense = torch.zeros((), dtype=torch.float32, device=seen.device)
+    return torch.where(seen, dense, -torch.inf)
+
+
+def hide_keys(
+    mask: LoweredMask, bias: LoweredBias, len_q: int, len_k: int, device: torch.device
+) -> tuple[LoweredMask, LoweredBias]:
+    """Key ranges, key bits and dense masks as a bias of -inf, small where the queries are few."""
+    if mask.key_start is None and mask.key_end is None and mask.key_bits is None and mask.dense is None:
+        return mask, bias
+    seen = None if mask.dense is None else _as_small(mask.dense)
+    if mask.key_start is not None or mask.key_end is not None or mask.key_bits is not None:
+        keys = LoweredMask(key_start=mask.key_start, key_end=mask.key_end, key_bits=mask.key_bits, dense=seen)
+        seen = visible(keys, len_q, len_k, device)
+    assert seen is not None
+    rest = replaced(mask, key_start=None, key_end=None, key_bits=None, dense=None)
+    return rest, replaced(bias, dense=hide(bias.dense, seen))
+
+
+def _as_small(expanded: Tensor) -> Tensor:
+    """The tensor with one entry along each dimension in which all are the same in memory."""
+    for dim, step in enumerate(expanded.stride()):
+        if step == 0 and expanded.shape[dim] > 1:
+            expanded = expanded.narrow(dim, 0, 1)
+    return expanded
 
 
 def gradients(

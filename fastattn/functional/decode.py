@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastattn import biases
-from fastattn.biases.lowered import NO_BIAS
-from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_bias
+from fastattn.biases.lowered import NO_BIAS, LoweredBias, hide, hide_keys
+from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_mask_and_bias
 from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
 from fastattn.masks import LoweredMask, Mask
-from fastattn.masks.arguments import as_4d
-from fastattn.masks.lowered import Size, replaced
-from fastattn.ops.decode import attention_decode_forward
+from fastattn.masks.lowered import NOTHING_HIDDEN, Size, replaced
+from fastattn.ops.decode import attention_decode_forward, check_lengths
 from fastattn.ops.library import invoke, tracks_gradients
 
 
@@ -79,16 +77,18 @@ def attention_decode(
             block_table pages (pages, page_size, Hkv, D) and (pages, page_size, Hkv, Dv). Hq % Hkv == 0. The new tokens'
             keys and values are in it already.
         cache_lengths: (B,) int32, how many keys of each sequence are in use, the new ones included; what lies behind
-            them may be anything, NaN too. Not read on the host, unless `mask` says so.
+            them may be anything, NaN too. Not read on the host, unless `mask` says so or the tensors lie there.
         block_table: (B, n) int32, the pages of each sequence in order; entries past its length may be anything. With it
             S is n * page_size.
-        mask: which keys a query sees beyond the cache's length. Query i sits at position cache_length - Sq + i. A mask
-            object of `fastattn.masks` without tensors of its own, Causal() with more than one new token; a bool tensor,
-            True is visible, that broadcasts to (B, Hq, Sq, S). Windows and their intersections need no lengths on the
-            host, other masks read them. None: every key in the cache.
-        bias: a float tensor that broadcasts to (B, Hq, Sq, S), of q's dtype or float32, indexed by place in the cache;
-            or an object of `fastattn.biases`, whose distances are from the query's position.
-        scale, softcap, sinks, return_lse, backend: as in `attention`.
+        mask: which keys a query sees beyond the cache's length. Query i sits at position cache_length - Sq + i. An
+            object of `fastattn.masks`, Causal() with more than one new token; a bool tensor, True is visible, or a
+            float tensor, added to the scores, that broadcasts to (B, Hq, Sq, S); int32 key ranges (1|B, 1|Hq, Sq, 2).
+            Tensors, and those of mask objects, count keys by their place in the cache. Windows, key ranges and key
+            masks and their intersections need no lengths on the host, other objects read them. None: every key in the
+            cache. What a hidden key holds does not matter, NaN neither.
+        bias: a float tensor that broadcasts to (B, Hq, Sq, S), of q's dtype or float32, indexed by place in the cache,
+            where -inf hides a key; or an object of `fastattn.biases`, whose distances are from the query's position.
+        scale, softcap, sinks, return_lse, backend: as in `attention`. Autocast casts nothing here.
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype, (B, Sq, Hq, Dv) in memory; with return_lse also lse (B, Hq, Sq), natural log,
@@ -106,15 +106,9 @@ def attention_decode(
     scale, cap = check_scores(q, scale, softcap)
     if sinks is not None:
         check_sinks(sinks, q)
-    added = NO_BIAS if bias is None else lower_bias("bias", bias, size, q)
-    if added.top_left:
-        raise ValueError(f"bias={bias!r} sits at the top left: new tokens are the last ones, leave align out")
-    lowered = LoweredMask()
-    if isinstance(mask, Tensor):
-        added = replaced(added, dense=_hide(mask, added.dense, size, q))
-    elif mask is not None:
-        lowered, dense = _lower_mask(mask, added.dense, size, q, cache_lengths)
-        added = replaced(added, dense=dense)
+    lowered, added = NOTHING_HIDDEN, NO_BIAS
+    if mask is not None or bias is not None:
+        lowered, added = _lower(mask, bias, size, q, cache_lengths)
     out, lse = invoke(
         attention_decode_forward,
         q,
@@ -190,53 +184,66 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
     return k.shape[length_at] if table is None else table.shape[1] * k.shape[length_at]
 
 
-def _hide(mask: Tensor, added: Tensor | None, full: Size, q: Tensor) -> Tensor:
-    """A bool mask over the cache as a bias of 0 and -inf, small as the queries are few."""
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask has dtype {mask.dtype}: pass bool (True is visible); what is added to the scores goes to bias="
-        )
-    check_device("mask", mask, "q", q)
-    hidden = torch.zeros((), device=q.device).masked_fill(~as_4d("mask", mask, full), -math.inf)
-    return hidden if added is None else hidden + added
-
-
-def _lower_mask(
-    mask: Mask, added: Tensor | None, full: Size, q: Tensor, cache_lengths: Tensor
-) -> tuple[LoweredMask, Tensor | None]:
+def _lower(
+    mask: Mask | LoweredMask | Tensor | None,
+    bias: biases.Bias | Tensor | None,
+    size: Size,
+    q: Tensor,
+    cache_lengths: Tensor,
+) -> tuple[LoweredMask, LoweredBias]:
     """Band and intervals about the positions of the newest tokens, and the bias with whatever these cannot say."""
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask is a {type(mask).__name__}: pass an object of fastattn.masks, a bool tensor, or None")
-    _, heads, len_q, room = full
-    whole = mask.lower(1, heads, len_q, room, q.device)
+    lowered, added = lower_mask_and_bias(None if isinstance(mask, Mask) else mask, bias, size, q)
+    if added.top_left:
+        raise ValueError(f"bias={bias!r} sits at the top left: new tokens are the last ones, leave align out")
+    if isinstance(mask, Mask):
+        return _lower_object(mask, added, size, q, cache_lengths)
+    if not _is_about_positions(lowered, size.len_k - size.len_q):
+        raise ValueError(
+            "mask is a LoweredMask with blocks, or with a band that is not about the last key: pass the mask object"
+        )
+    return hide_keys(lowered, added, size.len_q, size.len_k, q.device)
+
+
+def _lower_object(
+    mask: Mask, added: LoweredBias, size: Size, q: Tensor, cache_lengths: Tensor
+) -> tuple[LoweredMask, LoweredBias]:
+    """As `_lower`; where positions in a full cache do not tell, by the length of each sequence."""
+    _, _, len_q, room = size
+    whole = mask.lower(*size, q.device)
     if _is_about_positions(whole, room - len_q) and whole.intervals is None:
-        return whole, added
+        return hide_keys(whole, added, len_q, room, q.device)
     lengths = cache_lengths.tolist()
-    forms = [mask.lower(1, heads, len_q, length, q.device) for length in lengths]
-    if forms and all(_is_about_positions(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
-        return replaced(forms[0], intervals=_stack_intervals(forms, heads)), added
-    seen = torch.zeros(full, dtype=torch.bool, device=q.device)
+    check_lengths(min(lengths, default=0), max(lengths, default=0), room)
+    forms = [mask.lower(*size[:3], length, q.device) for length in lengths]
+    if forms and all(_has_no_keys(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
+        return replaced(forms[0], intervals=_stack_intervals(forms, size)), added
+    seen = torch.zeros(size, dtype=torch.bool, device=q.device)
     for b, length in enumerate(lengths):
-        seen[b, ..., :length] = mask.to_dense(1, heads, len_q, length, q.device)[0]
-    return LoweredMask(), _hide(seen, added, full, q)
+        seen[b, ..., :length] = mask.to_dense(*size[:3], length, q.device)[b]
+    return LoweredMask(), replaced(added, dense=hide(added.dense, seen))
 
 
 def _is_about_positions(form: LoweredMask, offset: int) -> bool:
-    """Whether nothing but a band about that offset and intervals hides keys."""
+    """Whether a band about that offset, intervals and places in the cache say what is hidden, not blocks of queries."""
     has_band = form.band_left is not None or form.band_right is not None
-    rest = replaced(form, band_offset=0, band_left=None, band_right=None, intervals=None, bounds=None)
-    return rest == LoweredMask() and (not has_band or form.band_offset == offset)
+    return form.blocks is None and (not has_band or form.band_offset == offset)
 
 
-def _stack_intervals(forms: list[LoweredMask], heads: int) -> Tensor | None:
+def _has_no_keys(form: LoweredMask, offset: int) -> bool:
+    """Whether nothing but a band about that offset and intervals hides keys."""
+    keys = (form.key_start, form.key_end, form.key_bits, form.dense)
+    return _is_about_positions(form, offset) and all(t is None for t in keys)
+
+
+def _stack_intervals(forms: list[LoweredMask], size: Size) -> Tensor | None:
     """The intervals of one form per sequence as (R, B, Hq, Sq, 2); those that a form has fewer of are empty."""
     given = [form.intervals for form in forms]
     most = max(0 if t is None else t.shape[0] for t in given)
     if most == 0:
         return None
     stacked = []
-    for t in given:
+    for b, t in enumerate(given):
         assert t is not None  # the number of intervals is a matter of the mask, not of the length
-        empty = t.new_zeros(most - t.shape[0], *t.shape[1:])
-        stacked.append(torch.cat((t, empty)).expand(-1, -1, heads, -1, -1))
+        own = t.expand(-1, *size[:3], 2)[:, b : b + 1]
+        stacked.append(torch.cat((own, own.new_zeros(most - own.shape[0], *own.shape[1:]))))
     return torch.cat(stacked, dim=1)

@@ -50,6 +50,7 @@ def _forward(
         softcap != 0.0,
         sinks is not None,
     )
+    _check_places(k_cache, cache_lengths, block_table)
     out, lse = dispatch.choose(DecodeProblem, fields, backend).attention_decode(
         unit_stride(q),
         unit_stride(k_cache),
@@ -63,6 +64,41 @@ def _forward(
         softcap,
     )
     return out, lse
+
+
+def _check_places(k_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | None) -> None:
+    """ValueError where a sequence is longer than its cache or uses a page that there is not: a kernel would read
+    elsewhere.
+
+    Looked at on the host's own tensors only: in a traced call they have no values, on a GPU reading them would wait.
+    """
+    if cache_lengths.device.type != "cpu" or cache_lengths.numel() == 0:
+        return
+    pages, page = k_cache.shape[0], k_cache.shape[1]
+    room = k_cache.shape[2] if block_table is None else block_table.shape[1] * page
+    shortest, longest = map(int, cache_lengths.aminmax())
+    check_lengths(shortest, longest, room)
+    if block_table is None or block_table.numel() == 0:
+        return
+    first, last = map(int, block_table.aminmax())
+    if first >= 0 and last < pages:
+        return
+    for b, length in enumerate(cache_lengths.tolist()):  # what lies past a sequence's end may be anything
+        used = block_table[b, : -(-length // page)].tolist()
+        wrong = [n for n in used if not 0 <= n < pages]
+        if wrong:
+            raise ValueError(
+                f"block_table[{b}] names page {wrong[0]}, but the cache has {pages}: pass 0 to {pages - 1}"
+            )
+
+
+def check_lengths(shortest: int, longest: int, room: int) -> None:
+    """ValueError where a sequence does not fit into its cache."""
+    if shortest < 0 or longest > room:
+        raise ValueError(
+            f"cache_lengths holds {shortest if shortest < 0 else longest}, but the cache has room for {room} keys: "
+            f"pass 0 to {room} for each sequence"
+        )
 
 
 def _fake_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

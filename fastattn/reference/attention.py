@@ -68,6 +68,8 @@ def attention(
         mask = None
     seen = dense_mask(mask, full, q.device)
     added = None if bias is None else dense_bias(bias, full)
+    if added is not None:
+        seen = seen & (added != -math.inf)
     compute = accumulate_dtype(q.dtype)
     queries, keys, values = q.to(compute), k.to(compute), v.to(compute)
     keys, values = hide_unseen(seen, keys, values)

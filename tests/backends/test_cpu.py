@@ -218,8 +218,10 @@ _NEW, _CACHED = 3, 40
         ({"bias": biases.ALiBi(torch.tensor([0.5, 0.25, 0.125, 1.0])), "mask": masks.Causal()}, True),
         ({"bias": torch.linspace(-1, 1, _CACHED).view(1, 1, 1, -1)}, True),
         ({"mask": masks.Causal("top-left")}, False),
-        ({"mask": masks.KeyLengths([30])}, False),
-        ({"mask": torch.rand(_NEW, _CACHED) < 0.5}, False),
+        ({"mask": masks.KeyLengths([30])}, True),
+        ({"mask": masks.KeyMask(torch.arange(_CACHED)[None] % 3 > 0) & masks.Causal()}, True),
+        ({"mask": torch.arange(_NEW * _CACHED).view(_NEW, _CACHED) % 7 < 3, "bias": torch.ones(_CACHED)}, True),
+        ({"mask": masks.Dilated(3, 2)}, False),
         ({"dropout_p": 0.5, "dropout_seed": torch.tensor([7])}, False),
     ],
     ids=lambda value: (

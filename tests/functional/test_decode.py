@@ -81,6 +81,70 @@ def test_bool_mask_and_bias_index_places_in_the_cache() -> None:
         torch.testing.assert_close(out[b : b + 1], expected, atol=2e-6, rtol=1e-5)
 
 
+PER_SEQUENCE = {
+    "ranges": masks.KeyRange([3, 0, 100], [290, 5, 400]),
+    "ranges and window": masks.KeyRange([3, 0, 100], [290, 5, 400]) & masks.SlidingWindow(250, 0),
+    "keys and causal": masks.KeyMask(torch.arange(3 * 512).view(3, 512) % 5 > 1) & masks.Causal(),
+    "several ranges": masks.KeyRange([3, 0, 100], [290, 5, 400]) & (masks.SlidingWindow(90, 0) | masks.GlobalTokens(2)),
+    "blocks": masks.KeyRange([3, 0, 100], [290, 5, 400]) & masks.Dilated(20, 3),
+}
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("len_q", (1, 3))
+@pytest.mark.parametrize("name", PER_SEQUENCE)
+def test_masks_with_tensors_for_each_sequence(name: str, len_q: int, backend: str) -> None:
+    """Beside the dense mask of each sequence; keys that nobody sees hold NaN."""
+    mask = PER_SEQUENCE[name]
+    keys, values, lengths = cache([300, 7, 512], 512)
+    q = torch.randn(3, 6, len_q, 16, generator=torch.Generator().manual_seed(1))
+    whole = mask & masks.Causal()
+    seen = torch.zeros(3, 6, len_q, 512, dtype=torch.bool)
+    for b, length in enumerate(lengths.tolist()):
+        # by places in the cache for what has tensors, by positions about the last key for the rest
+        for i in range(len_q):
+            position = length - len_q + i
+            seen[b, :, i, :length] = whole.to_dense(3, 6, 512, 512)[b, :, position, :length]
+    hidden = ~seen.any(dim=2).any(dim=1)[:, None, :, None]
+    spoiled = (tensor.masked_fill(hidden, math.nan) for tensor in (keys, values))
+    out = fastattn.attention_decode(q, *spoiled, lengths, mask=mask & masks.Causal(), backend=backend)
+    clean = (tensor.nan_to_num() for tensor in (keys, values))
+    torch.testing.assert_close(out, fastattn.attention(q, *clean, mask=seen), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("kind", ("mask", "bias", "float mask", "ranges"))
+def test_hidden_keys_may_hold_anything(kind: str, backend: str) -> None:
+    keys, values, lengths = cache([60, 33], 64)
+    seen = (torch.arange(64) < 7) | (torch.arange(64) > 30)
+    keys[:, :, ~seen] = values[:, :, ~seen] = math.nan
+    hidden = torch.zeros(64).masked_fill(~seen, -math.inf)
+    given: dict[str, Any] = {
+        "mask": {"mask": seen},
+        "bias": {"bias": hidden},
+        "float mask": {"mask": hidden},
+        "ranges": {"mask": torch.tensor([31, 64], dtype=torch.int32).expand(2, 1, 2, 2)},
+    }[kind]
+    out = fastattn.attention_decode(torch.ones(2, 2, 2, 16), keys, values, lengths, **given, backend=backend)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("len_q", (1, 8, 9))
+@pytest.mark.parametrize("spoiled", ("q", "k", "one k"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_nan_that_is_seen_comes_out(len_q: int, spoiled: str, dtype: torch.dtype) -> None:
+    """In the kernel for few queries as in the other; a NaN must not be taken for a query that sees nothing."""
+    q, k, v = torch.ones(1, 2, len_q, 16), torch.ones(1, 2, 900, 16), torch.ones(1, 2, 900, 16)
+    if spoiled == "q":
+        q[0, 1, 0, 3] = math.nan
+    else:
+        k[0, 1, slice(None) if spoiled == "k" else 700, 3] = math.nan
+    out, lse = fastattn.attention(*(x.to(dtype) for x in (q, k, v)), return_lse=True)
+    assert out[0, 1, 0].isnan().all()
+    assert lse[0, 1, 0].isnan()
+    assert out[0, 0].isfinite().all()
+
+
 @pytest.mark.parametrize("threads", (1, 2, 3))
 def test_the_thread_count_changes_no_bit(threads: int) -> None:
     keys, values, lengths = cache([2000, 700], 2048, heads=1)
@@ -122,7 +186,29 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths shape": ({"cache_lengths": torch.zeros(3, dtype=torch.int32)}, ValueError, "cache_lengths has shape"),
     "lengths a list": ({"cache_lengths": [1, 2]}, TypeError, "cache_lengths is of list"),
     "table": ({"block_table": torch.zeros(3, 1, dtype=torch.int32)}, ValueError, r"block_table has shape \(3, 1\)"),
-    "mask dtype": ({"mask": torch.zeros(8)}, TypeError, "mask has dtype torch.float32: pass bool"),
+    "mask dtype": ({"mask": torch.zeros(8).long()}, TypeError, "mask has dtype torch.int64: pass bool"),
+    "lengths beyond the cache": ({"cache_lengths": torch.tensor([8, 9]).int()}, ValueError, "holds 9, but .* 8 keys"),
+    "negative lengths": ({"cache_lengths": torch.tensor([8, -1]).int()}, ValueError, "holds -1, but .* 8 keys"),
+    "lengths beyond the cache, read for a mask": (
+        {"cache_lengths": torch.tensor([8, 9]).int(), "mask": masks.Dilated(2, 2)},
+        ValueError,
+        "holds 9, but .* 8 keys",
+    ),
+    "pages": (
+        {
+            "k_cache": torch.zeros(2, 8, 2, 16),
+            "v_cache": torch.zeros(2, 8, 2, 16),
+            "block_table": torch.tensor([[0, 5], [9, 2]]).int(),
+            "cache_lengths": torch.tensor([2, 3]).int(),
+        },
+        ValueError,
+        r"block_table\[1\] names page 9, but the cache has 2",
+    ),
+    "lowered mask": (
+        {"mask": masks.Causal("top-left").lower(2, 4, 1, 8, torch.device("cpu"))},
+        ValueError,
+        "a band that is not about the last key",
+    ),
     "mask kind": ({"mask": "causal"}, TypeError, "mask is a str"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap=-1.0 is not positive"),
     "gradient": ({"q": torch.zeros(2, 4, 1, 16, requires_grad=True)}, ValueError, "attention_decode has no gradient"),

@@ -27,6 +27,7 @@
 #include "../kernels.h"
 #include "../pack.h"
 #include "distance.h"
+#include "words.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
@@ -99,6 +100,19 @@ struct Query {
             if (interval[r].begin <= key && key < interval[r].end) return true;
         return !intervals && band.begin <= key && key < band.end;
     }
+
+    // Bit i: key begin + i, of `count`, is visible by band and intervals, and no bias of -inf hides it.
+    uint64_t word(const fastattn_decode &p, const Group &group, int64_t begin, int64_t count) const {
+        uint64_t seen = intervals ? 0 : bits_between(band.begin - begin, band.end - begin);
+        for (int64_t r = 0; r < intervals; r++) seen |= bits_between(interval[r].begin - begin, interval[r].end - begin);
+        if (p.bias.data) seen &= word_of_finite(bias(p, group, begin), p.bias_dtype, p.bias.stride[3], count);
+        return seen & bits_below(count);
+    }
+
+    const void *bias(const fastattn_decode &p, const Group &group, int64_t key) const {
+        const fastattn_tensor &t = p.bias;
+        return offset((const void *)t.data, p.bias_dtype, group.batch * t.stride[0] + head * t.stride[1] + index * t.stride[2] + key * t.stride[3]);
+    }
 };
 
 Group group_at(const fastattn_decode &p, const Shape &shape, int64_t index) {
@@ -127,11 +141,20 @@ struct DecodeBuffers {
     float *queries, *scores, *totals, *sums;
 };
 
-// Where the rows of a block of keys, or of values, lie.
+// Keys [begin, begin + count); bit i of `seen` says that some query of the group sees key begin + i.
+struct KeyBlock {
+    int64_t begin = 0, count = 0;
+    uint64_t seen = 0;
+};
+
+// Where the rows of a block of keys, or of values, lie; for those that nobody sees zeros, because NaN may lie there.
 struct BlockRows {
+    static constexpr int64_t kMaxDim = 256;
+    alignas(64) static constexpr char kZeros[kMaxDim * 4] = {};
     const char *row[kBlock];
 
-    BlockRows(const fastattn_decode &p, const fastattn_tensor &cache, const Group &group, int64_t begin, int64_t count) {
+    BlockRows(const fastattn_decode &p, const fastattn_tensor &cache, const Group &group, const KeyBlock &block) {
+        const int64_t begin = block.begin, count = block.count;
         const int64_t head_stride = p.block_table ? cache.stride[2] : cache.stride[1];
         const int64_t row_bytes = (p.block_table ? cache.stride[1] : cache.stride[2]) * size_of(p.dtype);
         for (int64_t i = 0; i < count;) {
@@ -144,7 +167,8 @@ struct BlockRows {
             const char *at = (const char *)offset((const void *)cache.data, p.dtype, outer * cache.stride[0] + group.head_kv * head_stride) + within * row_bytes;
             for (; run > 0; run--, at += row_bytes) row[i++] = at;
         }
-        for (int64_t i = count; i < kBlock; i++) row[i] = row[count - 1];  // read, never used
+        for (uint64_t hidden = bits_below(count) & ~block.seen; hidden; hidden &= hidden - 1) row[__builtin_ctzll(hidden)] = kZeros;
+        for (int64_t i = count; i < kBlock; i++) row[i] = kZeros;  // read, never used
     }
 };
 
@@ -289,30 +313,50 @@ class PartWorker {
         for (int64_t row = 0; row < shape_.rows; row++) maximum_[row] = -kInf;
         pack_queries();
         const int64_t key_bytes = p_.dim_qk * size_of(p_.dtype), value_bytes = p_.dim_v * size_of(p_.dtype);
-        BlockRows keys(p_, p_.k, group_, begin, smaller(kBlock, end - begin));
-        for (int64_t key = begin; key < end; key += kBlock) {
-            const int64_t count = smaller(kBlock, end - key), next = larger(0, smaller(kBlock, group_.span.end - key - kBlock));
-            const BlockRows values(p_, p_.v, group_, key, count);
-            NextRows ahead(values, value_bytes, count);
+        KeyBlock block = next_block(begin, end);
+        BlockRows keys(p_, p_.k, group_, block);
+        while (block.count) {
+            const BlockRows values(p_, p_.v, group_, block);
+            NextRows ahead(values, value_bytes, block.count);
             for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
-                block_scores<dtype, Rows>(buffers_.queries + row * shape_.width_qk, shape_.width_qk, p_.dim_qk, keys, count, ahead, buffers_.scores + row * kBlock);
+                block_scores<dtype, Rows>(buffers_.queries + row * shape_.width_qk, shape_.width_qk, p_.dim_qk, keys, block.count, ahead,
+                                          buffers_.scores + row * kBlock);
             });
             ahead.rest();
             for (int64_t row = 0; row < shape_.rows; row++) {
-                finish_scores(row, key, count, buffers_.scores + row * kBlock);
-                softmax(row, count, buffers_.scores + row * kBlock);
+                finish_scores(row, block.begin, block.count, buffers_.scores + row * kBlock);
+                softmax(row, block.count, buffers_.scores + row * kBlock);
             }
-            if (next) keys = BlockRows(p_, p_.k, group_, key + kBlock, next);
-            ahead = NextRows(keys, key_bytes, next);
+            const KeyBlock next = next_block(block.begin + kBlock, end);
+            const KeyBlock fetched = next.count ? next : block_at(end, group_.span.end);
+            keys = BlockRows(p_, p_.k, group_, fetched);
+            ahead = NextRows(keys, key_bytes, fetched.count);
             for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
-                block_values<dtype, Rows>(buffers_.scores + row * kBlock, values, count, p_.dim_v, ahead, out_ + row * shape_.width_v, shape_.width_v);
+                block_values<dtype, Rows>(buffers_.scores + row * kBlock, values, block.count, p_.dim_v, ahead, out_ + row * shape_.width_v, shape_.width_v);
             });
             ahead.rest();
+            block = next;
         }
         for (int64_t row = 0; row < shape_.rows; row++) total_[row] = sum(load(buffers_.totals + row * kLanes));
     }
 
   private:
+    // The first block from `begin` on, whole blocks further, of which some query sees a key; of no keys where there is none before `end`.
+    KeyBlock next_block(int64_t begin, int64_t end) const {
+        for (; begin < end; begin += kBlock) {
+            const KeyBlock block = block_at(begin, end);
+            if (block.seen) return block;
+        }
+        return {};
+    }
+
+    KeyBlock block_at(int64_t begin, int64_t end) const {
+        KeyBlock block{begin, larger(0, smaller(kBlock, end - begin)), 0};
+        const uint64_t all = bits_below(block.count);
+        for (int64_t row = 0; row < shape_.rows && block.seen != all; row++) block.seen |= buffers_.query[row].word(p_, group_, begin, block.count);
+        return block;
+    }
+
     void pack_queries() {
         for (int64_t row = 0; row < shape_.rows; row++) buffers_.query[row] = Query(p_, group_, row);
         for (int64_t g = 0; g < shape_.heads_per_group; g++) {
@@ -328,13 +372,15 @@ class PartWorker {
         if (p_.softcap > 0)
             for (int64_t c = 0; c < count; c += kLanes) store(scores + c, tanh(load(scores + c) * (1.0f / p_.softcap)) * p_.softcap);
         if (p_.bias.data) {
-            const fastattn_tensor &t = p_.bias;
-            const int64_t base = group_.batch * t.stride[0] + query.head * t.stride[1] + query.index * t.stride[2] + key * t.stride[3];
-            const auto at = [&](int64_t c) { return offset((const void *)t.data, p_.bias_dtype, base + c * t.stride[3]); };
-            if (t.stride[3] == 1)
-                for (int64_t c = 0; c < count; c += kLanes) add_to(scores + c, load_any(at(c), p_.bias_dtype, lanes_left(c, count)));
-            else
-                for (int64_t c = 0; c < count; c++) scores[c] += load_scalar(at(c), p_.bias_dtype);
+            const int64_t stride = p_.bias.stride[3];
+            const void *bias = query.bias(p_, group_, key);
+            for (int64_t c = 0; c < count; c += kLanes) {
+                vfloat added = zero();
+                if (stride == 1) added = load_any(offset(bias, p_.bias_dtype, c), p_.bias_dtype, lanes_left(c, count));
+                else
+                    for (int lane = 0; lane < lanes_left(c, count); lane++) added[lane] = load_scalar(offset(bias, p_.bias_dtype, (c + lane) * stride), p_.bias_dtype);
+                store(scores + c, select((vint)(added == -kInf), added, load(scores + c) + added));
+            }
         }
         if (is_given(p_.distance)) {
             float strip[kBlock];
@@ -401,8 +447,9 @@ void combine(const fastattn_decode &p, const Shape &shape, const Group &group, c
     const float base = top == -kInf ? 0.0f : top;
     memset(sums, 0, (size_t)shape.width_v * 4);
     for (int64_t part = 0; part < parts; part++) {
-        const float weight = __builtin_expf(maximum(part) - base);
-        if (weight == 0.0f) continue;
+        if (total(part) == 0.0f) continue;  // nothing was visible
+        // Without a maximum the scores of the part were NaN, and so is its total.
+        const float weight = maximum(part) == -kInf ? 1.0f : __builtin_expf(maximum(part) - base);
         all += total(part) * weight;
         const float *source = partials + part * shape.partial_floats() + row * shape.width_v;
         for (int64_t c = 0; c < shape.width_v; c += kLanes) add_to(sums + c, load(source + c) * weight);

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.decode import attention_decode
 from fastattn.backends.cpu.library import dropout_arguments, native
-from fastattn.backends.few import is_decoding
+from fastattn.backends.few import as_decoding
 from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out, mask_arguments, view
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
@@ -36,8 +36,9 @@ def attention_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, len_q, _ = q.shape
-    if packed is None and dropout_p == 0.0 and is_decoding(len_q, k.shape[2], mask, bias):
-        return attention_decode(q, k, v, None, None, mask, bias, sinks, scale, softcap)
+    decoding = as_decoding(mask, bias, len_q, k.shape[2], q.device) if packed is None and dropout_p == 0.0 else None
+    if decoding is not None:
+        return attention_decode(q, k, v, None, None, *decoding, sinks, scale, softcap)
     k, v = _gathered(k, v, q, mask, packed)
     out = empty_out(q, v.shape[3])
     lse = torch.empty(batch, heads, len_q, dtype=torch.float32)

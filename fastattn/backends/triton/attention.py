@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.few import is_decoding
+from fastattn.backends.few import as_decoding
 from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
@@ -53,9 +53,10 @@ def attention_forward(
     """See the protocol."""
     batch, heads, rows, _ = q.shape
     fits = packed is None and dropout_p == 0.0 and batch * k.shape[1] < MAX_ENTRIES
-    if fits and is_decoding(rows, k.shape[2], mask, bias):
+    decoding = as_decoding(mask, bias, rows, k.shape[2], q.device) if fits else None
+    if decoding is not None:
         lengths = torch.full((batch,), k.shape[2], dtype=torch.int32, device=q.device)
-        return attention_decode(q, k, v, lengths, None, mask, bias, sinks, scale, softcap)
+        return attention_decode(q, k, v, lengths, None, *decoding, sinks, scale, softcap)
     from fastattn.kernels.attention.forward import attention_forward_kernel
 
     out = empty_out(q, v.shape[3])
