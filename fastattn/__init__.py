@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastattn import biases, integrations, masks, nn, reference
-    from fastattn.dispatch import backends, use_backend
+    from fastattn.dispatch import BackendWarning, backends, use_backend
     from fastattn.errors import NotSupported
     from fastattn.functional.attention import attention, explain
     from fastattn.functional.decode import attention_decode
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastattn.functional.norm import layer_norm, rms_norm
     from fastattn.functional.sdpa import scaled_dot_product_attention
     from fastattn.functional.varlen import attention_varlen
-    from fastattn.swap import plan, swap
+    from fastattn.swap import NotSwapped, SwapReport, plan, swap
 
 _HOMES = {
     "attention": "fastattn.functional",
@@ -34,7 +34,10 @@ _HOMES = {
     "gated_ffn": "fastattn.functional",
     "layer_norm": "fastattn.functional",
     "linear_act": "fastattn.functional",
+    "BackendWarning": "fastattn.dispatch",
     "NotSupported": "fastattn.errors",
+    "NotSwapped": "fastattn.swap",
+    "SwapReport": "fastattn.swap",
     "plan": "fastattn.swap",
     "rms_norm": "fastattn.functional",
     "scaled_dot_product_attention": "fastattn.functional",
@@ -44,7 +47,10 @@ _HOMES = {
 _MODULES = ("biases", "integrations", "masks", "nn", "reference")
 
 __all__ = [
+    "BackendWarning",
     "NotSupported",
+    "NotSwapped",
+    "SwapReport",
     "attention",
     "attention_decode",
     "attention_varlen",

@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ _LOG = logging.getLogger("fastattn")
 
 
 class BackendWarning(UserWarning):
-    """A call runs on a slower backend than its device's first one."""
+    """A call runs on a slower backend than its device's first one, or a module on the code that it was to replace."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _Choice:
 
 _choices: dict[tuple[Any, ...], _Choice] = {}
 _modules: dict[str, Any] = {}
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[str, ...]] = set()
 
 
 def check_backend_name(name: str, argument: str = "backend") -> str:
@@ -90,6 +91,9 @@ def check_backend_name(name: str, argument: str = "backend") -> str:
 forced: str = check_backend_name(os.environ.get("FASTATTN_BACKEND", ""), "FASTATTN_BACKEND")
 """The backend every call uses unless it passes its own; empty chooses. Set by `use_backend`, for the whole process."""
 
+_blocks: list[list[str]] = [[forced]]
+"""The backend of the environment, and that of each `use_backend` block that has not ended, the newest last."""
+
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
@@ -98,11 +102,15 @@ def use_backend(name: str | None) -> Iterator[None]:
     A call that the backend refuses raises NotSupported. ValueError for an unknown name. Blocks nest.
     """
     global forced
-    before, forced = forced, check_backend_name(name or "")
+    block = [check_backend_name(name or "")]
+    _blocks.append(block)
+    forced = _blocks[-1][0]
     try:
         yield
     finally:
-        forced = before
+        # Blocks of several threads need not end in the order in which they began.
+        del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
+        forced = _blocks[-1][0]
 
 
 def backends() -> dict[str, str | None]:
@@ -183,21 +191,41 @@ def _report(problem: Problem, chosen: str, passed: dict[str, list[str]]) -> tupl
     return found
 
 
+def forbid_fallback(op: str, chosen: str, reason: str) -> None:
+    """NotSupported where a backend is forced, and something else would run."""
+    if forced:
+        raise NotSupported(op, f"{chosen} would run it", {forced: [reason]})
+
+
 def note_fallback(op: str, passed: str, chosen: str, reason: str) -> None:
     """Counts a fallback that was decided above the backends, and warns of it once."""
+    if torch.compiler.is_compiling():
+        return
     fallbacks[(op, passed, reason)] += 1
     _tell(op, passed, chosen, reason)
 
 
 def _tell(op: str, passed: str, chosen: str, reason: str, problem: Problem | None = None) -> None:
     """The log line of a fallback, under FASTATTN_LOG=1, and its warning, once per reason."""
+    log("%s: %s runs instead of %s: %s; %s", op, chosen, passed, reason, problem or "")
+    warn_once((op, passed, reason), f"{op} falls back from backend {passed!r} to {chosen!r}: {reason}")
+
+
+def log(text: str, *values: object) -> None:
+    """A line of the logger "fastattn" under FASTATTN_LOG=1."""
     if os.environ.get("FASTATTN_LOG") == "1":
-        _LOG.warning("%s: %s runs instead of %s: %s; %s", op, chosen, passed, reason, problem or "")
-    if (op, passed, reason) not in _warned:
-        _warned.add((op, passed, reason))
-        warnings.warn(
-            f"fastattn: {op} falls back from backend {passed!r} to {chosen!r}: {reason}", BackendWarning, stacklevel=3
-        )
+        _LOG.warning(text, *values)
+
+
+def warn_once(key: tuple[str, ...], text: str) -> None:
+    """A BackendWarning, the first time for this key, at the line outside of fastattn and torch that led here."""
+    if key in _warned:
+        return
+    _warned.add(key)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastattn", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"fastattn: {text}", BackendWarning, stacklevel=level)
 
 
 def _unavailable(name: str) -> str | None:

@@ -63,11 +63,11 @@ def scaled_dot_product_attention(
         )
     reason = _why_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
+        dispatch.forbid_fallback(_NAME, "torch", reason)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-        if not torch.compiler.is_compiling():
-            dispatch.note_fallback(_NAME, "fastattn", "torch", reason)
+        dispatch.note_fallback(_NAME, "fastattn", "torch", reason)
         return out
     q, k, v, lead = _four_dims(query, key, value, enable_gqa)
     mask: Mask | None = _TOP_LEFT if is_causal else None

@@ -17,23 +17,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import (
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    eager_mask,
-    prepare_padding_mask,
-    sdpa_mask,
-    sliding_window_bidirectional_overlay,
-    sliding_window_overlay,
-)
-from transformers.utils import logging
-from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 
 from fastattn.functional import attention
+from fastattn.integrations import why_not_transformers
 from fastattn.masks import Causal
 from fastattn.nn.fused import Fused
+
+try:
+    from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import (
+        and_masks,
+        bidirectional_mask_function,
+        causal_mask_function,
+        eager_mask,
+        prepare_padding_mask,
+        sdpa_mask,
+        sliding_window_bidirectional_overlay,
+        sliding_window_overlay,
+    )
+    from transformers.utils import logging
+    from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
+except ImportError as error:
+    raise ImportError(f"fastattn.integrations.transformers: {why_not_transformers() or error}") from error
 
 NAME = "fastattn"
 

@@ -23,6 +23,8 @@ class Fused(nn.Module):
     """Parts ("attention", "norms", "ffns", "linears") that run the original code in this module."""
     fastattn_backend: str | None = None
     """The backend that this module's calls are forced to; None leaves the choice to dispatch."""
+    fastattn_strict: bool = False
+    """Whether a call that would run original code raises instead, as swap(strict=True) wants it."""
 
 
 def stands_for(module: nn.Module, original: type[ModuleT]) -> TypeGuard[ModuleT]:

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.functional.checks import resolve_backend
 from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
-from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.ops.library import tracks_gradients
+
+AS_FAST = "torch's kernel is as fast: float32 inference on a CPU"
 
 
 class LayerNorm(Fused, nn.LayerNorm):
@@ -41,6 +43,7 @@ class LayerNorm(Fused, nn.LayerNorm):
             and not resolve_backend(self.fastattn_backend)
             and not tracks_gradients(input, weight, bias)
         ):
+            note_choice(self, AS_FAST)
             return super().forward(input)
         x, flat_weight, flat_bias = _as_one_dim(self.normalized_shape, input, weight, bias)
         y = layer_norm(x, flat_weight, flat_bias, self.eps, backend=self.fastattn_backend)

@@ -50,7 +50,8 @@ def swap(
     attention, norms, ffns: which parts to take over. linears: projections (q, k, v and output of attention, and in
     inference on a CPU large linears of any kind, where the kernel was found faster than torch's).
     backend: the name of the backend that every call is forced to; None lets dispatch choose per call.
-    strict: swap everything that was asked for, or nothing.
+    strict: swap everything that was asked for, or nothing; and a call that would run original code all the same,
+        because of its input or of a hook that came later, raises NotSupported. So it does where a backend is forced.
 
     Returns the report; print it, and call its undo() to get the original model back.
     Raises TypeError if model is not an nn.Module, ValueError for an unknown backend, NotSupported for one that is not
@@ -58,7 +59,7 @@ def swap(
     """
     decisions = _checked_decisions(model, (attention, norms, ffns, linears), backend, strict)
     targets = [decision.target for decision in decisions if decision.target is not None]
-    change = _Change(model, targets, backend)
+    change = _Change(model, targets, backend, strict)
     change.apply()
     for decision in decisions:
         if decision.target is not None:
@@ -114,9 +115,10 @@ class _ConfigMove:
 class _Change:
     """The classes and configs that one swap sets."""
 
-    def __init__(self, model: nn.Module, targets: list[Target], backend: str | None) -> None:
+    def __init__(self, model: nn.Module, targets: list[Target], backend: str | None, strict: bool) -> None:
         self.targets = targets
         self.backend = backend
+        self.strict = strict
         self.moves = _config_moves(model, targets)
 
     def apply(self) -> None:
@@ -128,6 +130,8 @@ class _Change:
                 state["fastattn_off"] = off
             if self.backend is not None:
                 state["fastattn_backend"] = self.backend
+            if self.strict:
+                state["fastattn_strict"] = True
         for move in self.moves:
             for holder in move.holders:
                 holder.config = move.new
@@ -136,8 +140,8 @@ class _Change:
         self._check_unchanged()
         for target in self.targets:
             target.module.__class__ = target.recipe.original
-            target.module.__dict__.pop("fastattn_off", None)
-            target.module.__dict__.pop("fastattn_backend", None)
+            for name in ("fastattn_off", "fastattn_backend", "fastattn_strict"):
+                target.module.__dict__.pop(name, None)
         for move in self.moves:
             for holder in move.holders:
                 holder.config = move.old

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastattn.integrations import why_not_transformers
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import recipe_for
 from fastattn.swap.report import Row
@@ -101,7 +102,8 @@ def _why_no_recipe(module: nn.Module, asked: frozenset[str]) -> str:
         if recipe.parts(asked) and recipe.applies(module):
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
     if any(part in asked for part in _parts_by_name(module_class)):
-        return f"no recipe for class {module_class.__name__}"
+        is_theirs = module_class.__module__.startswith("transformers.")
+        return (is_theirs and why_not_transformers()) or f"no recipe for class {module_class.__name__}"
     return ""
 
 

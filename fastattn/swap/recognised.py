@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fastattn.integrations import why_not_transformers
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import feedforward, norm
@@ -64,7 +65,7 @@ def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Read
     readers: list[Callable[[type[nn.Module]], Reading | None]] = []
     if _calls_forward_as_it_is(original):
         readers += [norm.read, feedforward.read]
-    if "transformers" in sys.modules and _is_of_transformers(original):
+    if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
     return readers
 

@@ -18,19 +18,20 @@ from fastattn.nn.counting import Tally, start, stop
 if TYPE_CHECKING:
     from rich.table import Table
 
+_REMEDY = "Pass strict=False to swap the rest, or turn the part off (attention, norms, ffns, linears)."
 _COLUMNS = ("path", "class", "action", "kernel", "calls", "reason")
 
 
 class NotSwapped(NotSupported):
     """swap(strict=True): modules, among what was asked, would run original code. `reasons`: path -> sentences."""
 
-    def __init__(self, op: str, problem: object, reasons: dict[str, list[str]]) -> None:
-        super().__init__(op, problem, reasons)
+    def __init__(self, op: str, problem: object, reasons: dict[str, list[str]], remedy: str = _REMEDY) -> None:
+        super().__init__(op, problem, reasons, remedy)
         lines = [f"  {path}: {'; '.join(why)}" for path, why in self.reasons.items()]
         self.args = (
             f"strict: {len(lines)} modules of {problem} would run original code; nothing was swapped.\n"
             + "\n".join(lines)
-            + "\nPass strict=False to swap the rest, or turn the part off (attention, norms, ffns, linears).",
+            + f"\n{remedy}",
         )
 
 
@@ -46,6 +47,8 @@ class Row:
     reason: str = ""
     calls: int | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
+    choices: dict[str, int] = field(default_factory=dict)
+    """How often torch's own kernel ran because it is as fast, by reason; in the last counting."""
     asked: bool = True
     """False where the caller turned the parts of this module off, or where it was swapped before."""
 
@@ -58,6 +61,7 @@ class Row:
             "reason": self.reason,
             "calls": self.calls,
             "fallbacks": dict(self.fallbacks),
+            "choices": dict(self.choices),
         }
 
 
@@ -107,7 +111,7 @@ class SwapReport:
                 tally = tallies[id(self.swapped_modules[row.path])]
                 in_a_graph = any(f"{row.path}.".startswith(holder) for holder in compiled)
                 row.calls = None if tally.calls == 0 and in_a_graph else tally.calls
-                row.fallbacks = dict(tally.fallbacks)
+                row.fallbacks, row.choices = dict(tally.fallbacks), dict(tally.choices)
 
     def _compiled_paths(self) -> list[str]:
         """Paths, each with a dot behind it, of what was compiled by module.compile() or torch.compile(module)."""
@@ -120,7 +124,7 @@ class SwapReport:
 
     @property
     def all_called(self) -> bool:
-        """Every swapped module ran in the last counting, and none of them ran any original code."""
+        """Every swapped module ran in the last counting, and none of them had to run original code (`fallbacks`)."""
         swapped = [row for row in self.rows if row.action == "swapped"]
         return bool(swapped) and all(row.calls and not row.fallbacks for row in swapped)
 
@@ -158,8 +162,9 @@ class SwapReport:
 
     def _headline(self) -> str:
         count = Counter(row.action for row in self.rows)
-        what = "plan for" if not self.swapped_modules else "swap of" if self.applied else "swap, undone, of"
-        verb = "swapped" if self.swapped_modules else "to swap"
+        is_plan = not self.applied and not self.swapped_modules
+        what = "plan for" if is_plan else "swap of" if self.applied else "swap, undone, of"
+        verb = "to swap" if is_plan else "swapped"
         return (
             f"fastattn {what} {self.model_name}: {count['swap'] + count['swapped']} modules {verb}, "
             f"{count['fused']} fused into them, {count['left']} left alone"
@@ -169,7 +174,7 @@ class SwapReport:
         notes = []
         if any(row.action == "swapped" and row.calls == 0 for row in self.rows):
             notes.append("0 calls: the module was not reached, or ran compiled (compiled modules are not counted).")
-        if any(row.fallbacks for row in self.rows):
+        if any(row.fallbacks or row.choices for row in self.rows):
             notes.append("n x a reason: how often, while counting, it made a swapped module run original code.")
         return notes
 
@@ -178,7 +183,8 @@ def _table(rows: list[Row]) -> list[tuple[str, ...]]:
     """One line per group of rows that differ only in the numbers of their path."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        reason = "; ".join(filter(None, [row.reason, *(f"{n} x {why}" for why, n in row.fallbacks.items())]))
+        counted = [*row.fallbacks.items(), *row.choices.items()]
+        reason = "; ".join(filter(None, [row.reason, *(f"{n} x {why}" for why, n in counted)]))
         calls = "" if row.action != "swapped" else "-" if row.calls is None else str(row.calls)
         key = (re.sub(r"\d+", "#", row.path), row.class_name, row.action, row.kernel, calls, reason)
         groups.setdefault(key, []).append(row)

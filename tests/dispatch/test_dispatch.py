@@ -265,3 +265,14 @@ def test_triton_takes_cpu_tensors_only_when_interpreted():
     code = "from fastattn import dispatch; print(dispatch.ORDER['cpu'])"
     assert run_python(code, TRITON_INTERPRET="1")[1] == "('cpu', 'triton', 'reference')"
     assert run_python(code, TRITON_INTERPRET="0")[1] == "('cpu', 'reference')"
+
+
+def test_blocks_of_threads_that_end_out_of_order_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "")
+    first, second = fastattn.use_backend("reference"), fastattn.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced == "cpu"
+    second.__exit__(None, None, None)
+    assert dispatch.forced == ""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn import counting
+from fastattn import dispatch
 from fastattn.parity import failures, parity
 from fastattn.parity.guards import torch_threads
 
@@ -22,10 +22,10 @@ Arguments = dict[str, Any]
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     """Every test starts as if nothing had been warned about; what torch says about its own prototypes is not shown."""
-    counting._warned.clear()
+    dispatch._warned.clear()
     with torch_threads(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", dispatch.BackendWarning)
         for message in (
-            "fastattn: a swapped",
             "Support for mismatched",
             "enable_nested_tensor",
             "The PyTorch API of nest",

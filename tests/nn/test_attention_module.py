@@ -35,9 +35,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    counting._warned.clear()
+    dispatch._warned.clear()
     with torch_threads(1), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fastattn: a swapped")
+        warnings.simplefilter("ignore", dispatch.BackendWarning)
         warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
         warnings.filterwarnings("ignore", message="Support for mismatched")
         yield

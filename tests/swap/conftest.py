@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn import counting
+from fastattn import dispatch
 
 VOCABULARY = 64
 
@@ -17,9 +17,9 @@ VOCABULARY = 64
 @pytest.fixture(autouse=True)
 def fallbacks_warn_again() -> Iterator[None]:
     """A fallback warns once per process; every test starts as if none had."""
-    counting._warned.clear()
+    dispatch._warned.clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fastattn: a swapped")
+        warnings.simplefilter("ignore", dispatch.BackendWarning)
         yield
 
 

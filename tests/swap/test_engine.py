@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -290,3 +291,20 @@ def test_an_optimiser_made_before_the_swap_goes_on(tiny_bert, batch) -> None:
     model(**batch).last_hidden_state.square().sum().backward()
     optimiser.step()
     assert not torch.equal(model.encoder.layer[0].output.dense.weight, before)
+
+
+def test_an_old_transformers_is_named(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its interface the rest of the model is swapped all the same."""
+    from fastattn import integrations
+    from fastattn.swap import recognised
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.57.1")
+    integrations.why_not_transformers.cache_clear()
+    monkeypatch.setattr(recognised, "_remembered", {})
+    try:
+        rows = swap(tiny_bert()).rows
+    finally:
+        integrations.why_not_transformers.cache_clear()
+    reasons = {row.reason for row in rows if row.action == "left"}
+    assert "transformers 4.57.1 is older than 5.20: install a newer one" in reasons
+    assert any(row.action == "swapped" for row in rows)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import threading
 
 import pytest
 import torch
 from torch import nn
 
+import fastattn
 from fastattn.swap import SwapReport, swap
 from fastattn.swap.report import Row
 
@@ -41,7 +43,7 @@ def test_json_holds_every_row(tiny_bert, batch) -> None:
     assert content["model"] == "BertModel"
     assert content["applied"] is True
     assert [row["path"] for row in content["rows"]] == [row.path for row in report.rows]
-    assert set(content["rows"][0]) == {"path", "class", "action", "kernel", "reason", "calls", "fallbacks"}
+    assert set(content["rows"][0]) == {"path", "class", "action", "kernel", "reason", "calls", "fallbacks", "choices"}
     assert all(row["calls"] == 1 for row in content["rows"] if row["action"] == "swapped")
 
 
@@ -131,7 +133,7 @@ def test_a_fallback_warns_once() -> None:
     model = norms(2).double()
     swap(model)
     x = torch.zeros(1, 4, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="a swapped LayerNorm runs original code where the input is float64") as caught:
+    with pytest.warns(UserWarning, match="LayerNorm runs original code where the input is float64") as caught:
         model(x)
         model(x)
     assert len(caught) == 1
@@ -157,3 +159,48 @@ def test_counting_does_not_recompile_and_compiled_modules_are_not_counted() -> N
     assert [row.calls for row in report.rows] == [None, None]
     assert "-" in str(report).splitlines()[3].split()
     assert not report.all_called
+
+
+def test_a_swap_that_found_nothing_is_no_plan() -> None:
+    model = norms(1)
+    swap(model)
+    assert str(swap(model)).startswith("fastattn swap of Sequential: 0 modules swapped")
+
+
+def test_what_torch_runs_by_choice_is_counted_apart() -> None:
+    """LayerNorm in float32 inference on a CPU, for which torch's kernel is as fast."""
+    model = norms(1)
+    report = swap(model)
+    with report.counting(), torch.no_grad():
+        model(torch.zeros(1, 4))
+    row = report.rows[0]
+    assert (row.calls, row.fallbacks, list(row.choices.values()), report.all_called) == (1, {}, [1], True)
+    assert "1 x torch's kernel is as fast: float32 inference on a CPU" in str(report)
+
+
+@pytest.mark.parametrize("way", ("strict", "backend", "use_backend"))
+def test_a_fallback_is_forbidden(way: str) -> None:
+    model = norms(1).double()
+    x = torch.zeros(1, 4, dtype=torch.float64)
+    report = swap(model, strict=way == "strict", backend="cpu" if way == "backend" else None)
+    remedy = "Swap with strict=False" if way == "strict" else "Pass backend=None"
+    with fastattn.use_backend("cpu" if way == "use_backend" else None):
+        with pytest.raises(fastattn.NotSupported, match=f"(?s)LayerNorm.*the input is float64.*{remedy}"):
+            model(x)
+        report.undo()
+        model(x)
+
+
+def test_a_fallback_is_logged_and_warned_of_where_it_was_called(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FASTATTN_LOG", "1")
+    model = norms(1).double()
+    swap(model)
+    with caplog.at_level(logging.WARNING, logger="fastattn"), pytest.warns(fastattn.BackendWarning) as caught:
+        for _ in range(2):
+            model(torch.zeros(1, 4, dtype=torch.float64))
+    assert [record.getMessage() for record in caplog.records] == [
+        "LayerNorm: original code runs: the input is float64"
+    ] * 2
+    assert [warning.filename for warning in caught] == [__file__]

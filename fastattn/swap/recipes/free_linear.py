@@ -21,11 +21,13 @@ from fastattn.backends import cpu
 from fastattn.functional import linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
 from fastattn.nn.checks import why_not_input
-from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.ops.library import is_recorded, tracks_gradients
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.linear import conv1d, is_projection, projection, why_not_own_tensors, why_not_replaced
 from fastattn.swap.swapped import Swapped
+
+AS_FAST = "torch's kernel is as fast: many rows, or training"
 
 _FEW_ROWS = 32
 _FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.float16: 256 * 1024}
@@ -47,6 +49,7 @@ class FreeLinear(Swapped):
             return super().forward(x)  # type: ignore[misc, no-any-return]
         weight, bias = projection(self)
         if not resolve_backend(self.fastattn_backend) and not _is_faster(x, weight, bias):
+            note_choice(self, AS_FAST)
             return super().forward(x)  # type: ignore[misc, no-any-return]
         return linear_act(x, weight, bias, backend=self.fastattn_backend)
 

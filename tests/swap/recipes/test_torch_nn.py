@@ -25,7 +25,7 @@ def make(kind: str, shape: tuple[int, ...], **options: object) -> tuple[nn.Modul
     for parameter in original.parameters():
         nn.init.normal_(parameter)
     twin = copy.deepcopy(original)
-    swap(twin, strict=True)
+    swap(twin)
     return original, twin
 
 
