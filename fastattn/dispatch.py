@@ -55,7 +55,8 @@ class BackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a problem. `reasons` holds, per backend tried, why not; the chosen one has an empty list."""
+    """Which backend runs a problem. `reasons` holds, per backend, why not: nothing for the chosen one, and for those
+    after it that could run the problem too."""
 
     problem: Problem
     chosen: str | None
@@ -64,7 +65,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.problem.op}: {self.chosen or 'no backend'} runs {self.problem}"]
         for name, why in self.reasons.items():
-            lines.append(f"  {name}: {'; '.join(why) if why else 'supported'}")
+            could = "runs it" if name == self.chosen else f"could run it, but {self.chosen} comes first"
+            lines.append(f"  {name}: {'; '.join(why) or could}")
         return "\n".join(lines)
 
 
@@ -133,9 +135,17 @@ def _capability() -> int:
 
 
 def explain_problem(problem: Problem, backend: str = "") -> Explanation:
-    """Which backend runs this problem, and why each before it does not. All candidates are asked."""
-    reasons = {name: _reasons(name, problem) for name in _candidates(problem, backend)}
-    chosen = next((name for name, why in reasons.items() if not why), None)
+    """Which backend runs this problem, and why each other does not: those in question in their order, then the rest.
+
+    A backend that this machine lacks is also asked what it had against the problem where it is.
+    """
+    tried = _candidates(problem, backend)
+    reasons = {name: _all_reasons(name, problem) for name in (*tried, *(n for n in NAMES if n not in tried))}
+    chosen = next((name for name in tried if not reasons[name]), None)
+    if backend:
+        for name in reasons:
+            if name != backend:
+                reasons[name].append(f"the backend {backend!r} is forced")
     return Explanation(problem, chosen, reasons)
 
 
@@ -174,6 +184,15 @@ def _reasons(name: str, problem: Problem) -> list[str]:
     if unavailable is not None:
         return [unavailable]
     return list(_module(name).not_supported_reasons(problem))
+
+
+def _all_reasons(name: str, problem: Problem) -> list[str]:
+    unavailable = _unavailable(name)
+    try:
+        against = list(_module(name).not_supported_reasons(problem))
+    except ImportError:
+        against = []
+    return against if unavailable is None else [unavailable, *against]
 
 
 def _report(problem: Problem, chosen: str, passed: dict[str, list[str]]) -> tuple[tuple[str, str, str], ...]:

@@ -23,7 +23,7 @@ from fastattn.bench.report import write_report
 from fastattn.bench.report.table import print_result
 from fastattn.bench.rows import Result, merge, read_result
 from fastattn.bench.run import Options, questions, run_bench
-from fastattn.cli.console import progress_bar, wide_console
+from fastattn.cli.console import output_file, progress_bar, wide_console
 from fastattn.dispatch import BackendWarning
 from fastattn.environment import device_environment
 
@@ -80,7 +80,9 @@ def run(
         typer.Option("--compile/--no-compile", help="Providers that compile for every shape join all cases, or none."),
     ] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
-    output: Annotated[Path | None, typer.Option("--json", help="Write every figure into this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write every figure into this JSON file.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.md, plots and results.json to this folder.")] = None,
     append: Annotated[bool, typer.Option("--append", help="Add to what --report or --json holds already.")] = False,
     budget: Annotated[float, typer.Option(min=0, help="Seconds after which no case is begun; 0: no limit.")] = 0,
@@ -167,7 +169,9 @@ def compare(
 
 @bench.command()
 def tune(
-    output: Annotated[Path | None, typer.Option(help="Also write the times of every choice to this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=output_file, help="Also write the times of every choice to this JSON file.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda; empty takes cuda where torch sees a GPU.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A few choices, two rounds: a trial, no figures.")] = False,

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from fastattn.cli.console import wide_console
-from fastattn.dispatch import Explanation, check_backend_name, explain_problem
+from fastattn.dispatch import Explanation, backends, check_backend_name, explain_problem
+from fastattn.functional.attention import MAX_HEAD_DIM
 from fastattn.masks.intervals import MOST
 from fastattn.problems import AttentionProblem
 
@@ -33,7 +34,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
     numbers = tuple(int(part) for part in parts)
     if numbers[2] == 0 or numbers[1] % numbers[2]:
         raise typer.BadParameter(f"{text!r}: Hq={numbers[1]} is no multiple of Hkv={numbers[2]}")
-    return numbers if len(numbers) == 7 else (*numbers, numbers[5])
+    shape = numbers if len(numbers) == 7 else (*numbers, numbers[5])
+    if not all(1 <= dim <= MAX_HEAD_DIM for dim in shape[5:]):
+        raise typer.BadParameter(f"{text!r}: attention takes head dims of 1 to {MAX_HEAD_DIM}, not {max(shape[5:])}")
+    return shape
 
 
 def _choice(value: str, options: list[str] | tuple[str, ...], name: str) -> str:
@@ -68,13 +72,31 @@ def problem_of(
     )
 
 
+_RUNS, _ELSEWHERE = "runs it", "would run it"
+
+
+def _verdict(found: Explanation, name: str, missing: str | None) -> str:
+    """missing: why this machine lacks the backend; with nothing else against it, it would run the call elsewhere."""
+    reasons = found.reasons[name]
+    if name == found.chosen:
+        return _RUNS
+    if not reasons:
+        return "could run it"
+    return _ELSEWHERE if reasons == [missing] else "does not"
+
+
 def _print(found: Explanation) -> None:
     console = wide_console()
-    console.print(f"{found.chosen or 'no backend'} runs this call", style="bold", highlight=False)
+    missing = backends()
+    verdicts = {name: _verdict(found, name, missing[name]) for name in found.reasons}
+    elsewhere = next((name for name, verdict in verdicts.items() if verdict in (_RUNS, _ELSEWHERE)), found.chosen)
+    headline = f"{found.chosen or 'no backend'} runs this call"
+    if elsewhere != found.chosen:
+        headline += f" here, {elsewhere} where it is available"
+    console.print(headline, style="bold", highlight=False)
     table = Table("backend", "verdict", "why not")
     for name, reasons in found.reasons.items():
-        verdict = "runs it" if name == found.chosen else "could run it" if not reasons else "does not"
-        table.add_row(name, verdict, "\n".join(reasons))
+        table.add_row(name, verdicts[name], "\n".join(reasons))
     console.print(table, highlight=False)
     console.print(str(found.problem), highlight=False)
 

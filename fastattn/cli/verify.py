@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastattn.backends import cuda, triton
-from fastattn.cli.console import progress_bar, wide_console
+from fastattn.cli.console import output_file, progress_bar, wide_console
 from fastattn.dispatch import backends
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
 from fastattn.parity.report import VerifyReport
@@ -108,7 +108,7 @@ def verify(
     seconds: Annotated[float | None, typer.Option(help="Seconds after which no further case is begun.")] = None,
     repro: Annotated[str | None, typer.Option(help="Replay one case, such as 0.17, as a failure printed it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=output_file, help="Also write the JSON to this file.")] = None,
     note: Annotated[str, typer.Option(help="A sentence that the JSON keeps, of how the kernels ran.")] = "",
 ) -> None:
     """Check a backend against float64 on random calls, forward and backward. Exit code 1 if any fails.

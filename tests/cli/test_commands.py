@@ -167,3 +167,24 @@ def test_without_typer_or_rich_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip() == "The fastattn command needs typer and rich: pip install 'fastattn[cli]'"
+
+
+def test_a_file_to_write_gets_its_folder_or_is_refused_before_the_work(tmp_path):
+    asked = ("verify", "--op", "norm", "--backend", "reference", "--cases", "1", "--output")
+    _run(*asked, str(tmp_path / "new" / "folder" / "verify.json"))
+    assert json.loads((tmp_path / "new" / "folder" / "verify.json").read_text())["checked_of"] == {"norm": 1}
+    assert "is a folder: name a file" in _run(*asked, str(tmp_path), code=2)
+    (tmp_path / "file").touch()
+    assert "its folder cannot be made" in _run(*asked, str(tmp_path / "file" / "verify.json"), code=2)
+
+
+def test_version():
+    assert _run("--version").strip() == f"fastattn {fastattn.__version__}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the backends run")
+def test_explain_of_a_device_that_is_missing():
+    text = _run("explain", "--device", "cuda", "--dtype", "bfloat16", "--grad")
+    assert "reference runs this call here, triton where it is available" in text
+    assert "the CUDA attention has no backward" in text
+    assert "head dims of 1 to 256, not 300" in _run("explain", "--shape", "1,4,4,8,8,300", code=2)

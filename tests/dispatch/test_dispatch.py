@@ -210,15 +210,24 @@ def test_explain_asks_everyone_and_computes_nothing(install):
     q = torch.zeros(1, 2, 3, 8)
     explanation = fastattn.explain(q, q, q)
     assert explanation.chosen == "triton"
-    assert explanation.reasons == {"cpu": ["dtype"], "triton": [], "reference": []}
-    lines = str(explanation).splitlines()
+    assert list(explanation.reasons) == ["cpu", "triton", "reference", "cuda"]
+    assert [explanation.reasons[name] for name in ("cpu", "triton", "reference")] == [["dtype"], [], []]
+    assert "the CUDA backend does not run on cpu tensors" in explanation.reasons["cuda"]
+    lines = str(explanation).splitlines()[:4]
     assert lines[0].startswith("attention: triton runs AttentionProblem(") and lines[1:] == [
         "  cpu: dtype",
-        "  triton: supported",
-        "  reference: supported",
+        "  triton: runs it",
+        "  reference: could run it, but triton comes first",
     ]
     assert cpu.calls == triton.calls == 0 and not dispatch.fallbacks
-    assert fastattn.explain(q, q, q, backend="cpu").chosen is None
+    forced = fastattn.explain(q, q, q, backend="cpu")
+    assert forced.chosen is None and forced.reasons["triton"] == ["the backend 'cpu' is forced"]
+
+
+def test_explain_asks_a_backend_that_is_missing_too(install):
+    install("cpu", unavailable="not built", refuses=["dtype"])
+    q = torch.zeros(1, 2, 3, 8)
+    assert fastattn.explain(q, q, q).reasons["cpu"] == ["not built", "dtype"]
 
 
 def test_explain_agrees_with_the_call_on_the_real_backends():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastattn.cli.console import progress_bar, wide_console
+from fastattn.cli.console import output_file, progress_bar, wide_console
 from fastattn.cli.demo.check import Agreement, compare, difference
 from fastattn.cli.demo.memory import measure_apart
 from fastattn.cli.demo.model import (
@@ -215,8 +215,12 @@ def subtitle() -> str:
 
 def demo(
     model: Annotated[Path | None, typer.Option(help="Folder of a BERT checkpoint; else all-MiniLM-L6-v2.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the timings into this PNG file.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write every figure into this JSON file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=output_file, help="Draw the timings into this PNG file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", callback=output_file, help="Write every figure into this JSON file.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads torch may use; 0 leaves its own choice.")] = 0,
     with_compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Also time torch.compile.")] = True,
     with_memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = True,
