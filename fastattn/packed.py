@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,23 @@ class Packed(NamedTuple):
     def batch(self) -> int:
         """The number of sequences."""
         return self.cu_seqlens_q.shape[0] - 1
+
+
+def check_bounds(name: str, cu_seqlens: Tensor, rows_of: str, rows: int, *, every_row: bool) -> None:
+    """ValueError where the bounds do not cut `rows` rows into sequences, all of them or some from the first on.
+
+    Read here, on the host's own tensors only: in a traced call they have no values, on a GPU reading them would wait.
+    """
+    if cu_seqlens.device.type != "cpu":
+        return
+    bounds = cu_seqlens.tolist()
+    reaches = bounds[-1] == rows if every_row else bounds[0] >= 0 and bounds[-1] <= rows
+    if not reaches or (every_row and bounds[0] != 0) or any(a > b for a, b in pairwise(bounds)):
+        shown = str(bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]])
+        raise ValueError(
+            f"{name}={shown} does not cut {rows_of}'s {rows} rows into sequences: pass 0, then the end of each "
+            f"sequence, never decreasing, up to {rows}"
+        )
 
 
 class Places(NamedTuple):

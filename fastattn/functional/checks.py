@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: st
 
 def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: Tensor) -> Tensor | None:
     """The seed to use: None without dropout, the given one, or a fresh draw. An error for a wrong rate or seed."""
-    check_number("dropout_p", dropout_p)
+    _as_float("dropout_p", dropout_p)
     if dropout_p == 0.0:
         return None
     if not 0.0 < dropout_p < 1.0 or dropout_threshold(dropout_p) > 65535:
@@ -78,7 +80,14 @@ def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: T
 
 
 def check_number(name: str, value: float) -> float:
-    """`value` as a float; TypeError unless it is a real number of the host."""
+    """`value` as a float; TypeError unless it is a real number of the host, ValueError unless that is finite."""
+    number = _as_float(name, value)
+    if not torch.compiler.is_compiling() and type(number) is float and not math.isfinite(number):
+        raise ValueError(f"{name}={value!r} is not finite: pass a finite number")
+    return number
+
+
+def _as_float(name: str, value: float) -> float:
     if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
@@ -89,7 +98,7 @@ def check_number(name: str, value: float) -> float:
 def check_activation(activation: str | None) -> str:
     """The activation's name, "none" for None; ValueError for one that does not exist."""
     name = "none" if activation is None else activation
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         known = ", ".join(a for a in ACTIVATIONS if a != "none")
         raise ValueError(f"activation={activation!r} is unknown: pass one of {known}, or None")
     return name

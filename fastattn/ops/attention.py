@@ -31,7 +31,7 @@ from fastattn.ops.library import (
     register_exported,
     unit_stride,
 )
-from fastattn.packed import Packed
+from fastattn.packed import Packed, check_bounds
 from fastattn.problems import AttentionProblem
 from fastattn.reference.attention import accumulate_dtype
 
@@ -161,6 +161,9 @@ def run_forward(
     q: Tensor, k: Tensor, v: Tensor, call: Extras, flags: Sequence[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
     """The forward on the backend that takes it."""
+    if call.packed is not None:
+        check_bounds("cu_seqlens_q", call.packed.cu_seqlens_q, "q", q.shape[2], every_row=False)
+        check_bounds("cu_seqlens_k", call.packed.cu_seqlens_k, "k", k.shape[2], every_row=False)
     chosen = dispatch.choose(AttentionProblem, problem_fields(q, k, v, call, flags), backend)
     arguments = call.backend_arguments(q, k)
     out, lse = chosen.attention_forward(unit_stride(q), unit_stride(k), unit_stride(v), *arguments)

@@ -6,7 +6,6 @@ Shapes and results: `fastattn.backends.protocol`.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fastattn import dispatch
 from fastattn.masks.lowered import FLAT_FIELDS, LoweredMask, unflatten
 from fastattn.ops.attention import MASK_SCHEMA, contiguous_mask, fold_mask
 from fastattn.ops.library import InDims, VmapResult, dense, fold_dim, is_mapped, register
+from fastattn.packed import check_bounds
 from fastattn.problems import EncoderLayerProblem
 
 _TENSORS = 17  # x, and after it the weights and biases
@@ -68,7 +68,7 @@ def _forward(
 ) -> Tensor:
     heads, scale, activation, norm_first, eps1, eps2, backend = rest[FLAT_FIELDS:]
     if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, x.shape[0])
+        check_bounds("cu_seqlens", cu_seqlens, "x", x.shape[0], every_row=True)
         mask = LoweredMask()
     else:
         full = (x.shape[0], heads, x.shape[1], x.shape[1])
@@ -102,22 +102,6 @@ def _forward(
         eps2,
     )
     return y
-
-
-def _check_bounds(cu_seqlens: Tensor, rows: int) -> None:
-    """ValueError where the bounds do not cut `rows` rows into sequences: a kernel would read past the end.
-
-    Read here, on the host's own tensors only: in a traced call they have no values, on a GPU reading them would wait.
-    """
-    if cu_seqlens.device.type != "cpu":
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in pairwise(bounds)):
-        shown = str(bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]])
-        raise ValueError(
-            f"cu_seqlens={shown} does not cut x's {rows} rows into sequences: pass 0, then the end of each sequence, "
-            f"never decreasing, up to {rows}"
-        )
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> Tensor:

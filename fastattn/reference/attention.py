@@ -76,7 +76,8 @@ def attention(
     soft = softmax(queries, keys, seen, added, scale_of(scale, q), softcap, sinks)
     weights = soft.probabilities
     if dropout_p > 0.0:
-        assert dropout_seed is not None
+        if dropout_seed is None:
+            raise ValueError(f"dropout_seed is None beside dropout_p={dropout_p}: pass an int64 tensor of one element")
         weights = weights * keep_scale(dropout_seed, dropout_p, full, compute)
     out = torch.matmul(weights, repeat_heads(values, heads)).to(q.dtype)
     return (out, soft.lse) if return_lse else out

@@ -59,6 +59,9 @@ ATTENTION = [
     (attention(q=t(2, 4, 3, 0), k=t(2, 2, 5, 0)), ValueError, "q has head dim 0: pass 1 to 256"),
     (attention(v=t(2, 2, 5, 300)), ValueError, "v has head dim 300: pass 1 to 256"),
     (attention(scale="big"), TypeError, "scale='big' is a str: pass a Python number"),
+    (attention(scale=float("nan")), ValueError, "scale=nan is not finite"),
+    (attention(softcap=float("inf")), ValueError, "softcap=inf is not finite"),
+    (lambda: fastattn.reference.attention(Q, K, V, dropout_p=0.5), ValueError, "dropout_seed is None beside"),
     (attention(scale=t(1)), TypeError, "scale=.* is a Tensor: pass a Python number"),
     (
         attention(softcap=0.0),
@@ -153,6 +156,7 @@ NORM = [
     (layer_norm(X.int()), TypeError, "x has dtype torch.int32: pass float32"),
     (layer_norm(t()), ValueError, r"x has no dimensions: pass \(..., N\)"),
     (layer_norm(eps=-1e-5), ValueError, "eps=-1e-05 is negative: pass 0 or a small positive number such as 1e-5"),
+    (layer_norm(eps=float("nan")), ValueError, "eps=nan is not finite"),
     (layer_norm(eps=None), TypeError, "eps=None is a NoneType: pass a Python number"),
     (lambda: fastattn.rms_norm(X, None, -1.0), ValueError, "eps=-1.0 is negative"),
     (lambda: fastattn.rms_norm(X, None, offset="1"), TypeError, "offset='1' is a str: pass a Python number"),
@@ -221,6 +225,7 @@ FFN = [
     ),
     (lambda: fastattn.ffn(X, W, B, t(4, 6), t(6)), ValueError, r"b2 has shape \(6,\): pass \(4,\), one .* row of w2"),
     (lambda: fastattn.ffn(X, W, B, t(4, 6), None, "tanh"), ValueError, "activation='tanh' is unknown"),
+    (lambda: fastattn.ffn(X, W, B, t(4, 6), None, ["relu"]), ValueError, r"activation=\['relu'\] is unknown"),
     (
         lambda: fastattn.ffn(X, W, None, t(4, 6), None, dropout_p=1.5),
         ValueError,

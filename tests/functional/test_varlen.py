@@ -203,6 +203,8 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
         ((Q, Q, Q, CU, [0, 6]), {}, TypeError, "cu_seqlens_k is of list: pass an int32 tensor"),
         ((Q, Q, Q, CU[None], CU), {}, ValueError, r"cu_seqlens_q has shape \(1, 3\): pass \(sequences \+ 1,\)"),
         ((Q, Q, Q, CU, CU[:2]), {}, ValueError, "cu_seqlens_k has 2 numbers but cu_seqlens_q 3"),
+        ((Q, Q, Q, CU + 1, CU), {}, ValueError, r"cu_seqlens_q=\[1, .* does not cut q's 6 rows into sequences"),
+        ((Q, Q, Q, CU, CU.flip(0)), {}, ValueError, "cu_seqlens_k=.* does not cut k's 6 rows .*, never decreasing"),
         ((Q, Q, Q, CU, CU), {"max_seqlen_q": -1}, ValueError, "max_seqlen_q=-1 is negative"),
         ((Q, Q, Q, CU, CU), {"max_seqlen_k": 4.0}, TypeError, "max_seqlen_k=4.0 is a float"),
         (
