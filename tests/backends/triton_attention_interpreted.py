@@ -347,7 +347,7 @@ def test_gradients_by_distance(
     assert_close(found[0], found[1], F32, form)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [pytest.param(F32, marks=pytest.mark.slow), BF16])
 def test_shortcuts_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What interpreter.py puts in the place of Triton's operators, all but the matrix product, computes the same."""
     monkeypatch.setattr(interpreter._Shortcuts, "dot", lambda self, slow: slow)

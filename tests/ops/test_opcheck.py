@@ -138,8 +138,7 @@ def test_norm(backend, kind, residual, dropout_p):
             torch.library.opcheck(ops.norm_backward, backward)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-@pytest.mark.parametrize("with_biases", [True, False])
+@pytest.mark.parametrize(("activation", "with_biases"), [("none", False), ("gelu", True)])
 def test_linear_operators(backend, activation, with_biases):
     x, w1, w2, w3 = r(2, 3, 12), r(20, 12), r(20, 10).detach().t().requires_grad_(), r(20, 12)
     b1, b2, b3 = (r(n) if with_biases else None for n in (20, 10, 20))

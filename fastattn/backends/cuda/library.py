@@ -90,7 +90,7 @@ def unavailable_reason() -> str | None:
     try:
         found = devices()
     except RuntimeError as error:
-        return str(error)
+        return f"no CUDA device answers: {error}"
     if emulated():
         return None
     if not found:
