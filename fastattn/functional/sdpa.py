@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from fastattn import dispatch
 from fastattn.functional.attention import MAX_HEAD_DIM, attention
@@ -48,7 +48,7 @@ def scaled_dot_product_attention(
     by Philox from a seed of torch's generator: it differs from the one torch would draw.
     """
     tensors = (query, key, value, attn_mask)
-    if has_torch_function(tensors):
+    if is_overridden(*tensors):
         return handle_torch_function(
             F.scaled_dot_product_attention,
             tensors,
@@ -61,7 +61,7 @@ def scaled_dot_product_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
-    reason = _why_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    reason = why_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         dispatch.forbid_fallback(_NAME, "torch", reason)
         out = F.scaled_dot_product_attention(
@@ -69,6 +69,21 @@ def scaled_dot_product_attention(
         )
         dispatch.note_fallback(_NAME, "fastattn", "torch", reason)
         return out
+    return on_kernels(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def on_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str | None = None,
+) -> Tensor:
+    """A call for which `why_torch` has no reason."""
     q, k, v, lead = _four_dims(query, key, value, enable_gqa)
     mask: Mask | None = _TOP_LEFT if is_causal else None
     bias = None
@@ -78,11 +93,25 @@ def scaled_dot_product_attention(
             mask = Dense(shaped)
         else:
             bias = shaped
-    out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
+    out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend)
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
-def _why_torch(
+def is_overridden(*tensors: object) -> bool:
+    """Whether a tensor subclass has its own idea of the function. A mode, as of torch.device or torch.export, has none:
+    it would get torch's function, which then runs in the place of ours."""
+    return any(_override(type(tensor)) not in _NO_OVERRIDES for tensor in tensors)
+
+
+def _override(kind: type) -> object:
+    override = getattr(kind, "__torch_function__", None)
+    return getattr(override, "__func__", override)
+
+
+_NO_OVERRIDES = (None, _override(Tensor), _override(torch.nn.Parameter))
+
+
+def why_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,

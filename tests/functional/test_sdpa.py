@@ -230,3 +230,11 @@ def test_autocast_casts_as_torch_does() -> None:
         expected = F.scaled_dot_product_attention(q, k, v)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_mode_of_torch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.device as a context, and torch.export, watch every call by a mode; ours must not become torch's for it."""
+    q = ONES(2, 3, 8)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: pytest.fail("torch's ran"))
+    with torch.device("cpu"):
+        fastattn.scaled_dot_product_attention(q, q, q)
