@@ -114,10 +114,8 @@ def is_watched(args: tuple[Any, ...]) -> bool:
     a tracer, a profiler, or a tensor of another class among the arguments."""
     return (
         torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
+        or _sees_operators()
         or _has_transforms()
-        or _has_function_mode()
-        or _tracing_state() is not None
         or _has_profiler()
         or not _are_plain(args)
     )
@@ -125,8 +123,10 @@ def is_watched(args: tuple[Any, ...]) -> bool:
 
 def is_recorded() -> bool:
     """Whether a tracer or a mode of eager torch sees each operator: what it makes of them may want torch's own."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _sees_operators()
+
+
+def _sees_operators() -> bool:
     return _dispatch_modes() > 0 or _has_function_mode() or _tracing_state() is not None
 
 
