@@ -221,3 +221,19 @@ def test_wrong_arguments_are_named(case: str) -> None:
     change, error, text = WRONG[case]
     with pytest.raises(error, match=text):
         fastattn.attention_decode(**{**ARGUMENTS, **change})
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("len_q", (1, 9))
+def test_what_is_hidden_does_not_matter_whatever_hides_it(len_q: int, backend: str) -> None:
+    """A key of one head alone, and the bias of a distance that the mask hides."""
+    q, k, v = torch.ones(1, 2, len_q, 8), torch.ones(1, 2, 20, 8), torch.ones(1, 2, 20, 8)
+    v[0, 0, 2] = math.nan
+    mask = torch.ones(1, 2, len_q, 20, dtype=torch.bool)
+    mask[0, 0, :, 2] = False
+    table = torch.zeros(1, 2 * 20 + 1)
+    table[0, 20 - 3] = math.nan  # three places before the query
+    position = torch.arange(len_q) + 20 - len_q
+    mask[..., torch.arange(len_q), position - 3] = False
+    bias = fastattn.biases.RelativeBias(table)
+    assert fastattn.attention(q, k, v, mask=mask, bias=bias, backend=backend).isfinite().all()

@@ -385,7 +385,10 @@ class PartWorker {
         if (is_given(p_.distance)) {
             float strip[kBlock];
             expand_distances<1>(p_.distance, group_.batch, query.head, key - query.position, count, strip);
-            for (int64_t c = 0; c < count; c += kLanes) store(scores + c, add_finite(load(scores + c), load(strip + c)));
+            for (int64_t c = 0; c < count; c += kLanes) {
+                const vfloat score = load(scores + c);
+                store(scores + c, select((vint)(score == -kInf), score, add_finite(score, load(strip + c))));
+            }
         }
         if (!query.covers(key, key + count))
             for (int64_t c = 0; c < count; c++)
