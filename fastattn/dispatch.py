@@ -240,11 +240,11 @@ def warn_once(key: tuple[str, ...], text: str) -> None:
     """A BackendWarning, the first time for this key, at the line outside of fastattn and torch that led here."""
     if key in _warned:
         return
-    _warned.add(key)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastattn", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(f"fastattn: {text}", BackendWarning, stacklevel=level)
+    _warned.add(key)  # not where the warning was made an error
 
 
 def _unavailable(name: str) -> str | None:

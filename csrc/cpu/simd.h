@@ -81,7 +81,6 @@ FASTATTN_INLINE vfloat max(vfloat a, vfloat b) {
     return select((vint)(a > b), a, b);
 #endif
 }
-FASTATTN_INLINE vfloat min(vfloat a, vfloat b) { return -max(-a, -b); }
 FASTATTN_INLINE vfloat abs(vfloat v) { return from_bits(bits(v) & 0x7fffffff); }
 
 FASTATTN_INLINE float sum(vfloat v) {
@@ -358,7 +357,7 @@ FASTATTN_INLINE vfloat tanh(vfloat x) {
     p = p * s + 1.33311857e-01f;
     p = p * s - 3.33332634e-01f;
     const vfloat near_zero = a + a * (s * p);
-    const vfloat far = 1.0f - 2.0f / (exp(2.0f * min(a, broadcast(20.0f))) + 1.0f);  // 1 from 10 on
+    const vfloat far = 1.0f - 2.0f / (exp(2.0f * select((vint)(a > 20.0f), broadcast(20.0f), a)) + 1.0f);  // 1 from 10 on; NaN stays
     const vfloat magnitude = select((vint)(a < 0.625f), near_zero, far);
     return from_bits(bits(magnitude) | (bits(x) & (int32_t)0x80000000));
 }

@@ -18,6 +18,7 @@ from fastattn.functional.checks import (
     check_number,
     check_shape,
     check_tensor,
+    is_autocast,
     resolve_backend,
 )
 from fastattn.masks import LoweredMask, Mask
@@ -149,6 +150,8 @@ def explain(
 
     Raises what `attention` raises for a wrong argument.
     """
+    if dropout_p and dropout_seed is None:
+        dropout_seed = torch.zeros(1, dtype=torch.int64, device=q.device)  # none is drawn: nothing is computed
     q, k, v, call, flags, forced = prepare(
         q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend
     )
@@ -185,7 +188,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     check_tensor("q", q)
     check_tensor("k", k)
     check_tensor("v", v)
-    return _autocast(q, k, v) if torch.is_autocast_enabled(q.device.type) else (q, k, v)
+    return _autocast(q, k, v) if is_autocast(q) else (q, k, v)
 
 
 def complete(
@@ -224,7 +227,7 @@ def check_scores(q: Tensor, scale: float | None, softcap: float | None) -> tuple
     if softcap is None:
         return scale, 0.0
     softcap = check_number("softcap", softcap)
-    if not softcap > 0.0:
+    if not softcap >= torch.finfo(torch.float32).tiny:
         raise ValueError(f"softcap={softcap} is not positive: pass a bound of the scores such as 30.0, or None")
     return scale, softcap
 
@@ -334,9 +337,12 @@ def lower_mask_and_bias(
     terms = lower_bias("mask", mask, size, q).dense
     assert terms is not None
     if added.dense is not None:
-        # The sum of two half tensors may round, or overflow to -inf where neither hides a key.
+        # The sum of two half tensors may round, and one of two finite numbers overflow where neither hides a key.
         wide = torch.promote_types(q.dtype, torch.float32)
-        terms = terms.to(wide) + added.dense.to(wide)
+        terms, other = terms.to(wide), added.dense.to(wide)
+        hides = (terms == -math.inf) | (other == -math.inf)
+        total = terms + other
+        terms = torch.where((total == -math.inf) & ~hides, torch.finfo(wide).min, total)
     return NOTHING_HIDDEN, replaced(added, dense=terms)
 
 
@@ -364,7 +370,7 @@ def lower_bias(name: str, bias: biases.Bias | Tensor, size: Size, q: Tensor) -> 
         check_device(name, bias.tensor, "q", q)
         return bias.lower(size, torch.promote_types(q.dtype, torch.float32))
     tensor = bias.tensor
-    if tensor.dtype in HALVES and torch.is_autocast_enabled(q.device.type):
+    if tensor.dtype in HALVES and is_autocast(q):
         tensor = tensor.to(torch.float32)  # autocast may have moved q to the other half dtype
     check_beside(name, tensor, "q", q)
     return LoweredBias(dense=as_4d(name, tensor, size))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from fastattn.reference.philox import dropout_threshold
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def check_tensor(name: str, value: Tensor) -> None:
@@ -60,7 +59,7 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: st
 
 def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: Tensor) -> Tensor | None:
     """The seed to use: None without dropout, the given one, or a fresh draw. An error for a wrong rate or seed."""
-    _as_float("dropout_p", dropout_p)
+    dropout_p = _as_float("dropout_p", dropout_p)
     if dropout_p == 0.0:
         return None
     if not 0.0 < dropout_p < 1.0 or dropout_threshold(dropout_p) > 65535:
@@ -79,11 +78,16 @@ def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: T
     return seed
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; on the meta device there is none."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def check_number(name: str, value: float) -> float:
-    """`value` as a float; TypeError unless it is a real number of the host, ValueError unless that is finite."""
+    """`value` as a float; TypeError unless it is a real number of the host, ValueError unless float32 holds it."""
     number = _as_float(name, value)
-    if not torch.compiler.is_compiling() and type(number) is float and not math.isfinite(number):
-        raise ValueError(f"{name}={value!r} is not finite: pass a finite number")
+    if not torch.compiler.is_compiling() and type(number) is float and not abs(number) <= _LARGEST:
+        raise ValueError(f"{name}={value!r} is not finite in float32, in which kernels compute: pass a smaller number")
     return number
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fastattn.biases.lowered import NO_BIAS, LoweredBias, hide, hide_keys
 from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_mask_and_bias
 from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
 from fastattn.masks import LoweredMask, Mask
-from fastattn.masks.lowered import NOTHING_HIDDEN, Size, replaced
+from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
 from fastattn.ops.decode import attention_decode_forward, check_lengths
 from fastattn.ops.library import invoke, tracks_gradients
 
@@ -100,7 +100,7 @@ def attention_decode(
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, tensor)
-    _check_inference(q, k_cache, v_cache, bias, sinks)
+    _check_inference(q, k_cache, v_cache, mask, bias, sinks)
     room = _check_shapes(q, k_cache, v_cache, cache_lengths, block_table)
     size = Size(q.shape[0], q.shape[1], q.shape[2], room)
     scale, cap = check_scores(q, scale, softcap)
@@ -131,11 +131,11 @@ def attention_decode(
     return (out, lse) if return_lse else out
 
 
-def _check_inference(q: Tensor, k: Tensor, v: Tensor, bias: object, sinks: Tensor | None) -> None:
+def _check_inference(q: Tensor, k: Tensor, v: Tensor, mask: object, bias: object, sinks: Tensor | None) -> None:
     tensor = bias.tensor if isinstance(bias, biases.Bias) else bias
-    if tracks_gradients(q, k, v, tensor if isinstance(tensor, Tensor) else None, sinks):
+    if tracks_gradients(q, k, v, *(t for t in (mask, tensor, sinks) if isinstance(t, Tensor))):
         raise ValueError(
-            "attention_decode has no gradient, and one of q, k_cache, v_cache, bias or sinks requires one: "
+            "attention_decode has no gradient, and one of q, k_cache, v_cache, mask, bias or sinks requires one: "
             "call it under torch.no_grad(), or use fastattn.attention"
         )
 
@@ -154,7 +154,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
             raise TypeError(f"{name} has dtype {tensor.dtype} but q {q.dtype}: keep the cache in q's dtype")
         check_device(name, tensor, "q", q)
     for name, ints in (("cache_lengths", lengths), ("block_table", table)):
-        if ints is None:
+        if ints is None and name == "block_table":
             continue
         if not isinstance(ints, Tensor) or ints.dtype != torch.int32:
             kind = ints.dtype if isinstance(ints, Tensor) else type(ints).__name__
@@ -209,18 +209,35 @@ def _lower_object(
 ) -> tuple[LoweredMask, LoweredBias]:
     """As `_lower`; where positions in a full cache do not tell, by the length of each sequence."""
     _, _, len_q, room = size
-    whole = mask.lower(*size, q.device)
-    if _is_about_positions(whole, room - len_q) and whole.intervals is None:
-        return hide_keys(whole, added, len_q, room, q.device)
+    from_the_end = "top-left" not in _parts(mask)
+    if from_the_end:
+        whole = mask.lower(*size, q.device)
+        if _is_about_positions(whole, room - len_q) and whole.intervals is None:
+            return hide_keys(whole, added, len_q, room, q.device)
     lengths = cache_lengths.tolist()
     check_lengths(min(lengths, default=0), max(lengths, default=0), room)
+    if any(isinstance(part, Tensor) for part in _parts(mask)):  # made for the whole cache
+        mask.check(size, q.device)
+        entry, head, query, key = (torch.arange(n, device=q.device) for n in size)
+        shapes = CacheSize(size, cache_lengths)
+        at = Index(entry.view(-1, 1, 1, 1), head.view(-1, 1, 1), query.view(-1, 1), key, shapes)
+        return LoweredMask(), replaced(added, dense=hide(added.dense, mask.rule(at)))
     forms = [mask.lower(*size[:3], length, q.device) for length in lengths]
-    if forms and all(_has_no_keys(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
+    if from_the_end and forms and all(_has_no_keys(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
         return replaced(forms[0], intervals=_stack_intervals(forms, size)), added
     seen = torch.zeros(size, dtype=torch.bool, device=q.device)
     for b, length in enumerate(lengths):
         seen[b, ..., :length] = mask.to_dense(*size[:3], length, q.device)[b]
     return LoweredMask(), replaced(added, dense=hide(added.dense, seen))
+
+
+def _parts(mask: Mask) -> list[Any]:
+    """What the mask and those in it are built from."""
+    parts = []
+    for part in mask.parts():
+        for each in part if isinstance(part, tuple) else (part,):
+            parts += _parts(each) if isinstance(each, Mask) else [each]
+    return parts
 
 
 def _is_about_positions(form: LoweredMask, offset: int) -> bool:

@@ -13,6 +13,7 @@ from fastattn.functional.checks import (
     check_dropout,
     check_shape,
     check_tensor,
+    is_autocast,
     resolve_backend,
 )
 from fastattn.ops.ffn import Ffn, GatedFfn, LinearAct, ffn_forward, gated_ffn_forward, linear_act_forward
@@ -133,7 +134,7 @@ def _prepare(x: Tensor, *parameters: tuple[str, Tensor | None]) -> list[Any]:
     check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x has no dimensions: pass (..., K), the features last")
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = is_autocast(x)
     if autocast:
         x = _autocast(x)
     tensors: list[Tensor | None] = [x]

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function
 
 from fastattn import dispatch
 from fastattn.functional.attention import MAX_HEAD_DIM, attention
-from fastattn.functional.checks import FLOATS, HALVES
+from fastattn.functional.checks import FLOATS, HALVES, is_autocast
 from fastattn.masks import Causal, Dense, Mask
 
 _NAME = "scaled_dot_product_attention"
@@ -126,7 +126,8 @@ def why_torch(
         reason = _why_not_tensor(name, tensor)
         if reason is not None:
             return reason
-        if tensor.dtype != query.dtype or tensor.device != query.device:
+        is_cast = is_autocast(query) and torch.float64 not in (tensor.dtype, query.dtype)
+        if (tensor.dtype != query.dtype and not is_cast) or tensor.device != query.device:
             return f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}"
     if query.dtype not in FLOATS:
         return f"query has dtype {query.dtype}"

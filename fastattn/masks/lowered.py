@@ -41,6 +41,21 @@ class PackedSize(Size):
         return self.packed.cu_seqlens_k.diff() - self.packed.cu_seqlens_q.diff()
 
 
+class CacheSize(Size):
+    """The shapes of a call over a cache with room for Skv keys, of which `lengths` (B,) are in use."""
+
+    lengths: Tensor
+
+    def __new__(cls, size: Size, lengths: Tensor) -> CacheSize:
+        self = super().__new__(cls, *size)
+        self.lengths = lengths
+        return self
+
+    def offset(self, align: str) -> int | Tensor:
+        """As in Size, by the length of each sequence."""
+        return self.lengths - self.len_q if align == "bottom-right" else 0
+
+
 class Index(NamedTuple):
     """Where a mask is evaluated: int64 tensors that broadcast together, and the shapes of the call."""
 
@@ -139,24 +154,31 @@ def unflatten(flat: Sequence[Any]) -> LoweredMask:
 
 
 def check_lowered(mask: LoweredMask, size: Size, device: torch.device) -> None:
-    """ValueError where a tensor of a lowered mask does not have the shape of a call of this size, or lies elsewhere."""
+    """TypeError or ValueError where a tensor of a lowered mask does not have the dtype it has in every mask, or the
+    shape of a call of this size, or lies elsewhere."""
     batch, heads, len_q, len_k = size
     rows, columns = (len_q + 63) // 64, (len_k + 63) // 64
     several = ((1, batch), (1, heads))
-    shapes: dict[str, tuple[Tensor | None, tuple[Any, ...]]] = {
-        "key_start": (mask.key_start, (batch,)),
-        "key_end": (mask.key_end, (batch,)),
-        "key_bits": (mask.key_bits, (batch, columns)),
-        "intervals": (mask.intervals, ((1, 2, 3, 4), *several, len_q, 2)),
-        "bounds": (mask.bounds, ((1, 2, 3, 4), *several, rows, 4)),
-        "dense": (mask.dense, (*several, (1, len_q), (1, len_k))),
+    shapes: dict[str, tuple[Tensor | None, torch.dtype, tuple[Any, ...]]] = {
+        "key_start": (mask.key_start, torch.int32, (batch,)),
+        "key_end": (mask.key_end, torch.int32, (batch,)),
+        "key_bits": (mask.key_bits, torch.int64, (batch, columns)),
+        "intervals": (mask.intervals, torch.int32, ((1, 2, 3, 4), *several, len_q, 2)),
+        "bounds": (mask.bounds, torch.int32, ((1, 2, 3, 4), *several, rows, 4)),
+        "dense": (mask.dense, torch.bool, (*several, (1, len_q), (1, len_k))),
     }
     if mask.blocks is not None:
-        shapes["blocks.row_ptr"] = (mask.blocks.row_ptr, (*several, rows + 1))
-        shapes["blocks.col_ptr"] = (mask.blocks.col_ptr, (*several, columns + 1))
-    for name, (tensor, wanted) in shapes.items():
+        visible_blocks = mask.blocks.col.shape[:1]
+        shapes["blocks.row_ptr"] = (mask.blocks.row_ptr, torch.int32, (*several, rows + 1))
+        shapes["blocks.col_ptr"] = (mask.blocks.col_ptr, torch.int32, (*several, columns + 1))
+        shapes["blocks.bitmaps"] = (mask.blocks.bitmaps, torch.int64, (mask.blocks.bitmaps.shape[0], 64))
+        for name in ("col", "id", "row", "row_id"):
+            shapes[f"blocks.{name}"] = (getattr(mask.blocks, name), torch.int32, visible_blocks)
+    for name, (tensor, dtype, wanted) in shapes.items():
         if tensor is None:
             continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"mask.{name} has dtype {tensor.dtype}: pass {dtype}, as lower() of a mask gives it")
         if tensor.device != device:
             raise ValueError(f"mask.{name} lies on {tensor.device} but q on {device}: lower the mask for q's device")
         fits = tensor.dim() == len(wanted) and all(

@@ -117,7 +117,10 @@ def repeat_heads(keys: Tensor, heads: int) -> Tensor:
 
 def hide_unseen(seen: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with zeros where no query of their heads sees them, so that nothing stored there matters."""
-    unseen = ~seen.any(dim=2).unflatten(1, (keys.shape[1], -1)).any(dim=2)[..., None]
+    visible = seen.any(dim=2)  # (B, 1|Hq, Skv)
+    if visible.shape[1] > 1:
+        visible = visible.unflatten(1, (keys.shape[1], -1)).any(dim=2)
+    unseen = ~visible[..., None]
     return keys.masked_fill(unseen, 0.0), values.masked_fill(unseen, 0.0)
 
 

@@ -270,3 +270,46 @@ def test_second_derivatives_raise_instead_of_vanishing(backend):
     (gradient,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"fastattn gives first derivatives only.*fastattn.reference"):
         torch.autograd.grad(gradient.sum(), q)
+
+
+@pytest.mark.parametrize("len_q", (3, 8, 9, 40))
+def test_a_float_mask_hides_what_it_hides_from_every_query(len_q: int, backend: str) -> None:
+    """NaN and all, forward and backward, in each kernel; the padding of a tile of queries does not matter either."""
+    k, v = torch.randn(2, 1, 1, 16, 8)
+    k[0, 0, 3], v[0, 0, 3] = math.nan, math.inf
+    hidden = torch.zeros(1, 1, len_q, 16)
+    hidden[..., 3] = -math.inf
+    inputs = [x.requires_grad_() for x in (torch.randn(1, 1, len_q, 8), k, v)]
+    out = fastattn.attention(*inputs, mask=hidden, backend=backend)
+    for tensor in (out, *torch.autograd.grad(out.sum(), inputs)):
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("len_q", (1, 16))
+def test_a_softcap_does_not_swallow_nan(len_q: int, backend: str) -> None:
+    k = torch.randn(1, 1, 16, 8)
+    k[0, 0, 3, 0] = math.nan
+    assert fastattn.attention(torch.randn(1, 1, len_q, 8), k, k, softcap=5.0, backend=backend).isnan().all()
+
+
+def test_keys_that_are_not_finite_have_gradients_where_their_weight_is_0(backend: str) -> None:
+    q, k, v = torch.ones(1, 1, 3, 4), torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
+    k[0, 0, 3, 1] = -math.inf
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    _, dk, dv = torch.autograd.grad(fastattn.attention(*inputs, backend=backend).sum(), inputs)
+    assert not dk[0, 0, 3].any() and not dv[0, 0, 3].any()
+
+
+def test_two_finite_masks_hide_nothing(backend: str) -> None:
+    q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 16, 8)
+    lowest = torch.full((4, 16), torch.finfo(torch.float32).min)
+    out = fastattn.attention(q, k, k, mask=lowest, bias=lowest, backend=backend)
+    torch.testing.assert_close(out, k.mean(2, keepdim=True).expand_as(out))
+
+
+def test_explain_draws_nothing_and_meta_tensors_have_shapes() -> None:
+    q = torch.empty(1, 2, 5, 8, device="meta")
+    assert fastattn.attention(q, q, q[..., :4]).shape == (1, 2, 5, 4)
+    state = torch.get_rng_state()
+    fastattn.explain(*[torch.zeros(1, 2, 5, 8)] * 3, dropout_p=0.1)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -211,6 +211,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "mask kind": ({"mask": "causal"}, TypeError, "mask is a str"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap=-1.0 is not positive"),
+    "lengths missing": ({"cache_lengths": None}, TypeError, "cache_lengths is of NoneType"),
+    "gradient of a mask": ({"mask": torch.zeros(8, requires_grad=True)}, ValueError, "has no gradient, and one of"),
     "gradient": ({"q": torch.zeros(2, 4, 1, 16, requires_grad=True)}, ValueError, "attention_decode has no gradient"),
     "backend": ({"backend": "gpu"}, ValueError, "backend='gpu' is unknown"),
 }
@@ -237,3 +239,32 @@ def test_what_is_hidden_does_not_matter_whatever_hides_it(len_q: int, backend: s
     mask[..., torch.arange(len_q), position - 3] = False
     bias = fastattn.biases.RelativeBias(table)
     assert fastattn.attention(q, k, v, mask=mask, bias=bias, backend=backend).isfinite().all()
+
+
+TOP_LEFT = (
+    masks.Causal("top-left"),
+    masks.Causal() & masks.Causal("top-left"),
+    masks.SlidingWindow(3, None) & masks.Causal("top-left"),
+    masks.SinkTokens(1) | masks.Causal("top-left"),
+)
+WITH_TENSORS = (
+    masks.KeyMask(torch.arange(24)[None] % 3 > 0) | masks.Causal(),
+    (masks.SlidingWindow(5, 0) | masks.SinkTokens(1)) & masks.KeyMask(torch.arange(24)[None] != 2),
+    ~masks.KeyMask(torch.arange(24)[None] % 3 > 0) & (masks.SlidingWindow(9, 0) | masks.SinkTokens(3)),
+)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("mask", TOP_LEFT + WITH_TENSORS, ids=repr)
+def test_positions_count_by_each_length_and_tensors_by_places(mask: masks.Mask, backend: str) -> None:
+    keys, values, lengths = cache([20, 4, 24], 24)
+    q = torch.randn(3, 2, 4, 16, generator=torch.Generator().manual_seed(1))
+    out = fastattn.attention_decode(q, keys, values, lengths, mask=mask, backend=backend)
+    for b, length in enumerate(lengths.tolist()):
+        if mask in WITH_TENSORS:  # of a square, whose last queries are the new ones: there all lengths agree
+            seen = mask.to_dense(1, 1, 24, 24)[:, :, length - 4 : length, :length]
+        else:
+            seen = mask.to_dense(1, 1, 4, length)
+        used = (slice(b, b + 1), slice(None), slice(length))
+        expected = fastattn.attention(q[b : b + 1], keys[used], values[used], mask=seen)
+        torch.testing.assert_close(out[b : b + 1], expected, atol=2e-6, rtol=1e-5)

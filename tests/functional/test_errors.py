@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.masks import KeyLengths, PrefixLM, Strided
+from fastattn.masks import KeyLengths, LoweredMask, PrefixLM, Strided
 
 
 def t(*shape, dtype=torch.float32, device="cpu"):
@@ -61,6 +61,9 @@ ATTENTION = [
     (attention(scale="big"), TypeError, "scale='big' is a str: pass a Python number"),
     (attention(scale=float("nan")), ValueError, "scale=nan is not finite"),
     (attention(softcap=float("inf")), ValueError, "softcap=inf is not finite"),
+    (attention(softcap=1e-50), ValueError, "softcap=1e-50 is not positive"),
+    (attention(scale=1e39), ValueError, r"scale=1e\+39 is not finite in float32"),
+    (attention(mask=LoweredMask(key_end=torch.tensor([5, 3]))), TypeError, "mask.key_end has dtype torch.int64"),
     (lambda: fastattn.reference.attention(Q, K, V, dropout_p=0.5), ValueError, "dropout_seed is None beside"),
     (attention(scale=t(1)), TypeError, "scale=.* is a Tensor: pass a Python number"),
     (

@@ -263,8 +263,9 @@ class TileBackward {
                 const vfloat e = load(term + at), p = e * s.reciprocal[v];
                 vfloat ds = p * (load(grad + at) - s.delta[v]);
                 if (p_.grad_lse) ds += e * s.lse[v];
-                store(term + at, p);
-                store(grad + at, ds);
+                const vint padding = (vint)(s.reciprocal[v] == 0.0f);  // or sees nothing; its e may be NaN where keys are not finite
+                store(term + at, select(padding, zero(), p));
+                store(grad + at, select(padding, zero(), ds));
             }
     }
 

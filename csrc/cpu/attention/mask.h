@@ -159,7 +159,8 @@ class TileMask {
             words_.keep([&](int64_t lane) { return word_of_bools(dense_at(tile_.query(lane), begin), mask_.dense.stride[3], count); });
         uint64_t some, every;
         words_.reduce(some, every);
-        if (!some || bias_hides(begin, count)) return false;
+        some &= word_of_bias(begin, count, some);
+        if (!some) return false;
         const int64_t first = __builtin_ctzll(some), last = 63 - __builtin_clzll(some);
         if (first) words_.skip(first);
         block_ = {begin + first, last - first + 1, some >> first, 0};
@@ -204,12 +205,13 @@ class TileMask {
         return mask_.n_intervals == 0;
     }
 
-    // Whether the bias is -inf for every query: mostly decided by its first numbers.
-    bool bias_hides(int64_t begin, int64_t count) const {
-        if (!p_.bias.data || is_key_mask(p_.bias)) return false;
-        for (int64_t i = tile_.begin; i <= tile_.last(); i++)
-            if (word_of_finite(bias_at(i, begin), p_.bias_dtype, p_.bias.stride[3], count)) return false;
-        return true;
+    // Keys for which the bias is not -inf for every query: mostly decided, for those of `asked`, by its first row.
+    uint64_t word_of_bias(int64_t begin, int64_t count, uint64_t asked) const {
+        if (!p_.bias.data || is_key_mask(p_.bias)) return ~(uint64_t)0;
+        uint64_t word = 0;
+        for (int64_t i = tile_.begin; i <= tile_.last() && (word & asked) != asked; i++)
+            word |= word_of_finite(bias_at(i, begin), p_.bias_dtype, p_.bias.stride[3], count);
+        return word;
     }
 
     const fastattn_attention &p_;

@@ -42,7 +42,8 @@ static inline void add_bias(const fastattn_attention &p, const QueryTile &tile, 
     const fastattn_tensor &t = p.bias;
     const int64_t base = tile.batch * t.stride[0] + tile.head * t.stride[1] + tile.begin * t.stride[2] + begin * t.stride[3];
     const auto add = [&](int64_t row, int64_t v, vfloat bias) {
-        add_to(scores + row * tile.lanes() + v * kLanes, bias);
+        float *target = scores + row * tile.lanes() + v * kLanes;
+        store(target, select((vint)(bias == -kInf), bias, load(target) + bias));  // hidden, whatever the score is
     };
     if (t.stride[2] == 0 || t.stride[3] != 1) {
         for (int64_t row = 0; row < count; row++)
