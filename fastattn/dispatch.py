@@ -142,10 +142,11 @@ def explain_problem(problem: Problem, backend: str = "") -> Explanation:
     tried = _candidates(problem, backend)
     reasons = {name: _all_reasons(name, problem) for name in (*tried, *(n for n in NAMES if n not in tried))}
     chosen = next((name for name in tried if not reasons[name]), None)
-    if backend:
-        for name in reasons:
-            if name != backend:
-                reasons[name].append(f"the backend {backend!r} is forced")
+    for name in reasons:
+        if backend and name != backend:
+            reasons[name].append(f"the backend {backend!r} is forced")
+        elif name not in tried and not reasons[name]:
+            reasons[name].append(f"it is never chosen for {problem.device_type} tensors")
     return Explanation(problem, chosen, reasons)
 
 
