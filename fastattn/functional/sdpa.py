@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn import dispatch
 from fastattn.functional.attention import MAX_HEAD_DIM, attention
@@ -100,6 +100,8 @@ def on_kernels(
 def is_overridden(*tensors: object) -> bool:
     """Whether a tensor subclass has its own idea of the function. A mode, as of torch.device or torch.export, has none:
     it would get torch's function, which then runs in the place of ours."""
+    if torch.compiler.is_dynamo_compiling():  # which compares no methods
+        return has_torch_function(tensors)
     return any(_override(type(tensor)) not in _NO_OVERRIDES for tensor in tensors)
 
 
@@ -196,9 +198,12 @@ def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape that these broadcast to, None where they do not."""
     result: list[int] = []
     for sizes in itertools.zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1):
-        size = next((size for size in sizes if size != 1), 1)
-        if any(other not in (1, size) for other in sizes):
-            return None
+        size = 1
+        for other in sizes:  # no next() and any(): Dynamo of torch 2.7 does not trace them
+            if size == 1:
+                size = other
+            elif other not in (1, size):
+                return None
         result.append(size)
     return tuple(result[::-1])
 
