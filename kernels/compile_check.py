@@ -41,7 +41,8 @@ MULTIPLYING = (
 class Variant(NamedTuple):
     """A call of the backend. mask: of attention; "cache" or "pages" for decoding over one; or the name of another
     operation, whose width is dim. options: bias, softcap, sinks and dropout of attention, all at once; of decoding all
-    but dropout, and a window and intervals too. distance: biases by distance, with gradients. packed: of attention."""
+    but dropout, and a window and intervals too. distance: biases by distance, with gradients. packed: of attention.
+    tokens: new ones of a sequence in decoding; from 16 on, Hopper's instructions multiply their tile."""
 
     dtype: str
     dim: int
@@ -52,11 +53,13 @@ class Variant(NamedTuple):
     packed: bool = False
     archs: tuple[int, ...] = (80, 90, 100)
     short: bool = False
+    tokens: int = 1
 
     @property
     def name(self) -> str:
         dims = f"d{self.dim}" if self.dim == self.dim_v else f"d{self.dim}/{self.dim_v}"
         extras = [name for name in ("options", "distance", "packed") if getattr(self, name)]
+        extras += [f"{self.tokens} tokens"] if self.tokens > 1 else []
         return " ".join([self.dtype, dims, self.mask, *extras])
 
 
@@ -83,6 +86,7 @@ VARIANTS = [
     Variant("bfloat16", 64, 64, "cache"),
     Variant("bfloat16", 128, 128, "cache", options=True, distance=True, archs=(80, 90)),
     Variant("bfloat16", 128, 128, "pages", short=True),
+    Variant("bfloat16", 64, 64, "cache", options=True, archs=(90, 100), tokens=16),
     Variant("float16", 256, 256, "pages", archs=(86, 90)),
     Variant("float32", 256, 256, "cache", archs=(86, 90)),
     Variant("bfloat16", 1024, 1024, "norm", short=True),
@@ -144,7 +148,7 @@ def _call_layer(variant: Variant) -> None:
 
 
 def _call_decode(variant: Variant) -> None:
-    """A new token of 4 sequences over 2,048 cached keys, 4 query heads for each of keys."""
+    """New tokens of 4 sequences over 2,048 cached keys, 4 query heads for each of keys."""
     from fastattn.backends import triton as backend
     from fastattn.biases.lowered import LoweredBias
     from fastattn.masks.lowered import LoweredMask
@@ -162,13 +166,13 @@ def _call_decode(variant: Variant) -> None:
     shape = (batch * room // page, page, heads_kv) if pages else (batch, heads_kv, room)
     mask = LoweredMask(band_left=1000, band_right=0, intervals=numbers(2, batch, 1, 1, 2))
     bias = LoweredBias(
-        dense=tensor(1, heads, 1, room) if variant.options else None,
+        dense=tensor(1, heads, variant.tokens, room) if variant.options else None,
         table=tensor(heads, 257, dtype=torch.float32) if variant.distance else None,
         first=-128,
         slopes=tensor(1, heads, dtype=torch.float32) if variant.distance else None,
     )
     backend.attention_decode(
-        tensor(batch, heads, 1, variant.dim),
+        tensor(batch, heads, variant.tokens, variant.dim),
         tensor(*shape, variant.dim),
         tensor(*shape, variant.dim_v),
         numbers(batch),

@@ -84,7 +84,7 @@ def _check_places(k_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | 
     if first >= 0 and last < pages:
         return
     for b, length in enumerate(cache_lengths.tolist()):  # what lies past a sequence's end may be anything
-        used = block_table[b, : -(-length // page)].tolist()
+        used = block_table[b, : -(-length // max(page, 1))].tolist()
         wrong = [n for n in used if not 0 <= n < pages]
         if wrong:
             raise ValueError(

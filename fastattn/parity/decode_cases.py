@@ -45,13 +45,13 @@ def check_attention_decode(
     inputs = {name: t for name, t in tensors.items() if t is not None}
     numbers = {name: options.get(name) for name in ("scale", "softcap")}
     room = gather_pages(k_cache, block_table).shape[2]
-    visible = torch.zeros(*q.shape[:3], room, dtype=torch.bool)
+    visible = torch.zeros(*q.shape[:3], room, dtype=torch.bool, device=q.device)
     for b, length in enumerate(cache_lengths.tolist()):
         shape = (1, q.shape[1], q.shape[2], length)
         if isinstance(mask, Tensor):
             visible[b, ..., :length] = mask.expand(*q.shape[:3], room)[b, ..., :length]
         else:
-            visible[b, ..., :length] = True if mask is None else mask.to_dense(*shape)[0]
+            visible[b, ..., :length] = True if mask is None else mask.to_dense(*shape, q.device)[0]
     packing = Packing([q.shape[2]] * q.shape[0], cache_lengths.tolist())  # each length has its own distances
 
     def biases(t: Tensors) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def check_attention_decode(
         )
 
     def dense(t: Tensors) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        unused = torch.arange(room) >= t["lengths"].view(-1, 1, 1)
+        unused = torch.arange(room, device=q.device) >= t["lengths"].view(-1, 1, 1)
         keys, values = (gather_pages(t[n], t.get("table")).masked_fill(unused.unsqueeze(-1), 0) for n in "kv")
         return (t["q"], keys, values), {"visible": visible, "sinks": t.get("sinks"), **numbers}
 
@@ -115,13 +115,14 @@ class DecodeCase:
             room, pages = pages_each * page, batch * pages_each + 2
             shape: tuple[int, ...] = (pages, page, heads_kv)
             table = torch.randperm(pages, generator=draw.generator)[: batch * pages_each].view(batch, pages_each)
-            self.options["block_table"] = table.to(torch.int32)
+            self.options["block_table"] = table.to(draw.device, torch.int32)
         else:
             shape = (batch, heads_kv, room)
-        lengths = [draw.one_of((draw.integer(0, room), room, 0), (8, 2, 0.3)) for _ in range(batch)]
+        drawn = [draw.one_of((draw.integer(0, room), room, 0), (8, 2, 0.3)) for _ in range(batch)]
+        lengths = torch.tensor(drawn, dtype=torch.int32, device=draw.device)
         k, v = draw.normal((*shape, dim), self.dtype), draw.normal((*shape, dim_v), self.dtype)
         if "block_table" not in self.options and draw.chance(0.5):
-            unused = torch.arange(room) >= torch.tensor(lengths).view(-1, 1, 1)
+            unused = torch.arange(room, device=draw.device) >= lengths.view(-1, 1, 1)
             k, v = (t.masked_fill(unused.unsqueeze(-1), draw.one_of((math.nan, math.inf))) for t in (k, v))
         orders = ((0, 2, 1, 3), (1, 0, 2, 3))
         q = draw.laid_out(draw.normal((batch, heads_q, len_q, dim), self.dtype), orders)
@@ -129,7 +130,7 @@ class DecodeCase:
             "q": q,
             "k_cache": draw.laid_out(k, orders),
             "v_cache": draw.laid_out(v, orders),
-            "cache_lengths": torch.tensor(lengths, dtype=torch.int32),
+            "cache_lengths": lengths,
         }
         self.options |= self._options(draw, (batch, heads_q, len_q, room))
         self.conditions = Conditions(

@@ -118,9 +118,10 @@ def attention_decode_kernel(
         weight = exp_distance(score, base[:, None], unit, FOLDED)
         total = total * correction + tl.sum(weight, 1)
         v_at = places(block_table, table_b, page_size, batch, keys, there, v_b, v_s)
-        if bias is not None or INTERVALS > 0:
-            there = there & (tl.max(score, 0) > -float("inf"))  # what nobody sees may hold NaN
         v_tile = rows_at(v_base, v_at, there, DIM_V, WIDE_V)
+        if bias is not None or INTERVALS > 0:  # what nobody sees may hold NaN
+            # Not in the mask of the load: one that waits for a product cannot be pipelined on Hopper.
+            v_tile = tl.where((tl.max(score, 0) > -float("inf"))[:, None], v_tile, tl.zeros_like(v_tile))
         summed *= correction[:, None]
         rounded = narrow(weight, v_tile.dtype)
         if v_tile.dtype != tl.float32:

@@ -90,6 +90,13 @@ PER_SEQUENCE = {
 }
 
 
+def test_pages_without_room_hold_no_keys() -> None:
+    cache, table = torch.zeros(3, 0, 2, 16), torch.tensor([[7, 9]], dtype=torch.int32)
+    q, lengths = torch.randn(1, 2, 1, 16), torch.zeros(1, dtype=torch.int32)
+    out, lse = fastattn.attention_decode(q, cache, cache, lengths, block_table=table, return_lse=True)
+    assert torch.equal(out, torch.zeros_like(q)) and torch.isneginf(lse).all()
+
+
 @pytest.mark.parametrize("backend", ("cpu", "reference"))
 @pytest.mark.parametrize("len_q", (1, 3))
 @pytest.mark.parametrize("name", PER_SEQUENCE)
