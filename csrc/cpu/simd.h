@@ -321,6 +321,20 @@ FASTATTN_INLINE vfloat exp(vfloat x) {
     return exp2_parts(n, r * kLog2e);
 }
 
+// ln x for x >= 2^-126; infinity and NaN stay what they are. x = 2^k (1 + f) with 1 + f in [2/3, 4/3): ln (1 + f) = 2 artanh(f / (2 + f)), the
+// series of which is fdlibm's polynomial in s^2; k ln 2 is added in two parts.
+FASTATTN_INLINE vfloat log(vfloat x) {
+    const vint k = (bits(x) - 0x3f2aaaab) >> 23;
+    const vfloat f = from_bits(bits(x) - (k << 23)) - 1.0f, n = __builtin_convertvector(k, vfloat);
+    const vfloat s = f / (f + 2.0f), z = s * s, half = 0.5f * f * f;
+    vfloat p = broadcast(0.24279078841f);
+    p = p * z + 0.28498786688f;
+    p = p * z + 0.40000972152f;
+    p = p * z + 0.66666662693f;
+    const vfloat small = s * (half + z * p) + n * 9.0580006145e-06f;
+    return select((vint)(x < __builtin_inff()), n * 6.9313812256e-01f - (half - small - f), x);
+}
+
 // erfc(z) for z >= 0: exp(-z^2) t P(t) with t = 1 / (1 + 0.4 z); 0 from z = 9.1 on, before the product gets subnormal and slow.
 FASTATTN_INLINE vfloat erfc_positive(vfloat z) {
     const vfloat t = 1.0f / (1.0f + 0.4f * z);

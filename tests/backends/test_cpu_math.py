@@ -88,6 +88,24 @@ def test_softmax_of_one_score_against_zero_is_the_logistic_function(isa: str) ->
     assert ((lse.view(-1).double() - torch.nn.functional.softplus(x.double())).abs() <= 2**-22 * (1 + x.abs())).all()
 
 
+def test_the_logarithm_of_a_sum_is_as_good_as_a_rounded_one(isa: str) -> None:
+    """Keys of score 0, of which query i sees i + 1: an lse of log(i + 1). Of one key it is the score, bit for bit."""
+    keys = 5000
+    q, k = torch.zeros(1, 1, keys, 1), torch.zeros(1, 1, keys, 1)
+    options = (NO_BIAS, None, None, None, 1.0, 0.0, 0.0)
+    _, lse = cpu.attention_forward(q, k, k, LoweredMask(band_right=0), *options)
+    truth = torch.arange(1, keys + 1, dtype=torch.float64).log()
+    error = (lse.view(-1).double() - truth).abs()
+    assert (error <= 2**-24 * 3 * truth).all(), (error / truth.clamp(min=1e-30)).max()
+    for score in (-math.inf, math.inf, math.nan, 3e38, -1e-30):
+        _, one = cpu.attention_forward(
+            torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), score), k[:, :, :1], LoweredMask(), *options
+        )
+        # -inf and +inf are no scores a softmax has: 0 keys seen, or NaN
+        expected = score if math.isfinite(score) or score == -math.inf else math.nan
+        assert torch.equal(one.view(()).nan_to_num(7.0), torch.tensor(expected).nan_to_num(7.0)), (score, one)
+
+
 def test_softcap_follows_tanh(isa: str) -> None:
     x = torch.cat([torch.linspace(-40, 40, 4001), torch.logspace(-30, 0, 200, base=2)])
     q, k = x.view(1, 1, -1, 1), torch.tensor([1.0]).view(1, 1, 1, 1)

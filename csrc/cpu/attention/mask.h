@@ -8,6 +8,7 @@
 FASTATTN_NAMESPACE_BEGIN
 
 constexpr int kMaxIntervals = 4;
+constexpr int64_t kAhead = 4;  // blocks of the next row that a row's last tile fetches: what a level-2 cache holds beside its own
 
 // Keys [begin, begin + count), count <= kKeyBlock; bit r of `seen` says that some query of the tile sees key begin + r. The first and last do.
 struct KeyBlock {
@@ -31,6 +32,8 @@ class TileMask {
             const fastattn_tensor &t = mask_.blocks.row_ptr;
             const int32_t *entries = (const int32_t *)t.data + tile.batch * t.stride[0] + tile.head * t.stride[1] + tile.begin / kKeyBlock;
             entry_ = entries[0], last_entry_ = entries[1];
+            // A thread's next tile lies in front of this one: the last tile of a row of blocks looks ahead to those of the row before.
+            if (tile_.begin % kKeyBlock == 0 && tile_.begin > 0) ahead_ = entries[-1], last_ahead_ = smaller(entries[0], entries[-1] + kAhead);
         } else if (n_runs_) {
             position_ = runs_[0].begin;
         }
@@ -45,13 +48,19 @@ class TileMask {
 
     const KeyBlock &block() const { return block_; }
 
-    // The keys that the walk looks at next, where they do not follow the block at once and no tile of this row of blocks has read them; else none.
-    Span jump() const {
+    // Keys to fetch beside the block, which no tile of its row of blocks has read: those that the walk looks at next, where they do not follow at
+    // once; of a row's last tile, which finds all its own read, those of the next row, one block with each of its own; else none.
+    Span jump() {
         int64_t begin = 0;
         if (mask_.blocks.row_ptr.data) {
             const int64_t past = tile_.last() + 1;
             const bool first = past % kKeyBlock == 0 || past == tile_.len_q;  // a row's tiles are taken from its last
-            if (first && entry_ < last_entry_) begin = mask_.blocks.col[entry_] * kKeyBlock;
+            if (first && entry_ < last_entry_) {
+                begin = mask_.blocks.col[entry_] * kKeyBlock;
+            } else if (ahead_ < last_ahead_) {
+                begin = mask_.blocks.col[ahead_++] * kKeyBlock;
+                return {begin, smaller(begin + kKeyBlock, tile_.len_k)};
+            }
         } else if (run_ + 1 < n_runs_ && position_ == runs_[run_].end) {
             begin = runs_[run_ + 1].begin;
         }
@@ -222,6 +231,7 @@ class TileMask {
     int n_runs_ = 0, run_ = 0;
     int64_t position_ = 0;                 // in the runs
     int64_t entry_ = 0, last_entry_ = 0;   // in the block row
+    int64_t ahead_ = 0, last_ahead_ = 0;   // in the one that is walked next
     const uint64_t *bitmap_ = nullptr;     // of the block, null: all visible
     Span inner_[kMaxIntervals];
     int32_t starts_[kMaxIntervals][kMaxLanes], ends_[kMaxIntervals][kMaxLanes];

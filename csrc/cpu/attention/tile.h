@@ -70,6 +70,11 @@ static inline void add_bias(const fastattn_attention &p, const QueryTile &tile, 
 // e^(score - base) for base >= score. -inf - -inf would be NaN: a query that has seen nothing gets the base 0.
 FASTATTN_INLINE vfloat softmax_base(vfloat maximum) { return select((vint)(maximum == -kInf), zero(), maximum); }
 FASTATTN_INLINE vfloat softmax_term(vfloat score, vfloat base) { return exp2((score - base) * kLog2e); }
+// The same of a sink, which may lie above the base: from e^88 on it is infinite, and leaves the others nothing.
+FASTATTN_INLINE vfloat softmax_sink(float sink, vfloat base) {
+    const vfloat distance = sink - base;
+    return select((vint)(distance > 88.0f), broadcast(kInf), exp(distance));
+}
 
 // keep(key, lane) = keep_scale or 0 for keys [begin, begin + count).
 static inline void keep_tile(const fastattn_attention &p, const QueryTile &tile, int64_t begin, int64_t count, float *keep) {
