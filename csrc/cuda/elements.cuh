@@ -9,6 +9,7 @@
 #include "../common/problem.h"
 
 constexpr int CHUNK = 8;
+constexpr int ANY_DTYPE = -1;  // as a DTYPE below: each tensor's own, known at run time
 
 __host__ __device__ inline int64_t element_bytes(int dtype) { return dtype == FASTATTN_FLOAT32 ? 4 : 2; }
 
@@ -39,13 +40,18 @@ struct Chunk {
     float at[CHUNK];
 };
 
-// Elements [at, at + count) and zeros behind them; count 8 (or at most 0) where VECTOR. HALVES, here and below: the dtype is known to be a half
-// one, and `high` costs no register.
-template <bool VECTOR, bool HALVES = false>
+template <int DTYPE>
+__host__ __device__ constexpr int known_dtype(int dtype) {
+    return DTYPE == ANY_DTYPE ? dtype : DTYPE;
+}
+
+// Elements [at, at + count) and zeros behind them; count 8 (or at most 0) where VECTOR. DTYPE, here and below: the dtype where it is known when
+// this is compiled; then nothing branches, and of a half one `high` costs no register.
+template <bool VECTOR, int DTYPE = ANY_DTYPE>
 __device__ __forceinline__ RawChunk load_raw(const Elements &from, int64_t at, int count) {
     RawChunk raw = {};
     if (count <= 0) return raw;
-    const bool wide = !HALVES && from.dtype() == FASTATTN_FLOAT32;
+    const bool wide = known_dtype<DTYPE>(from.dtype()) == FASTATTN_FLOAT32;
     if constexpr (VECTOR) {
         raw.low = from.words().load<4>(wide ? at : at / 2);
         if (wide) raw.high = from.words().load<4>(at + 4);
@@ -65,16 +71,16 @@ __device__ __forceinline__ RawChunk load_raw(const Elements &from, int64_t at, i
     return raw;
 }
 
-template <bool HALVES = false>
+template <int DTYPE = ANY_DTYPE>
 __device__ __forceinline__ Chunk widen(const RawChunk &raw, int dtype) {
     Chunk chunk;
-    if (!HALVES && dtype == FASTATTN_FLOAT32) {
+    if (known_dtype<DTYPE>(dtype) == FASTATTN_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             chunk.at[i] = bits_float(raw.low.at[i]);
             chunk.at[i + 4] = bits_float(raw.high.at[i]);
         }
-    } else if (dtype == FASTATTN_BFLOAT16) {
+    } else if (known_dtype<DTYPE>(dtype) == FASTATTN_BFLOAT16) {
 #pragma unroll
         for (int i = 0; i < 4; i++) unpack_pair<bfloat16>(raw.low.at[i], chunk.at[2 * i], chunk.at[2 * i + 1]);
     } else {
@@ -84,16 +90,16 @@ __device__ __forceinline__ Chunk widen(const RawChunk &raw, int dtype) {
     return chunk;
 }
 
-template <bool HALVES = false>
+template <int DTYPE = ANY_DTYPE>
 __device__ __forceinline__ RawChunk narrow(const Chunk &chunk, int dtype) {
     RawChunk raw = {};
-    if (!HALVES && dtype == FASTATTN_FLOAT32) {
+    if (known_dtype<DTYPE>(dtype) == FASTATTN_FLOAT32) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             raw.low.at[i] = float_bits(chunk.at[i]);
             raw.high.at[i] = float_bits(chunk.at[i + 4]);
         }
-    } else if (dtype == FASTATTN_BFLOAT16) {
+    } else if (known_dtype<DTYPE>(dtype) == FASTATTN_BFLOAT16) {
 #pragma unroll
         for (int i = 0; i < 4; i++) raw.low.at[i] = pack_pair<bfloat16>(chunk.at[2 * i], chunk.at[2 * i + 1]);
     } else {
@@ -103,10 +109,10 @@ __device__ __forceinline__ RawChunk narrow(const Chunk &chunk, int dtype) {
     return raw;
 }
 
-template <bool VECTOR, bool HALVES = false>
+template <bool VECTOR, int DTYPE = ANY_DTYPE>
 __device__ __forceinline__ void store_raw(const Elements &to, int64_t at, int count, const RawChunk &raw) {
     if (count <= 0) return;
-    const bool wide = !HALVES && to.dtype() == FASTATTN_FLOAT32;
+    const bool wide = known_dtype<DTYPE>(to.dtype()) == FASTATTN_FLOAT32;
     if constexpr (VECTOR) {
         to.words().store<4>(wide ? at : at / 2, raw.low);
         if (wide) to.words().store<4>(at + 4, raw.high);
@@ -121,12 +127,12 @@ __device__ __forceinline__ void store_raw(const Elements &to, int64_t at, int co
     }
 }
 
-template <bool VECTOR>
+template <bool VECTOR, int DTYPE = ANY_DTYPE>
 __device__ __forceinline__ Chunk load_chunk(const Elements &from, int64_t at, int count) {
-    return widen(load_raw<VECTOR>(from, at, count), from.dtype());
+    return widen<DTYPE>(load_raw<VECTOR, DTYPE>(from, at, count), from.dtype());
 }
 
-template <bool VECTOR, bool HALVES = false>
+template <bool VECTOR, int DTYPE = ANY_DTYPE>
 __device__ __forceinline__ void store_chunk(const Elements &to, int64_t at, int count, const Chunk &chunk) {
-    store_raw<VECTOR, HALVES>(to, at, count, narrow<HALVES>(chunk, to.dtype()));
+    store_raw<VECTOR, DTYPE>(to, at, count, narrow<DTYPE>(chunk, to.dtype()));
 }

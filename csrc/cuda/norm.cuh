@@ -98,9 +98,9 @@ __device__ __forceinline__ void team_moments(const Team &team, float &mean, floa
     squares = both[1];
 }
 
-template <bool VECTOR, bool HALVES>
+template <bool VECTOR, int DTYPE>
 __device__ __forceinline__ RawChunk load_if(const Elements &from, int64_t at, int count) {
-    return from ? load_raw<VECTOR, HALVES>(from, at, count) : RawChunk{};
+    return from ? load_raw<VECTOR, DTYPE>(from, at, count) : RawChunk{};
 }
 
 __device__ __forceinline__ void drop(Chunk &value, const Dropout &dropout, uint64_t seed, int64_t row, int column) {
@@ -116,9 +116,10 @@ bool all_vectors(int64_t width, const Tensors &...tensors) {
     return width % CHUNK == 0 && (tensors.aligned() && ...);
 }
 
+// Whether all that are there have this dtype.
 template <typename... Tensors>
-bool all_halves(const Tensors &...tensors) {
-    return ((!tensors || tensors.dtype() != FASTATTN_FLOAT32) && ...);
+bool all_of(int dtype, const Tensors &...tensors) {
+    return ((!tensors || tensors.dtype() == dtype) && ...);
 }
 
 inline bool takes(int64_t rows, int64_t width) { return rows > 0 && rows < (int64_t(1) << 31) && width >= 1 && width <= MAX_WIDTH; }

@@ -13,8 +13,12 @@
 //            0.35 / 0.40  rows as float32, 167 registers and one block of 256 threads per multiprocessor, sums added up by torch
 //            0.57 / 0.66  rows as they lie in memory, the next one under way, sums added up here; two waves of blocks
 //            0.68 / 0.74  one block of 512 threads per multiprocessor; 0.90 / 0.99 with a residual, 0.97 / 1.05 at 8,192 columns
-//            not timed    no more steps across warps than there are warps (team_sums)
+//            The copy of that run was a graph's memcpy; by a kernel such a chip was seen to copy 3.0 TB/s, of which the last shares are 0.55 / 0.60.
 //            Triton's: 0.49 / 0.78; torch's 0.44 / 0.46. Rows of more than 8,192 columns are read twice: 0.44 / 0.48 at 12,288, Triton 0.57 / 0.60.
+//            H200, us at 4,096 x 4,096 (2026-11-27, nvidia-h200-2026-11-27; a large copy, at 4.28 TB/s, would take 23.6):
+//            56.4 / 51.5  no more steps across warps than there are warps (team_sums)
+//            51.8 / 46.1  dtypes known when compiled, terms of one chunk kept in registers: 354 instructions for a row instead of 478; Triton's 78.8 /
+//                         46.7, torch's 71.9 / 67.8
 #include "device_guard.cuh"
 #include "norm.cuh"
 
@@ -42,23 +46,23 @@ struct Row {
     float mean, rstd;
 };
 
-template <bool VECTOR, bool HALVES>
+template <bool VECTOR, int DTYPE>
 __device__ __forceinline__ RawChunk load_grad_z(const Backward &p, const Team &team, int64_t row, int k) {
-    return load_if<VECTOR, HALVES>(p.grad_z, row * p.width + team.column(k), team.count(k));
+    return load_if<VECTOR, DTYPE>(p.grad_z, row * p.width + team.column(k), team.count(k));
 }
 
 // Zeros where the row does not exist.
-template <bool VECTOR, bool HALVES, int CHUNKS>
+template <bool VECTOR, int DTYPE, int CHUNKS>
 __device__ __forceinline__ Row<CHUNKS> load_row(const Backward &p, const Team &team, int64_t row) {
     Row<CHUNKS> found = {};
     if (row >= p.rows) return found;
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) {
         const int64_t at = row * p.width + team.column(k);
-        found.grad_y[k] = load_raw<VECTOR, HALVES>(p.grad_y, at, team.count(k));
-        found.z[k] = load_raw<VECTOR, HALVES>(p.z, at, team.count(k));
+        found.grad_y[k] = load_raw<VECTOR, DTYPE>(p.grad_y, at, team.count(k));
+        found.z[k] = load_raw<VECTOR, DTYPE>(p.z, at, team.count(k));
     }
-    if constexpr (CHUNKS == 1) found.grad_z[0] = load_grad_z<VECTOR, HALVES>(p, team, row, 0);
+    if constexpr (CHUNKS == 1) found.grad_z[0] = load_grad_z<VECTOR, DTYPE>(p, team, row, 0);
     if (p.mean) found.mean = p.mean.get(row);
     found.rstd = p.rstd.get(row);
     return found;
@@ -69,11 +73,12 @@ struct Terms {
     Chunk grad_y, n;
 };
 
-template <bool HALVES>
+template <bool VECTOR, int DTYPE>
 __device__ __forceinline__ Terms make_terms(const Backward &p, const RawChunk &grad_y, const RawChunk &z, int count, float mean, float rstd) {
-    Terms terms = {widen<HALVES>(grad_y, p.grad_y.dtype()), widen<HALVES>(z, p.z.dtype())};
+    if (count <= 0) return {};
+    Terms terms = {widen<DTYPE>(grad_y, p.grad_y.dtype()), widen<DTYPE>(z, p.z.dtype())};
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) terms.n.at[i] = i < count ? (terms.n.at[i] - mean) * rstd : 0.0f;
+    for (int i = 0; i < CHUNK; i++) terms.n.at[i] = VECTOR || i < count ? (terms.n.at[i] - mean) * rstd : 0.0f;
     return terms;
 }
 
@@ -104,7 +109,7 @@ __device__ __forceinline__ void make_means(const Backward &p, float (&sums)[2]) 
     sums[1] *= per_width;
 }
 
-template <bool VECTOR, bool HALVES, bool DROPOUT>
+template <bool VECTOR, int DTYPE, bool DROPOUT>
 __device__ __forceinline__ void store_gradients(const Backward &p, const Terms &terms, const Chunk &factor, const RawChunk &grad_z, uint64_t seed,
                                                 int64_t row, int column, int count, const float (&means)[2], float rstd) {
     const int64_t at = row * p.width + column;
@@ -112,13 +117,13 @@ __device__ __forceinline__ void store_gradients(const Backward &p, const Terms &
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) dz.at[i] = rstd * (terms.grad_y.at[i] * factor.at[i] - means[0] - terms.n.at[i] * means[1]);
     if (p.grad_z) {
-        const Chunk added = widen<HALVES>(grad_z, p.grad_z.dtype());
+        const Chunk added = widen<DTYPE>(grad_z, p.grad_z.dtype());
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) dz.at[i] += added.at[i];
     }
-    if (p.grad_residual) store_chunk<VECTOR, HALVES>(p.grad_residual, at, count, dz);
+    if (p.grad_residual) store_chunk<VECTOR, DTYPE>(p.grad_residual, at, count, dz);
     if (DROPOUT && p.dropout) drop(dz, p.dropout, seed, row, column);
-    store_chunk<VECTOR, HALVES>(p.grad_x, at, count, dz);
+    store_chunk<VECTOR, DTYPE>(p.grad_x, at, count, dz);
 }
 
 // Writes this block's row of partial sums: what its teams have, one after the other.
@@ -149,8 +154,8 @@ __device__ __forceinline__ void store_sums(const Team &team, const Global<float>
 
 __device__ __forceinline__ int thread_of_block() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
 
-// Whole rows in registers, and the sums of their columns beside them. HALVES: all but the weight are of half dtypes. DROPOUT: there may be dropout.
-template <bool VECTOR, bool HALVES, bool DROPOUT, int CHUNKS>
+// Whole rows in registers, and the sums of their columns beside them. DTYPE: of all but the weight. DROPOUT: there may be dropout.
+template <bool VECTOR, int DTYPE, bool DROPOUT, int CHUNKS>
 __global__ void __launch_bounds__(THREADS) norm_backward_kernel(const __grid_constant__ Backward p) {
     const Team team(p.width);
     const uint64_t seed = DROPOUT && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
@@ -174,18 +179,20 @@ __global__ void __launch_bounds__(THREADS) norm_backward_kernel(const __grid_con
         }
         return factor;
     };
-    constexpr bool AHEAD = CHUNKS == 1 || (HALVES && !DROPOUT);  // whether registers allow the next row
+    constexpr bool AHEAD = CHUNKS == 1 || (DTYPE != ANY_DTYPE && !DROPOUT);  // whether registers allow the next row
     const int64_t step = p.parts * blockDim.y;
     int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-    Row<CHUNKS> now = load_row<VECTOR, HALVES, CHUNKS>(p, team, row);
+    Row<CHUNKS> now = load_row<VECTOR, DTYPE, CHUNKS>(p, team, row);
     // All teams of a block go on while its first one has a row.
     for (int buffer = 0; row - threadIdx.y < p.rows; row += step, buffer ^= 1) {
         Row<CHUNKS> next;
-        if constexpr (AHEAD) next = load_row<VECTOR, HALVES, CHUNKS>(p, team, row + step);
+        if constexpr (AHEAD) next = load_row<VECTOR, DTYPE, CHUNKS>(p, team, row + step);
         float sums[2] = {0.0f, 0.0f};
+        Terms kept;  // of one chunk registers hold them; those of several are made twice
 #pragma unroll
         for (int k = 0; k < CHUNKS; k++) {
-            const Terms terms = make_terms<HALVES>(p, now.grad_y[k], now.z[k], team.count(k), now.mean, now.rstd);
+            const Terms terms = make_terms<VECTOR, DTYPE>(p, now.grad_y[k], now.z[k], team.count(k), now.mean, now.rstd);
+            if constexpr (CHUNKS == 1) kept = terms;
             add_products(terms, factor_of(k), sums);
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
@@ -198,11 +205,11 @@ __global__ void __launch_bounds__(THREADS) norm_backward_kernel(const __grid_con
         if (row < p.rows)
 #pragma unroll
             for (int k = 0; k < CHUNKS; k++) {
-                const Terms terms = make_terms<HALVES>(p, now.grad_y[k], now.z[k], team.count(k), now.mean, now.rstd);
-                const RawChunk grad_z = CHUNKS == 1 ? now.grad_z[0] : load_grad_z<VECTOR, HALVES>(p, team, row, k);
-                store_gradients<VECTOR, HALVES, DROPOUT>(p, terms, factor_of(k), grad_z, seed, row, team.column(k), team.count(k), sums, now.rstd);
+                const Terms terms = CHUNKS == 1 ? kept : make_terms<VECTOR, DTYPE>(p, now.grad_y[k], now.z[k], team.count(k), now.mean, now.rstd);
+                const RawChunk grad_z = CHUNKS == 1 ? now.grad_z[0] : load_grad_z<VECTOR, DTYPE>(p, team, row, k);
+                store_gradients<VECTOR, DTYPE, DROPOUT>(p, terms, factor_of(k), grad_z, seed, row, team.column(k), team.count(k), sums, now.rstd);
             }
-        if constexpr (!AHEAD) next = load_row<VECTOR, HALVES, CHUNKS>(p, team, row + step);
+        if constexpr (!AHEAD) next = load_row<VECTOR, DTYPE, CHUNKS>(p, team, row + step);
         now = next;
     }
     store_sums(team, p.weight_parts, weight_sum);
@@ -215,11 +222,11 @@ __global__ void __launch_bounds__(THREADS) norm_backward_wide_kernel(const __gri
     const Team team(p.width);
     const int64_t row = blockIdx.x;
     const uint64_t seed = p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
-    const Row<WIDE_CHUNKS> held = load_row<VECTOR, false, WIDE_CHUNKS>(p, team, row);
+    const Row<WIDE_CHUNKS> held = load_row<VECTOR, ANY_DTYPE, WIDE_CHUNKS>(p, team, row);
     const int rounds = team.rounds();
     float sums[2] = {0.0f, 0.0f};
     const auto terms_of = [&](const RawChunk &grad_y, const RawChunk &z, int k) {
-        return make_terms<false>(p, grad_y, z, team.count(k), held.mean, held.rstd);
+        return make_terms<VECTOR, ANY_DTYPE>(p, grad_y, z, team.count(k), held.mean, held.rstd);
     };
     const auto reload = [&](int k) {
         const int64_t at = row * p.width + team.column(k);
@@ -227,8 +234,8 @@ __global__ void __launch_bounds__(THREADS) norm_backward_wide_kernel(const __gri
     };
     const auto store = [&](const Terms &terms, int k) {
         const Chunk factor = load_factor<VECTOR>(p, team.column(k), team.count(k));
-        const RawChunk grad_z = load_grad_z<VECTOR, false>(p, team, row, k);
-        store_gradients<VECTOR, false, true>(p, terms, factor, grad_z, seed, row, team.column(k), team.count(k), sums, held.rstd);
+        const RawChunk grad_z = load_grad_z<VECTOR, ANY_DTYPE>(p, team, row, k);
+        store_gradients<VECTOR, ANY_DTYPE, true>(p, terms, factor, grad_z, seed, row, team.column(k), team.count(k), sums, held.rstd);
     };
 #pragma unroll
     for (int k = 0; k < WIDE_CHUNKS; k++)
@@ -250,7 +257,7 @@ __global__ void __launch_bounds__(THREADS) norm_wide_sums_kernel(const __grid_co
     Chunk weight_sum = {}, bias_sum = {};
     for (int64_t row = blockIdx.y; row < p.rows; row += p.parts) {
         const int64_t at = row * p.width + column;
-        const Terms terms = make_terms<false>(p, load_raw<VECTOR>(p.grad_y, at, count), load_raw<VECTOR>(p.z, at, count), count,
+        const Terms terms = make_terms<VECTOR, ANY_DTYPE>(p, load_raw<VECTOR>(p.grad_y, at, count), load_raw<VECTOR>(p.z, at, count), count,
                                               p.mean ? p.mean.get(row) : 0.0f, p.rstd.get(row));
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
@@ -293,13 +300,13 @@ int lanes_of(int64_t width) {
     return static_cast<int>(wanted < THREADS ? wanted : THREADS);
 }
 
-template <bool VECTOR, bool HALVES, bool DROPOUT>
+template <bool VECTOR, int DTYPE, bool DROPOUT>
 cudaError_t launch_rows(const Backward &p, void *stream) {
     const int lanes = lanes_of(p.width);
     const Launch how = {"norm_backward", dim3(static_cast<unsigned>(p.parts)),
                         dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(THREADS / lanes)), 0, stream};
-    if (p.width <= THREADS * CHUNK) return launch<THREADS>(how, norm_backward_kernel<VECTOR, HALVES, DROPOUT, 1>, p);
-    return launch<THREADS>(how, norm_backward_kernel<VECTOR, HALVES, DROPOUT, 2>, p);
+    if (p.width <= THREADS * CHUNK) return launch<THREADS>(how, norm_backward_kernel<VECTOR, DTYPE, DROPOUT, 1>, p);
+    return launch<THREADS>(how, norm_backward_kernel<VECTOR, DTYPE, DROPOUT, 2>, p);
 }
 
 template <bool VECTOR>
@@ -312,13 +319,18 @@ cudaError_t launch_wide(const Backward &p, void *stream) {
     return launch<THREADS>(sums, norm_wide_sums_kernel<VECTOR>, p);
 }
 
+template <int DTYPE>
+cudaError_t launch_known(const Backward &p, void *stream) {
+    return p.dropout ? launch_rows<true, DTYPE, true>(p, stream) : launch_rows<true, DTYPE, false>(p, stream);
+}
+
 cudaError_t launch_backward(const Backward &p, void *stream) {
     const bool vector = all_vectors(p.width, p.grad_y, p.grad_z, p.z, p.weight, p.grad_x, p.grad_residual);
     if (p.width > SUMS_WIDTH) return vector ? launch_wide<true>(p, stream) : launch_wide<false>(p, stream);
-    if (!vector) return launch_rows<false, false, true>(p, stream);
-    const bool halves = all_halves(p.grad_y, p.grad_z, p.z, p.grad_x, p.grad_residual);
-    if (!halves) return launch_rows<true, false, true>(p, stream);
-    return p.dropout ? launch_rows<true, true, true>(p, stream) : launch_rows<true, true, false>(p, stream);
+    if (!vector) return launch_rows<false, ANY_DTYPE, true>(p, stream);
+    if (all_of(FASTATTN_BFLOAT16, p.grad_y, p.grad_z, p.z, p.grad_x, p.grad_residual)) return launch_known<FASTATTN_BFLOAT16>(p, stream);
+    if (all_of(FASTATTN_FLOAT16, p.grad_y, p.grad_z, p.z, p.grad_x, p.grad_residual)) return launch_known<FASTATTN_FLOAT16>(p, stream);
+    return launch_rows<true, ANY_DTYPE, true>(p, stream);
 }
 
 }  // namespace

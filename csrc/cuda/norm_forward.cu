@@ -12,8 +12,12 @@
 //            0.60 / 0.68  rows as float32 in registers: 120 of them, 16 warps per multiprocessor
 //            0.79 / 0.91  rows as they lie in memory: 60 registers, 32 warps. LayerNorm's second exchange costs what lacks; with a residual, and
 //                         at 8,192 columns, both are above 1 (part of it comes from the L2 cache). Triton's forward: 0.91 / 0.97
-//            not timed    LayerNorm with one exchange where all threads have as many elements (team_moments), and no more steps across warps than
-//                         there are warps: 64 registers. Expected: LayerNorm near RMSNorm's
+//            The copy of that run was a graph's memcpy; by a kernel such a chip was seen to copy 3.0 TB/s, of which these shares are 0.64 / 0.74.
+//            H200, us at 4,096 x 4,096 (2026-11-27, nvidia-h200-2026-11-27; a large copy, at 4.28 TB/s, would take 15.7):
+//            32.6 / 27.9  with one exchange where all threads have as many elements (team_moments); Triton's 26.3 / 23.8, F.layer_norm's 34.0
+//            42.7 / 33.1  dtypes known when compiled, one chunk to a thread and three blocks of 512: given up. What a thread does once, exchanges and
+//                         addresses, is then done for 8 elements instead of 32, and instructions are what this kernel waits for
+//            not timed    dtypes known when compiled, four chunks to a thread: a third fewer instructions
 #include <cmath>
 
 #include "device_guard.cuh"
@@ -36,19 +40,19 @@ struct Forward {
 };
 
 // z of one chunk from what was loaded; also stored where it is not x.
-template <bool VECTOR, bool HALVES, bool DROPOUT>
+template <bool VECTOR, int DTYPE, bool DROPOUT>
 __device__ __forceinline__ RawChunk make_z(const Forward &p, uint64_t seed, int64_t row, int column, int count, const RawChunk &raw_x,
                                            const RawChunk &raw_residual) {
     if (!p.z) return raw_x;
-    Chunk z = widen<HALVES>(raw_x, p.x.dtype());
+    Chunk z = widen<DTYPE>(raw_x, p.x.dtype());
     if (DROPOUT && p.dropout) drop(z, p.dropout, seed, row, column);
     if (p.residual) {
-        const Chunk residual = widen<HALVES>(raw_residual, p.residual.dtype());
+        const Chunk residual = widen<DTYPE>(raw_residual, p.residual.dtype());
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) z.at[i] += residual.at[i];
     }
-    const RawChunk rounded = narrow<HALVES>(z, p.z_dtype);
-    store_raw<VECTOR, HALVES>(p.z, row * p.width + column, count, rounded);
+    const RawChunk rounded = narrow<DTYPE>(z, p.z_dtype);
+    store_raw<VECTOR, DTYPE>(p.z, row * p.width + column, count, rounded);
     return rounded;
 }
 
@@ -59,42 +63,56 @@ __device__ __forceinline__ float sum_of(const Chunk &z) {
     return total;
 }
 
+template <bool VECTOR>
 __device__ __forceinline__ float squares_about(const Chunk &z, float mean, int count) {
     float total = 0.0f;
+    if (count <= 0) return total;
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) total += i < count ? (z.at[i] - mean) * (z.at[i] - mean) : 0.0f;
+    for (int i = 0; i < CHUNK; i++) total += VECTOR || i < count ? (z.at[i] - mean) * (z.at[i] - mean) : 0.0f;
     return total;
 }
 
-template <bool VECTOR, bool HALVES>
-__device__ __forceinline__ void store_y(const Forward &p, int64_t row, int column, int count, const Chunk &z, float mean, float rstd) {
+// What a column's y takes from outside its row: y = n weight + bias.
+struct Affine {
+    Chunk weight, bias;
+};
+
+template <bool VECTOR, int PARAMS>
+__device__ __forceinline__ Affine load_affine(const Forward &p, int column, int count) {
+    Affine affine = {};
+    if (p.weight) affine.weight = load_chunk<VECTOR, PARAMS>(p.weight, column, count);
+#pragma unroll
+    for (int i = 0; i < CHUNK; i++) affine.weight.at[i] = p.weight ? p.offset + affine.weight.at[i] : 1.0f;
+    if (p.bias) affine.bias = load_chunk<VECTOR, PARAMS>(p.bias, column, count);
+    return affine;
+}
+
+template <bool VECTOR, int DTYPE>
+__device__ __forceinline__ void store_y(const Forward &p, int64_t row, int column, int count, const Chunk &z, const Affine &affine, float mean, float rstd) {
     if (count <= 0) return;
     Chunk y;
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) y.at[i] = (z.at[i] - mean) * rstd;
-    if (p.weight) {
-        const Chunk weight = load_chunk<VECTOR>(p.weight, column, count);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++) y.at[i] *= p.offset + weight.at[i];
-    }
-    if (p.bias) {
-        const Chunk bias = load_chunk<VECTOR>(p.bias, column, count);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++) y.at[i] += bias.at[i];
-    }
-    store_chunk<VECTOR, HALVES>(p.y, row * p.width + column, count, y);
+    for (int i = 0; i < CHUNK; i++) y.at[i] = (z.at[i] - mean) * rstd * affine.weight.at[i] + affine.bias.at[i];
+    store_chunk<VECTOR, DTYPE>(p.y, row * p.width + column, count, y);
 }
 
-// HALVES: x, residual, z and y are of half dtypes. DROPOUT: there may be dropout. Without either, registers suffice for more warps.
-template <bool VECTOR, bool HALVES, bool DROPOUT, int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS, THREADS == NARROW ? (HALVES && !DROPOUT ? 4 : 2) : 1) norm_forward_kernel(const __grid_constant__ Forward p) {
+// Blocks that a multiprocessor should hold: halves whose dtype is known take few registers, and the more warps the more bytes are under way.
+template <int DTYPE, bool DROPOUT, int THREADS, int CHUNKS>
+constexpr int blocks_beside() {
+    if (THREADS != NARROW) return 1;
+    return DTYPE != ANY_DTYPE && !DROPOUT ? 4 : 2;
+}
+
+// DTYPE: of x, residual, z and y. PARAMS: of weight and bias. DROPOUT: there may be dropout.
+template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, int THREADS, int CHUNKS>
+__global__ void __launch_bounds__(THREADS, blocks_beside<DTYPE, DROPOUT, THREADS, CHUNKS>()) norm_forward_kernel(const __grid_constant__ Forward p) {
     const Team team(p.width);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // a row of one warp: the others of its block wait for nobody
     const uint64_t seed = DROPOUT && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
     const int rounds = team.rounds();
     RawChunk z[CHUNKS];
-    constexpr int AT_ONCE = HALVES || THREADS == NARROW ? CHUNKS : 1;  // loads under way together: as many as registers allow
+    constexpr int AT_ONCE = DTYPE != ANY_DTYPE || THREADS == NARROW ? CHUNKS : 1;  // loads under way together: as many as registers allow
     float total[1] = {0.0f};
 #pragma unroll
     for (int first = 0; first < CHUNKS; first += AT_ONCE) {
@@ -102,20 +120,20 @@ __global__ void __launch_bounds__(THREADS, THREADS == NARROW ? (HALVES && !DROPO
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             const int64_t at = row * p.width + team.column(first + k);
-            z[first + k] = load_raw<VECTOR, HALVES>(p.x, at, team.count(first + k));
-            residual[k] = load_if<VECTOR, HALVES>(p.residual, at, team.count(first + k));
+            z[first + k] = load_raw<VECTOR, DTYPE>(p.x, at, team.count(first + k));
+            residual[k] = load_if<VECTOR, DTYPE>(p.residual, at, team.count(first + k));
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             RawChunk &own = z[first + k];
-            if (first + k < rounds) own = make_z<VECTOR, HALVES, DROPOUT>(p, seed, row, team.column(first + k), team.count(first + k), own, residual[k]);
-            total[0] += sum_of(widen<HALVES>(own, p.z_dtype));
+            if (first + k < rounds) own = make_z<VECTOR, DTYPE, DROPOUT>(p, seed, row, team.column(first + k), team.count(first + k), own, residual[k]);
+            total[0] += sum_of(widen<DTYPE>(own, p.z_dtype));
         }
     }
     for (int k = CHUNKS; k < rounds; k++) {
         const int64_t at = row * p.width + team.column(k);
-        const RawChunk x = load_raw<VECTOR, HALVES>(p.x, at, team.count(k)), residual = load_if<VECTOR, HALVES>(p.residual, at, team.count(k));
-        total[0] += sum_of(widen<HALVES>(make_z<VECTOR, HALVES, DROPOUT>(p, seed, row, team.column(k), team.count(k), x, residual), p.z_dtype));
+        const RawChunk x = load_raw<VECTOR, DTYPE>(p.x, at, team.count(k)), residual = load_if<VECTOR, DTYPE>(p.residual, at, team.count(k));
+        total[0] += sum_of(widen<DTYPE>(make_z<VECTOR, DTYPE, DROPOUT>(p, seed, row, team.column(k), team.count(k), x, residual), p.z_dtype));
     }
     // z of a chunk that registers do not hold, as this thread stored or read it before.
     const auto reload = [&](int k) { return load_chunk<VECTOR>(p.z ? p.z : p.x, row * p.width + team.column(k), team.count(k)); };
@@ -129,30 +147,46 @@ __global__ void __launch_bounds__(THREADS, THREADS == NARROW ? (HALVES && !DROPO
     }
     float squares[1] = {0.0f};
 #pragma unroll
-    for (int k = 0; k < CHUNKS; k++) squares[0] += squares_about(widen<HALVES>(z[k], p.z_dtype), mean, team.count(k));
-    for (int k = CHUNKS; k < rounds; k++) squares[0] += squares_about(reload(k), mean, team.count(k));
+    for (int k = 0; k < CHUNKS; k++) squares[0] += squares_about<VECTOR>(widen<DTYPE>(z[k], p.z_dtype), mean, team.count(k));
+    for (int k = CHUNKS; k < rounds; k++) squares[0] += squares_about<VECTOR>(reload(k), mean, team.count(k));
     if (merged) team_moments(team, mean, squares[0], static_cast<float>(own));
     else team_sums(team, squares, 1);
     const float rstd = 1.0f / sqrtf(squares[0] / static_cast<float>(p.width) + p.eps);
 #pragma unroll
-    for (int k = 0; k < CHUNKS; k++) store_y<VECTOR, HALVES>(p, row, team.column(k), team.count(k), widen<HALVES>(z[k], p.z_dtype), mean, rstd);
-    for (int k = CHUNKS; k < rounds; k++) store_y<VECTOR, HALVES>(p, row, team.column(k), team.count(k), reload(k), mean, rstd);
+    for (int k = 0; k < CHUNKS; k++) {
+        const Affine affine = load_affine<VECTOR, PARAMS>(p, team.column(k), team.count(k));
+        store_y<VECTOR, DTYPE>(p, row, team.column(k), team.count(k), widen<DTYPE>(z[k], p.z_dtype), affine, mean, rstd);
+    }
+    for (int k = CHUNKS; k < rounds; k++)
+        store_y<VECTOR, DTYPE>(p, row, team.column(k), team.count(k), reload(k), load_affine<VECTOR, PARAMS>(p, team.column(k), team.count(k)), mean, rstd);
     if (threadIdx.x == 0) {
         if (p.mean) p.mean.set(row, mean);
         if (p.rstd) p.rstd.set(row, rstd);
     }
 }
 
-template <bool VECTOR, bool HALVES, bool DROPOUT>
-cudaError_t launch_forward(const Forward &p, void *stream) {
-    const bool wide = p.width > NARROW * NARROW_CHUNKS * CHUNK;
-    int lanes = wide ? WIDE : WARP;  // of a row: a power of two of warps
-    while (!wide && lanes * NARROW_CHUNKS * CHUNK < p.width) lanes *= 2;
-    const int beside = lanes == WARP ? NARROW / WARP : 1;
+// A row to a power of two of warps, at most THREADS threads; rows of one warp share a block.
+template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, int THREADS, int CHUNKS>
+cudaError_t launch_rows(const Forward &p, void *stream) {
+    int lanes = WARP;
+    while (lanes < THREADS && lanes * CHUNKS * CHUNK < p.width) lanes *= 2;
+    const int beside = lanes == WARP ? THREADS / WARP : 1;
     const Launch how = {"norm_forward", dim3(static_cast<unsigned>((p.rows + beside - 1) / beside)),
                         dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(beside)), 0, stream};
-    if (wide) return launch<WIDE>(how, norm_forward_kernel<VECTOR, HALVES, DROPOUT, WIDE, WIDE_CHUNKS>, p);
-    return launch<NARROW>(how, norm_forward_kernel<VECTOR, HALVES, DROPOUT, NARROW, NARROW_CHUNKS>, p);
+    return launch<THREADS>(how, norm_forward_kernel<VECTOR, DTYPE, PARAMS, DROPOUT, THREADS, CHUNKS>, p);
+}
+
+template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT>
+cudaError_t launch_forward(const Forward &p, void *stream) {
+    if (p.width <= NARROW * NARROW_CHUNKS * CHUNK) return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, NARROW, NARROW_CHUNKS>(p, stream);
+    return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, WIDE, WIDE_CHUNKS>(p, stream);
+}
+
+template <int DTYPE>
+cudaError_t launch_known(const Forward &p, void *stream) {
+    if (p.dropout) return launch_forward<true, DTYPE, ANY_DTYPE, true>(p, stream);
+    if (all_of(DTYPE, p.weight, p.bias)) return launch_forward<true, DTYPE, DTYPE, false>(p, stream);
+    return launch_forward<true, DTYPE, ANY_DTYPE, false>(p, stream);
 }
 
 }  // namespace
@@ -178,8 +212,8 @@ extern "C" int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call) {
                        call->offset,
                        call->z ? call->z_dtype : call->x_dtype,
                        call->is_rms != 0};
-    if (!all_vectors(call->width, p.x, p.residual, p.weight, p.bias, p.z, p.y)) return launch_forward<false, false, true>(p, call->stream);
-    const bool halves = all_halves(p.x, p.residual, p.z, p.y);
-    if (!halves) return launch_forward<true, false, true>(p, call->stream);
-    return p.dropout ? launch_forward<true, true, true>(p, call->stream) : launch_forward<true, true, false>(p, call->stream);
+    if (!all_vectors(call->width, p.x, p.residual, p.weight, p.bias, p.z, p.y)) return launch_forward<false, ANY_DTYPE, ANY_DTYPE, true>(p, call->stream);
+    if (all_of(FASTATTN_BFLOAT16, p.x, p.residual, p.z, p.y)) return launch_known<FASTATTN_BFLOAT16>(p, call->stream);
+    if (all_of(FASTATTN_FLOAT16, p.x, p.residual, p.z, p.y)) return launch_known<FASTATTN_FLOAT16>(p, call->stream);
+    return launch_forward<true, ANY_DTYPE, ANY_DTYPE, true>(p, call->stream);
 }
