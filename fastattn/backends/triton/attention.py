@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.few import as_decoding
+from fastattn.backends.triton import flash
 from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
@@ -97,7 +98,7 @@ def attention_backward(
     table_requires_grad: bool,
     slopes_requires_grad: bool,
     sinks_requires_grad: bool,
-    deterministic: bool,  # every sum of these kernels has a fixed order
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the protocol."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -116,6 +117,14 @@ def attention_backward(
         )
         return dq, dk, dv, dbias, dtable, dslopes, lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
     grad_out, out = _aligned(_addressable(grad_out)), _aligned(_addressable(out))
+    is_plain = call.plain and scale > 0.0 and grad_lse is None and packed is None and sinks is None
+    # Of the kernels below every sum has a fixed order.
+    if not deterministic and is_plain and flash.is_faster(architecture(q.device), call.q, call.k, call.v, mask):
+        found = flash.gradients(grad_out, call.q, call.k, call.v, out, lse, mask, scale)
+        pairs = zip((dq, dk, dv), found, strict=True)
+        dq, dk, dv = (new if new.stride() == own.stride() else own.copy_(new) for own, new in pairs)
+        nothing = lse.new_empty(0)
+        return dq, dk, dv, nothing, nothing, nothing, nothing
     call.arguments |= {"out": out, **call.strides("out", out), "lse": lse, "grad_lse": grad_lse}
     call.arguments |= {"grad_out": grad_out, **call.strides("grad_out", grad_out)}
     call.arguments |= {"norm_out": torch.empty_like(lse), "centre_out": torch.empty_like(lse)}
