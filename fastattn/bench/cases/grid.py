@@ -26,6 +26,7 @@ SHARES = {"attention": 0.5, "packed": 0.04, "decode": 0.04, "norm": 0.1, "ffn": 
 """How a time budget is divided among suites; what one does not need is the next one's."""
 
 _QUICK_LENGTH, _QUICK_ROWS, _QUICK_WIDTH = 64, 16, 64
+_SQUARE = 4096
 
 
 @dataclass(frozen=True)
@@ -288,8 +289,26 @@ def _rows(choice: Choice, batch: int, length: int) -> int:
     return _QUICK_ROWS if choice.quick else min(batch * length, 16384 if choice.gpu else 2048)
 
 
+def _square_norms(choice: Choice) -> list[Case]:
+    """What a GPU's norms are held to: large square rows, no residual, both directions by themselves."""
+    return [
+        NormCase(
+            name=f"{kind} norm, {_SQUARE} x {_SQUARE}",
+            group="Square norms",
+            kind=kind,
+            rows=_SQUARE,
+            width=_SQUARE,
+            residual=False,
+            compiled=(),
+            directions=("forward", "backward"),
+            **choice.common,
+        )
+        for kind in ("layer", "rms")
+    ]
+
+
 def _norm(choice: Choice) -> list[Case]:
-    found: list[Case] = []
+    found = _square_norms(choice) if choice.gpu and choice.shapes is None else []
     sizes: dict[tuple[Any, ...], list[str]] = {}
     for name, shape, batch, length in choice.of_shapes():
         width = _QUICK_WIDTH if choice.quick else shape.width
