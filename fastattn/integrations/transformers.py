@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import attention
+from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.integrations import why_not_transformers
 from fastattn.masks import Causal
+from fastattn.nn.counting import note_choice
 from fastattn.nn.fused import Fused
 
 try:
@@ -111,6 +113,14 @@ def attention_forward(
             key, value = key[:, :, :len_q], value[:, :, :len_q]
             position_bias = None if position_bias is None else position_bias[..., :len_q]
         mask = Causal("top-left")
+    own = module if isinstance(module, Fused) else None
+    backend = None if own is None else own.fastattn_backend
+    is_plain = attention_mask is None and position_bias is None and not softcap and s_aux is None and dropout == 0.0
+    if is_plain and torch_is_as_fast(query, key, value, mask is not None, scaling, backend):
+        if own is not None:
+            note_choice(own, AS_FAST)
+        out = on_torch(query, key, value, mask is not None, scaling)
+        return out.transpose(1, 2).contiguous(), None
     out = attention(
         query,
         key,
@@ -121,7 +131,7 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         dropout_p=dropout,
-        backend=module.fastattn_backend if isinstance(module, Fused) else None,
+        backend=backend,
     )
     return out.transpose(1, 2).contiguous(), None
 

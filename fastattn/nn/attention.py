@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from fastattn.functional import attention, linear_act
 from fastattn.functional.attention import MAX_HEAD_DIM
-from fastattn.nn.attention_masks import read_masks, why_not_masks
+from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
+from fastattn.nn.attention_masks import AttentionMasks, read_masks, why_not_masks
 from fastattn.nn.attention_weights import attention_by_weights, kernel_and_weights
 from fastattn.nn.checks import why_not_input, why_not_tensor
-from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.ops.library import tracks_gradients
 
@@ -105,9 +106,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if not need_weights:
-            context = attention(
-                q, k, v, mask=masks.visible(), bias=masks.bias, dropout_p=dropout_p, backend=self.fastattn_backend
-            )
+            context = self._context(q, k, v, masks, dropout_p)
         elif dropout_p == 0.0 and tracks_gradients(q, k, v, masks.bias):
             context, weights = kernel_and_weights(q, k, v, masks, average_attn_weights, self.fastattn_backend)
         else:
@@ -117,6 +116,14 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         if weights is not None and query.dim() == 2:
             weights = weights.squeeze(0)
         return output, weights
+
+    def _context(self, q: Tensor, k: Tensor, v: Tensor, masks: AttentionMasks, dropout_p: float) -> Tensor:
+        mask, causal, backend = masks.visible(), masks.causal, self.fastattn_backend
+        is_plain = (mask is None or causal) and masks.bias is None and dropout_p == 0.0
+        if is_plain and torch_is_as_fast(q, k, v, causal, None, backend):
+            note_choice(self, AS_FAST)
+            return on_torch(q, k, v, causal, None)
+        return attention(q, k, v, mask=mask, bias=masks.bias, dropout_p=dropout_p, backend=backend)
 
     # ---- projections -------------------------------------------------------------------------------------------------
 

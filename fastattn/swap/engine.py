@@ -49,7 +49,9 @@ def swap(
 
     attention, norms, ffns: which parts to take over. linears: projections (q, k, v and output of attention, and in
     inference on a CPU large linears of any kind, where the kernel was found faster than torch's).
-    backend: the name of the backend that every call is forced to; None lets dispatch choose per call.
+    backend: the name of the backend that every call is forced to; None lets dispatch choose per call, and leaves to
+        torch what it was measured to do as fast: float32 LayerNorm in inference on a CPU, plain attention where cuDNN
+        runs it on Hopper.
     strict: swap everything that was asked for, or nothing; and a call that would run original code all the same,
         because of its input or of a hook that came later, raises NotSupported. So it does where a backend is forced.
 
