@@ -7,6 +7,9 @@ architecture, registers, stack bytes, shared memory, tensor-core instructions. E
 - a kernel that multiplies half-precision tiles has no tensor-core instruction,
 - a forward for half inputs of head dims up to 128 without options or biases has a stack (spilled registers),
 - a stack is larger than compiled.json, beside this file, says. --write writes that file anew.
+
+--drawn N asks another question: whether what the random cases of `fastattn verify` launch, with their every mixture of
+options, compiles for sm_90 at all.
 """
 
 from __future__ import annotations
@@ -36,6 +39,16 @@ MULTIPLYING = (
     "attention_bias_kernel",
     "attention_distance_kernel",
 )
+
+
+DRAWN = (
+    "attention",
+    "attention_decode",
+    "norm",
+    "linear_act",
+    "ffn",
+    "gated_ffn",
+)  # operations that it has kernels for
 
 
 class Variant(NamedTuple):
@@ -245,11 +258,56 @@ def _call_attention(variant: Variant) -> None:
 
 def compile_launch(variant: Variant, arch: int, index: int) -> Compiled:
     """Compiles one launch for one architecture."""
+    return _compiled(launches(variant, arch)[index], variant.name, arch)
+
+
+def drawn_launches(op: str, index: int, arch: int) -> list[Any]:
+    """What the backend launches for a case of `fastattn verify`, forward and backward. Nothing runs, so that what the
+    case finds means nothing."""
+    from fastattn.backends.triton.launch import recording
+    from fastattn.parity.cases import draw_case
+
+    torch.set_num_threads(1)
+    with recording(arch) as found:
+        draw_case(op, 0, index).run("triton")
+    return found
+
+
+def compile_drawn(op: str, index: int, position: int, arch: int) -> Compiled:
+    """Compiles one launch of a drawn case."""
+    return _compiled(drawn_launches(op, index, arch)[position], f"{op} 0.{index}", arch)
+
+
+def unlike_launches(op: str, cases: int, arch: int) -> list[tuple[str, int, int]]:
+    """(op, case, position) of each launch in the first so many cases that compiles to something new."""
+    seen = set()
+    jobs = []
+    for index in range(cases):
+        for position, launch in enumerate(drawn_launches(op, index, arch)):
+            _, *parts = _source(launch)
+            key = (launch.kernel.__name__, repr(parts), repr(sorted(launch.options.items())))
+            if key not in seen:
+                seen.add(key)
+                jobs.append((op, index, position))
+    return jobs
+
+
+def _compiled(launch: Any, name: str, arch: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, arguments, options = launches(variant, arch)[index]
+    kernel, signature, constants, attributes = _source(launch)
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    registers, stack = resources(compiled.asm["cubin"])
+    kinds = sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))
+    return Compiled(kernel.__name__, name, arch, registers, stack, compiled.metadata.shared, "+".join(kinds) or "-")
+
+
+def _source(launch: Any) -> tuple[Any, dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[Any]]]:
+    """The kernel, and what a launch makes of its arguments: types, constants, and which are multiples of 16."""
+    kernel, arguments, _ = launch
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[Any]] = {}
@@ -261,12 +319,7 @@ def compile_launch(variant: Variant, arch: int, index: int) -> Compiled:
             constants[(at,)] = value
         elif aligned:
             attributes[(at,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
-    registers, stack = resources(compiled.asm["cubin"])
-    kinds = sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))
-    name, shared = kernel.__name__, compiled.metadata.shared
-    return Compiled(name, variant.name, arch, registers, stack, shared, "+".join(kinds) or "-")
+    return kernel, signature, constants, attributes
 
 
 def argument_type(value: Any, is_constant: bool, specialises: bool) -> tuple[str, bool]:
@@ -278,7 +331,7 @@ def argument_type(value: Any, is_constant: bool, specialises: bool) -> tuple[str
             torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1", torch.uint8: "u8",
             torch.int32: "i32", torch.int64: "i64",
         }  # fmt: skip
-        return "*" + names[value.dtype], True
+        return "*" + names[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "fp32", False
     return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialises and value % 16 == 0
@@ -318,16 +371,45 @@ def troubles(found: Compiled, variant: Variant, committed: dict[str, int]) -> li
     return wrong
 
 
+def check_drawn(cases: int, processes: int, arch: int = 90) -> int:
+    """Compiles what drawn cases launch, all of which has to fit a block's shared memory. Returns the exit code."""
+    context = multiprocessing.get_context("spawn")
+    compiled, failed = 0, 0
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        each = pool.map(unlike_launches, DRAWN, [cases] * len(DRAWN), [arch] * len(DRAWN))
+        jobs = [job for found in each for job in found]
+        running = [(job, pool.submit(compile_drawn, *job, arch)) for job in jobs]
+        for (op, index, position), future in running:
+            where = f"{op} 0.{index}, launch {position}, sm_{arch}"
+            error = future.exception()
+            if error is not None:
+                failed += 1
+                print(f"FAILED: {where}: {type(error).__name__}: {str(error)[-300:]}", flush=True)
+                continue
+            found = future.result()
+            compiled += 1
+            if found.shared > SHARED_LIMIT[arch]:
+                failed += 1
+                print(f"FAILED: {where}: {found.kernel} with {found.shared} bytes of shared memory", flush=True)
+    print(f"{compiled} kernels of drawn cases compiled, {failed} failed")
+    return 1 if failed else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compiles and prints; returns the exit code."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time and check what came of it.")
     parser.add_argument("--short", action="store_true", help="only the variants marked short, for sm_90")
+    parser.add_argument(
+        "--drawn", type=int, metavar="N", help="instead what the first N cases of each operation of verify launch"
+    )
     parser.add_argument("--write", action="store_true", help="write compiled.json from what was found")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many compile at a time")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
 
+    if given.drawn:
+        return check_drawn(given.drawn, given.processes)
     jobs = []
     for variant in VARIANTS:
         if given.short and not variant.short:

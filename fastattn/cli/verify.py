@@ -102,6 +102,7 @@ def verify(
     op: Annotated[str, typer.Option(help=f"Of {', '.join(OPERATIONS)}, with commas between them; or all.")] = "all",
     backend: Annotated[str, typer.Option(help="The backend under test; empty takes the first native one.")] = "",
     cases: Annotated[int, typer.Option(min=1, help="Random cases of each operation.")] = 200,
+    first: Annotated[int, typer.Option(min=0, help="The first of them to run, for a count done in parts.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other cases.")] = 0,
     isa: Annotated[str | None, typer.Option(help="The CPU backend's instruction set; see `fastattn info`.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes that the cases run in.")] = 1,
@@ -119,17 +120,19 @@ def verify(
     """
     console = wide_console(stderr=as_json)
     name = backend or default_backend()
-    only: list[int] | None = None
+    only = range(first, cases)
     try:
+        if not only:
+            raise ValueError(f"--first {first} of --cases {cases} leaves none: pass less than the cases")
         if repro is not None:
             if len(operations(op)) != 1:
                 raise ValueError("--repro replays a case of one op: add --op")
             seed, index = parse_token(repro)
-            only = [index]
+            only = range(index, index + 1)
             described = draw_case(op, seed, index).describe()
             console.print(f"{op} {repro}: {described}", highlight=False, soft_wrap=True)
         run = partial(run_verify, op, name, cases, seed, only=only, isa=isa, device=_device(name))
-        total = len(operations(op)) * (cases if only is None else len(only))
+        total = len(operations(op)) * len(only)
         report = _run(f"{op} on {name}", total, console, partial(run, jobs=jobs, seconds=seconds))
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -76,6 +76,7 @@ def test_explain_of_a_forced_backend_that_refuses_exits_with_1():
         (("verify", "--op", "norm,ffn", "--repro", "0.1"), "--op"),
         (("verify", "--op", "norm,softmax"), "softmax"),
         (("verify", "--jobs", "0"), "jobs=0"),
+        (("verify", "--cases", "4", "--first", "4"), "--first 4"),
         (("verify", "--seconds", "-1"), "seconds=-1"),
         (("demo", "--model", "no/such/folder", "--quick"), "no/such/folder"),
     ],
@@ -89,6 +90,21 @@ def test_wrong_options_are_answered_by_a_sentence(arguments, said):
 def test_verify_prints_worst_ratios(op):
     text = _run("verify", "--op", op, "--backend", "reference", "--cases", "6", "--seed", "2")
     assert f"{op}: worst error / bound" in text and "6 cases checked, 0 refused, all within the bound" in text
+
+
+def test_verify_counts_in_parts():
+    def worst(*arguments):
+        text = _run("verify", "--op", "norm", "--backend", "reference", "--json", *arguments)
+        found = json.loads(text[text.index("{") :])
+        return found["cases"]["norm"], {(row["dtype"], row["quantity"]): row["ratio"] for row in found["worst"]}
+
+    (whole, all_of_them), (begin, early), (rest, late) = (
+        worst("--cases", "9"),
+        worst("--cases", "5"),
+        worst("--cases", "9", "--first", "5"),
+    )
+    assert (whole, begin, rest) == (9, 5, 4)
+    assert all_of_them == {key: max(early.get(key, 0.0), late.get(key, 0.0)) for key in early | late}
 
 
 def test_verify_writes_json(tmp_path):

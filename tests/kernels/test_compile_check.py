@@ -71,6 +71,24 @@ def test_a_short_selection(tmp_path: Path) -> None:
     assert found.stdout.splitlines()[-1] == "11 kernels compiled, 0 failed"
 
 
+def test_drawn_cases_launch_without_a_gpu(tmp_path: Path) -> None:
+    script = (
+        "from fastattn.kernels import compile_check as check\n"
+        "for op, kernels in (('attention_decode', {'attention_decode_kernel'}), ('norm', {'norm_forward_kernel'})):\n"
+        "    jobs = check.unlike_launches(op, 2, 90)\n"
+        "    found = {check.drawn_launches(*job[:2], 90)[job[2]].kernel.__name__ for job in jobs}\n"
+        "    assert len(jobs) >= 2 and found >= kernels, (op, jobs, found)\n"
+    )
+    found = run("-c", script, folder=tmp_path)
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_drawn_cases_compile(tmp_path: Path) -> None:
+    found = run("-m", "fastattn.kernels.compile_check", "--drawn", "25", folder=tmp_path)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_all(tmp_path: Path) -> None:
     found = run("-m", "fastattn.kernels.compile_check", folder=tmp_path)

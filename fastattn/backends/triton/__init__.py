@@ -14,6 +14,7 @@ import torch
 
 from fastattn.backends.triton.attention import attention_backward, attention_forward, attention_reasons
 from fastattn.backends.triton.decode import attention_decode, decode_reasons
+from fastattn.backends.triton.launch import is_recording
 from fastattn.backends.triton.linear import (
     ffn_backward,
     ffn_forward,
@@ -52,7 +53,7 @@ def unavailable_reason() -> str | None:
     """Why Triton kernels cannot run on this machine, or None."""
     if not _triton_is_installed():
         return "triton is not installed; run: pip install 'fastattn[triton]'"
-    if interpreting():
+    if interpreting() or is_recording():
         return None
     if torch.version.hip is not None:
         return "the Triton kernels are untried on ROCm"
@@ -73,7 +74,8 @@ def not_supported_reasons(problem: Problem) -> list[str]:
         reasons = linear_reasons(problem)
     else:
         return [f"the Triton backend has no kernel for {problem.op}"]
-    if problem.device_type != "cuda" and not (problem.device_type == "cpu" and interpreting()):
+    runs = problem.device_type == "cuda" or (problem.device_type == "cpu" and interpreting()) or is_recording()
+    if not runs:
         reasons.append(f"the Triton backend does not run on {problem.device_type} tensors")
     return reasons
 

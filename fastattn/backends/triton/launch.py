@@ -41,6 +41,11 @@ def recording(arch: int) -> Iterator[list[Launch]]:
         _recorder = before
 
 
+def is_recording() -> bool:
+    """Whether launches are recorded, of tensors on any device."""
+    return _recorder is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
     """Runs a kernel with those of `arguments` that it names. An empty grid launches nothing."""
     if 0 in grid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.triton.launch import launch
+from fastattn.backends.triton.launch import architecture, launch
 from fastattn.problems import NormProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
@@ -193,7 +193,7 @@ def _block(width: int) -> tuple[int, int]:
 def _program_count(device: torch.device) -> int:
     """Backward programs that walk the rows: two for each multiprocessor, a handful in the interpreter."""
     if device.type != "cuda":
-        return 4
+        return 264 if architecture(device) else 4  # compiled for a GPU that is not there
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
