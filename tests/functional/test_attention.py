@@ -264,6 +264,17 @@ def test_sinks_are_in_the_denominator_only(backend):
     torch.testing.assert_close(out, plain * share[..., None])
 
 
+def test_a_sink_far_above_the_scores_takes_the_output_and_leaves_the_lse(backend):
+    q, k, v = draw()
+    out, lse = fastattn.attention(q, k, v, sinks=torch.full((4,), 200.0), return_lse=True, backend=backend)
+    _, plain_lse = fastattn.attention(q, k, v, return_lse=True, backend="reference")
+    assert not out.any()
+    found = torch.autograd.grad(lse.sum() + out.sum(), (q, k, v))
+    expected = torch.autograd.grad(plain_lse.sum(), (q, k))
+    for ours, theirs in zip(found, (*expected, torch.zeros_like(v)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
 def test_second_derivatives_raise_instead_of_vanishing(backend):
     q, k, v = draw()
     out = fastattn.attention(q, k, v, backend=backend)

@@ -263,7 +263,8 @@ class TileBackward {
                 const vfloat e = load(term + at), p = e * s.reciprocal[v];
                 vfloat ds = p * (load(grad + at) - s.delta[v]);
                 if (p_.grad_lse) ds += e * s.lse[v];
-                const vint padding = (vint)(s.reciprocal[v] == 0.0f);  // or sees nothing; its e may be NaN where keys are not finite
+                // Or it sees nothing; its e may be NaN where keys are not finite. Beside a sink that leaves it nothing a query still has an lse.
+                const vint padding = (vint)(s.reciprocal[v] == 0.0f) & (vint)(s.lse[v] == 0.0f);
                 store(term + at, select(padding, zero(), p));
                 store(grad + at, select(padding, zero(), ds));
             }
