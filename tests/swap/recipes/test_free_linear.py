@@ -93,6 +93,28 @@ def test_the_original_runs_where_it_is_as_fast(kernel_calls) -> None:
     assert kernel_calls == [(1, 1024)], "nothing is tracked"
 
 
+@pytest.mark.parametrize(("isa", "name", "taken"), [
+    ("avx512bf16", "AMD EPYC", True), ("avx2", "AMD EPYC", False), ("avx512", "Intel Xeon", False),
+])  # fmt: skip
+def test_many_rows_run_on_the_kernel_where_torch_leaves_half_of_the_processor(
+    kernel_calls, monkeypatch, isa, name, taken
+) -> None:
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    monkeypatch.setattr(free_linear, "cpu_name", lambda: name)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    free_linear._is_amds.cache_clear()
+    model, x = large(), torch.randn(70, 1024)
+    expected = model(x).detach()
+    swap(model)
+    try:
+        with torch.no_grad():
+            found = model(x)
+    finally:
+        free_linear._is_amds.cache_clear()
+    assert kernel_calls == ([(70, 1024)] if taken else [])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_a_forced_backend_runs_every_call(kernel_calls) -> None:
     model = large()
     swap(model, backend="cpu")
