@@ -17,7 +17,7 @@
 //            32.6 / 27.9  with one exchange where all threads have as many elements (team_moments); Triton's 26.3 / 23.8, F.layer_norm's 34.0
 //            42.7 / 33.1  dtypes known when compiled, one chunk to a thread and three blocks of 512: given up. What a thread does once, exchanges and
 //                         addresses, is then done for 8 elements instead of 32, and instructions are what this kernel waits for
-//            not timed    dtypes known when compiled, four chunks to a thread: a third fewer instructions
+//            not timed    dtypes known when compiled, four chunks to a thread: 2,088 instructions instead of 2,720
 #include <cmath>
 
 #include "device_guard.cuh"
