@@ -41,14 +41,8 @@ MULTIPLYING = (
 )
 
 
-DRAWN = (
-    "attention",
-    "attention_decode",
-    "norm",
-    "linear_act",
-    "ffn",
-    "gated_ffn",
-)  # operations that it has kernels for
+# The operations of verify that the backend has kernels for.
+DRAWN = ("attention", "attention_decode", "norm", "linear_act", "ffn", "gated_ffn")
 
 
 class Variant(NamedTuple):

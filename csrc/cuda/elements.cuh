@@ -1,7 +1,7 @@
 // Rows of elements whose dtype is known at run time: eight at a time, by 16-byte accesses where rows and pointers allow it.
 //
-// A kernel that is bound by memory loses nothing by a branch per eight elements that all threads take alike, and one instance serves every
-// mixture of dtypes. Loading and widening are two steps, so that all loads of a thread can be under way before it needs the first.
+// One instance serves every mixture of dtypes, by a branch per eight elements that all threads take alike; where such instructions are what a
+// kernel waits for, an instance of one DTYPE does without. Loading and widening are two steps, so that all loads of a thread can be under way before it needs the first.
 #pragma once
 #include <primitives/memory.cuh>
 #include <primitives/numeric.cuh>

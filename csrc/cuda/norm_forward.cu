@@ -97,7 +97,7 @@ __device__ __forceinline__ void store_y(const Forward &p, int64_t row, int colum
 }
 
 // Blocks that a multiprocessor should hold: halves whose dtype is known take few registers, and the more warps the more bytes are under way.
-template <int DTYPE, bool DROPOUT, int THREADS, int CHUNKS>
+template <int DTYPE, bool DROPOUT, int THREADS>
 constexpr int blocks_beside() {
     if (THREADS != NARROW) return 1;
     return DTYPE != ANY_DTYPE && !DROPOUT ? 4 : 2;
@@ -105,7 +105,7 @@ constexpr int blocks_beside() {
 
 // DTYPE: of x, residual, z and y. PARAMS: of weight and bias. DROPOUT: there may be dropout.
 template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS, blocks_beside<DTYPE, DROPOUT, THREADS, CHUNKS>()) norm_forward_kernel(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(THREADS, blocks_beside<DTYPE, DROPOUT, THREADS>()) norm_forward_kernel(const __grid_constant__ Forward p) {
     const Team team(p.width);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // a row of one warp: the others of its block wait for nobody

@@ -102,10 +102,8 @@ def main(op: str, first: int, last: int) -> None:
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) asks the mode too
     checked = 0
     for index in range(first, last):
-        with (
-            Elsewhere(),
-            torch.autograd.set_multithreading_enabled(False),
-        ):  # a thread of this device may outlive Python
+        # Without threads of its own for the device, one of which may outlive Python.
+        with Elsewhere(), torch.autograd.set_multithreading_enabled(False):
             rows = draw_case(op, 0, index, DEVICE).run("reference")
         checked += len(rows)
         failed = [row for row in rows if not row.passed]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn.backends.triton.launch import architecture, launch
+from fastattn.backends.triton.launch import launch, multiprocessors
 from fastattn.backends.triton.plan import FAR, near
 from fastattn.backends.views import empty_out
 from fastattn.biases.lowered import LoweredBias
@@ -76,7 +75,7 @@ def attention_decode(
     block_q, block_k, stages = _tile(rows, max(dim, dim_v), q.element_size())
     tiles = -(-rows // block_q)
     seen = _keys_seen(room, len_q, mask)
-    parts, part_keys = _parts(batch * heads_kv * tiles, seen, block_k, _processors(q.device))
+    parts, part_keys = _parts(batch * heads_kv * tiles, seen, block_k, multiprocessors(q.device) or _PROCESSORS)
     whole = parts == 1
     sums, highests, totals = (None if whole else lse.new_empty(parts, lse.numel() * n) for n in (dim_v, 1, 1))
     full = (batch, heads, len_q, room)
@@ -182,12 +181,3 @@ def _strides(name: str, tensor: Tensor, order: tuple[int, int, int]) -> dict[str
 
 def _wide(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
-
-
-def _processors(device: torch.device) -> int:
-    return _count(device.index or 0) if device.type == "cuda" else 132 if architecture(device) else _PROCESSORS
-
-
-@functools.cache
-def _count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count

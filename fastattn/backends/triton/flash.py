@@ -18,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastattn.masks.lowered import LoweredMask
+from fastattn.masks.lowered import NOTHING_HIDDEN, LoweredMask
 
 _CAPABILITY = 9  # the major one of the GPUs it was measured on
 _DIM = 256
@@ -47,7 +47,7 @@ def hides(mask: LoweredMask, len_q: int, len_k: int) -> str | None:
     """What its kernels know this mask as: "nothing", "future", or None for any other."""
     band = (mask.band_left, mask.band_right)
     rest = mask._replace(band_offset=0, band_left=None, band_right=None)
-    if any(field is not None for name, field in rest._asdict().items() if name != "band_offset"):
+    if any(own is not default for own, default in zip(rest, NOTHING_HIDDEN, strict=True)):
         return None
     if band == (None, None):
         return "nothing"
@@ -62,8 +62,7 @@ def gradients(
     no_seed = torch.empty(0, dtype=torch.uint64, device=q.device)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
     is_causal = hides(mask, len_q, len_k) == "future"
-    found = backward(
+    dq, dk, dv = backward(
         grad_out, q, k, v, out, lse, None, None, len_q, len_k, 0.0, is_causal, no_seed, no_seed, scale=scale
     )
-    dq, dk, dv = found
     return dq, dk, dv

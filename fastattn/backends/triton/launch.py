@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -68,3 +69,15 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Those to share work out among; a Hopper GPU's where launches are recorded, 0 for the interpreter."""
+    if device.type == "cuda":
+        return _count(device.index or 0)
+    return 132 if _recorder is not None else 0
+
+
+@functools.cache
+def _count(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.triton.launch import architecture, launch
+from fastattn.backends.triton.launch import launch, multiprocessors
 from fastattn.problems import NormProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
@@ -192,9 +192,7 @@ def _block(width: int) -> tuple[int, int]:
 
 def _program_count(device: torch.device) -> int:
     """Backward programs that walk the rows: two for each multiprocessor, a handful in the interpreter."""
-    if device.type != "cuda":
-        return 264 if architecture(device) else 4  # compiled for a GPU that is not there
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 2 * multiprocessors(device) or 4
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastattn.functional import scaled_dot_product_attention
-from fastattn.functional.plain import AS_FAST, torch_is_as_fast
+from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.functional.sdpa import is_overridden, on_kernels, why_torch
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading
@@ -71,9 +71,7 @@ def _attend(
         is_plain = attn_mask is None and dropout_p == 0.0 and query.dim() == key.dim() == value.dim() == 4
         if is_plain and torch_is_as_fast(query, key, value, is_causal, scale, backend):
             note_choice(module, AS_FAST)
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return on_torch(query, key, value, is_causal, scale)
         return on_kernels(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     note_fallback(module, reason)
     return F.scaled_dot_product_attention(
