@@ -1,7 +1,8 @@
 // Rows of elements whose dtype is known at run time: eight at a time, by 16-byte accesses where rows and pointers allow it.
 //
 // One instance serves every mixture of dtypes, by a branch per eight elements that all threads take alike; where such instructions are what a
-// kernel waits for, an instance of one DTYPE does without. Loading and widening are two steps, so that all loads of a thread can be under way before it needs the first.
+// kernel waits for, an instance of one DTYPE does without. Loading and widening are two steps, so that all loads of a thread can be under way
+// before it needs the first.
 #pragma once
 #include <primitives/memory.cuh>
 #include <primitives/numeric.cuh>
@@ -53,8 +54,12 @@ __device__ __forceinline__ RawChunk load_raw(const Elements &from, int64_t at, i
     if (count <= 0) return raw;
     const bool wide = known_dtype<DTYPE>(from.dtype()) == FASTATTN_FLOAT32;
     if constexpr (VECTOR) {
-        raw.low = from.words().load<4>(wide ? at : at / 2);
-        if (wide) raw.high = from.words().load<4>(at + 4);
+        if (wide) {
+            raw.low = from.words().load<4>(at);
+            raw.high = from.words().load<4>(at + 4);
+        } else {
+            raw.low = from.halves().load_as<Pack<uint32_t, 4>>(at);
+        }
     } else if (wide) {
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
@@ -114,8 +119,12 @@ __device__ __forceinline__ void store_raw(const Elements &to, int64_t at, int co
     if (count <= 0) return;
     const bool wide = known_dtype<DTYPE>(to.dtype()) == FASTATTN_FLOAT32;
     if constexpr (VECTOR) {
-        to.words().store<4>(wide ? at : at / 2, raw.low);
-        if (wide) to.words().store<4>(at + 4, raw.high);
+        if (wide) {
+            to.words().store<4>(at, raw.low);
+            to.words().store<4>(at + 4, raw.high);
+        } else {
+            to.halves().store_as(at, raw.low);
+        }
     } else if (wide) {
 #pragma unroll
         for (int i = 0; i < CHUNK; i++)

@@ -3,10 +3,11 @@
 // Contract   z = dropout(x) + residual, y = (z - mean) rstd (offset + weight) + bias; mean is 0 for RMS. Rows contiguous, width 1 to 65,536,
 //            fewer than 2^31 rows, any mixture of float32, bfloat16 and float16. z is stored where there is dropout or a residual.
 // Numerics   float32, one rounding per output; z is rounded to its dtype before its statistics are taken; the variance is that of centred
-//            values, about the mean of the row or of each thread's share, which are then merged. Every sum has an order that the width fixes:
+//            values, about the means of warps, which are then merged. Every sum has an order that the width fixes:
 //            bitwise repeatable.
 // Algorithm  A warp per row up to 1,024 columns, beyond that a block, so that a row lies in registers, as it lies in memory, between its one
-//            read and its one write: up to 20,480 columns; what lies behind is read again, from cache.
+//            read and its one write: up to 20,480 columns; what lies behind is read again, from cache. Squares are taken about the mean of a warp
+//            and merged, so that the warps of a row meet once.
 // Measured   H100 80GB HBM3, bf16, share of a large copy's 2.40 TB/s, L2 flushed before each call (LayerNorm / RMSNorm at 4,096 x 4,096; first
 //            kernels-before.json, then kernels.json in bench/results/nvidia-h100-80gb-hbm3-2026-11-26):
 //            0.60 / 0.68  rows as float32 in registers: 120 of them, 16 warps per multiprocessor
@@ -17,7 +18,9 @@
 //            32.6 / 27.9  with one exchange where all threads have as many elements (team_moments); Triton's 26.3 / 23.8, F.layer_norm's 34.0
 //            42.7 / 33.1  dtypes known when compiled, one chunk to a thread and three blocks of 512: given up. What a thread does once, exchanges and
 //                         addresses, is then done for 8 elements instead of 32, and instructions are what this kernel waits for
-//            not timed    dtypes known when compiled, four chunks to a thread: 2,088 instructions instead of 2,720
+//            not timed    whole chunks of whole warps have kernels of their own, in which nothing asks for bounds or dtypes and weight and bias are on
+//                         their way while the row is summed: at 4,096 columns about 690 instructions of a thread on its way through LayerNorm's
+//                         machine code for sm_90 instead of about 1,500, 12 us of issue instead of 26 (528 schedulers at 1.76 GHz)
 #include <cmath>
 
 #include "device_guard.cuh"
@@ -28,31 +31,39 @@ namespace {
 constexpr int NARROW = 256, WIDE = 512;  // threads of a block
 constexpr int NARROW_CHUNKS = 4, WIDE_CHUNKS = 5;
 
+// How a row lies in the registers of its threads.
+enum class Fit {
+    EXACT,   // CHUNKS chunks to every thread
+    HELD,    // CHUNKS chunks at most
+    BEYOND,  // chunks behind the first CHUNKS are read again
+};
+constexpr int threads_of(Fit fit) { return fit == Fit::BEYOND ? WIDE : NARROW; }
+
 struct Forward {
     Elements x, residual, weight, bias, z, y;
     Global<float> mean, rstd;
     Dropout dropout;
     int64_t rows;
     int width;
-    float eps, offset;
+    float per_width, eps;
+    float without_weight;  // the factor of n beside the weight: the offset, or 1 where there is no weight
     int z_dtype;
     bool is_rms;
 };
 
-// z of one chunk from what was loaded; also stored where it is not x.
-template <bool VECTOR, int DTYPE, bool DROPOUT>
-__device__ __forceinline__ RawChunk make_z(const Forward &p, uint64_t seed, int64_t row, int column, int count, const RawChunk &raw_x,
+// z of a thread's chunk k from what was loaded, also stored.
+template <bool VECTOR, int DTYPE, bool DROPOUT, int EACH>
+__device__ __forceinline__ RawChunk make_z(const Forward &p, const Team<EACH> &team, uint64_t seed, int64_t row, int k, const RawChunk &raw_x,
                                            const RawChunk &raw_residual) {
-    if (!p.z) return raw_x;
     Chunk z = widen<DTYPE>(raw_x, p.x.dtype());
-    if (DROPOUT && p.dropout) drop(z, p.dropout, seed, row, column);
+    if (DROPOUT && p.dropout) drop(z, p.dropout, seed, row, team.column(k));
     if (p.residual) {
         const Chunk residual = widen<DTYPE>(raw_residual, p.residual.dtype());
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) z.at[i] += residual.at[i];
     }
     const RawChunk rounded = narrow<DTYPE>(z, p.z_dtype);
-    store_raw<VECTOR, DTYPE>(p.z, row * p.width + column, count, rounded);
+    store_raw<VECTOR, DTYPE>(p.z, team.place(row, k), team.count(k), rounded);
     return rounded;
 }
 
@@ -72,121 +83,151 @@ __device__ __forceinline__ float squares_about(const Chunk &z, float mean, int c
     return total;
 }
 
-// What a column's y takes from outside its row: y = n weight + bias.
+// What the y of a thread's chunks takes from outside their row, as loaded: y = n (without_weight + weight) + bias.
+template <int CHUNKS>
 struct Affine {
-    Chunk weight, bias;
+    RawChunk weight[CHUNKS], bias[CHUNKS];
 };
 
-template <bool VECTOR, int PARAMS>
-__device__ __forceinline__ Affine load_affine(const Forward &p, int column, int count) {
-    Affine affine = {};
-    if (p.weight) affine.weight = load_chunk<VECTOR, PARAMS>(p.weight, column, count);
+// Of chunks first, first + 1, ...
+template <bool VECTOR, int PARAMS, int CHUNKS, int EACH>
+__device__ __forceinline__ Affine<CHUNKS> load_affine(const Forward &p, const Team<EACH> &team, int first) {
+    Affine<CHUNKS> affine = {};
+    if (p.weight)
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) affine.weight.at[i] = p.weight ? p.offset + affine.weight.at[i] : 1.0f;
-    if (p.bias) affine.bias = load_chunk<VECTOR, PARAMS>(p.bias, column, count);
+        for (int k = 0; k < CHUNKS; k++) affine.weight[k] = load_raw<VECTOR, PARAMS>(p.weight, team.column(first + k), team.count(first + k));
+    if (p.bias)
+#pragma unroll
+        for (int k = 0; k < CHUNKS; k++) affine.bias[k] = load_raw<VECTOR, PARAMS>(p.bias, team.column(first + k), team.count(first + k));
     return affine;
 }
 
-template <bool VECTOR, int DTYPE>
-__device__ __forceinline__ void store_y(const Forward &p, int64_t row, int column, int count, const Chunk &z, const Affine &affine, float mean, float rstd) {
+template <bool VECTOR, int DTYPE, int PARAMS, int EACH>
+__device__ __forceinline__ void store_y(const Forward &p, const Team<EACH> &team, int64_t row, int k, const Chunk &z, const RawChunk &raw_weight,
+                                        const RawChunk &raw_bias, float mean, float rstd) {
+    const int count = team.count(k);
     if (count <= 0) return;
+    const Chunk weight = widen<PARAMS>(raw_weight, p.weight.dtype()), bias = widen<PARAMS>(raw_bias, p.bias.dtype());
     Chunk y;
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) y.at[i] = (z.at[i] - mean) * rstd * affine.weight.at[i] + affine.bias.at[i];
-    store_chunk<VECTOR, DTYPE>(p.y, row * p.width + column, count, y);
+    for (int i = 0; i < CHUNK; i++) y.at[i] = (z.at[i] - mean) * rstd * (p.without_weight + weight.at[i]) + bias.at[i];
+    store_chunk<VECTOR, DTYPE>(p.y, team.place(row, k), count, y);
 }
 
 // Blocks that a multiprocessor should hold: halves whose dtype is known take few registers, and the more warps the more bytes are under way.
-template <int DTYPE, bool DROPOUT, int THREADS>
+template <int DTYPE, bool DROPOUT, Fit FIT>
 constexpr int blocks_beside() {
-    if (THREADS != NARROW) return 1;
-    return DTYPE != ANY_DTYPE && !DROPOUT ? 4 : 2;
+    if (FIT == Fit::BEYOND) return 1;
+    if (FIT == Fit::EXACT && DTYPE != FASTATTN_FLOAT32) return 3;
+    return DTYPE != ANY_DTYPE && DTYPE != FASTATTN_FLOAT32 && !DROPOUT ? 4 : 2;
 }
 
 // DTYPE: of x, residual, z and y. PARAMS: of weight and bias. DROPOUT: there may be dropout.
-template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, int THREADS, int CHUNKS>
-__global__ void __launch_bounds__(THREADS, blocks_beside<DTYPE, DROPOUT, THREADS>()) norm_forward_kernel(const __grid_constant__ Forward p) {
-    const Team team(p.width);
+template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, Fit FIT, int CHUNKS>
+__global__ void __launch_bounds__(threads_of(FIT), blocks_beside<DTYPE, DROPOUT, FIT>()) norm_forward_kernel(const __grid_constant__ Forward p) {
+    const Team<FIT == Fit::EXACT ? CHUNKS : 0> team(p.width);
     const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // a row of one warp: the others of its block wait for nobody
     const uint64_t seed = DROPOUT && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
-    const int rounds = team.rounds();
     RawChunk z[CHUNKS];
-    constexpr int AT_ONCE = DTYPE != ANY_DTYPE || THREADS == NARROW ? CHUNKS : 1;  // loads under way together: as many as registers allow
-    float total[1] = {0.0f};
+    constexpr bool FEW = DTYPE == FASTATTN_BFLOAT16 || DTYPE == FASTATTN_FLOAT16;  // registers to a chunk
+    constexpr int AT_ONCE = FEW || FIT != Fit::BEYOND ? CHUNKS : 1;                // loads under way together: as many as registers allow
+    float total = 0.0f;
 #pragma unroll
     for (int first = 0; first < CHUNKS; first += AT_ONCE) {
-        RawChunk residual[AT_ONCE];
+        RawChunk residual[AT_ONCE] = {};
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            const int64_t at = row * p.width + team.column(first + k);
-            z[first + k] = load_raw<VECTOR, DTYPE>(p.x, at, team.count(first + k));
-            residual[k] = load_if<VECTOR, DTYPE>(p.residual, at, team.count(first + k));
-        }
+        for (int k = 0; k < AT_ONCE; k++) z[first + k] = load_raw<VECTOR, DTYPE>(p.x, team.place(row, first + k), team.count(first + k));
+        if (p.residual)
 #pragma unroll
-        for (int k = 0; k < AT_ONCE; k++) {
-            RawChunk &own = z[first + k];
-            if (first + k < rounds) own = make_z<VECTOR, DTYPE, DROPOUT>(p, seed, row, team.column(first + k), team.count(first + k), own, residual[k]);
-            total[0] += sum_of(widen<DTYPE>(own, p.z_dtype));
-        }
+            for (int k = 0; k < AT_ONCE; k++)
+                residual[k] = load_raw<VECTOR, DTYPE>(p.residual, team.place(row, first + k), team.count(first + k));
+        if (p.z)
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; k++)
+                z[first + k] = make_z<VECTOR, DTYPE, DROPOUT>(p, team, seed, row, first + k, z[first + k], residual[k]);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) total += sum_of(widen<DTYPE>(z[first + k], p.z_dtype));
     }
+    // Where registers are few to a chunk, what y takes besides is on its way while the row is summed.
+    constexpr bool EARLY = FIT == Fit::EXACT && FEW;
+    Affine<EARLY ? CHUNKS : 1> affine;
+    if constexpr (EARLY) affine = load_affine<VECTOR, PARAMS, CHUNKS>(p, team, 0);
+    const int rounds = FIT == Fit::BEYOND ? team.rounds() : CHUNKS;
     for (int k = CHUNKS; k < rounds; k++) {
-        const int64_t at = row * p.width + team.column(k);
+        const int64_t at = team.place(row, k);
         const RawChunk x = load_raw<VECTOR, DTYPE>(p.x, at, team.count(k)), residual = load_if<VECTOR, DTYPE>(p.residual, at, team.count(k));
-        total[0] += sum_of(widen<DTYPE>(make_z<VECTOR, DTYPE, DROPOUT>(p, seed, row, team.column(k), team.count(k), x, residual), p.z_dtype));
+        total += sum_of(widen<DTYPE>(p.z ? make_z<VECTOR, DTYPE, DROPOUT>(p, team, seed, row, k, x, residual) : x, p.z_dtype));
     }
     // z of a chunk that registers do not hold, as this thread stored or read it before.
-    const auto reload = [&](int k) { return load_chunk<VECTOR>(p.z ? p.z : p.x, row * p.width + team.column(k), team.count(k)); };
-    // About the mean of the row or, where one exchange will do, about the mean of what this thread has.
-    const bool merged = !p.is_rms && team.is_even();
-    const int own = merged ? rounds * CHUNK : p.width;
-    float mean = 0.0f;
-    if (!p.is_rms) {
-        if (!merged) team_sums(team, total, 0);
-        mean = total[0] / static_cast<float>(own);
-    }
-    float squares[1] = {0.0f};
+    const auto reload = [&](int k) { return load_chunk<VECTOR>(p.z ? p.z : p.x, team.place(row, k), team.count(k)); };
+    const Moments moments = team_moments(team, !p.is_rms, p.per_width, total, [&](float mean) {
+        float squares = 0.0f;
 #pragma unroll
-    for (int k = 0; k < CHUNKS; k++) squares[0] += squares_about<VECTOR>(widen<DTYPE>(z[k], p.z_dtype), mean, team.count(k));
-    for (int k = CHUNKS; k < rounds; k++) squares[0] += squares_about<VECTOR>(reload(k), mean, team.count(k));
-    if (merged) team_moments(team, mean, squares[0], static_cast<float>(own));
-    else team_sums(team, squares, 1);
-    const float rstd = 1.0f / sqrtf(squares[0] / static_cast<float>(p.width) + p.eps);
+        for (int k = 0; k < CHUNKS; k++) squares += squares_about<VECTOR>(widen<DTYPE>(z[k], p.z_dtype), mean, team.count(k));
+        for (int k = CHUNKS; k < rounds; k++) squares += squares_about<VECTOR>(reload(k), mean, team.count(k));
+        return squares;
+    });
+    const float rstd = reciprocal_sqrt(moments.squares * p.per_width + p.eps);
+    const auto finish = [&](int k, const Chunk &chunk, const RawChunk &weight, const RawChunk &bias) {
+        store_y<VECTOR, DTYPE, PARAMS>(p, team, row, k, chunk, weight, bias, moments.mean, rstd);
+    };
 #pragma unroll
     for (int k = 0; k < CHUNKS; k++) {
-        const Affine affine = load_affine<VECTOR, PARAMS>(p, team.column(k), team.count(k));
-        store_y<VECTOR, DTYPE>(p, row, team.column(k), team.count(k), widen<DTYPE>(z[k], p.z_dtype), affine, mean, rstd);
+        if constexpr (!EARLY) affine = load_affine<VECTOR, PARAMS, 1>(p, team, k);
+        finish(k, widen<DTYPE>(z[k], p.z_dtype), affine.weight[EARLY ? k : 0], affine.bias[EARLY ? k : 0]);
     }
-    for (int k = CHUNKS; k < rounds; k++)
-        store_y<VECTOR, DTYPE>(p, row, team.column(k), team.count(k), reload(k), load_affine<VECTOR, PARAMS>(p, team.column(k), team.count(k)), mean, rstd);
+    for (int k = CHUNKS; k < rounds; k++) {
+        const auto its = load_affine<VECTOR, PARAMS, 1>(p, team, k);
+        finish(k, reload(k), its.weight[0], its.bias[0]);
+    }
     if (threadIdx.x == 0) {
-        if (p.mean) p.mean.set(row, mean);
+        if (p.mean) p.mean.set(row, moments.mean);
         if (p.rstd) p.rstd.set(row, rstd);
     }
 }
 
-// A row to a power of two of warps, at most THREADS threads; rows of one warp share a block.
-template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, int THREADS, int CHUNKS>
-cudaError_t launch_rows(const Forward &p, void *stream) {
-    int lanes = WARP;
-    while (lanes < THREADS && lanes * CHUNKS * CHUNK < p.width) lanes *= 2;
-    const int beside = lanes == WARP ? THREADS / WARP : 1;
+// A row to `lanes` threads, whole warps; rows of one warp share a block.
+template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT, Fit FIT, int CHUNKS>
+cudaError_t launch_rows(const Forward &p, int lanes, void *stream) {
+    const int beside = lanes == WARP ? threads_of(FIT) / WARP : 1;
     const Launch how = {"norm_forward", dim3(static_cast<unsigned>((p.rows + beside - 1) / beside)),
                         dim3(static_cast<unsigned>(lanes), static_cast<unsigned>(beside)), 0, stream};
-    return launch<THREADS>(how, norm_forward_kernel<VECTOR, DTYPE, PARAMS, DROPOUT, THREADS, CHUNKS>, p);
+    return launch<threads_of(FIT)>(how, norm_forward_kernel<VECTOR, DTYPE, PARAMS, DROPOUT, FIT, CHUNKS>, p);
 }
 
+// Any width: a power of two of warps.
 template <bool VECTOR, int DTYPE, int PARAMS, bool DROPOUT>
-cudaError_t launch_forward(const Forward &p, void *stream) {
-    if (p.width <= NARROW * NARROW_CHUNKS * CHUNK) return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, NARROW, NARROW_CHUNKS>(p, stream);
-    return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, WIDE, WIDE_CHUNKS>(p, stream);
+cudaError_t launch_any(const Forward &p, void *stream) {
+    const bool held = p.width <= NARROW * NARROW_CHUNKS * CHUNK;
+    const int threads = held ? NARROW : WIDE, chunks = held ? NARROW_CHUNKS : WIDE_CHUNKS;
+    int lanes = WARP;
+    while (lanes < threads && lanes * chunks * CHUNK < p.width) lanes *= 2;
+    if (held) return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, Fit::HELD, NARROW_CHUNKS>(p, lanes, stream);
+    return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, Fit::BEYOND, WIDE_CHUNKS>(p, lanes, stream);
+}
+
+// Whole chunks of whole warps, and every tensor of one dtype: as many chunks to a thread, up to CHUNKS, as divide the row.
+template <int DTYPE, int CHUNKS = NARROW_CHUNKS>
+cudaError_t launch_exact(const Forward &p, void *stream) {
+    const int chunks_of_warps = p.width / (WARP * CHUNK);
+    if constexpr (CHUNKS > 1)
+        if (chunks_of_warps % CHUNKS != 0) return launch_exact<DTYPE, CHUNKS - 1>(p, stream);
+    return launch_rows<true, DTYPE, DTYPE, false, Fit::EXACT, CHUNKS>(p, chunks_of_warps / CHUNKS * WARP, stream);
+}
+
+bool is_exact(int width) {
+    if (width % (WARP * CHUNK) != 0) return false;
+    int chunks = NARROW_CHUNKS;
+    while (width % (WARP * CHUNK * chunks) != 0) chunks--;
+    return width <= NARROW * CHUNK * chunks;
 }
 
 template <int DTYPE>
 cudaError_t launch_known(const Forward &p, void *stream) {
-    if (p.dropout) return launch_forward<true, DTYPE, ANY_DTYPE, true>(p, stream);
-    if (all_of(DTYPE, p.weight, p.bias)) return launch_forward<true, DTYPE, DTYPE, false>(p, stream);
-    return launch_forward<true, DTYPE, ANY_DTYPE, false>(p, stream);
+    if (!p.dropout && is_exact(p.width) && all_of(DTYPE, p.weight, p.bias)) return launch_exact<DTYPE>(p, stream);
+    if constexpr (DTYPE == FASTATTN_FLOAT32) return launch_any<true, ANY_DTYPE, ANY_DTYPE, true>(p, stream);
+    else return p.dropout ? launch_any<true, DTYPE, ANY_DTYPE, true>(p, stream) : launch_any<true, DTYPE, ANY_DTYPE, false>(p, stream);
 }
 
 }  // namespace
@@ -208,12 +249,14 @@ extern "C" int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call) {
                        Dropout(call->dropout),
                        call->rows,
                        static_cast<int>(call->width),
+                       1.0f / static_cast<float>(call->width),
                        call->eps,
-                       call->offset,
+                       call->weight ? call->offset : 1.0f,
                        call->z ? call->z_dtype : call->x_dtype,
                        call->is_rms != 0};
-    if (!all_vectors(call->width, p.x, p.residual, p.weight, p.bias, p.z, p.y)) return launch_forward<false, ANY_DTYPE, ANY_DTYPE, true>(p, call->stream);
+    if (!all_vectors(call->width, p.x, p.residual, p.weight, p.bias, p.z, p.y)) return launch_any<false, ANY_DTYPE, ANY_DTYPE, true>(p, call->stream);
     if (all_of(FASTATTN_BFLOAT16, p.x, p.residual, p.z, p.y)) return launch_known<FASTATTN_BFLOAT16>(p, call->stream);
     if (all_of(FASTATTN_FLOAT16, p.x, p.residual, p.z, p.y)) return launch_known<FASTATTN_FLOAT16>(p, call->stream);
-    return launch_forward<true, ANY_DTYPE, ANY_DTYPE, true>(p, call->stream);
+    if (all_of(FASTATTN_FLOAT32, p.x, p.residual, p.z, p.y)) return launch_known<FASTATTN_FLOAT32>(p, call->stream);
+    return launch_any<true, ANY_DTYPE, ANY_DTYPE, true>(p, call->stream);
 }

@@ -93,12 +93,15 @@ def _text(tensors: dict[str, Tensor], options: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
+HIDDEN_SIZES = (64, 384, 768, 1024, 2048, 3584, 4096, 5120, 8192)  # of models: kernels have instances for whole chunks
+
+
 class NormCase:
     """One drawn layer_norm or rms_norm call, with or without dropout and residual."""
 
     def __init__(self, draw: Draw) -> None:
         self.dtype = draw.one_of(DTYPES, (2, 1, 1))
-        width = draw.one_of((draw.size(1, 5000), draw.one_of((64, 384, 768, 1024))), (3, 2))
+        width = draw.one_of((draw.size(1, 5000), draw.one_of(HIDDEN_SIZES)), (1, 1))
         lead = _lead(draw, max(1, min(300, 40_000 // width)))
         kind = draw.one_of(("layer", "rms"))
         x = draw.normal((*lead, width), self.dtype, draw.one_of((1.0, 0.01, 30.0), (8, 1, 1)))

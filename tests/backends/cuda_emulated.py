@@ -46,7 +46,17 @@ NORMS = [
     Norm("layer", (3, 2, 1024), BF16, bias=None),
     Norm("layer", (5, 2048), F16, weight=F16, bias=F16, grad_z=True),
     Norm("layer", (4, 3080), BF16, residual=BF16, weight=BF16, grad_z=True),
+    # Whole chunks of every thread: one to four of them forward; backward rows of one warp and of several, of one team
+    # and of several.
     Norm("rms", (3, 4096), BF16, weight=BF16, bias=None),
+    Norm("layer", (19, 4096), BF16, residual=BF16, weight=BF16, bias=BF16, grad_z=True),
+    Norm("layer", (90, 256), F16, weight=F16, bias=F16),
+    Norm("rms", (70, 512), BF16, weight=BF16, bias=None, offset=1.0, residual=BF16, grad_z=True),
+    Norm("layer", (33, 768), F16, weight=F16, bias=F16),
+    Norm("layer", (11, 1280), BF16, weight=None, bias=None),
+    Norm("layer", (17, 3584), F16, residual=F16, weight=F16, bias=F16, grad_z=True),
+    Norm("rms", (7, 8192), BF16, weight=BF16, bias=None),
+    Norm("layer", (9, 7168), F32, residual=F32, grad_z=True),
     Norm("layer", (3, 768), BF16, residual=F16, bias=BF16),
     Norm("layer", (5, 2048), F32),
     Norm("layer", (6, 4104), BF16, residual=F32, dropout_p=0.2, grad_z=True),

@@ -1,8 +1,10 @@
 """What ptxas made of the CUDA kernels: `python tests/packaging/kernel_gate.py [library]` prints it, fails on a fault.
 
 Per kernel and architecture: registers of a thread, stack, static shared memory, launch bound, and how many tensor-core
-(HMMA) and local-memory (LDL, STL: spills and arrays that found no registers) instructions the machine code has.
-A fault is any local memory, more registers than a block of the launch bound can have, or attention without HMMA.
+(HMMA) and local-memory (LDL, STL: spills and arrays that found no registers) instructions the machine code has, and how
+many stores to global memory that move less than 16 bytes.
+A fault is any local memory, more registers than a block of the launch bound can have, attention without HMMA, or a
+kernel of whole vectors that stores more than its statistics by less than 16 bytes.
 Needs cuobjdump, of a CUDA toolkit or of the triton package. The library is by default the installed one.
 """
 
@@ -21,6 +23,14 @@ from pathlib import Path
 REGISTERS_OF_A_BLOCK = 65536
 REGISTERS_OF_A_THREAD = 255
 TENSOR_CORE_KERNELS = ("attention_",)
+# Kernels of whole vectors, and what else they store: norm_forward a row's mean and rstd. A compiler that loses sight of
+# an alignment splits a vector into four words.
+NARROW_STORES = {
+    "norm_forward_kernel<true": 2,
+    "norm_backward_wide_kernel<true": 0,
+    "activation_forward_kernel<true": 0,
+    "activation_backward_kernel<true": 0,
+}
 
 
 @dataclass
@@ -35,6 +45,7 @@ class Kernel:
     threads: int = 0
     hmma: int = 0
     local: int = 0
+    narrow: int = 0
 
     def faults(self) -> list[str]:
         """What is wrong with it, as sentences; empty for a good one."""
@@ -49,12 +60,15 @@ class Kernel:
             found.append(f"has {self.registers} registers, too many for its launch bound of {self.threads} threads")
         if self.hmma == 0 and self.plain_name().startswith(TENSOR_CORE_KERNELS):
             found.append("has no HMMA instruction")
+        for name, most in NARROW_STORES.items():
+            if self.plain_name().startswith(name) and self.narrow > most:
+                found.append(f"stores {self.narrow} times less than 16 bytes, where {most} do")
         return found
 
     def plain_name(self) -> str:
         """The kernel's name and template arguments, without what surrounds them."""
         text = demangled(self.name).removeprefix("void ").replace("(anonymous namespace)::", "")
-        return re.sub(r"\((?:int|bool)\)|__nv_", "", text).split("(")[0]
+        return re.sub(r"\(\w+\)(?=-?\d)|\(bool\)|__nv_", "", text).split("(")[0]
 
 
 @functools.cache
@@ -105,6 +119,8 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
             at(architecture, name).hmma += 1
         elif re.search(r"\b(LDL|STL)\b", line):
             at(architecture, name).local += 1
+        elif re.search(r"\bSTG\b", line) and not re.search(r"\bSTG\.\S*128\b", line):
+            at(architecture, name).narrow += 1
     bound = False
     for architecture, line in lines_of(program, "-elf", library):
         if section := re.match(r"\.nv\.info\.(\S+)$", line):
@@ -119,9 +135,9 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
 
 def table(kernels: list[Kernel]) -> str:
     """One line per kernel and architecture."""
-    lines = ["arch   regs stack shared threads  HMMA local  kernel"]
+    lines = ["arch   regs stack shared threads  HMMA local narrow  kernel"]
     for k in kernels:
-        numbers = f"{k.registers:4d} {k.stack:5d} {k.shared:6d} {k.threads:7d} {k.hmma:5d} {k.local:5d}"
+        numbers = f"{k.registers:4d} {k.stack:5d} {k.shared:6d} {k.threads:7d} {k.hmma:5d} {k.local:5d} {k.narrow:6d}"
         lines.append(f"{k.architecture:6s} {numbers}  {k.plain_name()}")
     return "\n".join(lines)
 

@@ -45,6 +45,9 @@ def test_the_installed_kernels_pass(gate: ModuleType, capsys: pytest.CaptureFixt
         ({"registers": 128, "threads": 512}, ""),
         ({"hmma": 0}, "no HMMA"),
         ({"hmma": 0, "name": "_Z19norm_forward_kernel"}, ""),
+        ({"narrow": 9}, ""),
+        ({"narrow": 2, "name": "norm_forward_kernel<true, 1>"}, ""),
+        ({"narrow": 10, "name": "norm_forward_kernel<true, 1>"}, "stores 10 times less than 16 bytes"),
     ],
 )
 def test_faults_are_sentences(gate: ModuleType, changes: dict[str, object], words: str) -> None:

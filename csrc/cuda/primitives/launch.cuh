@@ -11,6 +11,13 @@ struct Launch {
 
 constexpr int SHARED_BYTES_WITHOUT_ASKING = 48 * 1024;
 
+// How many bytes of shared memory a block of the present device may have, static and dynamic ones together.
+inline cudaError_t max_shared_bytes(int *bytes) {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    return error != cudaSuccess ? error : cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // kernel<<<...>>>(arguments...). THREADS is the kernel's launch bound.
 template <int THREADS, typename... Parameters, typename... Arguments>
 cudaError_t launch(const Launch &how, void (*kernel)(Parameters...), const Arguments &...arguments) {

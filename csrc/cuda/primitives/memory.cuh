@@ -21,13 +21,31 @@ public:
 
     __device__ __forceinline__ T get(int64_t at) const { return base_[at]; }
     __device__ __forceinline__ void set(int64_t at, T value) const { base_[at] = value; }
+    // As many elements as fill a P, by one access.
+    template <typename P>
+    __device__ __forceinline__ P load_as(int64_t at) const {
+        return *reinterpret_cast<const P *>(base_ + at);
+    }
+    template <typename P>
+    __device__ __forceinline__ void store_as(int64_t at, const P &value) const {
+        if constexpr (sizeof(P) == sizeof(uint4)) {
+            // By name: what is assigned as a structure the compiler stores in four where it has lost sight of the alignment.
+            uint4 words;
+            memcpy(&words, &value, sizeof words);
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(base_ + at)), "r"(words.x), "r"(words.y), "r"(words.z),
+                         "r"(words.w)
+                         : "memory");
+        } else {
+            *reinterpret_cast<P *>(base_ + at) = value;
+        }
+    }
     template <int N>
     __device__ __forceinline__ Pack<T, N> load(int64_t at) const {
-        return *reinterpret_cast<const Pack<T, N> *>(base_ + at);
+        return load_as<Pack<T, N>>(at);
     }
     template <int N>
     __device__ __forceinline__ void store(int64_t at, const Pack<T, N> &value) const {
-        *reinterpret_cast<Pack<T, N> *>(base_ + at) = value;
+        store_as(at, value);
     }
     // The same memory from element `at` on.
     __device__ __forceinline__ Global from(int64_t at) const { return Global(base_ + at, 0); }
@@ -49,9 +67,14 @@ public:
 
     __device__ __forceinline__ T get(int at) const { return base_[at]; }
     __device__ __forceinline__ void set(int at, T value) const { base_[at] = value; }
+    // As many elements as fill a P, by one access.
+    template <typename P>
+    __device__ __forceinline__ P load_as(int at) const {
+        return *reinterpret_cast<const P *>(base_ + at);
+    }
     template <int N>
     __device__ __forceinline__ Pack<T, N> load(int at) const {
-        return *reinterpret_cast<const Pack<T, N> *>(base_ + at);
+        return load_as<Pack<T, N>>(at);
     }
     template <int N>
     __device__ __forceinline__ void store(int at, const Pack<T, N> &value) const {

@@ -51,6 +51,8 @@ __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
+__device__ __forceinline__ float reciprocal_sqrt(float x) { return __frsqrt_rn(x); }  // correctly rounded
+
 // 2^x, to 2 units in the last place; subnormal results are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

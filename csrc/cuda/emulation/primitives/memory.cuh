@@ -19,15 +19,23 @@ public:
 
     T get(int64_t at, Where where = Where::current()) const { return *checked(at, 1, sizeof(T), "read", where); }
     void set(int64_t at, T value, Where where = Where::current()) const { *checked(at, 1, sizeof(T), "write", where) = value; }
+    template <typename P>
+    P load_as(int64_t at, Where where = Where::current()) const {
+        P value;
+        std::memcpy(&value, checked(at, sizeof value / sizeof(T), sizeof value, "read", where), sizeof value);
+        return value;
+    }
+    template <typename P>
+    void store_as(int64_t at, const P &value, Where where = Where::current()) const {
+        std::memcpy(checked(at, sizeof value / sizeof(T), sizeof value, "write", where), &value, sizeof value);
+    }
     template <int N>
     Pack<T, N> load(int64_t at, Where where = Where::current()) const {
-        Pack<T, N> value;
-        std::memcpy(&value, checked(at, N, sizeof value, "read", where), sizeof value);
-        return value;
+        return load_as<Pack<T, N>>(at, where);
     }
     template <int N>
     void store(int64_t at, const Pack<T, N> &value, Where where = Where::current()) const {
-        std::memcpy(checked(at, N, sizeof value, "write", where), &value, sizeof value);
+        store_as(at, value, where);
     }
     Global from(int64_t at) const { return Global(base_ + at, count_ - at, before_ + at); }
     template <typename U>
@@ -69,11 +77,15 @@ public:
 
     T get(int at, Where where = Where::current()) const { return *checked(at, 1, sizeof(T), false, where); }
     void set(int at, T value, Where where = Where::current()) const { *checked(at, 1, sizeof(T), true, where) = value; }
+    template <typename P>
+    P load_as(int at, Where where = Where::current()) const {
+        P value;
+        std::memcpy(&value, checked(at, static_cast<int>(sizeof value / sizeof(T)), sizeof value, false, where), sizeof value);
+        return value;
+    }
     template <int N>
     Pack<T, N> load(int at, Where where = Where::current()) const {
-        Pack<T, N> value;
-        std::memcpy(&value, checked(at, N, sizeof value, false, where), sizeof value);
-        return value;
+        return load_as<Pack<T, N>>(at, where);
     }
     template <int N>
     void store(int at, const Pack<T, N> &value, Where where = Where::current()) const {

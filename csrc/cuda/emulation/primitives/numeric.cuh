@@ -47,6 +47,8 @@ void unpack_pair(uint32_t pair, float &low, float &high) {
 
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 
+inline float reciprocal_sqrt(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
+
 // Subnormal arguments and results are 0, as ex2.approx.ftz has them.
 inline float exp2_fast(float x) {
     const float y = std::exp2(x);
