@@ -102,7 +102,10 @@ def is_overridden(*tensors: object) -> bool:
     it would get torch's function, which then runs in the place of ours."""
     if torch.compiler.is_dynamo_compiling():  # which compares no methods
         return has_torch_function(tensors)
-    return any(_override(type(tensor)) not in _NO_OVERRIDES for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) is not Tensor and _override(type(tensor)) not in _NO_OVERRIDES:
+            return True
+    return False
 
 
 def _override(kind: type) -> object:
@@ -128,8 +131,10 @@ def why_torch(
         reason = _why_not_tensor(name, tensor)
         if reason is not None:
             return reason
-        is_cast = is_autocast(query) and torch.float64 not in (tensor.dtype, query.dtype)
-        if (tensor.dtype != query.dtype and not is_cast) or tensor.device != query.device:
+        differs = tensor.dtype != query.dtype and not (
+            is_autocast(query) and torch.float64 not in (tensor.dtype, query.dtype)
+        )
+        if differs or tensor.device != query.device:
             return f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}"
     if query.dtype not in FLOATS:
         return f"query has dtype {query.dtype}"
@@ -196,6 +201,8 @@ def _lead(tensor: Tensor, grouped: bool) -> tuple[int, ...]:
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape that these broadcast to, None where they do not."""
+    if shapes[0] == shapes[1] == shapes[-1]:  # of two or three
+        return shapes[0]
     result: list[int] = []
     for sizes in itertools.zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1):
         size = 1
@@ -212,6 +219,10 @@ def _four_dims(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """query, key and value as (B, H, L, E) by views where their strides allow, and query's leading dimensions."""
+    if query.dim() == key.dim() == value.dim() == 4:  # as nearly all are
+        batches, heads = query.shape[0], query.shape[1]
+        if key.shape[0] == value.shape[0] == batches and (enable_gqa or key.shape[1] == value.shape[1] == heads):
+            return query, key, value, (batches, heads)
     shared = _broadcast(*(_lead(t, enable_gqa) for t in (query, key, value))) or ()
     lead = (*shared, query.shape[-3]) if enable_gqa else shared
 

@@ -29,6 +29,15 @@ class LayerNorm(Fused, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         note_call(self)
         weight, bias = self.weight, self.bias
+        if (
+            type(input) is Tensor
+            and input.is_cpu
+            and input.dtype is torch.float32
+            and not resolve_backend(self.fastattn_backend)
+            and not tracks_gradients(input, weight, bias)
+        ):  # first of all: whatever the parameters are, they are torch's to read
+            note_choice(self, AS_FAST)
+            return super().forward(input)
         reason = (
             why_not_input(input)
             or why_not_tensor("weight", weight)
@@ -37,14 +46,6 @@ class LayerNorm(Fused, nn.LayerNorm):
         )
         if reason is not None:
             note_fallback(self, reason)
-            return super().forward(input)
-        if (
-            input.is_cpu
-            and input.dtype is torch.float32
-            and not resolve_backend(self.fastattn_backend)
-            and not tracks_gradients(input, weight, bias)
-        ):
-            note_choice(self, AS_FAST)
             return super().forward(input)
         x, flat_weight, flat_bias = _as_one_dim(self.normalized_shape, input, weight, bias)
         y = layer_norm(x, flat_weight, flat_bias, self.eps, backend=self.fastattn_backend)
