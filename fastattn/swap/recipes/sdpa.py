@@ -40,8 +40,9 @@ class CallsSDPA(Swapped):
 class _Running(threading.local):
     """The swapped module whose forward runs in this thread, and whether it has called the function."""
 
-    module: CallsSDPA | None = None
-    has_called: bool = False
+    def __init__(self) -> None:  # once a thread. Dynamo guards on what the instance holds: no defaults of the class
+        self.module: CallsSDPA | None = None
+        self.has_called = False
 
 
 _running = _Running()

@@ -191,6 +191,29 @@ def test_dropout_is_drawn_in_training_alone() -> None:
     assert torch.equal(module(x), module(x))
 
 
+def test_a_thread_without_an_eager_call_compiles_graph_after_graph() -> None:
+    module = Attention().eval()
+    expected = copy.deepcopy(module)
+    swap(module)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="eager")
+    found: list[Tensor | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.extend(compiled(torch.ones(batch, length, WIDTH)) for batch, length in ((2, 9), (3, 12)))
+            with torch.no_grad():
+                found.append(compiled(torch.ones(2, 9, WIDTH)))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [type(result) for result in found] == [Tensor] * 3, found[-1]
+    torch.testing.assert_close(found[1], expected(torch.ones(3, 12, WIDTH)))
+
+
 @pytest.mark.parametrize("kind", (Attention, ByName, InAMethod))
 def test_compiles_whole_and_is_exported(kind: type[Attention]) -> None:
     torch._dynamo.reset()
