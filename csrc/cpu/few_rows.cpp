@@ -12,6 +12,11 @@
 // Operands of dot products loaded into registers once, which GCC had loaded for every product (8 and 16 rows, float32, 512 x 512 weights in the caches):
 //   60 and 92 us become 56 and 82; with AVX-512 27 loads for 24 products become 11.
 // 12 and 16 rows of bfloat16: 2.0 and 1.4 times as fast as packed, 32 rows equal.
+// bfloat16 by pairs (vdpbf16ps), both operands as they lie, us for 2,048 x 2,048 and 768 x 3,072 weights, 2 cores of an AMD EPYC (Zen 5, VM), 2026-11-27;
+// torch 2.13 in the same runs:
+//   1 row 253, 78      8 rows 281, 113      16 rows 349, 150
+//         121, 73             235, 117             268, 182   converted to float32; 16 rows packed
+//          64, 41             113,  64             242, 108   pairs; 16 rows are 1.2 to 1.4 times as fast as packed, 32 are 0.95
 #include "few_rows.h"
 
 FASTATTN_NAMESPACE_BEGIN
@@ -25,22 +30,54 @@ FASTATTN_INLINE bool begins_line(int64_t at) {
     return at % (dtype == FASTATTN_FLOAT32 ? kLine / 4 : kLine / 2) == 0;
 }
 
+template <int dtype>
+constexpr bool kPairs = dtype == FASTATTN_BFLOAT16 && kBfloat16Parts > 0;
+
 // ---- B by columns ------------------------------------------------------------------------------------------------------------------------
 
 // Rows x Columns dot products at a time. Vectors run along k; one reduction turns as many accumulators as a vector has lanes into one vector.
 template <int dtype, int Rows, int Columns>
 struct DotTile {
     static constexpr int kDots = Rows * Columns, kVectors = (kDots + kLanes - 1) / kLanes;
-    const float *left[Rows];
+    static constexpr int kStep = kPairs<dtype> ? 2 * kLanes : kLanes;  // elements of k in a vector
+    const void *left[Rows];  // float32, or bfloat16 where pairs are multiplied
     const void *right[Columns];
 
-    FASTATTN_INLINE void step(const DotTile &t, vfloat (&acc)[kDots], int64_t at, int lanes) {
+    FASTATTN_INLINE void step(const DotTile &t, vfloat (&acc)[kDots], int64_t at, int count) {
+        if constexpr (kPairs<dtype>) step_of_pairs(t, acc, at, count);
+        else step_of_floats(t, acc, at, count);
+    }
+
+    FASTATTN_INLINE void step_of_pairs([[maybe_unused]] const DotTile &t, [[maybe_unused]] vfloat (&acc)[kDots], [[maybe_unused]] int64_t at,
+                                       [[maybe_unused]] int count) {
+#if defined(__AVX512BF16__)
+        const auto words = [&](const void *row) {
+            vuint v = {};
+            if (count == kStep) __builtin_memcpy(&v, offset(row, dtype, at), sizeof v);
+            else __builtin_memcpy(&v, offset(row, dtype, at), (size_t)count * 2);
+            return in_register((vfloat)v);
+        };
+        vfloat b[Columns];
+#pragma GCC unroll 4
+        for (int i = 0; i < Columns; i++) b[i] = words(t.right[i]);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) {
+            const vfloat a = words(t.left[r]);
+#pragma GCC unroll 4
+            for (int i = 0; i < Columns; i++)
+                acc[r * Columns + i] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r * Columns + i], (__m512bh)a, (__m512bh)b[i]);
+        }
+#endif
+    }
+
+    FASTATTN_INLINE void step_of_floats(const DotTile &t, vfloat (&acc)[kDots], int64_t at, int lanes) {
         vfloat b[Columns];
 #pragma GCC unroll 4
         for (int i = 0; i < Columns; i++) b[i] = in_register(load_any(offset(t.right[i], dtype, at), dtype, lanes));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
-            const vfloat a = in_register(lanes == kLanes ? load(t.left[r] + at) : load_part(t.left[r] + at, lanes));
+            const float *from = (const float *)t.left[r] + at;
+            const vfloat a = in_register(lanes == kLanes ? load(from) : load_part(from, lanes));
 #pragma GCC unroll 4
             for (int i = 0; i < Columns; i++) acc[r * Columns + i] += a * b[i];
         }
@@ -51,11 +88,11 @@ struct DotTile {
     void run(int64_t k, int64_t ldb, float *result) const {
         vfloat acc[kDots] = {};
         int64_t at = 0;
-        for (; at + kLanes <= k; at += kLanes) {
+        for (; at + kStep <= k; at += kStep) {
             if (ahead && begins_line<dtype>(at))
 #pragma GCC unroll 4
                 for (int i = 0; i < Columns; i++) __builtin_prefetch(offset(right[i], dtype, Columns * ldb + at));
-            step(*this, acc, at, kLanes);
+            step(*this, acc, at, kStep);
         }
         if (at < k) step(*this, acc, at, (int)(k - at));
 #pragma GCC unroll 2
@@ -69,12 +106,12 @@ struct DotTile {
 };
 
 template <int dtype, int Rows, int Columns>
-void all_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
+void all_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
     using Dots = DotTile<dtype, Rows, Columns>;
     for (int64_t column = 0; column < n; column += Columns)
         for (int64_t row = 0; row < m; row += Rows) {
             Dots tile;  // past the end the last row is repeated, its result dropped
-            for (int r = 0; r < Rows; r++) tile.left[r] = a + smaller(row + r, m - 1) * lda;
+            for (int r = 0; r < Rows; r++) tile.left[r] = offset(a, kPairs<dtype> ? dtype : FASTATTN_FLOAT32, smaller(row + r, m - 1) * lda);
             for (int i = 0; i < Columns; i++) tile.right[i] = offset(b, dtype, smaller(column + i, n - 1) * ldb);
             float result[Dots::kVectors * kLanes];
             if (row == 0 && column + 2 * Columns <= n) tile.template run<true>(k, ldb, result);
@@ -85,7 +122,7 @@ void all_dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, cons
 }
 
 template <int dtype>
-void dots(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
+void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
     if constexpr (kLanes == 16) {
         if (m > 4) all_dots<dtype, 8, 3>(m, n, k, a, lda, b, ldb, c, ldc);  // 24 of 32 registers
         else all_dots<dtype, 4, 4>(m, n, k, a, lda, b, ldb, c, ldc);
@@ -154,16 +191,21 @@ void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const
 
 }  // namespace
 
-// With instructions for pairs of bfloat16 packing pays earlier; how early is a guess.
-int64_t most_few_rows(const Operand &b) { return kBfloat16Parts > 0 && b.dtype == FASTATTN_BFLOAT16 ? 8 : 32; }
+// With instructions for pairs of bfloat16 packing pays earlier; how early is a guess but for dot products of pairs with AVX-512.
+int64_t most_few_rows(const Operand &b) {
+    if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
+    return b.down == 1 && !kWordBlocks ? 24 : 8;
+}
 
 int64_t few_rows_panel(const Operand &b) { return b.down == 1 ? kTileWidth : kPanel; }
 
-void few_rows_sums(int64_t m, int64_t k, const float *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld) {
+bool few_rows_of_pairs(const Operand &b) { return kPairs<FASTATTN_BFLOAT16> && b.dtype == FASTATTN_BFLOAT16 && b.down == 1; }
+
+void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld) {
     with_dtype(b.dtype, [&]<int dtype>() {
         const void *first = b.at(0, columns.begin);
         if (b.down == 1) dots<dtype>(m, columns.size(), k, a, lda, first, b.across, sums, ld);
-        else by_rows<dtype>(m, columns.size(), k, a, lda, first, b.down, sums, ld);
+        else by_rows<dtype>(m, columns.size(), k, (const float *)a, lda, first, b.down, sums, ld);
     });
 }
 

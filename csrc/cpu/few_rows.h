@@ -10,8 +10,11 @@ int64_t most_few_rows(const Operand &b);
 // Columns whose sums few_rows_sums() makes at a time, a multiple of kTileWidth.
 int64_t few_rows_panel(const Operand &b);
 
-// sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for float32 rows of A and at most a panel of columns, the first a multiple of kTileWidth.
+// Whether few_rows_sums() reads A as the bfloat16 it is: pairs of it are multiplied by pairs of B, by columns.
+bool few_rows_of_pairs(const Operand &b);
+
+// sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for rows of A, float32 unless few_rows_of_pairs(), and at most a panel of columns, the first a multiple of kTileWidth.
 // Two panels of m rows, ld apart, have room in `sums`; the second is overwritten.
-void few_rows_sums(int64_t m, int64_t k, const float *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld);
+void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld);
 
 FASTATTN_NAMESPACE_END

@@ -3,9 +3,10 @@
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
 //   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums. With AMX
 //   float32 is, too, from kSplitRows rows on, as three bfloat16 parts (pairs.h): 0.5 to 0.7 of the error MKL's float32 product has.
-// Algorithm: C is made in chunks of columns whose packed B fits the level-2 cache. The threads pack a chunk together, in strips of kTileWidth
-//   columns, then share out the chunk's C as a grid; each walks its part in blocks of rows, blocks of k and tiles of the micro-kernel. A is
-//   read in place when it is float32 by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
+// Algorithm: up to kOwnRows rows of an A that is read in place go by strips of kTileWidth columns of B, which each thread packs for itself and for its
+//   level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out the chunk's C as a grid; each walks its
+//   part in blocks of rows, blocks of k and tiles of the micro-kernel. A is read in place when it is float32, or bfloat16 to be multiplied in
+//   pairs, by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
 //
 // Ladder, float32, GFLOP/s at (m, k, n) = (2880, 384, 384), (2880, 384, 1536), (2880, 1536, 384) on 2 cores of an Intel Xeon with AMX (model 167, VM),
 // 2026-11-22; torch 2.13 with MKL in the same runs: 339, 338, 325.
@@ -15,6 +16,12 @@
 //   429, 424, 415  AMX, three bfloat16 parts, blocks of 1 KiB (its own limit there: 8 ns a block product, about 650)
 // A B that lies by rows (transposed weights, backward) took 1.04 to 1.28 times as long to multiply by 48 to 128 rows as one by columns, strip by strip;
 // 1.01 to 1.21 packed four strips at a time, the rows fetched ahead (2 cores of an AMD EPYC, Zen 3, AVX2, VM, 2026-11-26).
+// bfloat16 with AVX-512 BF16, times of torch's (oneDNN's) in the same runs over ours, 16, 64, 128, 512 rows by 768 x 3,072 weights, on 2 cores of an
+// AMD EPYC (Zen 5, VM), 2026-11-27:
+//   0.39, 0.60, 0.70, 0.84  a chunk of B packed together, rows of any length by a call of memcpy
+//   0.83, 0.93, 0.93, 0.90  whole vectors packed as such; A read in place
+//   1.00, 0.97, 0.95, 0.92  own strips; while others use the machine the level-3 cache is slow, and this was 1.5 times as fast as the chunk
+// Own strips in float32, 64 rows by 768 x 3,072: 1.10 times as fast as the chunk, by the kernels for AVX2 1.7 times (the same machine).
 // Few rows: few_rows.cpp.
 #include <omp.h>
 
@@ -29,6 +36,8 @@ namespace {
 
 constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
+constexpr int64_t kOwnFloats = 1 << 16;    // of one thread's strips: 256 KiB
+constexpr int64_t kOwnRows = 1024;
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
 
 // A strip and what lies before it in its first 32 columns is a strip of keep masks.
@@ -70,11 +79,11 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
 bool has_few_rows(const fastattn_gemm &p, const Operand &b) { return p.m <= most_few_rows(b) && p.a.stride[1] == 1; }
 
 int few_rows_product(const fastattn_gemm &p, const Operand &b) {
-    const bool converted = p.dtype != FASTATTN_FLOAT32;
+    const bool converted = p.dtype != FASTATTN_FLOAT32 && !few_rows_of_pairs(b);
     const int64_t panel = few_rows_panel(b), left_ld = converted ? round_up(p.k, kLanes) : p.a.stride[0];
     Scratch left(converted ? p.m * left_ld : 0);
     if (left.failed()) return FASTATTN_OUT_OF_MEMORY;
-    const float *a = (const float *)p.a.data;
+    const void *a = p.a.data;
     if (converted) {
         float *target = left.take(p.m * left_ld);
         pack_rows({p.a.data, p.dtype, p.a.stride[0]}, p.m, p.k, 1.0f, target, left_ld);
@@ -103,14 +112,35 @@ int few_rows_product(const fastattn_gemm &p, const Operand &b) {
 
 // How B is cut up and packed.
 struct Packing {
+    Form form;
+    Operand b;
+    int64_t k;
     int64_t blocks;        // of k
     int64_t strip_floats;  // in all of k
-    int64_t chunk_strips;  // packed at a time
+    int64_t together;      // strips packed at once
+    int64_t chunk_strips;  // a chunk's, which has about `floats`
 
-    Packing(const fastattn_gemm &p, Form form)
-        : blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
+    Packing(const fastattn_gemm &p, Form form_, int64_t floats)
+        : form(form_),
+          b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]},
+          k(p.k),
+          blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
           strip_floats(larger(1, form.elements(p.k)) * form.strip_width()),
-          chunk_strips(larger(1, smaller(form.strips(p.n), (form.parts == 3 ? kSplitChunkFloats : kChunkFloats) / strip_floats))) {}
+          together(strips_at_once(form, b)),
+          chunk_strips(round_up(larger(1, smaller(form.strips(p.n), floats / strip_floats)), together)) {}
+
+    // Items of a chunk that can be packed one by one.
+    int64_t items(Range columns) const { return (form.strips(columns.size()) + together - 1) / together * blocks; }
+    // One of them to its place in `packed`. True when an element does not split.
+    bool pack(Range columns, int64_t item, float *packed) const {
+        const int64_t strip = item / blocks * together, width = form.strip_width();
+        const Range depth = depth_block(k, item % blocks);
+        const Range strips{columns.begin + strip * width, smaller(columns.begin + (strip + together) * width, columns.end)};
+        float *target = packed + strip * strip_floats + form.right_depth(depth.begin);
+        if (together == 1) return pack_strip(form, b, depth, strips, target);
+        pack_strips_of_rows(b, depth, strips, target, strip_floats);
+        return false;
+    }
 };
 
 // One thread's rows.
@@ -221,10 +251,8 @@ struct Outcome {
 };
 
 Outcome packed_product(const fastattn_gemm &p, Form form) {
-    const Packing packing(p, form);
+    const Packing packing(p, form, form.parts == 3 ? kSplitChunkFloats : kChunkFloats);
     const int64_t width = form.strip_width(), chunk_columns = packing.chunk_strips * width;
-    const Operand b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]};
-    const int64_t together = strips_at_once(form, b);
     Outcome outcome;
     Scratch scratch(packing.chunk_strips * packing.strip_floats);
     if (scratch.failed()) return {FASTATTN_OUT_OF_MEMORY};
@@ -235,18 +263,12 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
         Worker worker(p, form, packing);
         bool nonfinite = false;
         for (int64_t first = 0; first < p.n; first += chunk_columns) {
-            const int64_t columns = smaller(chunk_columns, p.n - first);
+            const Range columns{first, smaller(first + chunk_columns, p.n)};
 #pragma omp for schedule(static)
-            for (int64_t item = 0; item < (form.strips(columns) + together - 1) / together * packing.blocks; item++) {
-                const int64_t strip = item / packing.blocks * together;
-                const Range k = depth_block(p.k, item % packing.blocks);
-                const Range strips{first + strip * width, first + smaller((strip + together) * width, columns)};
-                float *target = packed + strip * packing.strip_floats + form.right_depth(k.begin);
-                if (together > 1) pack_strips_of_rows(b, k, strips, target, packing.strip_floats);
-                else nonfinite |= pack_strip(form, b, k, strips, target);
-            }
-            const int64_t across = column_parts(form, p.m, columns, threads);
-            const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across), mine = part(columns, width, across, thread % across);
+            for (int64_t item = 0; item < packing.items(columns); item++) nonfinite |= packing.pack(columns, item, packed);
+            const int64_t across = column_parts(form, p.m, columns.size(), threads);
+            const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across);
+            const Range mine = part(columns.size(), width, across, thread % across);
             if (!worker.failed() && rows.size() > 0 && mine.size() > 0)
                 worker.run(rows, {first + mine.begin, first + mine.end}, packed + mine.begin / width * packing.strip_floats);
 #pragma omp barrier
@@ -260,6 +282,41 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
     return outcome;
 }
 
+// Each thread packs the strips of B that it multiplies, a few at a time, which its level-2 cache holds: nothing is shared, nobody waits. All rows of A
+// go by for every such group.
+Outcome own_strips_product(const fastattn_gemm &p, Form form) {
+    const Packing packing(p, form, kOwnFloats);
+    const int64_t width = form.strip_width(), group_columns = packing.chunk_strips * width;
+    Outcome outcome;
+#pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
+    {
+        Worker worker(p, form, packing);
+        Scratch scratch(packing.chunk_strips * packing.strip_floats);
+        const Range mine = part(p.n, width, omp_get_num_threads(), omp_get_thread_num());
+        const bool failed = worker.failed() || scratch.failed();
+        float *packed = failed ? nullptr : scratch.take(0);
+        bool nonfinite = false;
+        for (int64_t first = mine.begin; first < mine.end && !failed; first += group_columns) {
+            const Range columns{first, smaller(first + group_columns, mine.end)};
+            for (int64_t item = 0; item < packing.items(columns); item++) nonfinite |= packing.pack(columns, item, packed);
+            worker.run({0, p.m}, columns, packed);
+        }
+#pragma omp critical
+        {
+            if (failed) outcome.status = FASTATTN_OUT_OF_MEMORY;
+            outcome.nonfinite |= nonfinite || worker.nonfinite();
+        }
+    }
+    return outcome;
+}
+
+// Up to kOwnRows rows of A, read in place by every thread, and enough strips for all threads to have as many.
+bool has_own_strips(const fastattn_gemm &p, Form form) {
+    const Operand a{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]};
+    const int64_t strips = form.strips(p.n), busiest = (strips + p.n_threads - 1) / p.n_threads;
+    return p.m <= kOwnRows && is_read_in_place(form, a, p.k) && busiest * p.n_threads * 4 <= strips * 5;
+}
+
 }  // namespace
 
 int gemm(const fastattn_gemm &p) {
@@ -267,7 +324,7 @@ int gemm(const fastattn_gemm &p) {
     const Operand b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]};
     if (has_few_rows(p, b)) return few_rows_product(p, b);
     const Form form{p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.m >= kSplitRows ? kFloat32Parts : 0};
-    const Outcome outcome = packed_product(p, form);
+    const Outcome outcome = has_own_strips(p, form) ? own_strips_product(p, form) : packed_product(p, form);
     // Infinity and NaN do not split into parts: such a product, rare as it is, is made again without.
     if (outcome.nonfinite && form.parts == 3) return packed_product(p, Form{0}).status;
     return outcome.status;

@@ -109,6 +109,13 @@ static inline WordsTarget left_words(Form form, int64_t depth, float *target) {
 }
 #endif
 
+// Whether the micro-kernel reads A where it lies: float32 by rows, and bfloat16 whose pairs along a row are words.
+static inline bool is_read_in_place(Form form, const Operand &a, int64_t k) {
+    if (a.across != 1) return false;
+    if (!form.parts) return a.dtype == FASTATTN_FLOAT32;
+    return !kWordBlocks && a.dtype == FASTATTN_BFLOAT16 && k % 2 == 0 && a.down % 2 == 0 && (uintptr_t)a.data % 4 == 0;
+}
+
 // A block of A for the micro-kernel: in place when possible, else copied into `scratch`. `nonfinite` is set when an element does not split.
 static inline Left pack_left([[maybe_unused]] Form form, const Operand &a, Range rows, Range k, float *scratch, [[maybe_unused]] bool &nonfinite) {
     const bool by_rows = a.across == 1;
@@ -117,6 +124,7 @@ static inline Left pack_left([[maybe_unused]] Form form, const Operand &a, Range
 #if defined(__AVX512BF16__)
     if (form.parts) {
         const int64_t depth = form.depth(k.size());
+        if (is_read_in_place(form, a, k.size())) return {(const float *)source.data, a.down / 2, Layout::rows, form.parts};
         const bool columns_kept = !by_rows && !kWordBlocks;
         const WordsTarget words = columns_kept ? WordsTarget{scratch, wide_rows, 16 * wide_rows, 16, 0} : left_words(form, depth, scratch);
         nonfinite |= with_parts(form.parts, [&]<int parts>() {
@@ -131,7 +139,7 @@ static inline Left pack_left([[maybe_unused]] Form form, const Operand &a, Range
         pack_rows(source, k.size(), rows.size(), 1.0f, scratch, wide_rows);
         return {scratch, wide_rows, Layout::columns};
     }
-    if (a.dtype == FASTATTN_FLOAT32) return {(const float *)source.data, a.down, Layout::rows};
+    if (is_read_in_place(form, a, k.size())) return {(const float *)source.data, a.down, Layout::rows};
     pack_rows(source, rows.size(), k.size(), 1.0f, scratch, round_up(k.size(), kLanes));
     return {scratch, round_up(k.size(), kLanes), Layout::rows};
 }

@@ -39,15 +39,17 @@ FASTATTN_INLINE void split(vfloat v, vuint (&part)[3], vfloat &poison) {
     part[2] = narrow(rest - (vfloat)(part[1] << 16));
 }
 
-// Words of rows (r, r + 1) for up to kLanes columns; 0 past the end.
-template <int parts>
+// Words of rows (r, r + 1) for up to kLanes columns; 0 past the end. `whole`, here and below: nothing lies past the end, and all loads are of whole
+// vectors.
+template <int parts, bool whole = false>
 FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
     Words<parts> result;
-    const int width = lanes_left(c, columns);
+    const int width = whole ? kLanes : lanes_left(c, columns);
     if constexpr (parts == 1) {
         const auto row = [&](int64_t i) {
             vhalf h = {};
-            if (i < rows) __builtin_memcpy(&h, source.at(i, c), (size_t)width * 2);
+            if (whole) __builtin_memcpy(&h, source.at(i, c), sizeof h);
+            else if (i < rows) __builtin_memcpy(&h, source.at(i, c), (size_t)width * 2);
             return __builtin_convertvector(h, vuint);
         };
         result.part[0] = (vfloat)(row(r) | row(r + 1) << 16);
@@ -86,12 +88,13 @@ FASTATTN_INLINE Words<parts> words_of(vfloat first, vfloat second, vfloat &poiso
 }
 
 // kLanes words of one row, from element c on; 0 past the end. The source is bfloat16 or float32 for one part, float32 for three.
-template <int parts>
+template <int parts, bool whole = false>
 FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
-    const int64_t count = larger(0, smaller(2 * kLanes, columns - c));
+    const int64_t count = whole ? 2 * kLanes : larger(0, smaller(2 * kLanes, columns - c));
     if (parts == 1 && source.dtype == FASTATTN_BFLOAT16) {
         vuint words = {};
-        __builtin_memcpy(&words, source.at(r, c), (size_t)count * 2);
+        if (whole) __builtin_memcpy(&words, source.at(r, c), sizeof words);
+        else __builtin_memcpy(&words, source.at(r, c), (size_t)count * 2);
         return {{(vfloat)words}};
     }
     const vfloat first = load_any(source.at(r, c), FASTATTN_FLOAT32, (int)smaller(kLanes, count));
@@ -108,6 +111,19 @@ static bool pack_words_transposed(Rows source, int64_t rows, int64_t columns, Wo
     for (int64_t first = 0; first < rows; first += kLanes)
         for (int64_t word = 0; word < depth; word += kLanes) {
             vfloat block[parts][kLanes];
+            if constexpr (parts == 1)  // a block that registers hold
+                if (first + kLanes <= rows && 2 * (word + kLanes) <= columns) {
+#pragma GCC unroll 16
+                    for (int r = 0; r < kLanes; r++) {
+                        __builtin_prefetch(source.at(first + kLanes + r, 2 * word));
+                        block[0][r] = words_of_row<1, true>(source, columns, first + r, 2 * word, poison).part[0];
+                    }
+                    transpose(block[0]);
+                    float *start = target.block(0, word, first);
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; i++) store(start + i * target.stride, block[0][i]);
+                    continue;
+                }
             for (int64_t r = 0; r < kLanes; r++) {
                 Words<parts> words = {};
                 if (first + r < rows) {
@@ -131,7 +147,9 @@ static bool pack_words_of_row_pairs(Rows source, int64_t rows, int64_t columns, 
     vfloat poison = zero();
     for (int64_t word = 0; word < depth; word++)
         for (int64_t c = 0; c < columns; c += kLanes) {
-            const Words<parts> words = words_of_row_pair<parts>(source, rows, columns, 2 * word, c, poison);
+            const bool whole = 2 * word + 2 <= rows && c + kLanes <= columns;
+            const Words<parts> words = whole ? words_of_row_pair<parts, true>(source, rows, columns, 2 * word, c, poison)
+                                             : words_of_row_pair<parts>(source, rows, columns, 2 * word, c, poison);
             for (int p = 0; p < parts; p++) store(target.row(p, word, c), words.part[p]);
         }
     return any((vint)(poison != poison));
@@ -145,7 +163,8 @@ static bool pack_words_in_rows(Rows source, int64_t rows, int64_t columns, Words
     for (int64_t first = 0; first < rows; first += 16)
         for (int64_t word = 0; word < depth; word += kLanes)
             for (int64_t r = first; r < smaller(first + 16, rows); r++) {
-                const Words<parts> words = words_of_row<parts>(source, columns, r, 2 * word, poison);
+                const Words<parts> words = 2 * (word + kLanes) <= columns ? words_of_row<parts, true>(source, columns, r, 2 * word, poison)
+                                                                          : words_of_row<parts>(source, columns, r, 2 * word, poison);
                 for (int p = 0; p < parts; p++) store(target.row(p, r, word), words.part[p]);
             }
     return any((vint)(poison != poison));
@@ -158,6 +177,17 @@ static bool pack_words_of_columns(Rows source, int64_t rows, int64_t columns, Wo
     for (int64_t c = 0; c < columns; c += kLanes)
         for (int64_t word = 0; word < depth; word += kLanes) {
             vfloat block[parts][kLanes];
+            if constexpr (parts == 1)
+                if (c + kLanes <= columns && 2 * (word + kLanes) <= rows) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; i++)
+                        block[0][i] = words_of_row_pair<1, true>(source, rows, columns, 2 * (word + i), c, poison).part[0];
+                    transpose(block[0]);
+                    float *start = target.block(0, c, word);
+#pragma GCC unroll 16
+                    for (int i = 0; i < kLanes; i++) store(start + i * target.stride, block[0][i]);
+                    continue;
+                }
             for (int64_t i = 0; i < kLanes; i++) {
                 const Words<parts> words = words_of_row_pair<parts>(source, rows, columns, 2 * (word + i), c, poison);
                 for (int p = 0; p < parts; p++) block[p][i] = words.part[p];

@@ -102,10 +102,7 @@ def is_overridden(*tensors: object) -> bool:
     it would get torch's function, which then runs in the place of ours."""
     if torch.compiler.is_dynamo_compiling():  # which compares no methods
         return has_torch_function(tensors)
-    for tensor in tensors:
-        if type(tensor) is not Tensor and _override(type(tensor)) not in _NO_OVERRIDES:
-            return True
-    return False
+    return any(type(tensor) is not Tensor and _override(type(tensor)) not in _NO_OVERRIDES for tensor in tensors)
 
 
 def _override(kind: type) -> object:

@@ -3,13 +3,16 @@
 Where the kernel was found faster than torch's it runs, else the original forward does:
 
 - float32, up to 32 rows, as in generation: 1.0 to 4.6 times as fast; more rows equal. On AMD's processors with AVX-512,
-  of which torch's MKL uses the half, any number of rows: 1.7 to 2.5 times as fast, of 64 rows 1.2 to 1.7 (2 cores of an
-  AMD EPYC of Zen 5, torch 2.13.0, 2026-11-27).
+  of which torch's MKL uses the half, any number of rows: 1.7 to 2.5 times as fast, of 64 rows 1.2 to 1.7 [1].
 - bfloat16 and float16, any number of rows, with AVX2: 0.95 (one row, 512 x 512) to 6 times as fast, and 30 times or
   more for weights that are kept transposed, as in Conv1D.
+- float16 with AVX-512, any number of rows: 0.8 (one row, 512 x 512) to 10 times as fast [1].
+- bfloat16 with AVX-512 BF16, up to 32 rows: 1.2 to 5 times as fast; of more torch's product is [1].
+- Smaller weights, 128 x 128 and up, take torch less time for a few rows than our call does. Where its products are
+  slow, as above, more rows pay: 1.1 to 2.2 times as fast in float32, 1.3 to 10 in halves [1].
 
-(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26.) Smaller weights than those below take torch less time than
-our call does. Halves with any other instruction set are unmeasured, and left to torch.
+(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] of an AMD EPYC of Zen 5, 2026-11-27.) Halves with any
+other instruction set are unmeasured, and left to torch.
 """
 
 from __future__ import annotations
@@ -38,7 +41,11 @@ _FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.f
 """Elements of a weight from which on the product of one row, with the call around it, takes as long as torch's or
 less."""
 _FROM_FEATURES = 256  # narrower ones leave threads idle
-_MEASURED_FOR_HALVES = "avx2"
+_FROM_ELEMENTS_BESIDE_SLOW = 128 * 128  # beside slow products of torch's
+_FROM_FEATURES_BESIDE_SLOW = 128
+_FROM_PRODUCTS = {torch.float32: 2**21, torch.bfloat16: 2**18, torch.float16: 2**18}
+"""Rows x elements of a smaller weight, from which on the call around the product is paid for."""
+_MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES}
 
 
 class FreeLinear(Swapped):
@@ -91,9 +98,19 @@ def _applies(module: nn.Module) -> bool:
     if why_not_own_tensors(module) is not None or why_not_replaced(type(module)) is not None:
         return False
     weight: Any = module._parameters["weight"]
+    if not weight.is_cpu or not _is_measured(weight.dtype):
+        return False
+    if _is_large(weight):
+        return True
+    least = _FROM_ELEMENTS_BESIDE_SLOW
+    is_not_small = weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES_BESIDE_SLOW
+    return is_not_small and weight.dtype in _FROM_PRODUCTS and _has_slow_products(weight.dtype)
+
+
+def _is_large(weight: Tensor) -> bool:
+    """Whether the product of a single row pays for the call around it."""
     least = _FROM_ELEMENTS.get(weight.dtype)
-    is_large = least is not None and weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES
-    return is_large and weight.is_cpu and _is_measured(weight.dtype)
+    return least is not None and weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -101,7 +118,7 @@ def _is_measured(dtype: torch.dtype) -> bool:
     """Whether this machine has the kernel, and an instruction set on which it was found faster in this dtype."""
     if cpu.unavailable_reason() is not None:
         return False  # a model that was saved elsewhere
-    return dtype not in HALVES or cpu.isa() == _MEASURED_FOR_HALVES
+    return dtype not in HALVES or dtype in _MEASURED_FOR_HALVES.get(cpu.isa(), ())
 
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -110,13 +127,22 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     agree = x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.dtype is weight.dtype
     if not agree or (bias is not None and bias.dtype is not x.dtype):
         return False  # torch has the words for it
+    if not _is_measured(x.dtype):
+        return False
+    if not _is_large(weight):
+        return _has_slow_products(x.dtype) and x.numel() * weight.shape[0] >= _FROM_PRODUCTS[x.dtype]
     has_few_rows = x.numel() <= _FEW_ROWS * weight.shape[1]
-    return (has_few_rows or x.dtype in HALVES or _has_slow_products()) and _is_measured(x.dtype)
+    return has_few_rows or _has_slow_products(x.dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_slow_products() -> bool:
-    """Whether torch's float32 products are known to leave half of this processor unused: MKL's on AMD's AVX-512."""
+def _has_slow_products(dtype: torch.dtype) -> bool:
+    """Whether torch's products of many rows are known to be slow: where this processor cannot multiply halves, and
+    MKL's of float32 on AMD's AVX-512, of which they use the half."""
+    if dtype is torch.float16:
+        return True
+    if dtype is torch.bfloat16:
+        return cpu.unavailable_reason() is None and cpu.isa() == "avx2"
     has_avx512 = cpu.unavailable_reason() is None and cpu.isa().startswith("avx512")
     return has_avx512 and torch.backends.mkl.is_available() and _is_amds()
 

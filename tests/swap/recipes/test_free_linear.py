@@ -128,11 +128,39 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
     for linear in (small, nn.Linear(65536, 24), subclass, meta, double):
         assert not plan(nn.Sequential(linear)).rows
     assert not [row for row in plan(large(), linears=False).rows if row.action == "swap"]
-    half = large(torch.bfloat16)
-    monkeypatch.setattr(cpu, "isa", lambda: "avx512bf16")
-    assert not plan(half).rows, "unmeasured there"
-    monkeypatch.setattr(cpu, "isa", lambda: "avx2")
-    assert len(plan(half).rows) == 1
+    for isa, dtypes in {
+        "amx": (),
+        "avx512": (torch.float16,),
+        "avx512bf16": (torch.bfloat16, torch.float16),
+        "avx2": (torch.bfloat16, torch.float16),
+    }.items():
+        monkeypatch.setattr(cpu, "isa", lambda isa=isa: isa)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert len(plan(large(dtype)).rows) == (dtype in dtypes), (isa, dtype)
+
+
+@pytest.mark.parametrize(
+    ("isa", "vendor", "dtype", "rows", "features", "runs"),
+    [
+        ("avx512bf16", "AMD EPYC", torch.float32, 300, 1024, True),
+        ("avx512bf16", "AMD EPYC", torch.float32, 300, 128, True),
+        ("avx512bf16", "AMD EPYC", torch.float32, 16, 128, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 300, 1024, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 30, 1024, True),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 32, 1024, True),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 33, 1024, False),
+        ("avx2", "AMD EPYC", torch.bfloat16, 33, 1024, True),
+        ("avx2", "AMD EPYC", torch.bfloat16, 16, 128, True),
+        ("avx512", "Intel Xeon", torch.float16, 300, 128, True),
+        ("avx512", "Intel Xeon", torch.float16, 4, 128, False),
+    ],
+)
+def test_the_kernel_runs_where_it_was_found_faster(monkeypatch, isa, vendor, dtype, rows, features, runs) -> None:
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    monkeypatch.setattr(free_linear, "_is_amds", lambda: "AMD" in vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)
+    assert free_linear._is_faster(x, weight, None) == runs
 
 
 def test_changed_linears_run_the_original(kernel_calls, monkeypatch) -> None:
