@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastattn.backends import cpu
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.functional.checks import resolve_backend
 from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
@@ -13,6 +14,7 @@ from fastattn.nn.fused import Fused, stands_for
 from fastattn.ops.library import tracks_gradients
 
 AS_FAST = "torch's kernel is as fast: float32 inference on a CPU"
+_FROM_ELEMENTS = 2**18
 
 
 class LayerNorm(Fused, nn.LayerNorm):
@@ -20,8 +22,8 @@ class LayerNorm(Fused, nn.LayerNorm):
 
     float32 inference on a CPU, which has no residual to fuse, runs torch's own kernel unless a backend is forced. Of
     1,024 and 2,048 rows of 768 it takes 0.94 and 0.98 of the time of ours (bench/results, 2 cores of an AMD EPYC with
-    AVX2, 2026-11-26), and a small call 5 us where ours takes 25. With AVX-512 it takes 1.5 to 1.7 of ours, but 0.75 of
-    8,192 rows (2 cores of an AMD EPYC, 2026-11-27): a hundredth of a model's time either way.
+    AVX2, 2026-11-26), and a small call 5 us where ours takes 25. With AVX-512 ours runs from 2^18 elements on: 1.2 (256
+    rows of 768), 1.6 (1,024), 1.7 (4,096) and 1.1 to 1.4 times as fast (8,192; 2 cores of an AMD EPYC, 2026-11-27).
     """
 
     fastattn_original = nn.LayerNorm
@@ -35,6 +37,7 @@ class LayerNorm(Fused, nn.LayerNorm):
             and input.dtype is torch.float32
             and not resolve_backend(self.fastattn_backend)
             and not tracks_gradients(input, weight, bias)
+            and not (input.numel() >= _FROM_ELEMENTS and _has_avx512())
         ):  # first of all: whatever the parameters are, they are torch's to read
             note_choice(self, AS_FAST)
             return super().forward(input)
@@ -70,6 +73,11 @@ class RMSNorm(Fused, nn.RMSNorm):
             return super().forward(x)
         flat, flat_weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
         return rms_norm(flat, flat_weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
+
+
+@torch.compiler.assume_constant_result
+def _has_avx512() -> bool:
+    return cpu.unavailable_reason() is None and cpu.isa().startswith("avx512")
 
 
 def _why_not_together(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> str | None:
