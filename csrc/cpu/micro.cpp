@@ -200,7 +200,7 @@ void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int
     if (a.parts == 1) return matrix_tiles<1>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
     if (a.parts == 3) return matrix_tiles<3>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
 #elif defined(__AVX512BF16__)
-    if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr, nullptr);
+    if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr, fetches);
 #endif
     both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
 }

@@ -51,7 +51,7 @@ struct Fetches {
 //
 // With words, k counts words and is a multiple of kWordDepth, C has room for m rounded up to kWordRows, vectors is at most kWordVectors, and there
 // is no bias. kWordBlocks: A and B lie in blocks of 16 x 16 words, one after the other: A by row block, k block, part; B by k block, part,
-// vector (kWordVectors of them, whatever `vectors` is), and meanwhile `ahead` is fetched. Otherwise as float32, which alone heeds `fetches`.
+// vector (kWordVectors of them, whatever `vectors` is), and meanwhile `ahead` is fetched, but no `fetches`. Otherwise as float32.
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
               const float *bias = nullptr, Ahead ahead = {}, Fetches *fetches = nullptr);
 

@@ -2,7 +2,8 @@
 //
 // Shapes: q (B,Hq,Sq,D), k (B,Hkv,Skv,D), v (B,Hkv,Skv,Dv), out (B,Hq,Sq,Dv), lse (B,Hq,Sq); float32, bfloat16, float16; any strides with a
 //   contiguous last dimension; a head group shares its K and V.
-// Numerics: scores, softmax and sums in float32, the scale folded into the queries; a query that sees no key gives 0 and -inf.
+// Numerics: scores, softmax and sums in float32, the scale folded into the queries; a query that sees no key gives 0 and -inf. bfloat16 is multiplied
+//   in pairs where AVX-512 BF16 is there (pair_tile.h).
 // Algorithm: online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over tiles of up to 48 queries x 64 keys. Blocks of keys that no query of
 //   the tile sees are not visited, fully visible ones run no mask code (mask.h). Work is shared out by (batch, head, query tile).
 //
@@ -30,25 +31,31 @@
 //   1.24, 1.12   the logarithms of a tile's sums by vectors: libm's took 27 ns each, as much as a third of a block per tile
 //   There, in one run at (1, 8, 8192, 64): a causal window of 256 keys 1/59 of torch's time forward, 1/56 with the backward; 1/2.5 of FlexAttention's.
 //   With no fetching of blocks at all 0.05 took 2% longer than with the latter, the bursts 10%.
+// bfloat16, ms at (1, 8, 1024, D) for D of 32, 64, 128 on that machine with AVX-512 BF16; torch in the same runs: its scaled_dot_product_attention 7.4,
+//   12.1, 22.2, products and softmax one after the other 4.1, 5.5, 12.2:
+//   3.6, 6.3, 11.7   keys and values converted to float32, block by block
+//   2.3, 3.6,  6.4   products of pairs
 // Rows of keys and values far apart, as (B, S, H, D) has them, cost 11% at 12 heads x 64 and 26% at 16, whose rows share sixteen sets of the level-2
 //   cache; the caller passes copies of those that are read often.
 #include "../kernels.h"
-#include "tile.h"
+#include "pair_tile.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
 struct Buffers {
     explicit Buffers(const fastattn_attention &p)
-        : scratch(kMaxLanes * (p.dim_qk + p.dim_v) + kKeyBlock * (2 * kMaxLanes + round_up(p.dim_qk, kLanes) + round_up(p.dim_v, kLanes)) + 96),
+        : scratch(kMaxLanes * (p.dim_qk + p.dim_v) + kKeyBlock * (2 * kMaxLanes + 2 * (wide(p.dim_qk) + wide(p.dim_v))) + 128),
           queries(scratch.take(p.dim_qk * kMaxLanes)),
           out(scratch.take(p.dim_v * kMaxLanes)),
           scores(scratch.take(kKeyBlock * kMaxLanes)),
           keep(scratch.take(kKeyBlock * kMaxLanes)),
-          keys(scratch.take(kKeyBlock * round_up(p.dim_qk, kLanes))),
-          values(scratch.take(kKeyBlock * round_up(p.dim_v, kLanes))) {}
+          keys(scratch.take(kKeyBlock * wide(p.dim_qk))),
+          values(scratch.take(kKeyBlock * wide(p.dim_v))),
+          seen(scratch.take(kKeyBlock * larger(wide(p.dim_qk), wide(p.dim_v)))) {}
+    static int64_t wide(int64_t dim) { return round_up(dim, 2 * kLanes); }
     Scratch scratch;
-    float *queries, *out, *scores, *keep, *keys, *values;
+    float *queries, *out, *scores, *keep, *keys, *values, *seen;
 };
 
 // Running maximum and sum of each query.
@@ -140,7 +147,10 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
     const int64_t lanes = tile.lanes();
     const Rows q = query_rows(p, p.q, tile), out = query_rows(p, p.out, tile);
     const Rows k = key_rows(p, p.k, tile, tile.head_kv(p)), v = key_rows(p, p.v, tile, tile.head_kv(p));
-    pack_transposed({q.at(tile.begin, 0), q.dtype, q.stride}, tile.count, p.dim_qk, p.scale, buffers.queries, lanes, tile.vectors);
+    const bool pairs = multiplies_pairs(p);
+    const Rows queries{q.at(tile.begin, 0), q.dtype, q.stride};
+    if (pairs) pack_query_words(queries, tile.count, p.dim_qk, buffers.queries, lanes);
+    else pack_transposed(queries, tile.count, p.dim_qk, p.scale, buffers.queries, lanes, tile.vectors);
 
     TileMask mask(p, tile);
     Softmax softmax;
@@ -153,7 +163,8 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
         const Span jump = mask.jump();
         with_scores.rows[0] = block_ahead(k, jump, p.dim_qk, block.count);
         with_values.rows[0] = block_ahead(v, jump, p.dim_v, p.dim_v);
-        const Left keys = load_block(k, block, p.dim_qk, Layout::rows, buffers.keys);
+        const Left keys = pairs ? key_words(seen_rows(k, block, p.dim_qk, buffers.seen), block.count, p.dim_qk, buffers.keys)
+                                : load_block(k, block, p.dim_qk, Layout::rows, buffers.keys);
         score_tile(p, tile, mask, keys, buffers.queries, buffers.scores, nullptr, &with_scores);
         vfloat correction[kMaxVectors];
         softmax.step(buffers.scores, block.count, tile.vectors, correction);
@@ -162,8 +173,14 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
             keep_tile(p, tile, block.begin, block.count, buffers.keep);
             scale_by(buffers.scores, buffers.keep, block.count * lanes);
         }
-        const Left values = load_block(v, block, p.dim_v, Layout::columns, buffers.values);
-        multiply_lanes(p.dim_v, tile.vectors, block.count, values, buffers.scores, buffers.out, started, &with_values);
+        if (pairs) {
+            const Left values = value_words(seen_rows(v, block, p.dim_v, buffers.seen), block.count, p.dim_v, buffers.values);
+            pack_probabilities(buffers.scores, block.count, lanes, buffers.keep);  // whose factors have been used
+            multiply_lanes(p.dim_v, tile.vectors, (block.count + 1) / 2, values, buffers.keep, buffers.out, started, &with_values);
+        } else {
+            const Left values = load_block(v, block, p.dim_v, Layout::columns, buffers.values);
+            multiply_lanes(p.dim_v, tile.vectors, block.count, values, buffers.scores, buffers.out, started, &with_values);
+        }
         started = true;
     }
     if (!started) memset(buffers.out, 0, (size_t)(p.dim_v * lanes) * 4);

@@ -112,16 +112,21 @@ static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left 
     constexpr int64_t kDepth = 64;
     multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false, fetches);
     for (int64_t begin = kDepth; begin < k; begin += kDepth) {
-        const Left rest = {rows.data + begin, rows.stride, rows.layout};
+        const Left rest = {rows.data + begin, rows.stride, rows.layout, rows.parts};
         multiply_lanes(m, vectors, smaller(kDepth, k - begin), rest, b + begin * vectors * kLanes, c, true, fetches);
     }
 }
 
-// scores(key, lane) of the mask's block, -inf where hidden. `queries` hold the scale already.
+static inline void scale_by(float *target, float factor, int64_t floats) {
+    for (int64_t at = 0; at < floats; at += kLanes) store(target + at, load(target + at) * factor);
+}
+
+// scores(key, lane) of the mask's block, -inf where hidden. `queries` hold the scale already, but for words.
 static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Left keys, const float *queries,
                               float *scores, float *slope, Fetches *fetches = nullptr) {
     const KeyBlock &block = mask.block();
-    multiply_blocked(block.count, tile.vectors, p.dim_qk, keys, queries, scores, fetches);
+    multiply_blocked(block.count, tile.vectors, keys.parts ? p.dim_qk / 2 : p.dim_qk, keys, queries, scores, fetches);
+    if (keys.parts) scale_by(scores, p.scale, block.count * tile.lanes());
     if (p.softcap > 0) apply_softcap(p, scores, block.count * tile.lanes(), slope);
     if (p.bias.data) add_bias(p, tile, block.begin, block.count, scores);
     if (is_given(p.distance)) add_distance_bias(p, tile, block.begin, block.count, scores);

@@ -1,0 +1,71 @@
+// bfloat16 operands of the forward as words of pairs (../pairs.h), where the processor multiplies pairs (vdpbf16ps): keys in place, pairs along the
+// head dim; values and probabilities in pairs along the keys. Products are exact, sums float32; probabilities are rounded to bfloat16, as every
+// kernel that multiplies in bfloat16 rounds them, after their float32 sum was taken.
+#pragma once
+#include "../pairs.h"
+#include "tile.h"
+
+FASTATTN_NAMESPACE_BEGIN
+
+constexpr bool kPairs = kBfloat16Parts > 0 && !kWordBlocks;  // AMX's words lie in blocks
+
+static inline bool multiplies_pairs(const fastattn_attention &p) { return kPairs && p.dtype == FASTATTN_BFLOAT16 && p.dim_qk % 2 == 0; }
+
+#if defined(__AVX512BF16__)
+
+static inline WordsTarget word_rows(float *data, int64_t ld) { return {data, ld, 16 * ld, 16, 0}; }
+
+// words(i, lane) = elements 2i and 2i + 1 of a query; lanes past the last read 0.
+static inline void pack_query_words(Rows source, int64_t rows, int64_t columns, float *target, int64_t lanes) {
+    pack_words_transposed<1>(source, rows, columns, word_rows(target, lanes), columns / 2);
+}
+
+// The rows of a block of K or V, in place, or copied with zeros for those that no query of the tile sees.
+static inline Rows seen_rows(Rows source, const KeyBlock &block, int64_t columns, float *scratch) {
+    const Rows rows{source.at(block.begin, 0), source.dtype, source.stride};
+    if (block.seen == bits_below(block.count)) return rows;
+    const Rows copy{scratch, source.dtype, round_up(columns, 2 * kLanes)};
+    for (int64_t row = 0; row < block.count; row++) {
+        void *target = (void *)copy.at(row, 0);
+        if (block.seen >> row & 1) memcpy(target, rows.at(row, 0), (size_t)columns * 2);
+        else memset(target, 0, (size_t)columns * 2);
+    }
+    return copy;
+}
+
+// Keys for the micro-kernel, a row of pairs each: in place where pairs are whole words.
+static inline Left key_words(Rows rows, int64_t count, int64_t columns, float *scratch) {
+    if (rows.stride % 2 == 0 && (uintptr_t)rows.data % 4 == 0) return {(const float *)rows.data, rows.stride / 2, Layout::rows, 1};
+    const int64_t ld = round_up(columns / 2, kLanes);
+    pack_words_in_rows<1>(rows, count, columns, word_rows(scratch, ld), ld);
+    return {scratch, ld, Layout::rows, 1};
+}
+
+// words(i, column) = rows 2i and 2i + 1 of a column.
+static inline Left value_words(Rows rows, int64_t count, int64_t columns, float *scratch) {
+    const int64_t ld = round_up(columns, kLanes);
+    pack_words_of_row_pairs<1>(rows, count, columns, word_rows(scratch, ld), (count + 1) / 2);
+    return {scratch, ld, Layout::columns, 1};
+}
+
+// words(i, lane) = the probabilities of keys 2i and 2i + 1; `floats` to a row.
+static inline void pack_probabilities(const float *source, int64_t count, int64_t floats, float *target) {
+    for (int64_t key = 0; key < count; key += 2)
+        for (int64_t at = 0; at < floats; at += kLanes) {
+            const vuint low = narrow(load(source + key * floats + at));
+            const vuint high = key + 1 < count ? narrow(load(source + (key + 1) * floats + at)) : vuint{};
+            store(target + key / 2 * floats + at, (vfloat)(low | high << 16));
+        }
+}
+
+#else
+
+static inline void pack_query_words(Rows, int64_t, int64_t, float *, int64_t) {}
+static inline Rows seen_rows(Rows source, const KeyBlock &, int64_t, float *) { return source; }
+static inline Left key_words(Rows, int64_t, int64_t, float *) { return {}; }
+static inline Left value_words(Rows, int64_t, int64_t, float *) { return {}; }
+static inline void pack_probabilities(const float *, int64_t, int64_t, float *) {}
+
+#endif
+
+FASTATTN_NAMESPACE_END
