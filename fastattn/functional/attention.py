@@ -338,11 +338,13 @@ def lower_mask_and_bias(
     assert terms is not None
     if added.dense is not None:
         # The sum of two half tensors may round, and one of two finite numbers overflow where neither hides a key.
+        # Beside a higher key that is the same as hidden, but a query for which all do still sees them.
         wide = torch.promote_types(q.dtype, torch.float32)
         terms, other = terms.to(wide), added.dense.to(wide)
         hides = (terms == -math.inf) | (other == -math.inf)
         total = terms + other
-        terms = torch.where((total == -math.inf) & ~hides, torch.finfo(wide).min, total)
+        lowest = ~hides & (total.amax(-1, keepdim=True) == -math.inf) if total.shape[-1] else ~hides
+        terms = torch.where(lowest, torch.finfo(wide).min, total)
     return NOTHING_HIDDEN, replaced(added, dense=terms)
 
 

@@ -318,6 +318,15 @@ def test_two_finite_masks_hide_nothing(backend: str) -> None:
     torch.testing.assert_close(out, k.mean(2, keepdim=True).expand_as(out))
 
 
+def test_a_key_that_two_finite_masks_lower_has_no_weight_beside_one_that_a_single_one_does(backend: str) -> None:
+    q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 16, 8)
+    lowest = torch.full((4, 16), torch.finfo(torch.float32).min)
+    bias = torch.zeros(4, 16)
+    bias[:, 5:] = lowest[:, 5:]
+    out = fastattn.attention(q, k, k, mask=lowest, bias=bias, backend=backend)
+    torch.testing.assert_close(out, k[:, :, :5].mean(2, keepdim=True).expand_as(out))
+
+
 def test_explain_draws_nothing_and_meta_tensors_have_shapes() -> None:
     q = torch.empty(1, 2, 5, 8, device="meta")
     assert fastattn.attention(q, q, q[..., :4]).shape == (1, 2, 5, 4)

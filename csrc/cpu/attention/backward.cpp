@@ -16,6 +16,10 @@
 // mask as a bool tensor.
 // On 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-25: that window 1/17. With a table of 257 distances and its gradient, (4, 8, 1024, 64), forward
 // and backward take 224 ms; without any bias 214; torch 490 with the bias as a dense tensor and its gradient, 227 without.
+// bfloat16, forward and backward in ms at (1, 8, 1024, D) for D of 64 and 128 on 2 cores of an AMD EPYC (Zen 5, AVX-512 BF16, VM), 2026-11-27; torch in
+// the same runs: its scaled_dot_product_attention 31, 55, products and softmax one after the other 17.5, 22:
+//   18, 36      as float32 (measured in float32, which takes as long)
+//   12.7, 22.2  products of pairs
 // Memory: the sums of one KV head and a strip of 2 floats (3 with a softcap) per query of a tile and key that it sees, for each thread.
 #include <omp.h>
 

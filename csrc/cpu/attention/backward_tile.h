@@ -4,7 +4,7 @@
 // log-sum-exp would, and takes maximum, sum and delta from the float32 values themselves: a float32 lse or an output rounded to bfloat16 would
 // put errors of their own into p and delta, which show where the softmax is sharp or every score is finfo.min.
 #pragma once
-#include "tile.h"
+#include "pair_tile.h"
 
 FASTATTN_NAMESPACE_BEGIN
 
@@ -22,7 +22,7 @@ struct TileRecord {
     float *scores, *grad_scores;     // (key, lane): scores become p, dp becomes ds
     float *slope;                    // derivative of the softcap, or null
     float *strips;                   // sums of ds along the diagonals of each block, or null
-    float *query_rows, *grad_rows;  // (lane, column): queries and output gradients
+    float *query_rows, *grad_rows;  // (lane, column): queries and output gradients; of pairs (word, column)
 
     // Floats of a record of a tile that sees at most `keys` keys.
     static int64_t floats(const fastattn_attention &p, int64_t lanes, int64_t keys) {
@@ -70,8 +70,12 @@ struct KeyGradients {
         const int64_t lanes = record.tile.lanes(), begin = larger(block.begin, span.begin), end = smaller(block.begin + block.count, span.end);
         if (begin >= end) return;
         const int64_t at = (block.row + begin - block.begin) * lanes;
-        multiply_rows(end - begin, wide.v, lanes, record.scores + at, record.grad_rows, values + begin * wide.v);
-        multiply_rows(end - begin, wide.qk, lanes, record.grad_scores + at, record.query_rows, keys + begin * wide.qk);
+        const auto multiply_rows = [&](int64_t columns, const float *left, const float *right, float *target) {
+            if (multiplies_pairs(p)) multiply_lane_words(end - begin, columns, lanes, left, right, target);
+            else multiply(end - begin, columns / kLanes, lanes, {left, lanes, Layout::rows}, right, columns, target, columns, true);
+        };
+        multiply_rows(wide.v, record.scores + at, record.grad_rows, values + begin * wide.v);
+        multiply_rows(wide.qk, record.grad_scores + at, record.query_rows, keys + begin * wide.qk);
     }
 
     void write(const fastattn_attention &p, const Sequence &sequence, int64_t head_kv, Span span) const {
@@ -80,11 +84,6 @@ struct KeyGradients {
         const int64_t rows = span.end - span.begin;
         unpack_rows(keys + span.begin * wide.qk, wide.qk, rows, p.dim_qk, p.scale, (void *)k.at(span.begin, 0), p.dtype, k.stride);
         unpack_rows(values + span.begin * wide.v, wide.v, rows, p.dim_v, 1.0f, (void *)v.at(span.begin, 0), p.dtype, v.stride);
-    }
-
-  private:
-    static void multiply_rows(int64_t rows, int64_t columns, int64_t lanes, const float *left, const float *right, float *target) {
-        multiply(rows, columns / kLanes, lanes, {left, lanes, Layout::rows}, right, columns, target, columns, true);
     }
 };
 
@@ -180,7 +179,7 @@ struct BiasGradient {
 // Scratch of one thread.
 struct TileBuffers {
     static int64_t floats(const fastattn_attention &p) {
-        return kMaxLanes * (2 * p.dim_qk + p.dim_v) + kKeyBlock * (kMaxLanes + Widths(p).both()) + 6 * 16;
+        return kMaxLanes * (2 * p.dim_qk + p.dim_v) + kKeyBlock * (kMaxLanes + Widths(p).both() + seen_width(p)) + 7 * 16;
     }
     TileBuffers(const fastattn_attention &p, Pieces &pieces)
         : queries(pieces.take(p.dim_qk * kMaxLanes)),
@@ -188,9 +187,11 @@ struct TileBuffers {
           grad_queries(pieces.take(p.dim_qk * kMaxLanes)),
           keep(pieces.take(kKeyBlock * kMaxLanes)),
           keys(pieces.take(kKeyBlock * Widths(p).qk)),
-          values(pieces.take(kKeyBlock * Widths(p).v)) {}
-    float *queries, *grads, *grad_queries;  // (column, lane)
-    float *keep, *keys, *values;
+          values(pieces.take(kKeyBlock * Widths(p).v)),
+          seen(pieces.take(kKeyBlock * seen_width(p))) {}
+    static int64_t seen_width(const fastattn_attention &p) { return multiplies_pairs(p) ? round_up(larger(p.dim_qk, p.dim_v), 2 * kLanes) / 2 : 0; }
+    float *queries, *grads, *grad_queries;  // (column, lane), the first two of pairs (word, lane)
+    float *keep, *keys, *values, *seen;
 };
 
 // The products of one query tile with blocks of its keys.
@@ -203,8 +204,10 @@ class TileBackward {
           lanes_(tile.lanes()),
           k_(key_rows(p, p.k, tile, tile.head_kv(p))),
           v_(key_rows(p, p.v, tile, tile.head_kv(p))) {
-        pack_transposed(tile_rows(p.q), tile.count, p.dim_qk, p.scale, buffers.queries, lanes_, tile.vectors);
-        pack_transposed(tile_rows(p.grad_out), tile.count, p.dim_v, 1.0f, buffers.grads, lanes_, tile.vectors);
+        if (scores_of_pairs()) pack_query_words(tile_rows(p.q), tile.count, p.dim_qk, buffers.queries, lanes_);
+        else pack_transposed(tile_rows(p.q), tile.count, p.dim_qk, p.scale, buffers.queries, lanes_, tile.vectors);
+        if (grads_of_pairs()) pack_query_words(tile_rows(p.grad_out), tile.count, p.dim_v, buffers.grads, lanes_);
+        else pack_transposed(tile_rows(p.grad_out), tile.count, p.dim_v, 1.0f, buffers.grads, lanes_, tile.vectors);
     }
 
     // Fills the record, writes grad_q, adds to `bias` and to `keys` where they are given; returns the tile's part of grad_sink.
@@ -234,8 +237,7 @@ class TileBackward {
             if (record.strips) sum_diagonals(ds, block.count, tile_.vectors, record.diagonals(i));
             if (record.slope) scale_by(ds, record.slope + block.row * lanes_, block.count * lanes_);
             if (p_.dropout.threshold) drop(block, p);
-            const Left loaded = load_block(k_, block, p_.dim_qk, Layout::columns, buffers_.keys);
-            multiply_lanes(p_.dim_qk, tile_.vectors, block.count, loaded, ds, buffers_.grad_queries, true);
+            add_to_queries(block, ds);
             if (keys) keys->add(p_, record, block, {0, tile_.len_k});
         }
         write_queries();
@@ -244,14 +246,18 @@ class TileBackward {
 
     // scores(key, lane) of the mask's block; `slope`, if given, receives the derivative of the softcap.
     void scores(const TileMask &mask, float *target, float *slope) const {
-        const Left keys = load_block(k_, mask.block(), p_.dim_qk, Layout::rows, buffers_.keys);
+        const KeyBlock &block = mask.block();
+        const Left keys = scores_of_pairs() ? key_words(seen_rows(k_, block, p_.dim_qk, buffers_.seen), block.count, p_.dim_qk, buffers_.keys)
+                                            : load_block(k_, block, p_.dim_qk, Layout::rows, buffers_.keys);
         score_tile(p_, tile_, mask, keys, buffers_.queries, target, slope);
     }
 
     // dp(key, lane), dropout included.
     void value_products(const KeyBlock &block, float *target) const {
-        const Left values = load_block(v_, block, p_.dim_v, Layout::rows, buffers_.values);
-        multiply_blocked(block.count, tile_.vectors, p_.dim_v, values, buffers_.grads, target);
+        const bool pairs = grads_of_pairs();
+        const Left values = pairs ? key_words(seen_rows(v_, block, p_.dim_v, buffers_.seen), block.count, p_.dim_v, buffers_.values)
+                                  : load_block(v_, block, p_.dim_v, Layout::rows, buffers_.values);
+        multiply_blocked(block.count, tile_.vectors, pairs ? p_.dim_v / 2 : p_.dim_v, values, buffers_.grads, target);
         if (p_.dropout.threshold) drop(block, target);
     }
 
@@ -271,13 +277,30 @@ class TileBackward {
     }
 
   private:
+    // As the forward's.
+    bool scores_of_pairs() const { return multiplies_pairs(p_); }
+    bool grads_of_pairs() const { return multiplies_pairs(p_) && p_.dim_v % 2 == 0; }
+
     Rows tile_rows(const fastattn_tensor &t) const {
         const Rows rows = query_rows(p_, t, tile_);
         return {rows.at(tile_.begin, 0), rows.dtype, rows.stride};
     }
 
+    // grad_q += k^T ds
+    void add_to_queries(const KeyBlock &block, const float *ds) const {
+        if (scores_of_pairs()) {
+            const Left keys = value_words(seen_rows(k_, block, p_.dim_qk, buffers_.seen), block.count, p_.dim_qk, buffers_.keys);
+            pack_probabilities(ds, block.count, lanes_, buffers_.keep);  // whose factors have been used
+            multiply_lanes(p_.dim_qk, tile_.vectors, (block.count + 1) / 2, keys, buffers_.keep, buffers_.grad_queries, true);
+        } else {
+            const Left keys = load_block(k_, block, p_.dim_qk, Layout::columns, buffers_.keys);
+            multiply_lanes(p_.dim_qk, tile_.vectors, block.count, keys, ds, buffers_.grad_queries, true);
+        }
+    }
+
     // Rows of the tile, those of the padding lanes 0.
     void pack_lanes(Rows source, int64_t columns, float *target, int64_t ld) const {
+        if (scores_of_pairs()) return pack_lane_words(source, tile_.count, columns, lanes_, target, ld);
         pack_rows(source, tile_.count, columns, 1.0f, target, ld);
         memset(target + tile_.count * ld, 0, (size_t)((lanes_ - tile_.count) * ld) * 4);
     }

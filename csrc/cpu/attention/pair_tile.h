@@ -1,6 +1,7 @@
-// bfloat16 operands of the forward as words of pairs (../pairs.h), where the processor multiplies pairs (vdpbf16ps): keys in place, pairs along the
-// head dim; values and probabilities in pairs along the keys. Products are exact, sums float32; probabilities are rounded to bfloat16, as every
-// kernel that multiplies in bfloat16 rounds them, after their float32 sum was taken.
+// bfloat16 operands as words of pairs (../pairs.h), where the processor multiplies pairs (vdpbf16ps): rows of keys, values, queries and output
+// gradients in pairs along the head dim, the first two in place; or in pairs along keys or lanes, where these are summed over. Products are exact,
+// sums float32. Probabilities and the gradients of scores are rounded to bfloat16, as every kernel that multiplies in bfloat16 rounds them, after
+// what else is made of them in float32.
 #pragma once
 #include "../pairs.h"
 #include "tile.h"
@@ -48,7 +49,7 @@ static inline Left value_words(Rows rows, int64_t count, int64_t columns, float 
     return {scratch, ld, Layout::columns, 1};
 }
 
-// words(i, lane) = the probabilities of keys 2i and 2i + 1; `floats` to a row.
+// words(i, lane) = the probabilities, or gradients of scores, of keys 2i and 2i + 1; `floats` to a row.
 static inline void pack_probabilities(const float *source, int64_t count, int64_t floats, float *target) {
     for (int64_t key = 0; key < count; key += 2)
         for (int64_t at = 0; at < floats; at += kLanes) {
@@ -58,6 +59,19 @@ static inline void pack_probabilities(const float *source, int64_t count, int64_
         }
 }
 
+// words(i, column) = rows 2i and 2i + 1 of the queries or output gradients of a tile, of which the padding lanes are 0.
+static inline void pack_lane_words(Rows source, int64_t rows, int64_t columns, int64_t lanes, float *target, int64_t ld) {
+    pack_words_of_row_pairs<1>(source, rows, columns, word_rows(target, ld), lanes / 2);
+}
+
+// C(rows, columns) += left right for rows of `lanes` floats, which are rounded, and words of pairs of lanes.
+static inline void multiply_lane_words(int64_t rows, int64_t columns, int64_t lanes, const float *left, const float *right, float *target) {
+    alignas(64) float words[kKeyBlock * kMaxLanes / 2];
+    const int64_t ld = round_up(lanes / 2, kLanes);
+    pack_words_in_rows<1>({left, FASTATTN_FLOAT32, lanes}, rows, lanes, word_rows(words, ld), ld);
+    multiply(rows, columns / kLanes, lanes / 2, {words, ld, Layout::rows, 1}, right, columns, target, columns, true);
+}
+
 #else
 
 static inline void pack_query_words(Rows, int64_t, int64_t, float *, int64_t) {}
@@ -65,6 +79,8 @@ static inline Rows seen_rows(Rows source, const KeyBlock &, int64_t, float *) { 
 static inline Left key_words(Rows, int64_t, int64_t, float *) { return {}; }
 static inline Left value_words(Rows, int64_t, int64_t, float *) { return {}; }
 static inline void pack_probabilities(const float *, int64_t, int64_t, float *) {}
+static inline void pack_lane_words(Rows, int64_t, int64_t, int64_t, float *, int64_t) {}
+static inline void multiply_lane_words(int64_t, int64_t, int64_t, const float *, const float *, float *) {}
 
 #endif
 
