@@ -189,7 +189,6 @@ struct TileBuffers {
           keys(pieces.take(kKeyBlock * Widths(p).qk)),
           values(pieces.take(kKeyBlock * Widths(p).v)),
           seen(pieces.take(kKeyBlock * seen_width(p))) {}
-    static int64_t seen_width(const fastattn_attention &p) { return multiplies_pairs(p) ? round_up(larger(p.dim_qk, p.dim_v), 2 * kLanes) / 2 : 0; }
     float *queries, *grads, *grad_queries;  // (column, lane), the first two of pairs (word, lane)
     float *keep, *keys, *values, *seen;
 };
@@ -237,7 +236,9 @@ class TileBackward {
             if (record.strips) sum_diagonals(ds, block.count, tile_.vectors, record.diagonals(i));
             if (record.slope) scale_by(ds, record.slope + block.row * lanes_, block.count * lanes_);
             if (p_.dropout.threshold) drop(block, p);
-            add_to_queries(block, ds);
+            // The factors of dropout have been used: their place takes the pairs.
+            multiply_columns(scores_of_pairs(), k_, block, p_.dim_qk, tile_.vectors, ds, {buffers_.keys, buffers_.seen, buffers_.keep},
+                             buffers_.grad_queries, true);
             if (keys) keys->add(p_, record, block, {0, tile_.len_k});
         }
         write_queries();
@@ -246,17 +247,14 @@ class TileBackward {
 
     // scores(key, lane) of the mask's block; `slope`, if given, receives the derivative of the softcap.
     void scores(const TileMask &mask, float *target, float *slope) const {
-        const KeyBlock &block = mask.block();
-        const Left keys = scores_of_pairs() ? key_words(seen_rows(k_, block, p_.dim_qk, buffers_.seen), block.count, p_.dim_qk, buffers_.keys)
-                                            : load_block(k_, block, p_.dim_qk, Layout::rows, buffers_.keys);
+        const Left keys = load_rows(scores_of_pairs(), k_, mask.block(), p_.dim_qk, {buffers_.keys, buffers_.seen, nullptr});
         score_tile(p_, tile_, mask, keys, buffers_.queries, target, slope);
     }
 
     // dp(key, lane), dropout included.
     void value_products(const KeyBlock &block, float *target) const {
         const bool pairs = grads_of_pairs();
-        const Left values = pairs ? key_words(seen_rows(v_, block, p_.dim_v, buffers_.seen), block.count, p_.dim_v, buffers_.values)
-                                  : load_block(v_, block, p_.dim_v, Layout::rows, buffers_.values);
+        const Left values = load_rows(pairs, v_, block, p_.dim_v, {buffers_.values, buffers_.seen, nullptr});
         multiply_blocked(block.count, tile_.vectors, pairs ? p_.dim_v / 2 : p_.dim_v, values, buffers_.grads, target);
         if (p_.dropout.threshold) drop(block, target);
     }
@@ -284,18 +282,6 @@ class TileBackward {
     Rows tile_rows(const fastattn_tensor &t) const {
         const Rows rows = query_rows(p_, t, tile_);
         return {rows.at(tile_.begin, 0), rows.dtype, rows.stride};
-    }
-
-    // grad_q += k^T ds
-    void add_to_queries(const KeyBlock &block, const float *ds) const {
-        if (scores_of_pairs()) {
-            const Left keys = value_words(seen_rows(k_, block, p_.dim_qk, buffers_.seen), block.count, p_.dim_qk, buffers_.keys);
-            pack_probabilities(ds, block.count, lanes_, buffers_.keep);  // whose factors have been used
-            multiply_lanes(p_.dim_qk, tile_.vectors, (block.count + 1) / 2, keys, buffers_.keep, buffers_.grad_queries, true);
-        } else {
-            const Left keys = load_block(k_, block, p_.dim_qk, Layout::columns, buffers_.keys);
-            multiply_lanes(p_.dim_qk, tile_.vectors, block.count, keys, ds, buffers_.grad_queries, true);
-        }
     }
 
     // Rows of the tile, those of the padding lanes 0.

@@ -45,15 +45,14 @@ namespace {
 
 struct Buffers {
     explicit Buffers(const fastattn_attention &p)
-        : scratch(kMaxLanes * (p.dim_qk + p.dim_v) + kKeyBlock * (2 * kMaxLanes + 2 * (wide(p.dim_qk) + wide(p.dim_v))) + 128),
+        : scratch(kMaxLanes * (p.dim_qk + p.dim_v) + kKeyBlock * (2 * kMaxLanes + round_up(p.dim_qk, kLanes) + round_up(p.dim_v, kLanes) + seen_width(p)) + 112),
           queries(scratch.take(p.dim_qk * kMaxLanes)),
           out(scratch.take(p.dim_v * kMaxLanes)),
           scores(scratch.take(kKeyBlock * kMaxLanes)),
           keep(scratch.take(kKeyBlock * kMaxLanes)),
-          keys(scratch.take(kKeyBlock * wide(p.dim_qk))),
-          values(scratch.take(kKeyBlock * wide(p.dim_v))),
-          seen(scratch.take(kKeyBlock * larger(wide(p.dim_qk), wide(p.dim_v)))) {}
-    static int64_t wide(int64_t dim) { return round_up(dim, 2 * kLanes); }
+          keys(scratch.take(kKeyBlock * round_up(p.dim_qk, kLanes))),
+          values(scratch.take(kKeyBlock * round_up(p.dim_v, kLanes))),
+          seen(scratch.take(kKeyBlock * seen_width(p))) {}
     Scratch scratch;
     float *queries, *out, *scores, *keep, *keys, *values, *seen;
 };
@@ -163,8 +162,7 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
         const Span jump = mask.jump();
         with_scores.rows[0] = block_ahead(k, jump, p.dim_qk, block.count);
         with_values.rows[0] = block_ahead(v, jump, p.dim_v, p.dim_v);
-        const Left keys = pairs ? key_words(seen_rows(k, block, p.dim_qk, buffers.seen), block.count, p.dim_qk, buffers.keys)
-                                : load_block(k, block, p.dim_qk, Layout::rows, buffers.keys);
+        const Left keys = load_rows(pairs, k, block, p.dim_qk, {buffers.keys, buffers.seen, nullptr});
         score_tile(p, tile, mask, keys, buffers.queries, buffers.scores, nullptr, &with_scores);
         vfloat correction[kMaxVectors];
         softmax.step(buffers.scores, block.count, tile.vectors, correction);
@@ -173,14 +171,9 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
             keep_tile(p, tile, block.begin, block.count, buffers.keep);
             scale_by(buffers.scores, buffers.keep, block.count * lanes);
         }
-        if (pairs) {
-            const Left values = value_words(seen_rows(v, block, p.dim_v, buffers.seen), block.count, p.dim_v, buffers.values);
-            pack_probabilities(buffers.scores, block.count, lanes, buffers.keep);  // whose factors have been used
-            multiply_lanes(p.dim_v, tile.vectors, (block.count + 1) / 2, values, buffers.keep, buffers.out, started, &with_values);
-        } else {
-            const Left values = load_block(v, block, p.dim_v, Layout::columns, buffers.values);
-            multiply_lanes(p.dim_v, tile.vectors, block.count, values, buffers.scores, buffers.out, started, &with_values);
-        }
+        // The factors of dropout have been used: their place takes the pairs.
+        multiply_columns(pairs, v, block, p.dim_v, tile.vectors, buffers.scores, {buffers.values, buffers.seen, buffers.keep}, buffers.out, started,
+                         &with_values);
         started = true;
     }
     if (!started) memset(buffers.out, 0, (size_t)(p.dim_v * lanes) * 4);

@@ -41,8 +41,7 @@ _FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.f
 """Elements of a weight from which on the product of one row, with the call around it, takes as long as torch's or
 less."""
 _FROM_FEATURES = 256  # narrower ones leave threads idle
-_FROM_ELEMENTS_BESIDE_SLOW = 128 * 128  # beside slow products of torch's
-_FROM_FEATURES_BESIDE_SLOW = 128
+_FROM_FEATURES_BESIDE_SLOW = 128  # beside slow products of torch's
 _FROM_PRODUCTS = {torch.float32: 2**21, torch.bfloat16: 2**18, torch.float16: 2**18}
 """Rows x elements of a smaller weight, from which on the call around the product is paid for."""
 _MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES}
@@ -102,8 +101,7 @@ def _applies(module: nn.Module) -> bool:
         return False
     if _is_large(weight):
         return True
-    least = _FROM_ELEMENTS_BESIDE_SLOW
-    is_not_small = weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES_BESIDE_SLOW
+    is_not_small = min(weight.shape) >= _FROM_FEATURES_BESIDE_SLOW
     return is_not_small and weight.dtype in _FROM_PRODUCTS and _has_slow_products(weight.dtype)
 
 
