@@ -207,25 +207,25 @@ cudaError_t launch_any(const Forward &p, void *stream) {
     return launch_rows<VECTOR, DTYPE, PARAMS, DROPOUT, Fit::BEYOND, WIDE_CHUNKS>(p, lanes, stream);
 }
 
-// Whole chunks of whole warps, and every tensor of one dtype: as many chunks to a thread, up to CHUNKS, as divide the row.
-template <int DTYPE, int CHUNKS = NARROW_CHUNKS>
-cudaError_t launch_exact(const Forward &p, void *stream) {
-    const int chunks_of_warps = p.width / (WARP * CHUNK);
-    if constexpr (CHUNKS > 1)
-        if (chunks_of_warps % CHUNKS != 0) return launch_exact<DTYPE, CHUNKS - 1>(p, stream);
-    return launch_rows<true, DTYPE, DTYPE, false, Fit::EXACT, CHUNKS>(p, chunks_of_warps / CHUNKS * WARP, stream);
+// Chunks that each thread of whole warps has where these hold a row exactly, as many as divide it; 0 where none do.
+int exact_chunks(int width) {
+    for (int chunks = NARROW_CHUNKS; chunks > 0; chunks--)
+        if (width % (WARP * CHUNK * chunks) == 0) return width <= NARROW * CHUNK * chunks ? chunks : 0;
+    return 0;
 }
 
-bool is_exact(int width) {
-    if (width % (WARP * CHUNK) != 0) return false;
-    int chunks = NARROW_CHUNKS;
-    while (width % (WARP * CHUNK * chunks) != 0) chunks--;
-    return width <= NARROW * CHUNK * chunks;
+// Every tensor of one dtype, and exact_chunks() a thread.
+template <int DTYPE, int CHUNKS = NARROW_CHUNKS>
+cudaError_t launch_exact(const Forward &p, int chunks, void *stream) {
+    if constexpr (CHUNKS > 1)
+        if (chunks < CHUNKS) return launch_exact<DTYPE, CHUNKS - 1>(p, chunks, stream);
+    return launch_rows<true, DTYPE, DTYPE, false, Fit::EXACT, CHUNKS>(p, p.width / (CHUNK * CHUNKS), stream);
 }
 
 template <int DTYPE>
 cudaError_t launch_known(const Forward &p, void *stream) {
-    if (!p.dropout && is_exact(p.width) && all_of(DTYPE, p.weight, p.bias)) return launch_exact<DTYPE>(p, stream);
+    const int chunks = p.dropout || !all_of(DTYPE, p.weight, p.bias) ? 0 : exact_chunks(p.width);
+    if (chunks > 0) return launch_exact<DTYPE>(p, chunks, stream);
     if constexpr (DTYPE == FASTATTN_FLOAT32) return launch_any<true, ANY_DTYPE, ANY_DTYPE, true>(p, stream);
     else return p.dropout ? launch_any<true, DTYPE, ANY_DTYPE, true>(p, stream) : launch_any<true, DTYPE, ANY_DTYPE, false>(p, stream);
 }
