@@ -102,6 +102,13 @@ FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t 
     return words_of<parts>(first, second, poison);
 }
 
+// A whole block's columns as rows of a target; unrolled, so that registers hold the block all along.
+FASTATTN_INLINE void store_transposed(vfloat (&block)[kLanes], float *start, int64_t stride) {
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) store(start + i * stride, block[i]);
+}
+
 // The four ways a matrix becomes words. `depth` words along k, zeros past the matrix. True when an element is not finite.
 
 // target(word of c, r), whole vectors of r.
@@ -118,10 +125,7 @@ static bool pack_words_transposed(Rows source, int64_t rows, int64_t columns, Wo
                         __builtin_prefetch(source.at(first + kLanes + r, 2 * word));
                         block[0][r] = words_of_row<1, true>(source, columns, first + r, 2 * word, poison).part[0];
                     }
-                    transpose(block[0]);
-                    float *start = target.block(0, word, first);
-#pragma GCC unroll 16
-                    for (int i = 0; i < kLanes; i++) store(start + i * target.stride, block[0][i]);
+                    store_transposed(block[0], target.block(0, word, first), target.stride);
                     continue;
                 }
             for (int64_t r = 0; r < kLanes; r++) {
@@ -182,10 +186,7 @@ static bool pack_words_of_columns(Rows source, int64_t rows, int64_t columns, Wo
 #pragma GCC unroll 16
                     for (int i = 0; i < kLanes; i++)
                         block[0][i] = words_of_row_pair<1, true>(source, rows, columns, 2 * (word + i), c, poison).part[0];
-                    transpose(block[0]);
-                    float *start = target.block(0, c, word);
-#pragma GCC unroll 16
-                    for (int i = 0; i < kLanes; i++) store(start + i * target.stride, block[0][i]);
+                    store_transposed(block[0], target.block(0, c, word), target.stride);
                     continue;
                 }
             for (int64_t i = 0; i < kLanes; i++) {

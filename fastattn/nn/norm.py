@@ -77,7 +77,7 @@ class RMSNorm(Fused, nn.RMSNorm):
 
 @torch.compiler.assume_constant_result
 def _has_avx512() -> bool:
-    return cpu.unavailable_reason() is None and cpu.isa().startswith("avx512")
+    return cpu.has_avx512()
 
 
 def _why_not_together(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> str | None:

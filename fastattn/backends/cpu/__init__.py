@@ -12,7 +12,7 @@ from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.attention import attention_backward, attention_forward
 from fastattn.backends.cpu.decode import attention_decode
 from fastattn.backends.cpu.encoder_layer import encoder_layer_forward
-from fastattn.backends.cpu.library import available_isas, isa, unavailable_reason, use_isa
+from fastattn.backends.cpu.library import available_isas, has_avx512, isa, unavailable_reason, use_isa
 from fastattn.backends.cpu.linear import (
     ffn_backward,
     ffn_forward,
@@ -35,6 +35,7 @@ __all__ = [
     "ffn_forward",
     "gated_ffn_backward",
     "gated_ffn_forward",
+    "has_avx512",
     "isa",
     "linear_act_backward",
     "linear_act_forward",

@@ -52,6 +52,11 @@ def isa() -> str:
     return native().isa()
 
 
+def has_avx512() -> bool:
+    """Whether the kernels are here and use AVX-512, with or without its bfloat16 products."""
+    return unavailable_reason() is None and isa().startswith("avx512")
+
+
 def available_isas() -> list[str]:
     """The instruction sets that were built and that this machine has, best first."""
     return native().available_isas()

@@ -141,8 +141,7 @@ def _has_slow_products(dtype: torch.dtype) -> bool:
         return True
     if dtype is torch.bfloat16:
         return cpu.unavailable_reason() is None and cpu.isa() == "avx2"
-    has_avx512 = cpu.unavailable_reason() is None and cpu.isa().startswith("avx512")
-    return has_avx512 and torch.backends.mkl.is_available() and _is_amds()
+    return cpu.has_avx512() and torch.backends.mkl.is_available() and _is_amds()
 
 
 @functools.cache
