@@ -8,11 +8,15 @@
 //   whose working set stays in the level-2 cache, and sends a block through all products before the next: x to q, k and v; attention over all
 //   rows; then out-projection, residual, norm, and chunk by chunk of the hidden features up-projection, activation and down-projection, with
 //   the sums of the last kept; then residual and norm. Packed weights come from the shared cache, fetched a strip ahead.
-//   Few rows do not pay for packing: they go through the kernels of the other files one after the other.
+//   Few rows do not pay for packing: they go through the kernels of the other files one after the other (goes_one_by_one).
 // Ladder, ms a layer of MiniLM (384 wide, 12 heads) over 8 x 360 and 32 x 128 rows, and of BERT base over 2 x 512, float32, 2 cores of an AMD EPYC
 // (Zen 3, AVX2, VM), 2026-11-26, least of three interleaved runs:
 //   73.2, 93.7, 97.5  q, k and v in rows of 3 embed, whose heads share few sets of the caches
 //   70.2, 90.7, 94.7  each head's rows behind each other
+// The same of fewer rows, by blocks and one kernel after the other, 2 cores of an AMD EPYC (Zen 5, AVX-512 BF16, VM), 2026-11-27:
+//   MiniLM     64 rows 0.71, 0.64   128 rows 1.26, 1.18   256 rows  2.44, 2.39   384 rows  3.72,  3.65   512 rows  5.28,  5.19
+//   BERT base                       128 rows 6.51, 4.95   256 rows 10.73, 9.45   384 rows 15.86, 14.22   512 rows 20.70, 19.10; bfloat16 128 3.75, 2.70
+//   192 wide   64 rows 0.34, 0.26   128 rows 0.52, 0.47   256 rows  0.91, 0.93   384 rows  1.36,  1.45
 #include <omp.h>
 
 #include "activation.h"
@@ -44,8 +48,8 @@ int linear(const fastattn_encoder_layer &p, const fastattn_linear &layer, const 
     return gemm(g);
 }
 
-// y = norm(x + residual); x and residual (rows, embed), residual may be null.
-int norm(const fastattn_encoder_layer &p, const fastattn_layer_norm &layer, const void *x, const void *residual, void *y) {
+// y = norm(z) with z = x + residual; x and residual (rows, embed), residual and z may be null.
+int norm(const fastattn_encoder_layer &p, const fastattn_layer_norm &layer, const void *x, const void *residual, void *y, void *z = nullptr) {
     fastattn_norm n{};
     n.n_threads = p.n_threads;
     n.rows = p.rows, n.width = p.embed;
@@ -53,14 +57,17 @@ int norm(const fastattn_encoder_layer &p, const fastattn_layer_norm &layer, cons
     n.weight_dtype = layer.weight_dtype, n.bias_dtype = layer.bias_dtype;
     n.x = x, n.residual = residual;
     n.weight = layer.weight, n.bias = layer.bias;
-    n.y = y;
+    n.y = y, n.z = z;
     n.eps = layer.eps;
     return norm_forward(n);
 }
 
+constexpr int64_t kManyElements = 1 << 16;  // from here on another thread is worth waking
+
 // target = a + b, element by element.
 void add(const fastattn_encoder_layer &p, const void *a, const void *b, void *target) {
     const int64_t elements = p.rows * p.embed;
+#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1 && elements >= kManyElements)
     for (int64_t i = 0; i < elements; i += kLanes) {
         const int width = lanes_left(i, elements);
         const vfloat sum = load_any(offset(a, p.dtype, i), p.dtype, width) + load_any(offset(b, p.dtype, i), p.dtype, width);
@@ -118,13 +125,9 @@ int one_by_one(const fastattn_encoder_layer &p) {
         then([&] { return linear(p, *projections[i], p.norm_first ? branch : p.x, e, offset((void *)qkv, p.dtype, i * e), 3 * e, e); });
     then([&] { return attend(p, qkv, side_by_side(p), p.y, lse); });
     then([&] { return linear(p, p.out, p.y, e, branch, e, e); });
-    if (p.norm_first) {
-        add(p, p.x, branch, middle);
-        then([&] { return norm(p, p.norm2, middle, nullptr, branch); });
-    } else {
-        then([&] { return norm(p, p.norm1, branch, p.x, middle); });
-    }
-    then([&] { return linear(p, p.up, p.norm_first ? branch : middle, e, hidden, p.hidden, p.hidden, p.activation); });
+    if (p.norm_first) then([&] { return norm(p, p.norm2, branch, p.x, p.y, middle); });
+    else then([&] { return norm(p, p.norm1, branch, p.x, middle); });
+    then([&] { return linear(p, p.up, p.norm_first ? p.y : middle, e, hidden, p.hidden, p.hidden, p.activation); });
     then([&] { return linear(p, p.down, hidden, p.hidden, branch, e, e); });
     if (p.norm_first) add(p, middle, branch, p.y);
     else then([&] { return norm(p, p.norm2, branch, middle, p.y); });
@@ -467,12 +470,20 @@ Outcome by_blocks(const fastattn_encoder_layer &p, Form form) {
 constexpr int64_t kFewRows = 32;     // up to here packing the weights costs more than it saves
 constexpr int64_t kSplitRows = 64;   // from here on float32 in three parts is faster
 
+// Whether the layer is done one kernel after the other: rows are so few that packing weights does not pay, or that threads would have none; or they are
+// no more than x has features, and products read them in place. A thread then packs and multiplies a few strips at a time, which its own cache keeps,
+// while blocks of rows wait until all packed weights have gone out to the shared one.
+bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
+    if (p.rows <= larger(kFewRows, (p.n_threads - 1) * kWordRows)) return true;
+    return p.rows <= p.embed && is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed);
+}
+
 }  // namespace
 
 int encoder_layer_forward(const fastattn_encoder_layer &p) {
     if (p.rows == 0) return FASTATTN_OK;
-    if (p.rows <= larger(kFewRows, (p.n_threads - 1) * kWordRows)) return one_by_one(p);  // blocks would leave threads idle
     const Form form{p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.rows >= kSplitRows ? kFloat32Parts : 0};
+    if (goes_one_by_one(p, form)) return one_by_one(p);
     const Outcome outcome = by_blocks(p, form);
     // Infinity and NaN do not split into parts: such a layer, rare as it is, is made again without.
     if (outcome.nonfinite && form.parts == 3) return by_blocks(p, Form{0}).status;
