@@ -11,20 +11,14 @@ from __future__ import annotations
 import sys
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
-from transformers.utils import output_capturing
 
-from fastattn.functional import encoder_layer
-from fastattn.integrations import transformers as interface
-from fastattn.masks import Causal
-from fastattn.nn.checks import full_name, why_not_dropout, why_not_input, why_not_linear, why_not_unwatched
-from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.checks import full_name, why_not_dropout, why_not_linear, why_not_unwatched
+from fastattn.nn.counting import note_call
 from fastattn.nn.norm import why_not_layer_norm
-from fastattn.ops.library import tracks_gradients
 from fastattn.swap.code import is_copy
 from fastattn.swap.reading import ReadForward, Reading, why_not_as_read
 from fastattn.swap.recipe import PARTS, Recipe, always, parameters
@@ -33,6 +27,7 @@ from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.recipes.norm import ResidualNorm
+from fastattn.swap.recipes.whole_layer import WholeLayer, run_whole, wants_one_call, why_not_unwatched_attention
 from fastattn.swap.recognised import recipe_for
 from fastattn.swap.swapped import Swapped
 
@@ -96,12 +91,8 @@ class _Parts(NamedTuple):
 
 
 class BertLayer(Swapped):
-    """A layer. hidden_states (B, S, hidden) -> (B, S, hidden).
-
-    One operator runs it where CPU tensors go through in inference and every child would do nothing but the plain
-    operation. In training, with a cache, a cross-attention, attention weights asked for and so on its children are
-    called, each on its own kernels.
-    """
+    """A layer. hidden_states (B, S, hidden) -> (B, S, hidden). In one call where `whole_layer` allows it and neither a
+    cache nor a cross-attention is there."""
 
     fastattn_parts: ClassVar[_Parts]
     """The classes in the file of the original that a layer may be built of."""
@@ -119,14 +110,11 @@ class BertLayer(Swapped):
     ) -> Tensor:
         note_call(self)
         cache = past_key_values if cache is None else cache
-        if encoder_hidden_states is None and cache is None and _wants_one_call(self, hidden_states, kwargs):
-            whole = _whole_layer(self)
-            if isinstance(whole, str):
-                note_fallback(self, whole)
-            elif whole.serves(hidden_states, attention_mask):
-                for child in whole.swapped:
-                    note_call(child)
-                return whole.run(hidden_states, attention_mask, self.fastattn_backend)
+        is_encoding = encoder_hidden_states is None and cache is None and _takes_all_rows(self)
+        if is_encoding and wants_one_call(hidden_states, kwargs):
+            y = run_whole(self, _whole_layer(self), hidden_states, attention_mask)
+            if y is not None:
+                return y
         return super().forward(  # type: ignore[misc, no-any-return]
             hidden_states,
             attention_mask,
@@ -139,70 +127,13 @@ class BertLayer(Swapped):
 
 # ---- the layer as one call -------------------------------------------------------------------------------------------
 
-_IDLE_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_hidden_states", "return_dict"})
-"""Keyword arguments of a layer that its computation does not read."""
+
+def _takes_all_rows(layer: BertLayer) -> bool:
+    """Whether the feed-forward block takes all rows at once."""
+    return layer.chunk_size_feed_forward == 0 and "feed_forward_chunk" not in layer.__dict__
 
 
-def _wants_one_call(layer: BertLayer, x: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether this call of the layer can be one call of the operator, its children allowing."""
-    for name, value in kwargs.items():
-        if name not in _IDLE_ARGUMENTS and not (name == "output_attentions" and not value):
-            return False
-    return (
-        why_not_input(x) is None
-        and x.is_cpu  # elsewhere no native backend has the operator yet, and the children are faster
-        and not torch.is_autocast_enabled("cpu")
-        and not tracks_gradients(x)
-        and layer.chunk_size_feed_forward == 0
-        and "feed_forward_chunk" not in layer.__dict__
-    )
-
-
-class _WholeLayer(NamedTuple):
-    """What the operator needs of a layer whose children are all plain."""
-
-    swapped: tuple[BertSelfAttention, Swapped, Swapped, Swapped]
-    """The swapped children whose work the one call does."""
-    dropouts: tuple[nn.Dropout, nn.Dropout]
-    norms: tuple[nn.LayerNorm, nn.LayerNorm]
-    activation: str
-    tensors: tuple[Tensor | None, ...]
-    """The weights and biases in the order of `encoder_layer`."""
-
-    def serves(self, x: Tensor, mask: Tensor | None) -> bool:
-        """In inference, with fastattn's attention, all in one dtype and with a mask that hides keys."""
-        attention = self.swapped[0]
-        dtype = x.dtype
-        return (
-            attention.config._attn_implementation == interface.NAME
-            and not (attention.training and attention.dropout.p > 0.0)
-            and not any(dropout.training and dropout.p > 0.0 for dropout in self.dropouts)
-            and (mask is None or (mask.dim() == 4 and (mask.dtype is torch.bool or mask.dtype is torch.int32)))
-            and attention.all_head_size == x.shape[-1]
-            and all(t is None or (t.dtype is dtype and t.is_cpu) for t in self.tensors)
-            and not tracks_gradients(*self.tensors)
-        )
-
-    def run(self, x: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
-        attention = self.swapped[0]
-        causal = mask is None and x.shape[1] > 1 and attention.is_causal  # as the attention function reads None
-        return encoder_layer(
-            x,
-            *self.tensors,  # type: ignore[arg-type]
-            heads=attention.num_attention_heads,
-            activation=self.activation,
-            eps1=self.norms[0].eps,
-            eps2=self.norms[1].eps,
-            mask=_CAUSAL if causal else mask,
-            scale=attention.scaling,
-            backend=backend,
-        )
-
-
-_CAUSAL = Causal("top-left")
-
-
-def _whole_layer(layer: BertLayer) -> _WholeLayer | str:
+def _whole_layer(layer: BertLayer) -> WholeLayer | str:
     """The parts of the layer, or in words which child is more or other than the plain operation.
 
     Asked on every call: it reads the dictionaries of the modules, attributes of a module take far longer.
@@ -228,8 +159,8 @@ def _whole_layer(layer: BertLayer) -> _WholeLayer | str:
     swapped = (attention, mix, intermediate, output)
     projections, mixed, grown, shrunk = (child._modules for child in swapped)
     for name, child in zip(_CONTAINERS, (block, *swapped), strict=True):
-        reason = why_not_unwatched(child)
-        if reason is not None and not (child is attention and _only_idle_hooks(child)):
+        reason = why_not_unwatched_attention(child) if child is attention else why_not_unwatched(child)
+        if reason is not None:
             return f"{name} {reason}"
     linears = (
         projections["query"],
@@ -255,7 +186,18 @@ def _whole_layer(layer: BertLayer) -> _WholeLayer | str:
     q, k, v, o, up, down, first, second = (
         (child._parameters["weight"], child._parameters["bias"]) for child in (*linears, *norms)
     )
-    return _WholeLayer(swapped, dropouts, norms, activation, (*q, *k, *v, *o, *first, *up, *down, *second))
+    return WholeLayer(
+        attention,
+        swapped,
+        heads=attention.num_attention_heads,
+        scale=attention.scaling,
+        activation=activation,
+        norm_first=False,
+        norms=norms,
+        is_causal=attention.is_causal,
+        drops=any([child.training and child.p > 0.0 for child in (attention.dropout, *dropouts)]),
+        tensors=(*q, *k, *v, *o, *first, *up, *down, *second),
+    )
 
 
 _CONTAINERS = ("attention", "attention.self", "attention.output", "intermediate", "output")
@@ -269,25 +211,6 @@ _LINEARS = (
 )
 _NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
 _DROPOUTS = ("attention.output.dropout", "output.dropout")
-
-
-def _only_idle_hooks(attention: nn.Module) -> bool:
-    """Whether all that watches the attention are hooks by which transformers collects outputs, none of which does.
-
-    transformers installs them for good the first time that a model is asked for hidden states or attention weights.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    hooks = attention._forward_hooks
-    if not hooks or attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks:
-        return False
-    if any(getattr(hook, "__qualname__", "") != _COLLECTING_HOOK for hook in hooks.values()):
-        return False
-    collected = output_capturing._active_collector.get()
-    return collected is None or "attentions" not in collected
-
-
-_COLLECTING_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"
 
 
 # ---- which classes ---------------------------------------------------------------------------------------------------

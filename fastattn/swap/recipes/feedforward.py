@@ -128,11 +128,15 @@ class _ReadBlock(ReadForward):
     def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
-        call = why_not_as_read(self) or why_not_input(x) or _call(self, self.fastattn_block, x)
+        call = self.fastattn_call(x)
         if isinstance(call, str):
             note_fallback(self, call)
             return super().forward(x)  # type: ignore[misc, no-any-return]
         return _drop(self, call.last, self.fastattn_run(x, call))
+
+    def fastattn_call(self, x: Tensor) -> _Call | str:
+        """The call of the operator that the block is for this input, or why it must not be one."""
+        return why_not_as_read(self) or why_not_input(x) or _call(self, self.fastattn_block, x)
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         """The block without its last dropout."""

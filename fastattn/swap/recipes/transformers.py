@@ -2,6 +2,7 @@
 
 InterfaceAttention   any attention whose forward asks the attention interface for its function
 bert, t5, mpnet      modules whose forwards branch, known in the original and its copies (RoBERTa, Electra, mT5, ...)
+pre_norm             layers of CLIP, SigLIP, ViT and their copies as one call
 
 Importing this file registers the attention interface, so that a swapped model that was saved whole runs when it is
 loaded in a process that never called swap.
@@ -19,7 +20,7 @@ from fastattn.integrations import transformers as interface
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, parameters
-from fastattn.swap.recipes import bert, free_linear, mpnet, t5
+from fastattn.swap.recipes import bert, free_linear, mpnet, pre_norm, t5
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
@@ -40,7 +41,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
     if conv1d(module_class):
         return Reading(free_linear.Conv1D, free_linear.recipe)
-    for recipes in (bert, t5, mpnet):
+    for recipes in (bert, t5, mpnet, pre_norm):
         reading = recipes.read(module_class)
         if reading is not None:
             return reading

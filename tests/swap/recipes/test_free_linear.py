@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.backends import cpu
+from fastattn.backends.cpu import library
 from fastattn.nn.checks import why_not_linear
 from fastattn.swap import plan, swap
 from fastattn.swap.recipes import free_linear
@@ -34,10 +35,16 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return calls
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """Another instruction set than the one in use."""
+    for file in (cpu, library):
+        monkeypatch.setattr(file, "isa", lambda: isa)
+
+
 @pytest.fixture
 def without_half_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best instruction set here may have some."""
-    monkeypatch.setattr(cpu, "isa", lambda: "avx2")
+    pretend(monkeypatch, "avx2")
 
 
 def large(dtype: torch.dtype = torch.float32, *, bias: bool = True) -> nn.Sequential:
@@ -99,7 +106,7 @@ def test_the_original_runs_where_it_is_as_fast(kernel_calls) -> None:
 def test_many_rows_run_on_the_kernel_where_torch_leaves_half_of_the_processor(
     kernel_calls, monkeypatch, isa, name, taken
 ) -> None:
-    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    pretend(monkeypatch, isa)
     monkeypatch.setattr(free_linear, "cpu_name", lambda: name)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     free_linear._is_amds.cache_clear()
@@ -134,7 +141,7 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
         "avx512bf16": (torch.bfloat16, torch.float16),
         "avx2": (torch.bfloat16, torch.float16),
     }.items():
-        monkeypatch.setattr(cpu, "isa", lambda isa=isa: isa)
+        pretend(monkeypatch, isa)
         for dtype in (torch.bfloat16, torch.float16):
             assert len(plan(large(dtype)).rows) == (dtype in dtypes), (isa, dtype)
 
@@ -156,7 +163,7 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
     ],
 )
 def test_the_kernel_runs_where_it_was_found_faster(monkeypatch, isa, vendor, dtype, rows, features, runs) -> None:
-    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    pretend(monkeypatch, isa)
     monkeypatch.setattr(free_linear, "_is_amds", lambda: "AMD" in vendor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)

@@ -1,0 +1,228 @@
+"""Layers that normalise first, as one call in inference: those of CLIP, SigLIP and ViT, and their many copies in the
+text and vision towers of other models.
+
+    h = x + attention(norm(x)), y = h + mlp(norm(h))
+
+The attention, the norms and the block are recognised and swapped on their own, too; they run where the one call cannot
+(`whole_layer`). What a model of small layers spends on the calls between its kernels is what this saves.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from fastattn.nn.checks import full_name, why_not_dropout, why_not_linear, why_not_unwatched
+from fastattn.nn.counting import note_call
+from fastattn.nn.norm import why_not_layer_norm
+from fastattn.swap.code import is_copy
+from fastattn.swap.reading import Reading
+from fastattn.swap.recipe import PARTS, Recipe, parameters
+from fastattn.swap.recipes.feedforward import FeedForward
+from fastattn.swap.recipes.linear import projection
+from fastattn.swap.recipes.whole_layer import WholeLayer, run_whole, wants_one_call, why_not_unwatched_attention
+from fastattn.swap.recognised import recipe_for
+from fastattn.swap.swapped import Swapped
+
+
+class _Layer(NamedTuple):
+    """What a layer's forward calls its children."""
+
+    attention: str
+    norms: tuple[str, str]
+    mlp: str
+    dropout: str | None = None
+    """Of both branches' results."""
+
+    def names(self) -> set[str]:
+        return {self.attention, *self.norms, self.mlp, *(() if self.dropout is None else (self.dropout,))}
+
+
+class _Attention(NamedTuple):
+    """What an attention's forward calls its parts, beside q_proj, k_proj, v_proj, head_dim and is_causal."""
+
+    out: str
+    scale: str
+    dropout: str
+    takes_is_causal: bool
+    """Whether it hands is_causal on as it is given."""
+
+
+class PreNormLayer(Swapped):
+    """A layer. hidden_states (B, S, hidden) -> (B, S, hidden)."""
+
+    fastattn_layer: ClassVar[_Layer]
+    fastattn_attentions: ClassVar[dict[type[nn.Module], tuple[object, _Attention]]]
+    """The swapped attentions of the original's file that the operator stands for, with the forwards that were read."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        note_call(self)
+        is_causal = kwargs.get("is_causal")
+        others = {name: value for name, value in kwargs.items() if name != "is_causal"}
+        if wants_one_call(hidden_states, others):
+            y = run_whole(self, _whole_layer(self, hidden_states, is_causal), hidden_states, attention_mask)
+            if y is not None:
+                return y
+        return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc, no-any-return]
+
+
+def _whole_layer(layer: PreNormLayer, x: Tensor, is_causal: bool | None) -> WholeLayer | str:
+    """The parts of the layer, or in words which child is more or other than the plain operation; asked on every
+    call."""
+    children, names = layer._modules, layer.fastattn_layer
+    attention: Any = children[names.attention]
+    mlp = children[names.mlp]
+    forward, known = layer.fastattn_attentions.get(type(attention), (None, None))
+    if known is None or type(attention).fastattn_original.forward is not forward:
+        return f"{names.attention} is a {full_name(attention)}"
+    if not isinstance(mlp, FeedForward):
+        return f"{names.mlp} is a {full_name(mlp)}"
+    block = mlp.fastattn_call(x)
+    if isinstance(block, str):
+        return f"{names.mlp}: {block}"
+    assert block.down is not None
+    projections = [attention._modules[name] for name in ("q_proj", "k_proj", "v_proj", known.out)]
+    norms: Any = [children[name] for name in names.norms]
+    dropout: Any = None if names.dropout is None else children[names.dropout]
+    for name, reason in (
+        (names.attention, why_not_unwatched_attention(attention)),
+        (names.mlp, why_not_unwatched(mlp)),
+        *((name, why_not_layer_norm(norm)) for name, norm in zip(names.norms, norms, strict=True)),
+        *((f"{names.attention}'s linear", why_not_linear(each)) for each in projections),
+        (names.dropout, None if dropout is None else why_not_dropout(dropout)),
+    ):
+        if reason is not None:
+            return f"{name} {reason}"
+    q, k, v, o, first, second = (
+        (each._parameters["weight"], each._parameters["bias"]) for each in (*projections, *norms)
+    )
+    return WholeLayer(
+        attention,
+        (attention, mlp, *projections, *norms),
+        heads=q[0].shape[0] // attention.head_dim,
+        scale=getattr(attention, known.scale),
+        activation=block.activation,
+        norm_first=True,
+        norms=(norms[0], norms[1]),
+        is_causal=attention.is_causal if is_causal is None or not known.takes_is_causal else is_causal,
+        drops=block.dropout_p > 0.0
+        or (mlp.training and block.last is not None)
+        or (attention.training and getattr(attention, known.dropout) > 0.0)
+        or (dropout is not None and dropout.training and dropout.p > 0.0),
+        tensors=(*q, *k, *v, *o, *first, *projection(block.up), *projection(block.down), *second),
+    )
+
+
+# ---- which classes ---------------------------------------------------------------------------------------------------
+
+
+def read(module_class: type[nn.Module]) -> Reading | None:
+    """The reading of a class whose forward is a copy of one of these."""
+    if parameters(module_class.forward) != _TAKES:
+        return None
+    layer = next((each for forward, each in _layers() if is_copy(module_class.forward, forward)), None)
+    if layer is None:
+        return None
+    siblings = _siblings(module_class)
+    attentions = _attentions_of(siblings)
+    if not attentions:
+        return None
+    return Reading(PreNormLayer, _recipe, {"fastattn_layer": layer, "fastattn_attentions": attentions}, siblings)
+
+
+_TAKES = ("self", "hidden_states", "attention_mask", "kwargs")
+
+
+@functools.cache
+def _layers() -> list[tuple[object, _Layer]]:
+    """The forwards of layers that are known, where the installed transformers has them as they were read."""
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    known = (
+        (CLIPEncoderLayer, _Layer("self_attn", ("layer_norm1", "layer_norm2"), "mlp")),
+        (ViTLayer, _Layer("attention", ("layernorm_before", "layernorm_after"), "mlp", "dropout")),
+    )
+    return [(kind.forward, layer) for kind, layer in known if _attributes(kind.forward) == layer.names()]
+
+
+@functools.cache
+def _attentions() -> list[tuple[object, _Attention]]:
+    """The same of attentions."""
+    from transformers.models.clip.modeling_clip import CLIPAttention
+    from transformers.models.siglip.modeling_siglip import SiglipAttention
+    from transformers.models.vit.modeling_vit import ViTAttention
+
+    known = (
+        (CLIPAttention, _Attention("out_proj", "scale", "dropout", takes_is_causal=True)),
+        (SiglipAttention, _Attention("out_proj", "scale", "dropout", takes_is_causal=False)),
+        (ViTAttention, _Attention("o_proj", "scaling", "attention_dropout", takes_is_causal=True)),
+    )
+    return [(kind.forward, each) for kind, each in known if {each.out, each.scale} <= _attributes(kind.forward)]
+
+
+def _attributes(forward: Any) -> set[str]:
+    return set(inspect.unwrap(forward).__code__.co_names)
+
+
+def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """The classes of modules in the file of a layer's class that ask the attention interface."""
+    found = vars(sys.modules[layer_class.__module__]).values()
+    modules = (each for each in found if isinstance(each, type) and issubclass(each, nn.Module))
+    return tuple(each for each in modules if "get_interface" in _attributes(each.forward))
+
+
+def _attentions_of(siblings: Iterable[type[nn.Module]]) -> dict[type[nn.Module], tuple[object, _Attention]]:
+    found: dict[type[nn.Module], tuple[object, _Attention]] = {}
+    for sibling in siblings:
+        for forward, attention in _attentions():
+            # With fastattn's attention named by the config nobody calls the eager one, of which there are many.
+            recipe = recipe_for(sibling) if is_copy(sibling.forward, forward, but="eager_attention_forward") else None
+            if recipe is not None:
+                found[recipe.swapped] = (sibling.forward, attention)
+    return found
+
+
+def _recipe(swapped: type[Swapped]) -> Recipe:
+    layer: _Layer = swapped.fastattn_layer  # type: ignore[attr-defined]
+    attentions = swapped.fastattn_attentions  # type: ignore[attr-defined]
+
+    def applies(module: nn.Module) -> bool:
+        """Whether the children are what the names stand for; else each of them is swapped alone."""
+        children = module._modules
+        attention, mlp = children.get(layer.attention), children.get(layer.mlp)
+        if _swapped_class(attention) not in attentions or not issubclass(_swapped_class(mlp), FeedForward):
+            return False
+        norms = [children.get(name) for name in layer.norms]
+        return all(norm is not None and why_not_layer_norm(norm) is None for norm in norms)
+
+    def refuse(module: nn.Module) -> list[str]:
+        """Why the layer can never be one call."""
+        reasons = []
+        for name in (layer.attention, layer.mlp):
+            child = module._modules[name]
+            recipe = None if child is None or isinstance(child, Swapped) else recipe_for(type(child))
+            reasons += [] if recipe is None or child is None else [f"{name}: {each}" for each in recipe.refuse(child)]
+        return reasons
+
+    return Recipe(
+        swapped,
+        kernels=dict.fromkeys(PARTS, "encoder_layer"),
+        takes=_TAKES,
+        applies=applies,
+        refuse=refuse,
+        whole=True,
+    )
+
+
+def _swapped_class(child: nn.Module | None) -> type[nn.Module]:
+    """The class that a child is swapped to, or has been."""
+    if child is None or isinstance(child, Swapped):
+        return type(child)
+    recipe = recipe_for(type(child))
+    return type(child) if recipe is None or not recipe.applies(child) else recipe.swapped
