@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn import dispatch
 from fastattn.functional import attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.integrations import why_not_transformers
+from fastattn.integrations.torch_attention import chosen_keys, torch_attention
 from fastattn.masks import Causal
-from fastattn.nn.counting import note_choice
+from fastattn.nn.checks import why_not_head_dim
+from fastattn.nn.counting import note_choice, note_fallback
 from fastattn.nn.fused import Fused
 
 try:
@@ -65,8 +68,10 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     cache: object | None = None,
     sinks: object | None = None,
+    block_indices: object | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of the transformers contract.
@@ -76,17 +81,26 @@ def attention_forward(
     (1|B, 1|Hq, Lq, 2) half-open key ranges. Without a mask and with Lq > 1 the attention is causal, aligned top-left,
     when `is_causal`, or else the module's attribute of that name (True where it has none), says so; with Lq == 1 every
     key is visible. softcap, s_aux (one sink logit per head) and position_bias (broadcastable to (B, Hq, Lq, Lk), added
-    to the scores) are those of fastattn.attention. Other keyword arguments are ignored, as every attention function of
+    to the scores) are those of fastattn.attention. indices (B, Lq, n): the keys that an indexer chose for each query,
+    which sees no other (DeepSeek-V3.2). Other keyword arguments are ignored, as every attention function of
     transformers does.
+
+    Head dims over 256, which no kernel takes, run on torch's attention; of a swapped module that is a fallback.
 
     Returns (out (B, Lq, Hq, Dv) contiguous in query's dtype, None). Attention weights are never formed: asked for
     (output_attentions=True) they are missing, with one warning, as with "sdpa".
-    Raises ValueError for a paged cache (`cache=`), for a mask that is not 4-D, and for one sink per query (`sinks=`).
+    Raises ValueError for a paged cache (`cache=`), for a mask that is not 4-D, for one sink per query (`sinks=`), and
+    for chosen blocks of keys (`block_indices=`).
     """
     if sinks is not None:
         raise ValueError(
             "sinks: the fastattn attention takes one sink per head (s_aux), not one per query; load the model with "
             'attn_implementation="eager"'
+        )
+    if block_indices is not None:
+        raise ValueError(
+            "block_indices: the fastattn attention does not know the blocks of keys that this model chooses; load the "
+            'model with attn_implementation="sdpa"'
         )
     if cache is not None:
         raise ValueError(
@@ -113,9 +127,17 @@ def attention_forward(
             key, value = key[:, :, :len_q], value[:, :, :len_q]
             position_bias = None if position_bias is None else position_bias[..., :len_q]
         mask = Causal("top-left")
+    if indices is not None:
+        mask = chosen_keys(mask, indices, key.shape[2])
     own = module if isinstance(module, Fused) else None
     backend = None if own is None else own.fastattn_backend
-    is_plain = attention_mask is None and position_bias is None and not softcap and s_aux is None and dropout == 0.0
+    reason = why_not_head_dim(max(query.shape[3], value.shape[3]))
+    if reason is not None:
+        _note_torch(own, reason)
+        out = torch_attention(query, key, value, mask, position_bias, scaling, softcap or 0.0, s_aux, dropout)
+        return out.transpose(1, 2).contiguous(), None
+    is_plain = (mask is None or isinstance(mask, Causal)) and position_bias is None and s_aux is None
+    is_plain = is_plain and not softcap and dropout == 0.0
     if is_plain and torch_is_as_fast(query, key, value, mask is not None, scaling, backend):
         if own is not None:
             note_choice(own, AS_FAST)
@@ -134,6 +156,14 @@ def attention_forward(
         backend=backend,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _note_torch(own: Fused | None, reason: str) -> None:
+    """Counts and says, once, that torch's attention runs instead of a kernel."""
+    if own is not None:
+        note_fallback(own, reason)
+    elif not torch.compiler.is_compiling():
+        dispatch.warn_once((NAME, reason), f'attn_implementation="{NAME}" runs torch\'s attention where {reason}')
 
 
 def _is_causal(module: nn.Module, asked: bool | None) -> bool:
@@ -325,6 +355,9 @@ def _masks_of(config: object | None) -> str:
     DeepSeek-V4's compressed keys), or take the name "fastattn" and still add the mask in an attention of its own
     (Bloom, GPT-1).
     """
+    # Gemma 4 cuts its queries where layers share their keys, and only for "sdpa" knows that a missing mask cannot be.
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "explicit"
     if config is None or torch.compiler.is_compiling():
         return "compact"
     config_class = type(config)

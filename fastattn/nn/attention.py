@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention, linear_act
-from fastattn.functional.attention import MAX_HEAD_DIM
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.nn.attention_masks import AttentionMasks, read_masks, why_not_masks
 from fastattn.nn.attention_weights import attention_by_weights, kernel_and_weights
-from fastattn.nn.checks import why_not_input, why_not_tensor
+from fastattn.nn.checks import why_not_head_dim, why_not_input, why_not_tensor
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.ops.library import tracks_gradients
@@ -237,7 +236,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
                 return f"its {name} has another dtype than the input"
         if (own.bias_k is None) != (own.bias_v is None):
             return "it has one of bias_k and bias_v"
-        return None if self.head_dim <= MAX_HEAD_DIM else f"the head dim is {self.head_dim}"
+        return why_not_head_dim(self.head_dim)
 
     def _why_not_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> str | None:
         dims = query.dim()

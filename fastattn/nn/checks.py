@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from fastattn.functional.attention import MAX_HEAD_DIM
 from fastattn.nn.fused import original_class, stands_for
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,6 +145,11 @@ def why_not_dropout(child: nn.Module) -> str | None:
     if child.p > MAX_DROPOUT:
         return f"has p = {child.p}"
     return why_not_unwatched(child)
+
+
+def why_not_head_dim(head_dim: int) -> str | None:
+    """None where the kernels take heads of this width."""
+    return None if head_dim <= MAX_HEAD_DIM else f"the head dim is {head_dim}: the kernels take up to {MAX_HEAD_DIM}"
 
 
 def full_name(module: nn.Module) -> str:

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import encoder_layer
-from fastattn.functional.attention import MAX_HEAD_DIM
 from fastattn.masks import Mask
 from fastattn.nn.activations import activation_name
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear, why_not_tensor, why_not_unwatched
+from fastattn.nn.checks import (
+    why_not_dropout,
+    why_not_head_dim,
+    why_not_input,
+    why_not_linear,
+    why_not_tensor,
+    why_not_unwatched,
+)
 from fastattn.nn.counting import note_call
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.nn.norm import why_not_layer_norm
@@ -85,7 +91,7 @@ def _is_plain(attention: nn.Module, backend: str | None) -> TypeGuard[MultiheadA
         and attention.bias_k is None
         and attention.bias_v is None
         and not attention.add_zero_attn
-        and attention.head_dim <= MAX_HEAD_DIM
+        and why_not_head_dim(attention.head_dim) is None
         and all(
             why_not_tensor("", tensor) is None
             for tensor in (attention.in_proj_weight, attention.in_proj_bias, projection.weight, projection.bias)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Any
-
 from torch import nn
 
 from fastattn.dispatch import backends, check_backend_name
 from fastattn.errors import NotSupported
+from fastattn.swap.configs import config_moves
 from fastattn.swap.planning import Decision, Target, decide
 from fastattn.swap.recipe import PARTS
 from fastattn.swap.report import NotSwapped, SwapReport
-
-_INTERFACE_NAME = "fastattn"
 
 
 def plan(
@@ -105,15 +100,6 @@ def _runs_original_code(decision: Decision) -> bool:
     return decision.row.asked and decision.row.action == "left"
 
 
-@dataclass(frozen=True)
-class _ConfigMove:
-    """A transformers config, its copy, and the modules of the model that hold it."""
-
-    old: Any
-    new: Any
-    holders: list[nn.Module]
-
-
 class _Change:
     """The classes and configs that one swap sets."""
 
@@ -121,7 +107,9 @@ class _Change:
         self.targets = targets
         self.backend = backend
         self.strict = strict
-        self.moves = _config_moves(model, targets)
+        self.moves = config_moves(
+            model, [t.module.config for t in targets if t.recipe.interface and "attention" in t.parts]
+        )
 
     def apply(self) -> None:
         for target in self.targets:
@@ -135,8 +123,7 @@ class _Change:
             if self.strict:
                 state["fastattn_strict"] = True
         for move in self.moves:
-            for holder in move.holders:
-                holder.config = move.new
+            move.apply()
 
     def undo(self) -> None:
         self._check_unchanged()
@@ -145,8 +132,7 @@ class _Change:
             for name in ("fastattn_off", "fastattn_backend", "fastattn_strict"):
                 target.module.__dict__.pop(name, None)
         for move in self.moves:
-            for holder in move.holders:
-                holder.config = move.old
+            move.undo()
 
     def _check_unchanged(self) -> None:
         for target in self.targets:
@@ -168,21 +154,3 @@ class _Change:
                         f"undo: a {type(holder).__name__} has another config than the one that swap set; put it back "
                         "first (nothing was undone)"
                     )
-
-
-def _config_moves(model: nn.Module, targets: list[Target]) -> list[_ConfigMove]:
-    """A copy of each config that an attention module of the swap reads, for all modules of the model that hold it.
-
-    Always a copy: another model may share the config, and nothing says so.
-    """
-    configs: dict[int, Any] = {
-        id(target.module.config): target.module.config
-        for target in targets
-        if target.recipe.interface and "attention" in target.parts
-    }
-    moves = []
-    for old in configs.values():
-        new = copy.deepcopy(old)
-        new._attn_implementation = _INTERFACE_NAME
-        moves.append(_ConfigMove(old, new, [m for m in model.modules() if m.__dict__.get("config") is old]))
-    return moves

@@ -119,6 +119,53 @@ def test_set_attn_implementation_after_the_swap_is_obeyed(tiny_bert, batch, vali
     assert torch.equal(output(model, batch), before)
 
 
+def test_undo_keeps_what_was_changed_in_the_config_since(tiny_bert, batch, valid_difference) -> None:
+    model = tiny_bert()
+    config, chosen = model.config, model.config._attn_implementation
+    config.obsolete = 1
+    report = swap(model)
+    model.resize_token_embeddings(70)
+    model.config.use_cache = False
+    model.config.marks = {"of": ["mine"]}
+    del model.config.obsolete
+    model.set_attn_implementation("eager")
+    found = output(model, batch)
+    report.undo()
+    assert model.config is config
+    assert (config.vocab_size, config.use_cache, config.marks) == (70, False, {"of": ["mine"]})
+    assert not hasattr(config, "obsolete")
+    assert config._attn_implementation == chosen
+    assert valid_difference(output(model, batch), found) < 1e-5
+
+
+def test_a_config_of_several_parts_still_reaches_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**sizes, "vocab_size": 60}, {**sizes, "image_size": 8, "patch_size": 4}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    parts = (model.text_model, model.vision_model)
+    before, old = model.config.to_dict(), model.config
+
+    def chosen() -> tuple[str, ...]:
+        return tuple(part.config._attn_implementation for part in parts)
+
+    report = swap(model)
+    assert chosen() == ("fastattn", "fastattn")
+    assert (model.config.text_config, model.config.vision_config) == tuple(part.config for part in parts)
+    assert all(
+        part.config is not whole for part, whole in zip(parts, (old.text_config, old.vision_config), strict=True)
+    )
+    model.set_attn_implementation({"text_config": "eager"})
+    assert chosen() == ("eager", "fastattn")
+    model.set_attn_implementation("fastattn")
+    assert chosen() == ("fastattn", "fastattn")
+    report.undo()
+    assert model.config is old
+    assert parts[0].config is old.text_config
+    assert model.config.to_dict() == before
+    assert chosen() == ("sdpa", "sdpa")
+
+
 @pytest.mark.parametrize("off", ("attention", "norms", "ffns", "linears"))
 def test_each_part_can_be_left_out(off: str, tiny_bert, batch, valid_difference) -> None:
     model = tiny_bert()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.models.mpnet import modeling_mpnet
 
 from fastattn.functional import attention
-from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear
+from fastattn.nn.checks import why_not_dropout, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
@@ -43,6 +43,7 @@ class MPNetSelfAttention(Swapped):
     ) -> tuple[Tensor, ...]:
         note_call(self)
         reason = why_not_input(hidden_states) or child_reason("dropout", why_not_dropout(self.dropout))
+        reason = reason or why_not_head_dim(self.attention_head_size)
         if output_attentions:
             reason = reason or "the attention weights are asked for (output_attentions=True)"
         if reason is not None:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.integrations import transformers as interface
+from fastattn.nn.checks import why_not_head_dim
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, parameters
@@ -70,9 +71,24 @@ def _refuse_attention(module: nn.Module) -> list[str]:
     unknown = set() if eager is None else set(parameters(eager)) - _KNOWN_ARGUMENTS
     if unknown:
         reasons.append(f"its attention function takes {', '.join(sorted(unknown))}, which fastattn's does not")
-    return reasons
+    constants = _constants(forward)
+    if "sdpa" in constants and "indices" not in constants:
+        reasons.append('it gives its attention function another mask where that is "eager" or "sdpa"')
+    widths = [width for name in _HEAD_DIMS if isinstance(width := getattr(module, name, 0), int)]
+    too_wide = why_not_head_dim(max(widths))
+    return reasons if too_wide is None else [*reasons, too_wide]
 
 
-_KNOWN_ARGUMENTS = set(parameters(interface.attention_forward)) - {"sinks", "cache"} | {
+_KNOWN_ARGUMENTS = set(parameters(interface.attention_forward)) - {"sinks", "cache", "block_indices"} | {
     "sliding_window"  # the mask holds it already
 }
+_HEAD_DIMS = ("head_dim", "qk_head_dim", "v_head_dim")
+
+
+def _constants(function: Any) -> set[object]:
+    """The constants of a function, those of tuples one by one: values that it compares with, and names of the keyword
+    arguments that it passes on."""
+    found: set[object] = set()
+    for value in function.__code__.co_consts:
+        found |= set(value) if isinstance(value, tuple) else {value}
+    return found

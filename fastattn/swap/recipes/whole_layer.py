@@ -16,7 +16,7 @@ from transformers.utils import output_capturing
 from fastattn.functional import encoder_layer
 from fastattn.integrations import transformers as interface
 from fastattn.masks import Causal
-from fastattn.nn.checks import why_not_input, why_not_unwatched
+from fastattn.nn.checks import why_not_head_dim, why_not_input, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.ops.library import tracks_gradients
@@ -67,6 +67,7 @@ class WholeLayer(NamedTuple):
             and (mask is None or (mask.dim() == 4 and (mask.dtype is torch.bool or mask.dtype is torch.int32)))
             and query is not None
             and query.shape[0] == features
+            and why_not_head_dim(features // self.heads) is None
             and all(t is None or (t.dtype is dtype and t.is_cpu) for t in self.tensors)
             and not tracks_gradients(*self.tensors)
         )
