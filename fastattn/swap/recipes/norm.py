@@ -57,10 +57,10 @@ class SpelledNorm(ReadForward):
             return self.fastattn_normalise(x, weight, eps)
         order = None if reason is not None else _order_in_memory(x)
         if order is None:
-            note_fallback(self, reason or "its input is not dense, its last dimension innermost")
+            note_fallback(self, reason or "its input does not lie in rows, its last dimension innermost")
             return super().forward(x)  # type: ignore[misc, no-any-return]
         # The original's result lies in memory as its input does.
-        y = self.fastattn_normalise(x.permute(order), weight, eps)
+        y = self.fastattn_normalise(x.permute(order).contiguous(), weight, eps)
         return y.permute(sorted(range(y.dim()), key=order.__getitem__))
 
     def fastattn_normalise(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -80,11 +80,19 @@ class SpelledNorm(ReadForward):
 
 
 def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
-    """The dimensions before the last, from the outermost in memory to the innermost, and the last; None where x is not
-    contiguous in this order either."""
+    """The dimensions before the last, from the outermost in memory to the innermost, and the last; None where in this
+    order x is not rows that follow one another, with gaps or without."""
     last = x.dim() - 1
     order = (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
-    return order if x.permute(order).is_contiguous() else None
+    if x.shape[last] > 1 and x.stride(last) != 1:
+        return None
+    reach = x.shape[last]  # of the dimensions further in
+    for dim in reversed(order[:-1]):
+        if x.shape[dim] > 1:
+            if x.stride(dim) < reach:
+                return None  # rows that overlap, as those of an expanded tensor do
+            reach += x.stride(dim) * (x.shape[dim] - 1)
+    return order
 
 
 def _why_not(x: Any, weight: Any, eps: object, names: NormNames) -> str | None:

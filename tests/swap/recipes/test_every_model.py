@@ -36,6 +36,9 @@ _SMALL = {
     "image_size": 32,
     "patch_size": 8,
     "moe_intermediate_size": 16,
+    "index_topk": 4,
+    "index_topk_blocks": 1,
+    "index_block_size": 2,
     "attention_dropout": 0.0,
 }
 _IMAGES, _SOUND, _SPECTRA = "pixel_values", "input_values", "input_features"

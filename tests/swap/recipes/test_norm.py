@@ -223,17 +223,26 @@ def test_what_cannot_be_known_beforehand_falls_back_and_is_counted() -> None:
 
 @spellings
 def test_the_result_lies_in_memory_as_the_input(norm_class) -> None:
-    swapped, original = pair(norm_class())
+    original = norm_class()
+    swapped = copy.deepcopy(original)
+    report = swap(swapped)
     x = torch.randn(2, 3, 5, WIDTH)
-    for each in (
-        x.permute(2, 0, 1, 3),
-        x.transpose(0, 1),
-        x.transpose(-1, -2).contiguous().transpose(-1, -2),
-        x[:, ::2],
+    for each, on_kernel in (
+        (x.permute(2, 0, 1, 3), True),
+        (x.transpose(0, 1), True),
+        (x[:, ::2], True),
+        (x[:, :, 1:4].transpose(0, 1), True),
+        (torch.randn(2, 5, 2 * WIDTH)[..., 3 : 3 + WIDTH], True),  # half of a projection, as in latent attention
+        (torch.randn(2, 5, 2 * WIDTH)[..., ::2], False),
+        (x.transpose(-1, -2).contiguous().transpose(-1, -2), False),
+        (x[:, :, :1].expand(2, 3, 5, WIDTH), False),
     ):
-        found, expected = swapped(each), original(each)
+        with report.counting():
+            found = swapped(each)
+        expected = original(each)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert found.stride() == expected.stride()
+        assert (not report.rows[0].fallbacks) == on_kernel
 
 
 def test_a_weight_of_two_dimensions_is_left() -> None:
