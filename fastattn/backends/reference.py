@@ -575,12 +575,17 @@ def _linear_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias of x W^T + b from the gradient of its result. dx keeps x's dtype, the others get `dtype`."""
     compute = dpre.dtype
-    rows = dpre.reshape(-1, dpre.shape[-1])
+    rows = _rows(dpre)
     dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if x_requires_grad:
         dx = (dpre @ weight.to(compute)).to(x.dtype)
     if weight_requires_grad:
-        dweight = (rows.t() @ x.to(compute).reshape(-1, x.shape[-1])).to(dtype)
+        dweight = (rows.t() @ _rows(x.to(compute))).to(dtype)
     if bias_requires_grad:
         dbias = rows.sum(dim=0).to(dtype)
     return dx, dweight, dbias
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., N) as a matrix; N may be 0."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -25,6 +25,8 @@ from fastattn.ops.library import (
     matrix,
     register,
     register_exported,
+    saved_input,
+    saved_weight,
 )
 from fastattn.problems import LinearProblem
 
@@ -74,7 +76,7 @@ def _linear_act_backward(
     fields = problem_fields("linear_act", x, None, weight, activation, 0.0, True)
     dx, dweight, dbias = dispatch.choose(LinearProblem, fields, backend).linear_act_backward(
         dense(grad_y),
-        dense(x),
+        _read_input(x, weight_requires_grad),
         matrix(weight),
         dense(pre),
         activation,
@@ -116,9 +118,10 @@ def _ffn_backward(
     *flags_and_backend: Any,
 ) -> tuple[Tensor, ...]:
     *flags, backend = flags_and_backend
+    x = _read_input(x, flags[1])
     fields = problem_fields("ffn", x, w1, w2, activation, dropout_p, True)
     dx, *others = dispatch.choose(LinearProblem, fields, backend).ffn_backward(
-        dense(grad_y), dense(x), matrix(w1), matrix(w2), dense(pre), dropout_seed, activation, dropout_p, *flags
+        dense(grad_y), x, matrix(w1), matrix(w2), dense(pre), dropout_seed, activation, dropout_p, *flags
     )
     return dx, *_in_layout_of_weights(others, (w1, w2))
 
@@ -168,11 +171,12 @@ def _gated_ffn_backward(
     *flags_and_backend: Any,
 ) -> tuple[Tensor, ...]:
     *flags, backend = flags_and_backend
+    x = _read_input(x, flags[1] or flags[3])
     fields = problem_fields("gated_ffn", x, w_gate, w_down, activation, dropout_p, True)
     weights = (w_gate, w_up, w_down)
     dx, *others = dispatch.choose(LinearProblem, fields, backend).gated_ffn_backward(
         dense(grad_y),
-        dense(x),
+        x,
         *map(matrix, weights),
         dense(gate),
         dense(up),
@@ -182,6 +186,11 @@ def _gated_ffn_backward(
         *flags,
     )
     return dx, *_in_layout_of_weights(others, weights)
+
+
+def _read_input(x: Tensor, is_read: bool) -> Tensor:
+    """x for the gradients of weights; where none is wanted it may be a stand-in (saved_input)."""
+    return x.detach().contiguous() if is_read and not x.is_contiguous() else x
 
 
 def _in_layout_of_weights(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -363,7 +372,8 @@ class LinearAct(torch.autograd.Function):
         x, weight, _, ctx.activation, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, output[1])
+        needs_x, needs_weight, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(saved_input(x, needs_weight), saved_weight(weight, needs_x), output[1])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -391,7 +401,9 @@ class Ffn(torch.autograd.Function):
         x, w1, _, w2, _, seed, *ctx.options, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, w1, w2, output[1], seed)
+        needs_x, needs_w1, needs_b1 = ctx.needs_input_grad[:3]
+        weights = saved_weight(w1, needs_x), saved_weight(w2, needs_x or needs_w1 or needs_b1)
+        ctx.save_for_backward(saved_input(x, needs_w1), *weights, output[1], seed)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -417,7 +429,9 @@ class GatedFfn(torch.autograd.Function):
         x, w_gate, _, w_up, _, w_down, _, seed, *ctx.options, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, w_gate, w_up, w_down, *output[1:], seed)
+        needs_x, needs_gate, _, needs_up, _ = needs = ctx.needs_input_grad[:5]
+        weights = (saved_weight(w_gate, needs_x), saved_weight(w_up, needs_x), saved_weight(w_down, any(needs)))
+        ctx.save_for_backward(saved_input(x, needs_gate or needs_up), *weights, *output[1:], seed)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:

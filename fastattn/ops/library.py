@@ -44,7 +44,7 @@ def register(
     be exact; the call then runs once per entry.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _with_own_results(implementation), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _dispatched(name, implementation), "CompositeExplicitAutograd")
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # not differentiable by itself, at no cost
     qualified = f"fastattn::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
@@ -91,11 +91,17 @@ def register_exported(function: type[torch.autograd.Function], operator: Callabl
     function.exported = staticmethod(lambda *args: exported(*args))  # type: ignore[attr-defined]
 
 
-def _with_own_results(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatched(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The implementation as the dispatcher gets it: an operator must not return the same tensor twice, and backends may
-    share those that stand for results nobody asked for."""
+    share those that stand for results nobody asked for. What has no memory comes here, too (_are_plain)."""
 
     def run(*args: Any) -> Any:
+        for value in args:
+            if type(value) in _TENSORS and not value.is_meta and _has_no_memory(value):
+                raise RuntimeError(
+                    f"a tensor {tuple(value.shape)} given to {name} has no memory: its "
+                    "storage was freed (FSDP frees parameters between their uses); call the module that owns it"
+                )
         results = implementation(*args)
         if isinstance(results, Tensor):
             return results
@@ -131,12 +137,22 @@ def _sees_operators() -> bool:
 
 
 def _are_plain(args: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher would hand these values to the implementation as they are."""
-    for value in args:
-        kind = type(value)
-        if kind not in _VALUES and (kind not in _TENSORS or value.is_neg() or value.is_meta):
-            return False
+    """Whether the dispatcher would hand these values to the implementation as they are: not what it has to fill or to
+    unwrap, zeros without memory and the batches of autograd's own vmap, say."""
+    try:
+        for value in args:
+            kind = type(value)
+            if kind in _VALUES:
+                continue
+            if kind not in _TENSORS or value.is_neg() or value.is_meta or _has_no_memory(value):
+                return False
+    except RuntimeError:  # a batch has no data pointer to ask for
+        return False
     return True
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    return tensor.data_ptr() == 0 and tensor.numel() > 0
 
 
 def tracks_gradients(*tensors: Tensor | None) -> bool:
@@ -171,6 +187,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         if torch.compiler.is_exporting():
             return function.exported(*args)  # type: ignore[attr-defined]
         return function.apply(*_distinct(args))
+    if _tracing_state() is not None:  # torch.jit.trace records operators, and cannot save a Function
+        return function.exported(*args)  # type: ignore[attr-defined]
     return _apply(function, *args)
 
 
@@ -207,6 +225,24 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def saved_input(x: Tensor, is_read: bool) -> Tensor:
+    """What to save of an input for a backward: where that does not read its values, a stand-in of its shape and dtype
+    without memory. The input may then be changed in place before the backward, as torch allows it for its own linears.
+
+    Where more than plain eager autograd is at work, always the input itself.
+    """
+    return x if is_read or _wants_all() else x.new_empty(()).expand(x.shape)
+
+
+def saved_weight(weight: Tensor, is_read: bool) -> Tensor:
+    """The same of a weight, whose strides are wanted, too."""
+    return weight if is_read or _wants_all() else weight.data
+
+
+def _wants_all() -> bool:
+    return torch.compiler.is_compiling() or _transformed()
+
+
 def differentiate_once(operator: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
     """A backward operator's results, through which no second derivative passes: asking for one raises.
 
@@ -214,7 +250,7 @@ def differentiate_once(operator: Callable[..., Any], *args: Any) -> tuple[Tensor
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return invoke(operator, *args)
-    return apply(_Once, operator, *args)
+    return _apply(_Once, operator, *args)
 
 
 class _Once(torch.autograd.Function):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,7 +62,8 @@ def _attend(
 ) -> Tensor:
     """torch's function as a swapped forward calls it."""
     module = _running.module
-    _running.has_called = True
+    if module is not None:
+        _running.has_called = True
     if module is None or is_overridden(query, key, value, attn_mask):
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -105,6 +107,9 @@ def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
             if name in self.__dict__ or getattr(original, name) is not method:
                 note_fallback(self, f"its {name} was replaced")
                 return original.forward(self, *args, **kwargs)
+        # Activation checkpointing inside a compiled graph allows no note; without one torch's rules are followed alike.
+        if torch.compiler.is_compiling() and self.fastattn_backend is None and not self.fastattn_strict:
+            return forward(self, *args, **kwargs)
         before = _running.module, _running.has_called
         _running.module, _running.has_called = self, False
         try:
