@@ -4,7 +4,10 @@ text and vision towers of other models.
     h = x + attention(norm(x)), y = h + mlp(norm(h))
 
 The attention, the norms and the block are recognised and swapped on their own, too; they run where the one call cannot
-(`whole_layer`). What a model of small layers spends on the calls between its kernels is what this saves.
+(`whole_layer`). What a model of small layers spends on the calls between its kernels is what this saves. Times as fast
+as the original, with the parts swapped alone and in one call: a ViT of 64 features 1.1 and 1.7, of 192 1.6 and 1.9, of
+768 2.1 and 2.4; CLIP's text encoder (512 features) with 16 tokens 2.2 and 2.8, with 77 2.2 and 2.4, with 8 x 77 2.0 and
+2.1 (float32, 2 cores of an AMD EPYC of Zen 5, torch 2.13.0, 2026-11-27).
 """
 
 from __future__ import annotations
