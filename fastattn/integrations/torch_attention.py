@@ -44,7 +44,8 @@ def torch_attention(
         scores = scores.masked_fill(~added, -torch.inf) if added.dtype is torch.bool else scores + added
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)
-    weights = torch.softmax(scores, dim=3).nan_to_num(0.0)  # of rows that see nothing
+    blind = (scores == -torch.inf).all(dim=3, keepdim=True)  # 0, and no gradient, instead of NaN
+    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=3).masked_fill(blind, 0.0)
     weights = F.dropout(weights[..., : key.shape[2]], dropout_p).to(value.dtype)
     return weights @ value
 
@@ -72,9 +73,16 @@ def chosen_keys(mask: Tensor | Causal | None, indices: Tensor, len_k: int) -> Te
 
 def _added(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Mask and bias as one mask of torch's function."""
-    if bias is None:
-        return mask if mask is None or mask.dtype is torch.bool else mask.to(dtype)
-    bias = bias.to(dtype)
-    if mask is None:
-        return bias
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask.to(dtype)
+    if mask is not None and mask.dtype is not torch.bool:
+        mask = _narrowed(mask, dtype)
+    if bias is None or mask is None:
+        return mask if bias is None else _narrowed(bias, dtype)
+    bias = _narrowed(bias, dtype)
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else bias + mask
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, where its smallest number, by which models hide keys, must not become -inf."""
+    if tensor.dtype is dtype:
+        return tensor
+    return torch.where(tensor == -torch.inf, tensor, tensor.clamp(min=torch.finfo(dtype).min)).to(dtype)

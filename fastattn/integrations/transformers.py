@@ -162,8 +162,9 @@ def _note_torch(own: Fused | None, reason: str) -> None:
     """Counts and says, once, that torch's attention runs instead of a kernel."""
     if own is not None:
         note_fallback(own, reason)
-    elif not torch.compiler.is_compiling():
-        dispatch.warn_once((NAME, reason), f'attn_implementation="{NAME}" runs torch\'s attention where {reason}')
+    else:
+        dispatch.forbid_fallback("attention", "torch", reason)
+        dispatch.note_fallback("attention", NAME, "torch", reason)
 
 
 def _is_causal(module: nn.Module, asked: bool | None) -> bool:

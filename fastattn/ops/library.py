@@ -227,7 +227,7 @@ def _transformed() -> bool:
 
 def saved_input(x: Tensor, is_read: bool) -> Tensor:
     """What to save of an input for a backward: where that does not read its values, a stand-in of its shape and dtype
-    without memory. The input may then be changed in place before the backward, as torch allows it for its own linears.
+    over a single element. The input is then free to go, or to be changed in place, as torch's own linears allow it.
 
     Where more than plain eager autograd is at work, always the input itself.
     """
@@ -235,7 +235,8 @@ def saved_input(x: Tensor, is_read: bool) -> Tensor:
 
 
 def saved_weight(weight: Tensor, is_read: bool) -> Tensor:
-    """The same of a weight, whose strides are wanted, too."""
+    """What to save of a weight: where its values are not read, a view that may be changed in place. It keeps the
+    memory, which is the module's anyway, and the strides, in which the gradient is to lie."""
     return weight if is_read or _wants_all() else weight.data
 
 
@@ -250,14 +251,16 @@ def differentiate_once(operator: Callable[..., Any], *args: Any) -> tuple[Tensor
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return invoke(operator, *args)
-    return _apply(_Once, operator, *args)
+    # What was saved need not require a gradient (saved_input): something has to.
+    witness = None if _transformed() else torch.empty(0, requires_grad=True)
+    return _apply(_Once, operator, witness, *args)
 
 
 class _Once(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    def forward(operator: Callable[..., Any], witness: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
         return tuple(invoke(operator, *args))
 
     @staticmethod

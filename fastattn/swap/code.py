@@ -11,15 +11,16 @@ import types
 from typing import Any
 
 
-def is_copy(function: object, other: object, *, but: str | None = None) -> bool:
-    """Both do the same, as far as instructions, defaults, closures and globals say; the global `but` may differ."""
+def is_copy(function: object, other: object, *, ignoring_global: str | None = None) -> bool:
+    """Both do the same, as far as instructions, defaults, closures and globals say. One global may be named that is
+    not compared, neither in these functions nor in those that they call."""
     try:
-        return _is_copy(function, other, set(), but)
+        return _is_copy(function, other, set(), ignoring_global)
     except (RuntimeError, ValueError):  # a comparison without an answer, as of tensors, or an empty cell
         return False
 
 
-def _is_copy(one: object, other: object, compared: set[tuple[int, int]], but: str | None) -> bool:
+def _is_copy(one: object, other: object, compared: set[tuple[int, int]], ignored: str | None) -> bool:
     if one is other:
         return True
     if not isinstance(one, types.FunctionType) or not isinstance(other, types.FunctionType):
@@ -33,11 +34,11 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]], but: st
         return False
     if _constant(one.__kwdefaults__) != _constant(other.__kwdefaults__):
         return False
-    pairs = [(_global(one, name), _global(other, name)) for name in _globals(one.__code__) if name != but]
+    pairs = [(_global(one, name), _global(other, name)) for name in _globals(one.__code__) if name != ignored]
     # Equal instructions close over as many variables.
     for cell, other_cell in zip(one.__closure__ or (), other.__closure__ or (), strict=True):
         pairs.append((cell.cell_contents, other_cell.cell_contents))
-    return all(_is_copy(first, second, compared, but) for first, second in pairs)
+    return all(_is_copy(first, second, compared, ignored) for first, second in pairs)
 
 
 def _constant(value: object) -> tuple[object, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-_INTERFACE_NAME = "fastattn"
+_NAME = "fastattn"
+_CHOSEN = "_attn_implementation_internal"  # set alone: the property hands its value on to the configs held
 
 
 @dataclass
@@ -19,23 +20,32 @@ class ConfigMove:
     old: Any
     new: Any
     holders: list[nn.Module]
-    as_swapped: dict[str, Any] = field(default_factory=dict)
-    """The copy's own attributes when the swap was done."""
+    left_out: frozenset[int]
+    """Ids of the copies, which have moves of their own."""
+    as_swapped: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """The copy's attributes when the swap was done: the values, and copies of them."""
 
     def apply(self) -> None:
         """Gives the holders the copy."""
-        self.as_swapped = copy.deepcopy(_own_attributes(self.new))
+        self.as_swapped = {name: (value, copy.deepcopy(value)) for name, value in self._attributes().items()}
         for holder in self.holders:
             holder.config = self.new
 
     def undo(self) -> None:
-        """Gives the holders the old config back, with what has been changed in the copy since."""
-        found, before = _own_attributes(self.new), self.as_swapped
-        vars(self.old).update({name: value for name, value in found.items() if _is_new(name, value, before)})
+        """Gives the holders the old config back, with what has been changed in the copy since; but for the choice of
+        the attention, which is the swap's to give back."""
+        found, before = self._attributes(), self.as_swapped
+        for name, value in found.items():
+            if name not in before or _is_changed(value, *before[name]):
+                vars(self.old)[name] = value
         for name in before.keys() - found.keys():
             vars(self.old).pop(name, None)
         for holder in self.holders:
             holder.config = self.old
+
+    def _attributes(self) -> dict[str, Any]:
+        own = vars(self.new).items()
+        return {name: value for name, value in own if name != _CHOSEN and id(value) not in self.left_out}
 
 
 def config_moves(model: nn.Module, read: Iterable[Any]) -> list[ConfigMove]:
@@ -45,45 +55,46 @@ def config_moves(model: nn.Module, read: Iterable[Any]) -> list[ConfigMove]:
     Always copies: another model may share a config, and nothing says so. Those of one model hold one another as the
     originals do, so that what is asked of a whole model's config reaches the parts.
     """
-    named = {id(config) for config in read}
-    held = {id(config): config for module in model.modules() if (config := module.__dict__.get("config")) is not None}
-    tops = [config for config in held.values() if any(id(each) in named for each in _with_parts(config))]
-    copied: dict[int, Any] = {}
+    named = {id(config): config for config in read}
     olds: dict[int, Any] = {}
-    for top in tops:
-        copy.deepcopy(top, copied)
-        olds |= {id(each): each for each in _with_parts(top)}
-    moves = [
-        ConfigMove(old, copied[key], [module for module in model.modules() if module.__dict__.get("config") is old])
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and id(config) not in olds:
+            whole = _with_parts(config)
+            olds |= whole if whole.keys() & named.keys() else {}
+    copied: dict[int, Any] = {}
+    for old in olds.values():
+        copy.deepcopy(old, copied)
+    for config in named.values():
+        new = copied[id(config)]
+        setattr(new, _CHOSEN if _CHOSEN in vars(new) else "_attn_implementation", _NAME)
+    left_out = frozenset(id(copied[key]) for key in olds)
+    return [
+        ConfigMove(
+            old, copied[key], [module for module in model.modules() if module.__dict__.get("config") is old], left_out
+        )
         for key, old in olds.items()
     ]
-    for move in moves:  # holders before what they hold: a config hands its attention on
-        move.new._attn_implementation = _INTERFACE_NAME if id(move.old) in named else move.old._attn_implementation
-    return moves
 
 
-def _with_parts(config: Any) -> Iterator[Any]:
-    """A config and those that it holds, each after its holder."""
-    yield config
-    for name in _parts(config):
-        yield from _with_parts(vars(config)[name])
+def _with_parts(config: Any) -> dict[int, Any]:
+    """A config and those that it holds, by id."""
+    found: dict[int, Any] = {}
+    waiting = [config]
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in found:
+            found[id(each)] = each
+            parts = (vars(each).get(name) for name in getattr(each, "sub_configs", ()))
+            waiting += [part for part in parts if hasattr(part, "_attn_implementation")]
+    return found
 
 
-def _parts(config: Any) -> list[str]:
-    """The attributes of a config that are configs."""
-    if not hasattr(config, "sub_configs"):
-        return []
-    return [name for name in config.sub_configs if hasattr(vars(config).get(name), "_attn_implementation")]
-
-
-def _own_attributes(config: Any) -> dict[str, Any]:
-    """All but the configs that it holds and the attention, which is the swap's to give back."""
-    others = {*_parts(config), "_attn_implementation_internal"}
-    return {name: value for name, value in vars(config).items() if name not in others}
-
-
-def _is_new(name: str, value: object, before: dict[str, Any]) -> bool:
+def _is_changed(value: Any, was: Any, looked: Any) -> bool:
+    """Whether an attribute is another one than it `was`, or no longer what it looked like."""
+    if value is was and type(value).__eq__ is object.__eq__:
+        return False  # it cannot be told
     try:
-        return name not in before or bool(before[name] != value)
+        return bool(value != looked)
     except (RuntimeError, ValueError):  # a comparison without an answer, as of tensors
-        return True
+        return value is not was

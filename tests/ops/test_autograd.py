@@ -149,6 +149,19 @@ def test_every_subset_of_parameters(name) -> None:
         torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", LINEARS)
+def test_second_derivatives_raise_whatever_is_frozen(name) -> None:
+    """A gradient penalty: its first gradient must not be taken for a constant."""
+    module = pair(name)[1]
+    for with_input in (True, False):
+        module.requires_grad_(not with_input)
+        x = draw(2, 3, 8).requires_grad_(with_input)
+        wanted = [x] if with_input else list(module.parameters())
+        first = torch.autograd.grad(module(x).sum(), wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            sum(gradient.square().sum() for gradient in first).backward()
+
+
 def test_a_weight_that_is_read_may_not_be_changed() -> None:
     module = pair("block")[1]
     x = draw(2, 8).requires_grad_()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+import fastattn  # noqa: E402
 from fastattn.errors import NotSupported  # noqa: E402
 from fastattn.integrations.transformers import attention_forward  # noqa: E402
 from fastattn.swap import swap  # noqa: E402
@@ -191,6 +192,27 @@ def test_an_encoder_with_heads_too_wide_falls_back(name) -> None:
     swap(model, strict=True)
     with pytest.raises(NotSupported, match="the head dim is 300"), torch.no_grad():
         model(tokens(9), attention_mask=mask)
+
+
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_wide_heads_that_see_nothing(more, dtype) -> None:
+    """0 without gradients under -inf; the mean of all values under the smallest number."""
+    for lowest in (-torch.inf, torch.finfo(torch.float32).min):
+        q, k, v = (torch.randn(1, 2, 4, 320).to(dtype).requires_grad_() for _ in range(3))
+        mask = torch.zeros(1, 1, 4, 4)
+        mask[:, :, 1] = lowest
+        out, _ = attention_forward(nn.Module(), q, k, v, mask, **more)
+        expected = torch.zeros(1, 2, 320) if lowest == -torch.inf else v.float().mean(2)
+        torch.testing.assert_close(out[:, 1].float(), expected, atol=2e-2, rtol=2e-2)
+        gradients = torch.autograd.grad(out.float().square().sum(), (q, k, v))
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_a_backend_is_forced_for_wide_heads_too() -> None:
+    x = torch.randn(1, 2, 4, 320)
+    with fastattn.use_backend("reference"), pytest.raises(NotSupported, match="the head dim is 320"):
+        attention_forward(nn.Module(), x, x, x, None)
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "float", "ranges"])

@@ -166,6 +166,36 @@ def test_a_config_of_several_parts_still_reaches_them() -> None:
     assert chosen() == ("sdpa", "sdpa")
 
 
+def test_a_part_that_is_met_before_the_whole() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**sizes, "vocab_size": 60}, {**sizes, "image_size": 8, "patch_size": 4}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    report = swap(nn.ModuleList([clip.text_model, clip]))
+    assert clip.text_model.config is clip.config.text_config
+    assert clip.text_model.config._attn_implementation == clip.vision_model.config._attn_implementation == "fastattn"
+    other = copy.deepcopy(clip.config.vision_config)
+    clip.config.vision_config = other
+    report.undo()
+    assert clip.config.vision_config is other
+    assert clip.text_model.config._attn_implementation == "sdpa"
+
+
+class Thing:
+    """It equals itself alone."""
+
+
+def test_undo_leaves_alone_what_it_cannot_compare(tiny_bert) -> None:
+    model = tiny_bert()
+    thing = model.config.thing = Thing()
+    swap(model).undo()
+    assert model.config.thing is thing
+    report = swap(model)
+    model.config.thing = other = Thing()
+    report.undo()
+    assert model.config.thing is other
+
+
 @pytest.mark.parametrize("off", ("attention", "norms", "ffns", "linears"))
 def test_each_part_can_be_left_out(off: str, tiny_bert, batch, valid_difference) -> None:
     model = tiny_bert()

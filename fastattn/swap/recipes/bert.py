@@ -195,7 +195,8 @@ def _whole_layer(layer: BertLayer) -> WholeLayer | str:
         norm_first=False,
         norms=norms,
         is_causal=attention.is_causal,
-        drops=any([child.training and child.p > 0.0 for child in (attention.dropout, *dropouts)]),
+        drops=(attention.training and attention.dropout.p > 0.0)
+        or any([dropout.training and dropout.p > 0.0 for dropout in dropouts]),
         tensors=(*q, *k, *v, *o, *first, *up, *down, *second),
     )
 

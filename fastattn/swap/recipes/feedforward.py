@@ -229,7 +229,7 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     if activation is None:
         name = block.activation.name
         return f"{name} {why_not_activation(_child(module, name))}"
-    dropout_p = _rate(module, None if tail is None else tail.hidden)
+    dropout_p = dropout_rate(module, None if tail is None else tail.hidden)
     if isinstance(dropout_p, str):
         return dropout_p
     return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
@@ -248,7 +248,7 @@ def _activation(module: nn.Module, block: Block) -> str | None:
     return step.name if isinstance(step, Activated) else activation_name(_child(module, step.name))
 
 
-def _rate(module: nn.Module, step: Step | None) -> float | str:
+def dropout_rate(module: nn.Module, step: Step | None) -> float | str:
     """The share that a dropout step drops in this call, or why the kernel cannot."""
     if step is None:
         return 0.0

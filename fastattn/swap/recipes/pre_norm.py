@@ -4,10 +4,13 @@ text and vision towers of other models.
     h = x + attention(norm(x)), y = h + mlp(norm(h))
 
 The attention, the norms and the block are recognised and swapped on their own, too; they run where the one call cannot
-(`whole_layer`). What a model of small layers spends on the calls between its kernels is what this saves. Times as fast
-as the original, with the parts swapped alone and in one call: a ViT of 64 features 1.1 and 1.7, of 192 1.6 and 1.9, of
-768 2.1 and 2.4; CLIP's text encoder (512 features) with 16 tokens 2.2 and 2.8, with 77 2.2 and 2.4, with 8 x 77 2.0 and
-2.1 (float32, 2 cores of an AMD EPYC of Zen 5, torch 2.13.0, 2026-11-27).
+(`whole_layer`). What a model of small layers spends on the calls between its kernels is what this saves.
+
+Times as fast as the original, float32, one image or text, 2 cores of an AMD EPYC (Zen 5), torch 2.13.0, 2026-11-27:
+
+                  ViT of 64 features   of 192   of 768   CLIP's text encoder, 16 tokens   77 tokens   8 x 77
+    parts alone                  1.1      1.6      2.1                              2.2         2.2      2.0
+    one call                     1.7      1.9      2.4                              2.8         2.4      2.1
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from fastattn.nn.checks import full_name, why_not_dropout, why_not_linear, why_not_unwatched
+from fastattn.nn.checks import why_not_dropout, why_not_linear, why_not_unwatched
 from fastattn.nn.counting import note_call
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.code import is_copy
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import PARTS, Recipe, parameters
-from fastattn.swap.recipes.feedforward import FeedForward
+from fastattn.swap.recipes.feedforward import FeedForward, dropout_rate
 from fastattn.swap.recipes.linear import projection
 from fastattn.swap.recipes.whole_layer import WholeLayer, run_whole, wants_one_call, why_not_unwatched_attention
 from fastattn.swap.recognised import recipe_for
@@ -68,39 +71,41 @@ class PreNormLayer(Swapped):
         is_causal = kwargs.get("is_causal")
         others = {name: value for name, value in kwargs.items() if name != "is_causal"}
         if wants_one_call(hidden_states, others):
-            y = run_whole(self, _whole_layer(self, hidden_states, is_causal), hidden_states, attention_mask)
+            whole = _whole_layer(self, hidden_states, is_causal)
+            y = None if whole is None else run_whole(self, whole, hidden_states, attention_mask)
             if y is not None:
                 return y
         return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc, no-any-return]
 
 
-def _whole_layer(layer: PreNormLayer, x: Tensor, is_causal: bool | None) -> WholeLayer | str:
-    """The parts of the layer, or in words which child is more or other than the plain operation; asked on every
-    call."""
+def _whole_layer(layer: PreNormLayer, x: Tensor, is_causal: bool | None) -> WholeLayer | None:
+    """The parts of the layer; None where a child is more or other than the plain operation. Asked on every call.
+
+    That is no fallback of the layer: the children are called, and each says of itself what it cannot do.
+    """
     children, names = layer._modules, layer.fastattn_layer
     attention: Any = children[names.attention]
     mlp = children[names.mlp]
     forward, known = layer.fastattn_attentions.get(type(attention), (None, None))
-    if known is None or type(attention).fastattn_original.forward is not forward:
-        return f"{names.attention} is a {full_name(attention)}"
-    if not isinstance(mlp, FeedForward):
-        return f"{names.mlp} is a {full_name(mlp)}"
+    if known is None or type(attention).fastattn_original.forward is not forward or not isinstance(mlp, FeedForward):
+        return None
     block = mlp.fastattn_call(x)
     if isinstance(block, str):
-        return f"{names.mlp}: {block}"
-    assert block.down is not None
+        return None
+    last_p = dropout_rate(mlp, block.last)
     projections = [attention._modules[name] for name in ("q_proj", "k_proj", "v_proj", known.out)]
     norms: Any = [children[name] for name in names.norms]
     dropout: Any = None if names.dropout is None else children[names.dropout]
-    for name, reason in (
-        (names.attention, why_not_unwatched_attention(attention)),
-        (names.mlp, why_not_unwatched(mlp)),
-        *((name, why_not_layer_norm(norm)) for name, norm in zip(names.norms, norms, strict=True)),
-        *((f"{names.attention}'s linear", why_not_linear(each)) for each in projections),
-        (names.dropout, None if dropout is None else why_not_dropout(dropout)),
+    if (
+        isinstance(last_p, str)
+        or block.down is None
+        or why_not_unwatched_attention(attention) is not None
+        or why_not_unwatched(mlp) is not None
+        or any([why_not_linear(each) is not None for each in projections])
+        or any([why_not_layer_norm(norm) is not None for norm in norms])
+        or (dropout is not None and why_not_dropout(dropout) is not None)
     ):
-        if reason is not None:
-            return f"{name} {reason}"
+        return None
     q, k, v, o, first, second = (
         (each._parameters["weight"], each._parameters["bias"]) for each in (*projections, *norms)
     )
@@ -114,7 +119,7 @@ def _whole_layer(layer: PreNormLayer, x: Tensor, is_causal: bool | None) -> Whol
         norms=(norms[0], norms[1]),
         is_causal=attention.is_causal if is_causal is None or not known.takes_is_causal else is_causal,
         drops=block.dropout_p > 0.0
-        or (mlp.training and block.last is not None)
+        or last_p > 0.0
         or (attention.training and getattr(attention, known.dropout) > 0.0)
         or (dropout is not None and dropout.training and dropout.p > 0.0),
         tensors=(*q, *k, *v, *o, *first, *projection(block.up), *projection(block.down), *second),
@@ -170,7 +175,8 @@ def _attentions() -> list[tuple[object, _Attention]]:
 
 
 def _attributes(forward: Any) -> set[str]:
-    return set(inspect.unwrap(forward).__code__.co_names)
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return set() if code is None else set(code.co_names)
 
 
 def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
@@ -180,12 +186,15 @@ def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     return tuple(each for each in modules if "get_interface" in _attributes(each.forward))
 
 
+_EAGER = "eager_attention_forward"
+
+
 def _attentions_of(siblings: Iterable[type[nn.Module]]) -> dict[type[nn.Module], tuple[object, _Attention]]:
     found: dict[type[nn.Module], tuple[object, _Attention]] = {}
     for sibling in siblings:
         for forward, attention in _attentions():
             # With fastattn's attention named by the config nobody calls the eager one, of which there are many.
-            recipe = recipe_for(sibling) if is_copy(sibling.forward, forward, but="eager_attention_forward") else None
+            recipe = recipe_for(sibling) if is_copy(sibling.forward, forward, ignoring_global=_EAGER) else None
             if recipe is not None:
                 found[recipe.swapped] = (sibling.forward, attention)
     return found

@@ -107,10 +107,11 @@ def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
             if name in self.__dict__ or getattr(original, name) is not method:
                 note_fallback(self, f"its {name} was replaced")
                 return original.forward(self, *args, **kwargs)
-        # Activation checkpointing inside a compiled graph allows no note; without one torch's rules are followed alike.
-        if torch.compiler.is_compiling() and self.fastattn_backend is None and not self.fastattn_strict:
-            return forward(self, *args, **kwargs)
         before = _running.module, _running.has_called
+        is_told = before[0] is not None or self.fastattn_backend or self.fastattn_strict
+        if torch.compiler.is_compiling() and not is_told:
+            # Nothing to tell _attend, and activation checkpointing inside of a graph allows no assignment.
+            return forward(self, *args, **kwargs)
         _running.module, _running.has_called = self, False
         try:
             result = forward(self, *args, **kwargs)

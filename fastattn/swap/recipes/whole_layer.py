@@ -60,13 +60,12 @@ class WholeLayer(NamedTuple):
 
     def serves(self, x: Tensor, mask: Tensor | None) -> bool:
         """In inference, with fastattn's attention, all in one dtype and with a mask that hides keys."""
-        dtype, features, query = x.dtype, x.shape[-1], self.tensors[0]
+        dtype, features = x.dtype, x.shape[-1]
         return (
             self.attention.config._attn_implementation == interface.NAME
             and not self.drops
             and (mask is None or (mask.dim() == 4 and (mask.dtype is torch.bool or mask.dtype is torch.int32)))
-            and query is not None
-            and query.shape[0] == features
+            and all([t is not None and t.shape[0] == features for t in self.tensors[:6:2]])  # as many heads of k and v
             and why_not_head_dim(features // self.heads) is None
             and all(t is None or (t.dtype is dtype and t.is_cpu) for t in self.tensors)
             and not tracks_gradients(*self.tensors)
@@ -99,9 +98,11 @@ def run_whole(layer: Swapped, found: WholeLayer | str, x: Tensor, mask: Tensor |
         return None
     if not found.serves(x, mask):
         return None
-    for child in found.counted:
-        if isinstance(child, Fused):
-            note_call(child)
+    children = [child for child in found.counted if isinstance(child, Fused)]
+    if any([child.fastattn_backend != layer.fastattn_backend for child in children]):
+        return None
+    for child in children:
+        note_call(child)
     return found.run(x, mask, layer.fastattn_backend)
 
 

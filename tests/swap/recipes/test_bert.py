@@ -418,6 +418,18 @@ def test_where_a_layer_calls_its_children_as_expected(situation, one_calls, tiny
     assert report.all_called
 
 
+def test_attention_drops_as_the_attention_is_in_training(one_calls, tiny_bert, batch) -> None:
+    """Whatever its dropout module says, as in the original."""
+    model = tiny_bert(attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
+    swap(model)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert not torch.equal(run(model, batch), run(model, batch))
+    assert not one_calls
+
+
 def test_autocast_calls_the_children(one_calls, tiny_bert, batch) -> None:
     model = tiny_bert()
     report = swap(model)

@@ -192,6 +192,27 @@ def test_a_dropout_in_training_calls_the_children(one_calls) -> None:
     assert len(one_calls) == 4
 
 
+@pytest.mark.parametrize("part", ["hidden", "attention", "mlp"])
+def test_a_dropout_alone_in_training_is_active(part, one_calls) -> None:
+    rate = 0.5 if part == "attention" else 0.0
+    model = build(IMAGES, attention_probs_dropout_prob=rate, hidden_dropout_prob=0.5 if part == "hidden" else 0.0)
+    calls: list[object] = []
+    for layer in layers(model):
+        if part == "mlp":
+            last = nn.Dropout(0.5)
+            layer.mlp = nn.Sequential(layer.mlp.fc1, nn.GELU(), layer.mlp.fc2, last)
+            last.register_forward_hook(lambda *args: calls.append(args))
+    swap(model)
+    for layer in layers(model):
+        child = {"hidden": layer.dropout, "attention": layer.attention, "mlp": layer.mlp}[part]
+        (child[3] if part == "mlp" else child).training = True
+        layer.mlp.eval() if part != "mlp" else None
+    torch.manual_seed(0)
+    assert not torch.equal(run(model), run(model))
+    assert not one_calls
+    assert len(calls) == (4 if part == "mlp" else 0)
+
+
 def test_is_causal_is_handed_on_where_the_attention_reads_it(one_calls) -> None:
     x = torch.randn(2, 9, 32)
     for name, reads in ((TEXT, True), ("SiglipTextModel", False)):
@@ -253,6 +274,24 @@ def test_an_attention_whose_forward_another_library_replaced_is_called(one_calls
     twin = build(IMAGES)
     torch.testing.assert_close(run(model), run(twin), atol=5e-5, rtol=1e-4)
     assert not one_calls
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"backend": "cpu"}])
+def test_a_hooked_projection_is_no_fallback(options, one_calls) -> None:
+    model = build(TEXT)
+    swap(model, **options)
+    expected, seen = run(model), []
+    layers(model)[1].self_attn.q_proj.register_forward_hook(lambda *args: seen.append(args))
+    torch.testing.assert_close(run(model), expected, atol=2e-5, rtol=1e-5)
+    assert (len(seen), len(one_calls)) == (1, 3)
+
+
+def test_a_part_swapped_for_another_backend_keeps_it(one_calls) -> None:
+    model = build(IMAGES)
+    swap(model.layers[0].attention, backend="reference")
+    swap(model)
+    run(model)
+    assert len(one_calls) == 1
 
 
 def test_a_part_turned_off_or_a_strict_swap(one_calls) -> None:

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastattn
 from fastattn import swap
+from fastattn.swap.recipes import sdpa
 
 WIDTH, HEADS = 32, 4
 
@@ -265,3 +266,34 @@ def test_saved_whole_it_loads_swapped_in_a_fresh_process(tmp_path: Path) -> None
         run = subprocess.run([sys.executable, "-c", text.format(str(tmp_path))], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
     assert "fastattn.backends" in run.stdout
+
+
+class Nested(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = heads_of(x)
+        return self.inner(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_within_another_keeps_its_own_backend(compiled, monkeypatch) -> None:
+    asked: list[str | None] = []
+    real = sdpa.on_kernels
+
+    def noted(*args: object) -> Tensor:
+        asked.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(sdpa, "on_kernels", noted)
+    module, x = Nested(), torch.randn(2, 5, WIDTH)
+    expected = module(x)
+    swap(module.inner)
+    swap(module, backend="reference")
+    if compiled:
+        module.inner.compile(backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    assert asked == ["reference", None]
