@@ -13,10 +13,14 @@
 // (Zen 3, AVX2, VM), 2026-11-26, least of three interleaved runs:
 //   73.2, 93.7, 97.5  q, k and v in rows of 3 embed, whose heads share few sets of the caches
 //   70.2, 90.7, 94.7  each head's rows behind each other
-// The same of fewer rows, by blocks and one kernel after the other, 2 cores of an AMD EPYC (Zen 5, AVX-512 BF16, VM), 2026-11-27:
-//   MiniLM     64 rows 0.71, 0.64   128 rows 1.26, 1.18   256 rows  2.44, 2.39   384 rows  3.72,  3.65   512 rows  5.28,  5.19
-//   BERT base                       128 rows 6.51, 4.95   256 rows 10.73, 9.45   384 rows 15.86, 14.22   512 rows 20.70, 19.10; bfloat16 128 3.75, 2.70
-//   192 wide   64 rows 0.34, 0.26   128 rows 0.52, 0.47   256 rows  0.91, 0.93   384 rows  1.36,  1.45
+// The same of fewer rows, by blocks and one kernel after the other, least of five interleaved runs, 2 cores of an AMD EPYC (Zen 5, VM), 2026-11-27:
+//   rows                      64            128           384           768           1,024
+//   MiniLM, AVX-512           1.15,  0.75   1.77,  1.40    4.40,  4.19   8.21,  8.09   9.84,  9.73
+//   MiniLM, its AVX2          1.90,  1.33   3.09,  2.56    8.08,  7.65  14.82, 14.80  17.82, 17.84
+//   BERT base, AVX-512        4.52,  2.69   6.68,  4.87   15.49, 13.75  29.06, 27.18  38.97, 36.56
+//   BERT base, its AVX2       7.36,  4.75  11.41,  9.05   27.84, 25.42  53.79, 50.40  71.80, 68.21
+//   BERT base, bfloat16       2.47,  1.48                  8.41,  7.45                21.19, 19.81
+//   192 wide, AVX-512         100 rows 0.45, 0.39         256 rows 0.90, 0.90         512 rows 1.64, 1.77
 #include <omp.h>
 
 #include "activation.h"
@@ -471,11 +475,11 @@ constexpr int64_t kFewRows = 32;     // up to here packing the weights costs mor
 constexpr int64_t kSplitRows = 64;   // from here on float32 in three parts is faster
 
 // Whether the layer is done one kernel after the other: rows are so few that packing weights does not pay, or that threads would have none; or they are
-// no more than x has features, and products read them in place. A thread then packs and multiplies a few strips at a time, which its own cache keeps,
+// not many beside the weights, and products read them in place. A thread then packs and multiplies a few strips at a time, which its own cache keeps,
 // while blocks of rows wait until all packed weights have gone out to the shared one.
 bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
     if (p.rows <= larger(kFewRows, (p.n_threads - 1) * kWordRows)) return true;
-    return p.rows <= p.embed && is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed);
+    return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed);
 }
 
 }  // namespace

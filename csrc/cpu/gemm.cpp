@@ -37,7 +37,6 @@ namespace {
 constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
 constexpr int64_t kOwnFloats = 1 << 16;    // of one thread's strips: 256 KiB
-constexpr int64_t kOwnRows = 1024;
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
 
 // A strip and what lies before it in its first 32 columns is a strip of keep masks.
