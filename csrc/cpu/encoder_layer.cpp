@@ -13,10 +13,10 @@
 // (Zen 3, AVX2, VM), 2026-11-26, least of three interleaved runs:
 //   73.2, 93.7, 97.5  q, k and v in rows of 3 embed, whose heads share few sets of the caches
 //   70.2, 90.7, 94.7  each head's rows behind each other
-// The same of fewer rows, by blocks and one kernel after the other, least of five interleaved runs, 2 cores of an AMD EPYC (Zen 5, VM), 2026-11-27:
+// Fewer rows, heads of 64, by blocks and one kernel after the other, least of five interleaved runs, 2 cores of an AMD EPYC (Zen 5, VM), 2026-11-27:
 //   rows                      64            128           384           768           1,024
-//   MiniLM, AVX-512           1.15,  0.75   1.77,  1.40    4.40,  4.19   8.21,  8.09   9.84,  9.73
-//   MiniLM, its AVX2          1.90,  1.33   3.09,  2.56    8.08,  7.65  14.82, 14.80  17.82, 17.84
+//   384 wide, AVX-512         1.15,  0.75   1.77,  1.40    4.40,  4.19   8.21,  8.09   9.84,  9.73
+//   384 wide, its AVX2        1.90,  1.33   3.09,  2.56    8.08,  7.65  14.82, 14.80  17.82, 17.84
 //   BERT base, AVX-512        4.52,  2.69   6.68,  4.87   15.49, 13.75  29.06, 27.18  38.97, 36.56
 //   BERT base, its AVX2       7.36,  4.75  11.41,  9.05   27.84, 25.42  53.79, 50.40  71.80, 68.21
 //   BERT base, bfloat16       2.47,  1.48                  8.41,  7.45                21.19, 19.81

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from fastattn.backends.views import as_matrix
 from fastattn.biases.lowered import LoweredBias, expand, gradients
 from fastattn.masks.lowered import LoweredMask, visible
 from fastattn.packed import Packed, pad, places, unpad
@@ -575,17 +576,12 @@ def _linear_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight, dbias of x W^T + b from the gradient of its result. dx keeps x's dtype, the others get `dtype`."""
     compute = dpre.dtype
-    rows = _rows(dpre)
+    rows = as_matrix(dpre)
     dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if x_requires_grad:
         dx = (dpre @ weight.to(compute)).to(x.dtype)
     if weight_requires_grad:
-        dweight = (rows.t() @ _rows(x.to(compute))).to(dtype)
+        dweight = (rows.t() @ as_matrix(x.to(compute))).to(dtype)
     if bias_requires_grad:
         dbias = rows.sum(dim=0).to(dtype)
     return dx, dweight, dbias
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., N) as a matrix; N may be 0."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -31,6 +31,11 @@ def broadcast_view(tensor: Tensor | None) -> tuple[int, ...] | None:
     return (tensor.data_ptr(), *strides)
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """(..., N) as (rows, N); N may be 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def is_transposed(weight: Tensor) -> bool:
     """Whether a weight (N, K) lies in memory by its columns, as one transposed does."""
     return weight.stride(1) != 1 and weight.shape[1] != 1

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastattn import reference
+from fastattn.functional.checks import check_dropout
 from fastattn.masks import Causal
+from fastattn.reference.attention import dense_mask
 
 
 def torch_attention(
@@ -21,43 +24,23 @@ def torch_attention(
     dropout_p: float,
 ) -> Tensor:
     """(B, Hq, Lq, Dv), as fastattn.attention: by scaled_dot_product_attention, or with softcap or sinks, which that has
-    not, by the operations that it stands for, with scores (B, Hq, Lq, Lk) in memory."""
-    grouped = query.shape[1] != key.shape[1]
-    if not softcap and sinks is None:
-        if isinstance(mask, Causal) and bias is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, dropout_p=dropout_p, is_causal=True, scale=scale, enable_gqa=grouped
-            )
-        added = _added(dense_mask(mask, query.shape[2], key.shape[2], query.device), bias, query.dtype)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=added, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
-        )
-    if grouped:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    scores = (query @ key.mT).float() * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    added = _added(dense_mask(mask, query.shape[2], key.shape[2], query.device), bias, torch.float32)
-    if added is not None:
-        scores = scores.masked_fill(~added, -torch.inf) if added.dtype is torch.bool else scores + added
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)
-    blind = (scores == -torch.inf).all(dim=3, keepdim=True)  # 0, and no gradient, instead of NaN
-    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=3).masked_fill(blind, 0.0)
-    weights = F.dropout(weights[..., : key.shape[2]], dropout_p).to(value.dtype)
-    return weights @ value
-
-
-def dense_mask(mask: Tensor | Causal | None, len_q: int, len_k: int, device: torch.device) -> Tensor | None:
-    """A mask of `attention_forward` as bool (1|B, 1|Hq, Lq, Lk), True where visible; float ones as they are."""
-    if isinstance(mask, Causal):
-        return torch.ones(len_q, len_k, dtype=torch.bool, device=device).tril()[None, None]
-    if mask is None or mask.dtype is not torch.int32:
-        return mask
-    positions = torch.arange(len_k, device=device)
-    return (positions >= mask[..., :1]) & (positions < mask[..., 1:])
+    not, by the reference, with scores (B, Hq, Lq, Lk) in memory."""
+    if softcap or sinks is not None:
+        seed = check_dropout(dropout_p, None, "query", query)
+        options = {"scale": scale, "softcap": softcap or None, "sinks": sinks, "dropout_p": dropout_p}
+        return reference.attention(query, key, value, mask=mask, bias=bias, dropout_seed=seed, **options)  # type: ignore
+    is_causal = isinstance(mask, Causal) and bias is None
+    added = None if is_causal else _added(_dense(mask, query.shape[2], key.shape[2], query), bias, query.dtype)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=added,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def chosen_keys(mask: Tensor | Causal | None, indices: Tensor, len_k: int) -> Tensor:
@@ -65,10 +48,19 @@ def chosen_keys(mask: Tensor | Causal | None, indices: Tensor, len_k: int) -> Te
     batch, len_q, _ = indices.shape
     chosen = torch.zeros(batch, len_q, len_k, dtype=torch.bool, device=indices.device)
     chosen = chosen.scatter(2, indices.long(), True)[:, None]
-    dense = dense_mask(mask, len_q, len_k, indices.device)
+    dense = _dense(mask, len_q, len_k, indices)
     if dense is None:
         return chosen
     return dense & chosen if dense.dtype is torch.bool else dense.masked_fill(~chosen, -torch.inf)
+
+
+def _dense(mask: Tensor | Causal | None, len_q: int, len_k: int, beside: Tensor) -> Tensor | None:
+    """A mask of `attention_forward` as bool, True where visible; float ones and none as they are. `beside`: a tensor of
+    the same batch and device."""
+    if mask is None or (isinstance(mask, Tensor) and mask.is_floating_point()):
+        return mask
+    heads = mask.shape[1] if isinstance(mask, Tensor) else 1
+    return dense_mask(mask, (beside.shape[0], heads, len_q, len_k), beside.device)
 
 
 def _added(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -47,7 +47,7 @@ def whole_layer(layer: nn.Module, x: Tensor) -> WholeLayer | None:
     backend = layer.fastattn_backend
     if not stands_for(layer, nn.TransformerEncoderLayer):
         return None
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or why_not_input(x) is not None:
+    if not may_be_one_call(x):
         return None
     attention, linears, norms = layer.self_attn, (layer.linear1, layer.linear2), (layer.norm1, layer.norm2)
     dropouts = (layer.dropout, layer.dropout1, layer.dropout2)
@@ -64,8 +64,7 @@ def whole_layer(layer: nn.Module, x: Tensor) -> WholeLayer | None:
         return None
     pairs = (attention.out_proj, norms[0], *linears, norms[1])
     tensors = (*_projections(attention), *(tensor for child in pairs for tensor in (child.weight, child.bias)))
-    fits = all(t is None or (t.dtype is x.dtype and t.is_cpu) for t in tensors) and attention.embed_dim == x.shape[-1]
-    if not fits or tracks_gradients(x, *tensors):
+    if attention.embed_dim != x.shape[-1] or not fits(x, tensors):
         return None
     options = {
         "heads": attention.num_heads,
@@ -76,6 +75,18 @@ def whole_layer(layer: nn.Module, x: Tensor) -> WholeLayer | None:
         "backend": backend,
     }
     return WholeLayer(attention, tensors, options)
+
+
+def may_be_one_call(x: Tensor) -> bool:
+    """Whether the operator takes a layer's input: elsewhere than on CPUs no native backend has it, and the children are
+    faster; under autocast they choose their dtypes."""
+    return why_not_input(x) is None and x.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
+def fits(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether weights and biases are of the input's dtype and lie on the CPU, and no gradient is needed."""
+    dtype = x.dtype
+    return all(t is None or (t.dtype is dtype and t.is_cpu) for t in tensors) and not tracks_gradients(x, *tensors)
 
 
 def _is_plain(attention: nn.Module, backend: str | None) -> TypeGuard[MultiheadAttention]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -64,6 +65,12 @@ def why_not_as_read(module: ReadForward) -> str | None:
         if name in own or getattr(original, name) is not method:
             return f"its {name} was replaced"
     return None
+
+
+def classes_beside(module_class: type[nn.Module]) -> list[type[nn.Module]]:
+    """The classes of modules in the file of this class."""
+    found = vars(sys.modules[module_class.__module__]).values()
+    return [each for each in found if isinstance(each, type) and issubclass(each, nn.Module)]
 
 
 def attribute(module: nn.Module, name: str | float) -> Any:

@@ -138,11 +138,15 @@ def test_undo_keeps_what_was_changed_in_the_config_since(tiny_bert, batch, valid
     assert valid_difference(output(model, batch), found) < 1e-5
 
 
-def test_a_config_of_several_parts_still_reaches_them() -> None:
+def tiny_clip() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text, vision = {**sizes, "vocab_size": 60}, {**sizes, "image_size": 8, "patch_size": 4}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+def test_a_config_of_several_parts_still_reaches_them() -> None:
+    model = tiny_clip()
     parts = (model.text_model, model.vision_model)
     before, old = model.config.to_dict(), model.config
 
@@ -167,10 +171,7 @@ def test_a_config_of_several_parts_still_reaches_them() -> None:
 
 
 def test_a_part_that_is_met_before_the_whole() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text, vision = {**sizes, "vocab_size": 60}, {**sizes, "image_size": 8, "patch_size": 4}
-    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    clip = tiny_clip()
     report = swap(nn.ModuleList([clip.text_model, clip]))
     assert clip.text_model.config is clip.config.text_config
     assert clip.text_model.config._attn_implementation == clip.vision_model.config._attn_implementation == "fastattn"

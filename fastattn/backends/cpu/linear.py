@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
 from fastattn.backends.cpu.library import NO_DROPOUT, NOTHING, dropout_arguments, native
-from fastattn.backends.views import address, is_transposed, view
+from fastattn.backends.views import address, as_matrix, is_transposed, view
 
 
 def linear_act_forward(
@@ -214,7 +214,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     dx = grad.new_empty(*grad.shape[:-1], weight.shape[1])
-    _product(_matrix(grad), weight, _matrix(dx))
+    _product(as_matrix(grad), weight, as_matrix(dx))
     return dx
 
 
@@ -224,8 +224,8 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Tenso
         return x.new_empty(0)
     rows, columns = weight.shape
     if is_transposed(weight):
-        return _product(_matrix(x).t(), _matrix(grad), x.new_empty(columns, rows)).t()
-    return _product(_matrix(grad).t(), _matrix(x), x.new_empty(rows, columns))
+        return _product(as_matrix(x).t(), as_matrix(grad), x.new_empty(columns, rows)).t()
+    return _product(as_matrix(grad).t(), as_matrix(x), x.new_empty(rows, columns))
 
 
 def _grad_bias(grad: Tensor, wanted: bool) -> Tensor:
@@ -260,10 +260,6 @@ def _activation_backward(
         *map(address, outputs),
         dropout,
     )
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
 
 
 def _wide(x: Tensor, features: int) -> Tensor:

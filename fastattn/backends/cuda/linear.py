@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
 from fastattn.backends.cuda.library import NO_DROPOUT, device_reasons, device_type, dropout_arguments, load, place
-from fastattn.backends.views import address, weight_gradient
+from fastattn.backends.views import address, as_matrix, weight_gradient
 from fastattn.problems import LinearProblem
 
 
@@ -191,15 +191,11 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Tenso
     if not wanted:
         return x.new_empty(0)
     with torch.autocast(device_type(), enabled=False):
-        return weight_gradient(_matrix(grad), _matrix(x), weight)
+        return weight_gradient(as_matrix(grad), as_matrix(x), weight)
 
 
 def _grad_bias(grad: Tensor, wanted: bool) -> Tensor:
     return _column_sums(grad).to(grad.dtype) if wanted else grad.new_empty(0)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 # --- Kernels --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.triton.launch import launch
-from fastattn.backends.views import weight_gradient
+from fastattn.backends.views import as_matrix, weight_gradient
 from fastattn.problems import LinearProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
@@ -189,7 +189,7 @@ def gated_ffn_backward(
     )
     grad_gate, grad_up = found["grad_pre"], found["grad_up"]
     dx = (
-        torch.addmm(_rows(grad_up) @ w_up, _rows(grad_gate), w_gate).view(x.shape)
+        torch.addmm(as_matrix(grad_up) @ w_up, as_matrix(grad_gate), w_gate).view(x.shape)
         if x_requires_grad
         else x.new_empty(0)
     )
@@ -232,7 +232,7 @@ def _project(
     kernel_bias = bias if x.dtype == torch.float32 else None
     product = functional.linear(x, weight, None if kernel_bias is not None else bias)
     y = torch.empty_like(product) if save_pre else product  # in place: the product becomes pre, or y
-    rows, columns = _rows(product).shape
+    rows, columns = as_matrix(product).shape
     arguments = {
         **dropout,
         "x": product,
@@ -266,7 +266,7 @@ def _activation_backward(
     not asked for is empty."""
     from fastattn.kernels.activation import activation_backward_kernel
 
-    rows, columns = _rows(pre).shape
+    rows, columns = as_matrix(pre).shape
     parts = max(1, min(_PARTS, -(-rows // _BLOCK_R)))
     none = pre.new_empty(0)
 
@@ -300,13 +300,8 @@ def _activation_backward(
 
 
 def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> Tensor:
-    return weight_gradient(_rows(grad), _rows(x), weight) if wanted else x.new_empty(0)
+    return weight_gradient(as_matrix(grad), as_matrix(x), weight) if wanted else x.new_empty(0)
 
 
 def _column_sums(grad: Tensor, wanted: bool) -> Tensor:
-    return _rows(grad).sum(dim=0, dtype=torch.float32).to(grad.dtype) if wanted else grad.new_empty(0)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., N) as (rows, N); N may be 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return as_matrix(grad).sum(dim=0, dtype=torch.float32).to(grad.dtype) if wanted else grad.new_empty(0)

@@ -8,7 +8,6 @@ The other parts of a layer are recognised by `norm` (BertSelfOutput, BertOutput)
 
 from __future__ import annotations
 
-import sys
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from fastattn.nn.checks import full_name, why_not_dropout, why_not_linear, why_n
 from fastattn.nn.counting import note_call
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.code import is_copy
-from fastattn.swap.reading import ReadForward, Reading, why_not_as_read
+from fastattn.swap.reading import ReadForward, Reading, classes_beside, why_not_as_read
 from fastattn.swap.recipe import PARTS, Recipe, always, parameters
 from fastattn.swap.recipes.activations import activation_name
 from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
@@ -239,9 +238,7 @@ _LAYER, _CHUNK = modeling_bert.BertLayer.forward, modeling_bert.BertLayer.feed_f
 
 def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """The classes of modules, but layers, in the file of a layer's class."""
-    found = vars(sys.modules[layer_class.__module__]).values()
-    modules = (each for each in found if isinstance(each, type) and issubclass(each, nn.Module))
-    return tuple(each for each in modules if not _is_layer(each))
+    return tuple(each for each in classes_beside(layer_class) if not _is_layer(each))
 
 
 def _parts_of(siblings: tuple[type[nn.Module], ...]) -> _Parts:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +26,7 @@ from fastattn.nn.checks import why_not_dropout, why_not_linear, why_not_unwatche
 from fastattn.nn.counting import note_call
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.code import is_copy
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import Reading, classes_beside
 from fastattn.swap.recipe import PARTS, Recipe, parameters
 from fastattn.swap.recipes.feedforward import FeedForward, dropout_rate
 from fastattn.swap.recipes.linear import projection
@@ -181,9 +180,7 @@ def _attributes(forward: Any) -> set[str]:
 
 def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """The classes of modules in the file of a layer's class that ask the attention interface."""
-    found = vars(sys.modules[layer_class.__module__]).values()
-    modules = (each for each in found if isinstance(each, type) and issubclass(each, nn.Module))
-    return tuple(each for each in modules if "get_interface" in _attributes(each.forward))
+    return tuple(each for each in classes_beside(layer_class) if "get_interface" in _attributes(each.forward))
 
 
 _EAGER = "eager_attention_forward"

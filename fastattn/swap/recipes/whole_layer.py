@@ -16,9 +16,10 @@ from transformers.utils import output_capturing
 from fastattn.functional import encoder_layer
 from fastattn.integrations import transformers as interface
 from fastattn.masks import Causal
-from fastattn.nn.checks import why_not_head_dim, why_not_input, why_not_unwatched
+from fastattn.nn.checks import why_not_head_dim, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused
+from fastattn.nn.whole_layer import fits, may_be_one_call
 from fastattn.ops.library import tracks_gradients
 from fastattn.swap.swapped import Swapped
 
@@ -31,12 +32,7 @@ def wants_one_call(x: Tensor, kwargs: dict[str, Any]) -> bool:
     for name, value in kwargs.items():
         if name not in _IDLE_ARGUMENTS and not (name == "output_attentions" and not value):
             return False
-    return (
-        why_not_input(x) is None
-        and x.is_cpu  # elsewhere no native backend has the operator yet, and the children are faster
-        and not torch.is_autocast_enabled("cpu")
-        and not tracks_gradients(x)
-    )
+    return may_be_one_call(x) and not tracks_gradients(x)
 
 
 class WholeLayer(NamedTuple):
@@ -60,15 +56,14 @@ class WholeLayer(NamedTuple):
 
     def serves(self, x: Tensor, mask: Tensor | None) -> bool:
         """In inference, with fastattn's attention, all in one dtype and with a mask that hides keys."""
-        dtype, features = x.dtype, x.shape[-1]
+        features = x.shape[-1]
         return (
             self.attention.config._attn_implementation == interface.NAME
             and not self.drops
             and (mask is None or (mask.dim() == 4 and (mask.dtype is torch.bool or mask.dtype is torch.int32)))
             and all([t is not None and t.shape[0] == features for t in self.tensors[:6:2]])  # as many heads of k and v
             and why_not_head_dim(features // self.heads) is None
-            and all(t is None or (t.dtype is dtype and t.is_cpu) for t in self.tensors)
-            and not tracks_gradients(*self.tensors)
+            and fits(x, self.tensors)
         )
 
     def run(self, x: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
