@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fastattn.errors import NotSupported
-from fastattn.problems import Problem
+from fastattn.problems import AttentionProblem, Problem
 
 _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -40,7 +40,7 @@ FASTER: dict[tuple[str, int], tuple[str, ...]] = {
 """Per operation and major compute capability, the order that was measured to be faster than ORDER's."""
 
 FIRST_TRITON = ("triton", "cuda", "reference")
-"""On every GPU the order of operations that the CUDA library has no kernel for."""
+"""On every GPU the order for decoding and for attention with gradients: Triton's kernels have been measured there."""
 
 fallbacks: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, reason) sent a call on to the next backend."""
@@ -125,7 +125,9 @@ def order(problem: Problem) -> tuple[str, ...]:
     names = ORDER.get(problem.device_type, ("reference",))
     if problem.device_type != "cuda":
         return names
-    return FIRST_TRITON if problem.op == "attention_decode" else FASTER.get((problem.op, _capability()), names)
+    if problem.op == "attention_decode" or (isinstance(problem, AttentionProblem) and problem.requires_grad):
+        return FIRST_TRITON
+    return FASTER.get((problem.op, _capability()), names)
 
 
 @functools.cache

@@ -167,10 +167,10 @@ void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t 
     if (error != 0) check(error, call_of("norm_backward", rows, width, call.x_dtype, device));
 }
 
-void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
-                       std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
-                       const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
-                       std::uintptr_t stream) {
+fastattn_cuda_attention attention_call(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v,
+                                       const View &out, std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps,
+                                       const View &bias, int bias_dtype, const Distance &distance, std::uintptr_t sinks, float scale, float softcap,
+                                       const Dropout &dropout, int device, std::uintptr_t stream) {
     fastattn_cuda_attention call{};
     call.device = device;
     call.stream = pointer<void>(stream);
@@ -190,14 +190,48 @@ void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, cons
     call.scale = scale;
     call.softcap = softcap;
     call.dropout = dropout_of(dropout);
-    const py::gil_scoped_release unlocked;
-    const int error = fastattn_cuda_attention_forward(&call);
+    return call;
+}
+
+void check_attention(int error, const char *name, const fastattn_cuda_attention &call) {
     if (error == 0) return;
-    std::ostringstream name;
-    name << "attention_forward on cuda:" << device << " with q (" << call.batch << ", " << call.heads_q << ", " << call.len_q << ", " << call.dim_qk
+    std::ostringstream text;
+    text << name << " on cuda:" << call.device << " with q (" << call.batch << ", " << call.heads_q << ", " << call.len_q << ", " << call.dim_qk
          << ") and v (" << call.batch << ", " << call.heads_kv << ", " << call.len_k << ", " << call.dim_v << ")"
-         << (call.cu_seqlens_q ? ", packed," : "") << " (dtype " << dtype << ")";
-    check(error, name.str());
+         << (call.cu_seqlens_q ? ", packed," : "") << " (dtype " << call.dtype << ")";
+    check(error, text.str());
+}
+
+void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+                       std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
+                       const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
+                       std::uintptr_t stream) {
+    const fastattn_cuda_attention call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks,
+                                                        scale, softcap, dropout, device, stream);
+    const py::gil_scoped_release unlocked;
+    check_attention(fastattn_cuda_attention_forward(&call), "attention_forward", call);
+}
+
+using Transpose = std::tuple<View, View, std::uintptr_t, std::uintptr_t>;  // bounds of intervals; of blocks col_ptr, row, row_id
+
+void attention_backward(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+                        std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
+                        const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
+                        std::uintptr_t stream, const Transpose &transpose, const View &grad_out, const View &grad_q, const View &grad_k,
+                        const View &grad_v, std::uintptr_t grad_lse, std::uintptr_t norm, std::uintptr_t centre, std::uintptr_t sink_terms,
+                        float tolerance) {
+    fastattn_cuda_attention_gradient from{};
+    from.call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks, scale, softcap, dropout,
+                               device, stream);
+    const auto &[bounds, col_ptr, row, row_id] = transpose;
+    from.bounds = tensor(bounds), from.col_ptr = tensor(col_ptr);
+    from.block_row = pointer<const std::int32_t>(row), from.block_row_id = pointer<const std::int32_t>(row_id);
+    from.grad_out = tensor(grad_out), from.grad_q = tensor(grad_q), from.grad_k = tensor(grad_k), from.grad_v = tensor(grad_v);
+    from.grad_lse = pointer<const float>(grad_lse);
+    from.norm = pointer<float>(norm), from.centre = pointer<float>(centre), from.sink_terms = pointer<float>(sink_terms);
+    from.tolerance = tolerance;
+    const py::gil_scoped_release unlocked;
+    check_attention(fastattn_cuda_attention_backward(&from), "attention_backward", from.call);
 }
 
 }  // namespace
@@ -230,4 +264,10 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"),
                py::arg("device"), py::arg("stream"),
                "out and lse of one attention call; sizes are batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v.");
+    module.def("attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
+               py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"),
+               py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"),
+               py::arg("device"), py::arg("stream"), py::arg("transpose"), py::arg("grad_out"), py::arg("grad_q"), py::arg("grad_k"),
+               py::arg("grad_v"), py::arg("grad_lse"), py::arg("norm"), py::arg("centre"), py::arg("sink_terms"), py::arg("tolerance"),
+               "The gradients of attention_forward, whose out and lse are given; 0 is absent. norm, centre: room for a float of each row.");
 }

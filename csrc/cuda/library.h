@@ -116,6 +116,19 @@ typedef struct {
     fastattn_cuda_dropout dropout;
 } fastattn_cuda_attention;
 
+// Its gradients. norm and centre are room for what the kernels tell each other of each row; every pointer of `call` is read only.
+typedef struct {
+    fastattn_cuda_attention call;  // out and lse: forward's results
+    fastattn_tensor bounds;        // int32 (R,B,Hq,ceil(Sq / 64),4) of mask.intervals, per 64 queries the least and greatest start and end; or null
+    fastattn_tensor col_ptr;       // of mask.blocks, the transpose: int32 (B,Hq,ceil(Skv / 64) + 1), two strides
+    const int32_t *block_row, *block_row_id;
+    fastattn_tensor grad_out, grad_q, grad_k, grad_v;
+    const float *grad_lse;         // (B,Hq,Sq) contiguous, or null
+    float *norm, *centre;          // (B,Hq,Sq) contiguous
+    float *sink_terms;             // likewise, summed over B and Sq the gradient of the sinks; null: not wanted
+    float tolerance;               // how far an estimated centre may be off, relative to the largest row of |ds|, before it is worked out again
+} fastattn_cuda_attention_gradient;
+
 FASTATTN_CUDA_API const char *fastattn_cuda_error_text(int error);
 // The architectures of the compiled kernels, comma-separated: "sm_80,compute_80" is machine code for 8.x and PTX for what came later.
 FASTATTN_CUDA_API const char *fastattn_cuda_architectures(void);
@@ -125,6 +138,8 @@ FASTATTN_CUDA_API int fastattn_cuda_activation_forward(const fastattn_cuda_activ
 FASTATTN_CUDA_API int64_t fastattn_cuda_activation_backward_parts(int64_t rows, int64_t cols);
 FASTATTN_CUDA_API int fastattn_cuda_activation_backward(const fastattn_cuda_activation_gradient *call);
 FASTATTN_CUDA_API int fastattn_cuda_attention_forward(const fastattn_cuda_attention *call);
+// Writes the gradients of the rows of sequences; of a packed batch the others are left as they are.
+FASTATTN_CUDA_API int fastattn_cuda_attention_backward(const fastattn_cuda_attention_gradient *from);
 FASTATTN_CUDA_API int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call);
 FASTATTN_CUDA_API int64_t fastattn_cuda_norm_backward_parts(int64_t rows, int64_t width, int32_t multiprocessors);
 FASTATTN_CUDA_API int fastattn_cuda_norm_backward(const fastattn_cuda_norm_gradient *call);

@@ -33,6 +33,7 @@ struct Dropout {
     uint32_t threshold;
     float keep_scale;
 
+    Dropout() = default;
     Dropout(const fastattn_cuda_dropout &from)
         : seed(from.seed, from.threshold ? 1 : 0), threshold(from.threshold), keep_scale(from.keep_scale) {}
     __host__ __device__ explicit operator bool() const { return threshold != 0; }

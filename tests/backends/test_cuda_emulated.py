@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-DRIVER = Path(__file__).with_name("cuda_emulated.py")
+DRIVERS = ("cuda_emulated.py", "cuda_attention_emulated.py")
 
 
 def environment(folder: Path, seed: int = 0) -> dict[str, str]:
@@ -38,10 +38,12 @@ def test_verify_runs_long_in_the_emulation(emulated_cuda: Path) -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
-def test_each_kernel_equals_the_reference(emulated_cuda: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(DRIVER)]
+@pytest.mark.parametrize("name", DRIVERS)
+def test_each_kernel_equals_the_reference(emulated_cuda: Path, name: str) -> None:
+    driver = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver)]
     run = subprocess.run(command, env=environment(emulated_cuda, seed=1), capture_output=True, text=True)
-    assert run.returncode == 0, f"FASTATTN_CUDA_EMULATION={emulated_cuda} pytest {DRIVER}\n{run.stdout[-6000:]}"
+    assert run.returncode == 0, f"FASTATTN_CUDA_EMULATION={emulated_cuda} pytest {driver}\n{run.stdout[-6000:]}"
 
 
 def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:

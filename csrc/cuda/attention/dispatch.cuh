@@ -6,3 +6,14 @@
 
 template <typename T>
 cudaError_t sm80_forward(const fastattn_cuda_attention &call);
+template <typename T>
+cudaError_t sm80_backward_queries(const fastattn_cuda_attention_gradient &from);
+template <typename T>
+cudaError_t sm80_backward_keys(const fastattn_cuda_attention_gradient &from);
+
+// What decides between the instances: the wider of the two head dims, and whether the call needs what EXTRAS holds.
+inline int64_t head_dim(const fastattn_cuda_attention &call) { return call.dim_qk > call.dim_v ? call.dim_qk : call.dim_v; }
+inline bool needs_extras(const fastattn_cuda_attention &call) {
+    const bool biased = call.bias.data || call.distance.table || call.distance.slopes;
+    return call.softcap != 0.0f || biased || call.dropout.threshold != 0 || call.mask.dense.data || !(call.scale > 0.0f);
+}

@@ -34,19 +34,100 @@ struct KeyTile {
     int block[2];       // form D: -1 not there, 0 full, else the bitmap, per block row of the queries
 };
 
+// What the rows of a mask hold, for those who walk over its tiles. Where a query's row lies, h and row say; the batch entry is the same for all.
+class MaskRows {
+protected:
+    __device__ __forceinline__ MaskRows(const MaskParams &mask, const Sequence &sequence) : mask_(mask), len_q_(sequence.len_q), len_k_(sequence.len_k) {}
+
+    struct Bounds {
+        Span band;  // about a query's number
+        Span keys;  // of the batch entry
+    };
+    __device__ __forceinline__ Bounds bounds_of(int b, const Sequence &sequence) const {
+        const int64_t at = mask_.band_offset + sequence.band_shift;
+        return {{clamp(at - mask_.band_left, -FAR, FAR), clamp(at + mask_.band_right + 1, -FAR, FAR)},
+                {mask_.key_start ? clamp(mask_.key_start.get(b), 0, len_k_) : 0, mask_.key_end ? clamp(mask_.key_end.get(b), 0, len_k_) : len_k_}};
+    }
+
+    // Keys [band_low, band_high) of a query.
+    __device__ __forceinline__ int band_low(const Bounds &bounds, int row) const {
+        return mask_.has_left ? smaller(larger(row + bounds.band.low, 0), len_k_) : 0;
+    }
+    __device__ __forceinline__ int band_high(const Bounds &bounds, int row) const {
+        return mask_.has_right ? smaller(larger(row + bounds.band.high, 0), len_k_) : len_k_;
+    }
+
+    __device__ __forceinline__ Span interval_of(int r, int b, int h, int row) const {
+        const int64_t pair = mask_.intervals.at(b, h, row) + r * mask_.interval_stride;
+        return {clamp(mask_.intervals.data.get(pair), 0, len_k_), clamp(mask_.intervals.data.get(pair + 1), 0, len_k_)};
+    }
+
+    // The keys of a tile that some query of batch entry b may see. All lanes of a warp ask together.
+    __device__ __forceinline__ uint64_t keys_of(const Bounds &bounds, int b, int begin) const {
+        uint64_t keys = bit_range(bounds.keys.low - begin, bounds.keys.high - begin);
+        if (mask_.key_bits) keys &= static_cast<uint64_t>(mask_.key_bits.get(static_cast<int64_t>(b) * mask_.key_words + begin / KEYS));
+        if (mask_.dense.data && is_key_mask()) keys &= dense_word(b, 0, 0, begin);
+        return keys;
+    }
+    // What query `row` sees of them, dense mask apart; block: form D's, as KeyTile has it. 0 behind the last query.
+    __device__ __forceinline__ uint64_t word_of(uint64_t keys, const Bounds &bounds, int block, int b, int h, int row, int begin) const {
+        if (row >= len_q_) return 0;
+        uint64_t word = keys;
+        if (mask_.has_left || mask_.has_right) word &= bit_range(band_low(bounds, row) - begin, band_high(bounds, row) - begin);
+        if (mask_.n_intervals > 0) {
+            uint64_t either = 0;
+            for (int r = 0; r < mask_.n_intervals; r++) {
+                const Span interval = interval_of(r, b, h, row);
+                either |= bit_range(interval.low - begin, interval.high - begin);
+            }
+            word &= either;
+        }
+        if (mask_.row_ptr.data) {
+            if (block < 0) return 0;
+            if (block > 0) word &= static_cast<uint64_t>(mask_.bitmaps.get(static_cast<int64_t>(block) * MASK_BLOCK + row % MASK_BLOCK));
+        }
+        return word;
+    }
+
+    // A mask that no head and no query distinguishes hides keys from everybody: they then count as zeros.
+    __device__ __forceinline__ bool is_key_mask() const { return mask_.dense.head == 0 && mask_.dense.row == 0; }
+    // Whether the dense mask lets a query see `key`; both exist.
+    __device__ __forceinline__ bool dense_sees(int b, int h, int row, int key) const {
+        return mask_.dense.data.get(mask_.dense.at(b, h, row) + key * mask_.dense.inner) != 0;
+    }
+    // What it lets the query see of a tile: each lane reads two keys.
+    __device__ __forceinline__ uint64_t dense_word(int b, int h, int row, int begin) const {
+        const int lane = static_cast<int>(threadIdx.x) % WARP, low = begin + lane, high = low + WARP;
+        const uint32_t first = warp_ballot(low < len_k_ && dense_sees(b, h, row, low)), second = warp_ballot(high < len_k_ && dense_sees(b, h, row, high));
+        return static_cast<uint64_t>(second) << WARP | first;
+    }
+
+    // Whether it lets one of the queries [row, rows_end) see one of a tile's keys. All threads of the block ask together.
+    __device__ __forceinline__ bool dense_tile_any(int b, int h, int row, int rows_end, int begin) const {
+        bool any = false;
+        const int keys = smaller(KEYS, len_k_ - begin);
+        for (int i = static_cast<int>(threadIdx.x); i < (rows_end - row) * KEYS; i += static_cast<int>(blockDim.x)) {
+            const int key = i % KEYS;
+            any = any || (key < keys && dense_sees(b, h, row + i / KEYS, begin + key));
+        }
+        return sync_block_or(any);
+    }
+
+    const MaskParams &mask_;
+    int len_q_, len_k_;
+};
+
 // ROWS queries from `row` on, of batch entry b and head h.
 template <int ROWS, bool DENSE>
-class MaskWalk {
+class MaskWalk : MaskRows {
 public:
     static constexpr int BLOCK_ROWS = ROWS / MASK_BLOCK;
     static constexpr int SCRATCH = 4 * MAX_INTERVALS + 20;
 
     // scratch: shared memory of SCRATCH integers. What the walk needs seldom lies there: registers belong to the accumulators.
     __device__ __forceinline__ MaskWalk(const MaskParams &mask, int b, int h, int row, const Sequence &sequence, const Shared<int> &scratch)
-        : mask_(mask), row_(row), len_q_(sequence.len_q), len_k_(sequence.len_k), scratch_(scratch) {
-        const int64_t at = mask.band_offset + sequence.band_shift;
-        const Bounds bounds = {{clamp(at - mask.band_left, -FAR, FAR), clamp(at + mask.band_right + 1, -FAR, FAR)},
-                               {mask.key_start ? clamp(mask.key_start.get(b), 0, len_k_) : 0, mask.key_end ? clamp(mask.key_end.get(b), 0, len_k_) : len_k_}};
+        : MaskRows(mask, sequence), row_(row), scratch_(scratch) {
+        const Bounds bounds = bounds_of(b, sequence);
         // Keys that some query sees lie in `reach`; those in `sure` all of them see.
         Span reach = bounds.keys, sure = bounds.keys;
         if (mask.has_left) {
@@ -128,52 +209,22 @@ public:
 
     // What query `row` sees of a tile, dense mask apart. 0 behind the last query.
     __device__ __forceinline__ uint64_t visible(const KeyTile &tile, int row) const {
-        if (row >= len_q_) return 0;
-        uint64_t word = tile.keys;
-        if (mask_.has_left || mask_.has_right) {
-            const Bounds bounds = load_bounds();
-            word &= bit_range(band_low(bounds, row) - tile.begin, band_high(bounds, row) - tile.begin);
-        }
-        if (mask_.n_intervals > 0) {
-            uint64_t either = 0;
-            for (int r = 0; r < mask_.n_intervals; r++) {
-                const Span interval = interval_of(r, row);
-                either |= bit_range(interval.low - tile.begin, interval.high - tile.begin);
-            }
-            word &= either;
-        }
-        if (mask_.row_ptr.data) {
-            const int block = BLOCK_ROWS == 1 || row - row_ < MASK_BLOCK ? tile.block[0] : tile.block[1];
-            if (block < 0) return 0;
-            if (block > 0) word &= static_cast<uint64_t>(mask_.bitmaps.get(static_cast<int64_t>(block) * MASK_BLOCK + row % MASK_BLOCK));
-        }
-        return word;
+        const Pack<int, 2> place = scratch_.load<2>(PLACE);
+        const int block = BLOCK_ROWS == 1 || row - row_ < MASK_BLOCK ? tile.block[0] : tile.block[1];
+        return word_of(tile.keys, load_bounds(), block, place.at[0], place.at[1], row, tile.begin);
     }
 
     // Whether the dense mask lets query `row` see `key`; both exist.
     __device__ __forceinline__ bool dense_sees(int row, int key) const {
-        return mask_.dense.data.get(at(mask_.dense, row) + key * mask_.dense.inner) != 0;
+        const Pack<int, 2> place = scratch_.load<2>(PLACE);
+        return MaskRows::dense_sees(place.at[0], place.at[1], row, key);
     }
     __device__ __forceinline__ bool has_dense_rows() const { return DENSE && mask_.dense.data && !is_key_mask(); }
 
 private:
-    // A mask that no head and no query distinguishes hides keys from everybody: they then count as zeros.
-    __device__ __forceinline__ bool is_key_mask() const { return mask_.dense.head == 0 && mask_.dense.row == 0; }
-
-    struct Bounds {
-        Span band;  // about a query's number
-        Span keys;  // of the batch entry
-    };
     // Where things lie in scratch_, behind hull and core of each interval. ENDS: the last tile's, and those of the tiles that are surely full.
     // STATE: what settle() keeps. PLACE: batch entry and head, then where the block rows end.
     static constexpr int BOUNDS = 4 * MAX_INTERVALS, ENDS = BOUNDS + 4, STATE = ENDS + 4, PLACE = STATE + 4, FULL = PLACE + 4;
-
-    // Where a query's row of a tensor of the mask begins.
-    template <typename T>
-    __device__ __forceinline__ int64_t at(const Strided<T> &tensor, int row) const {
-        const Pack<int, 2> place = scratch_.load<2>(PLACE);
-        return tensor.at(place.at[0], place.at[1], row);
-    }
 
     __device__ __forceinline__ Bounds load_bounds() const {
         const Pack<int, 4> found = scratch_.load<4>(BOUNDS);
@@ -181,27 +232,15 @@ private:
     }
     __device__ __forceinline__ int last_row() const { return smaller(row_ + ROWS, len_q_) - 1; }
 
-    // Keys [band_low, band_high) of a query.
-    __device__ __forceinline__ int band_low(const Bounds &bounds, int row) const {
-        return mask_.has_left ? smaller(larger(row + bounds.band.low, 0), len_k_) : 0;
-    }
-    __device__ __forceinline__ int band_high(const Bounds &bounds, int row) const {
-        return mask_.has_right ? smaller(larger(row + bounds.band.high, 0), len_k_) : len_k_;
-    }
-
-    __device__ __forceinline__ Span interval_of(int r, int row) const {
-        const int64_t pair = at(mask_.intervals, row) + r * mask_.interval_stride;
-        return {clamp(mask_.intervals.data.get(pair), 0, len_k_), clamp(mask_.intervals.data.get(pair + 1), 0, len_k_)};
-    }
-
     // Per interval: the hull of what the queries see by it, and the core that all of them see. Threads of the first warp take rows each.
     __device__ __forceinline__ void reduce_intervals() {
         const int thread = static_cast<int>(threadIdx.x);
         if (thread < WARP) {
+            const Pack<int, 2> place = scratch_.load<2>(PLACE);
             for (int r = 0; r < mask_.n_intervals; r++) {
                 int hull_low = len_k_, hull_high = 0, core_low = 0, core_high = len_k_;
                 for (int i = row_ + thread; i <= last_row(); i += WARP) {
-                    const Span interval = interval_of(r, i);
+                    const Span interval = interval_of(r, place.at[0], place.at[1], i);
                     core_low = larger(core_low, interval.low);
                     core_high = smaller(core_high, interval.high);
                     if (interval.low >= interval.high) continue;
@@ -248,10 +287,7 @@ private:
     __device__ __forceinline__ bool look(KeyTile &tile) const {
         const int begin = tile.begin, end = begin + KEYS;
         const Bounds bounds = load_bounds();
-        tile.keys = bit_range(bounds.keys.low - begin, bounds.keys.high - begin);
-        if (mask_.key_bits)
-            tile.keys &= static_cast<uint64_t>(mask_.key_bits.get(static_cast<int64_t>(scratch_.get(PLACE)) * mask_.key_words + begin / KEYS));
-        if (DENSE && mask_.dense.data && is_key_mask()) tile.keys &= key_mask_word(begin);
+        tile.keys = keys_of(bounds, scratch_.get(PLACE), begin);
         if (tile.keys == 0) return false;
         tile.full = tile.full && tile.keys == ~uint64_t(0);
         if (mask_.has_left || mask_.has_right) {
@@ -270,30 +306,13 @@ private:
         }
         if (has_dense_rows()) {
             tile.full = false;
-            return dense_tile_any(begin);
+            const Pack<int, 2> place = scratch_.load<2>(PLACE);
+            return dense_tile_any(place.at[0], place.at[1], row_, last_row() + 1, begin);
         }
         return true;
     }
 
-    // The 64 keys of a dense mask that is a key mask: each lane reads two.
-    __device__ __forceinline__ uint64_t key_mask_word(int begin) const {
-        const int lane = static_cast<int>(threadIdx.x) % WARP, low = begin + lane, high = low + WARP;
-        const uint32_t first = warp_ballot(low < len_k_ && dense_sees(0, low)), second = warp_ballot(high < len_k_ && dense_sees(0, high));
-        return static_cast<uint64_t>(second) << WARP | first;
-    }
-
-    __device__ __forceinline__ bool dense_tile_any(int begin) const {
-        bool any = false;
-        const int keys = smaller(KEYS, len_k_ - begin);
-        for (int i = static_cast<int>(threadIdx.x); i < (last_row() - row_ + 1) * KEYS; i += static_cast<int>(blockDim.x)) {
-            const int key = i % KEYS;
-            any = any || (key < keys && dense_sees(row_ + i / KEYS, begin + key));
-        }
-        return sync_block_or(any);
-    }
-
-    const MaskParams &mask_;
-    int row_, len_q_, len_k_;
+    int row_;
     Shared<int> scratch_;
     // Valid between next() and settle().
     int next_, begun_;       // tile; whether there was one

@@ -18,173 +18,32 @@
 //            The steps: accumulators follow a new base only where it is far below (up to 5%); narrower rows are copied without a branch per chunk.
 //            Triton's kernel, on wgmma, runs at 430 to 450 there and is preferred on Hopper.
 #pragma once
-#include <cfloat>
-#include <cmath>
-
 #include <primitives/launch.cuh>
 
-#include "mask.cuh"
-#include "tile.cuh"
+#include "query_block.cuh"
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.69314718055994531f;
 constexpr float LAZY = 8.0f;  // p stays below 2^LAZY, far inside of float16's range
 
 template <typename T, int DIM, int ROWS, int M, bool EXTRAS>
-struct Sm80Forward {
-    static constexpr int WARPS = ROWS / (16 * M), THREADS = WARPS * WARP;
-    static constexpr int S_TILES = KEYS / 8, O_TILES = DIM / 8;
+struct Sm80Forward : QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
+    using Base = QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS>;
+    using Base::b, Base::h, Base::p, Base::row, Base::s, Base::sequence, Base::warp_row;
+    using Base::S_TILES, Base::O_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
+    using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Walk;
     // Small heads leave registers for a third block on a multiprocessor: more warps to compute while others wait.
     static constexpr int BLOCKS = !EXTRAS && DIM <= 64 ? 3 : 1;
     // Threads that share the bases of their rows: four, or for want of registers none.
     static constexpr int SHARING = M == 1 ? 4 : 1, BASES = THREADS / SHARING * 2 * M;
-    static constexpr int DISTANCES = EXTRAS ? ROWS + KEYS : 0;
-    using QTile = Tile<T, ROWS, DIM>;
-    using KTile = Tile<T, KEYS, DIM>;
-    using Copy = TileCopy<T, DIM, THREADS>;
-    using Walk = MaskWalk<ROWS, EXTRAS>;
     static constexpr int SHARED_BYTES = (QTile::SIZE + 2 * KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * 8 + BASES * 4 +
                                         THREADS * M * 8 + DISTANCES * 4;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
     enum { K_HEAD, V_HEAD, OUT_HEAD, LSE_HEAD };
 
-    const AttentionParams<T> &p;
-    int b, h, row;        // of the block's first query
-    int warp_row;         // of this warp's first query within the block
-    Sequence sequence;
-    float s[M][S_TILES][4], o[M][O_TILES][4];
-    uint32_t rounded[M][S_TILES / 2][4];
+    float o[M][O_TILES][4];
+    uint32_t rounded[M][S_TILES / 2][4];  // p
 
-    __device__ __forceinline__ Sm80Forward(const AttentionParams<T> &params, int entry, int tile)
-        : p(params),
-          b(entry / params.heads_q),
-          h(entry % params.heads_q),
-          row(tile * ROWS),
-          warp_row(static_cast<int>(threadIdx.x) / WARP * 16 * M),
-          sequence(sequence_of(params, b)) {}
-
-    // Query (within the sequence) of accumulator half `half` of slab m.
-    __device__ __forceinline__ int query(int m, int half) const {
-        return row + warp_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4;
-    }
-    // Column of accumulator element e of column tile n.
-    static __device__ __forceinline__ int column(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2; }
-
-    __device__ __forceinline__ void score(const QTile &q, const KTile &k) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) {
-            uint32_t left[M][4];
-#pragma unroll
-            for (int m = 0; m < M; m++) q.left_operand(left[m], warp_row + 16 * m, d);
-#pragma unroll
-            for (int n = 0; n < S_TILES; n += 2) {
-                uint32_t right[4];
-                k.right_transposed(right, 8 * n, d);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    mma<T>(s[m][n], left[m], right[0], right[1]);
-                    mma<T>(s[m][n + 1], left[m], right[2], right[3]);
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ float bias_at(int query, int key) const {
-        const int64_t at = b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2] + key * p.bias_stride[3];
-        if (p.bias.dtype() == FASTATTN_FLOAT32) return p.bias.floats().get(at);
-        const uint32_t bits = p.bias.halves().get(at);
-        float value, unused;
-        if (p.bias.dtype() == FASTATTN_BFLOAT16)
-            unpack_pair<bfloat16>(bits, value, unused);
-        else
-            unpack_pair<float16>(bits, value, unused);
-        return value;
-    }
-
-    // a + b, finite where a and `given`, of which b was made, are: only -inf hides.
-    static __device__ __forceinline__ float sum_of(float a, float b, float given) {
-        const float sum = a + b;
-        if (!(fabsf(sum) > FLT_MAX) || fabsf(a) > FLT_MAX || fabsf(given) > FLT_MAX) return sum;
-        return sum < 0.0f ? -FLT_MAX : FLT_MAX;
-    }
-
-    // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1.
-    __device__ __forceinline__ void fill_distances(const Shared<float> &distances, int first_key) const {
-        const DistanceParams &d = p.distance;
-        for (int i = static_cast<int>(threadIdx.x); i < ROWS + KEYS - 1; i += THREADS) {
-            const int distance = i - (ROWS - 1) + first_key - row - sequence.distance_shift;
-            float bias = 0.0f;
-            if (d.table) bias = d.table.get(h * d.table_stride + clamp(distance - d.table_first, 0, static_cast<int>(d.table_size) - 1));
-            if (d.slopes) {
-                const float slope = d.slopes.get(b * d.slopes_stride + h);
-                bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
-            }
-            distances.set(i, bias);
-        }
-    }
-
-    // What each query of the block sees of a tile, a thread for a query; only where somebody asks.
-    __device__ __forceinline__ void fill_words(const Shared<uint64_t> &words, const Walk &walk, const KeyTile &tile) const {
-        walk.tell(tile);
-        if (tile.full && !(EXTRAS && p.bias)) return;
-        for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += THREADS) words.set(i, walk.visible(tile, row + i));
-    }
-
-    // Products become scores, capped and biased, and what this warp's queries do not see becomes -inf. Without EXTRAS the scale waits for exp2,
-    // and a full tile is left alone. Scores stay in natural units, in which a finite bias is finite: times log2 e it may not be.
-    __device__ __forceinline__ void prepare(const Walk &walk, const KeyTile &tile, const Shared<uint64_t> &words, const Shared<float> &distances) {
-        if constexpr (EXTRAS) {
-            const float factor = p.softcap != 0.0f ? p.scale / p.softcap : p.scale;
-            each([&](float &x, int, int, int) { x *= factor; });
-            if (p.softcap != 0.0f) each([&](float &x, int, int, int) { x = p.softcap * tanhf(x); });
-            if (p.distance)
-                each([&](float &x, int m, int half, int column) {
-                    const float bias = distances.get(column + row - query(m, half) + ROWS - 1);
-                    x = sum_of(x, bias, bias);
-                });
-        }
-        if (walk.is_full() && !(EXTRAS && p.bias)) return;
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int i = query(m, half);
-                const uint64_t word = words.get(i - row) >> column(0, 0);  // bit 8 n + e: whether the query sees element e of column tile n
-#pragma unroll
-                for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &x = s[m][n][2 * half + e];
-                        bool seen = word >> (8 * n + e) & 1;
-                        if constexpr (EXTRAS) {
-                            const int key = tile.begin + column(n, e);
-                            if (seen && walk.has_dense_rows()) seen = walk.dense_sees(i, key);
-                            if (seen && p.bias) {
-                                const float bias = bias_at(i, key);
-                                x = sum_of(x, bias, bias);
-                            }
-                        }
-                        if (!seen) x = -INFINITY;
-                    }
-            }
-    }
-
-    // Calls f(score, m, half, column within the tile of keys) for each of this thread's scores.
-    template <typename F>
-    __device__ __forceinline__ void each(const F &f) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, column(n, e));
-    }
+    using Base::Base;
 
     // p = 2^(s - base) in place of s; the sums and what is accumulated so far follow where a row's base moves. It moves up to the row's maximum
     // once that is LAZY powers of 2 above, which after the first tiles is seldom. The bases of a thread's 2 M rows and the sums of its part of
@@ -233,57 +92,12 @@ struct Sm80Forward {
         }
     }
 
-    // Zeroes what is dropped; the scale of what is kept comes at the end. One call of the generator serves a thread's eight elements of 32 keys.
-    __device__ __forceinline__ void drop_out(uint64_t seed, int first_key) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int group = 0; group < KEYS / 32; group++) {
-                    const uint32_t pair = static_cast<uint32_t>(4 * (first_key / 32 + group) + static_cast<int>(threadIdx.x) % 4);
-                    const Random drawn = philox(seed, static_cast<uint32_t>(query(m, half)), pair, static_cast<uint32_t>(b * p.heads_q + h));
-#pragma unroll
-                    for (int w = 0; w < 4; w++) {
-                        float(&x)[4] = s[m][4 * group + w];
-                        if ((drawn.word[w] & 0xFFFF) < p.dropout.threshold) x[2 * half] = 0.0f;
-                        if ((drawn.word[w] >> 16) < p.dropout.threshold) x[2 * half + 1] = 0.0f;
-                    }
-                }
-    }
-
-    // p in the dtype of v: the left operand of the second product.
-    __device__ __forceinline__ void round() {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) rounded[m][n / 2][n % 2 * 2 + half] = pack_pair<T>(s[m][n][2 * half], s[m][n][2 * half + 1]);
-    }
-
-    __device__ __forceinline__ void accumulate(const KTile &v) {
-#pragma unroll
-        for (int key = 0; key < KEYS; key += 16) {
-#pragma unroll
-            for (int n = 0; n < O_TILES; n += 2) {
-                uint32_t right[4];
-                v.right_operand(right, key, 8 * n);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    mma<T>(o[m][n], rounded[m][key / 16], right[0], right[1]);
-                    mma<T>(o[m][n + 1], rounded[m][key / 16], right[2], right[3]);
-                }
-            }
-        }
-    }
-
     // Normalises and writes lse and out, the latter through this warp's rows of the tile of q, which nobody else reads.
     __device__ __forceinline__ void finish(const QTile &q, const Shared<float> &bases, const Shared<float> &sums, const Shared<int64_t> &heads) {
         const int64_t out_head = heads.get(OUT_HEAD), lse_head = heads.get(LSE_HEAD);
         const float to_natural = EXTRAS ? 1.0f : p.scale;
-        const int lane = static_cast<int>(threadIdx.x) % WARP;
-        sync_warp();
+        float factor[M][2];
+        bool sees[M][2];
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -292,38 +106,19 @@ struct Sm80Forward {
                 float sum = sums.get(own);
                 sum += shuffle_xor(sum, 1);
                 sum += shuffle_xor(sum, 2);
-                const bool sees = !(sum == 0.0f);  // the greatest p is at least 1, and NaN is not hidden
+                sees[m][half] = !(sum == 0.0f);  // the greatest p is at least 1, and NaN is not hidden
                 const float base = bases.get((static_cast<int>(threadIdx.x) / SHARING * M + m) * 2 + half) * to_natural;
-                const int i = query(m, half);
-                if (lane % 4 == 0 && i < sequence.len_q) {
-                    p.lse.set(lse_head + i, sees ? base + log2f(sum) * LN2 : -INFINITY);
-                }
-                float factor = sees ? 1.0f / sum : 0.0f;
-                if (p.sinks && sees) {
+                const int i = this->query(m, half);
+                if (threadIdx.x % 4 == 0 && i < sequence.len_q) p.lse.set(lse_head + i, sees[m][half] ? base + log2f(sum) * LN2 : -INFINITY);
+                float &own_factor = factor[m][half] = sees[m][half] ? 1.0f / sum : 0.0f;
+                if (p.sinks && sees[m][half]) {
                     const float sink = p.sinks.get(static_cast<unsigned>(h)), top = fmaxf(base, sink), shrink = exp2f((base - top) * LOG2E);
-                    factor = shrink / (sum * shrink + exp2f((sink - top) * LOG2E));
+                    own_factor = shrink / (sum * shrink + exp2f((sink - top) * LOG2E));
                 }
-                if (EXTRAS && p.dropout) factor *= p.dropout.keep_scale;
-#pragma unroll
-                for (int n = 0; n < O_TILES; n++) {
-                    const uint32_t pair = pack_pair<T>(sees ? o[m][n][2 * half] * factor : 0.0f, sees ? o[m][n][2 * half + 1] * factor : 0.0f);
-                    q.data.template as<uint32_t>().set(static_cast<int>(static_cast<unsigned>(QTile::at(i - row, column(n, 0))) / 2), pair);
-                }
+                if (EXTRAS && p.dropout) own_factor *= p.dropout.keep_scale;
             }
-        sync_warp();
-        for (int i = lane; i < 16 * M * QTile::CHUNKS; i += WARP) {
-            const int r = warp_row + i / QTile::CHUNKS, first = i % QTile::CHUNKS * 8;
-            if (row + r >= sequence.len_q || first >= p.dim_v) continue;
-            const Pack<T, 8> chunk = q.data.template load<8>(QTile::at(r, first));
-            const int64_t at = out_head + (row + r) * p.out.row + first;
-            if (p.out_vectors) {
-                p.out.data.template store<8>(at, chunk);
-            } else {
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    if (first + j < p.dim_v) p.out.data.set(at + j, chunk.at[j]);
-            }
-        }
+        store_sums(o, q, warp_row, p.out, p.out_vectors, out_head, row + warp_row, sequence.len_q, p.dim_v,
+                   [&](int m, int half, float sum) { return sees[m][half] ? sum * factor[m][half] : 0.0f; });
     }
 
     // out 0 and lse -inf for rows [begin, end) of a packed batch.
@@ -386,11 +181,11 @@ struct Sm80Forward {
             const auto lives = [&](int n) { return keys >> n & 1; };
             if (tile.begin >= 0) {
                 copy.load(k, p.k, p.k_vectors, heads.get(K_HEAD), tile.begin, p.dim_qk, all, lives);
-                fill_words(words, walk, tile);
-                if (EXTRAS && p.distance) fill_distances(distances, tile.begin);
+                this->fill_words(words, walk, tile);
+                if (EXTRAS && p.distance) this->fill_distances(distances, tile.begin);
             }
             copy_async_commit();
-            if (walk.begun()) accumulate(v);
+            if (walk.begun()) accumulate<T>(o, rounded, v);
             copy_async_wait<0>();
             if (tile.begin < 0) {
                 if (!walk.begun()) sync_block();  // the tile of q, which finish() writes, is no longer being filled
@@ -400,11 +195,11 @@ struct Sm80Forward {
             walk.settle();
             copy.load(v, p.v, p.v_vectors, heads.get(V_HEAD), tile.begin, p.dim_v, all, lives);
             copy_async_commit();
-            score(q, k);
-            prepare(walk, tile, words, distances);
+            multiply_transposed<T, DIM>(s, q, warp_row, k);
+            this->prepare(walk, tile, 0, words, distances, [](int, int, int, float, float) {});
             soften(bases, sums);
-            if (EXTRAS && p.dropout) drop_out(seed, tile.begin);
-            round();
+            if (EXTRAS && p.dropout) this->drop_out(s, seed, tile.begin);
+            round_sums<T>(rounded, s);
             copy_async_wait<0>();
             sync_block();  // v has come, and every warp is done with k, words and distances
         }

@@ -5,14 +5,12 @@
 
 template <typename T, int DIM, int ROWS, int M, int EXTRAS_M>
 cudaError_t launch_dim(const fastattn_cuda_attention &call) {
-    const bool biased = call.bias.data || call.distance.table || call.distance.slopes;
-    const bool extras = call.softcap != 0.0f || biased || call.dropout.threshold != 0 || call.mask.dense.data || !(call.scale > 0.0f);
-    return extras ? launch_sm80_forward<T, DIM, ROWS, EXTRAS_M, true>(call) : launch_sm80_forward<T, DIM, ROWS, M, false>(call);
+    return needs_extras(call) ? launch_sm80_forward<T, DIM, ROWS, EXTRAS_M, true>(call) : launch_sm80_forward<T, DIM, ROWS, M, false>(call);
 }
 
 template <typename T>
 cudaError_t sm80_forward(const fastattn_cuda_attention &call) {
-    const int64_t dim = call.dim_qk > call.dim_v ? call.dim_qk : call.dim_v;
+    const int64_t dim = head_dim(call);
     // Queries of a block and slabs of 16 of them per warp: two slabs share what they read of k and v, where registers allow.
     if (dim <= 32) return launch_dim<T, 32, 128, 2, 2>(call);
     if (dim <= 64) return launch_dim<T, 64, 128, 2, 2>(call);

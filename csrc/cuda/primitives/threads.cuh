@@ -17,6 +17,8 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
 __device__ __forceinline__ bool warp_any(bool value) { return __any_sync(0xFFFFFFFFu, value); }
 __device__ __forceinline__ bool warp_all(bool value) { return __all_sync(0xFFFFFFFFu, value); }
 __device__ __forceinline__ uint32_t warp_ballot(bool value) { return __ballot_sync(0xFFFFFFFFu, value); }
+// The number of the lowest bit that is set; some bit is.
+__device__ __forceinline__ int first_bit(uint32_t word) { return __ffs(static_cast<int>(word)) - 1; }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }

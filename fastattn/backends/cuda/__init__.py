@@ -1,13 +1,13 @@
 """The CUDA backend: libfastattn_cuda.so, through the module fastattn._cuda.
 
-Norms and feed-forward layers both ways, attention forward.
+Attention, norms and feed-forward layers, forward and backward.
 
 Without the library, a driver or a fitting device it is a sentence in `unavailable_reason`, never an import error.
 """
 
 from __future__ import annotations
 
-from fastattn.backends.cuda.attention import attention_forward, attention_reasons
+from fastattn.backends.cuda.attention import attention_backward, attention_forward, attention_reasons
 from fastattn.backends.cuda.library import architectures, device_type, devices, unavailable_reason
 from fastattn.backends.cuda.linear import (
     ffn_backward,
@@ -24,6 +24,7 @@ from fastattn.problems import AttentionProblem, LinearProblem, NormProblem, Prob
 __all__ = [
     "NAME",
     "architectures",
+    "attention_backward",
     "attention_forward",
     "device_type",
     "devices",
@@ -44,7 +45,7 @@ NAME = "cuda"
 
 def not_supported_reasons(problem: Problem) -> list[str]:
     """Why this problem is refused; empty for norms and linear layers in float32, bfloat16 and float16, and for
-    attention without gradients in the latter two."""
+    attention without gradients of biases in the latter two."""
     if isinstance(problem, NormProblem):
         return norm_reasons(problem)
     if isinstance(problem, LinearProblem):

@@ -29,6 +29,8 @@ inline uint32_t warp_ballot(bool value, emulation::Where where = emulation::Wher
 }
 inline bool warp_any(bool value, emulation::Where where = emulation::Where::current()) { return warp_ballot(value, where) != 0; }
 inline bool warp_all(bool value, emulation::Where where = emulation::Where::current()) { return warp_ballot(value, where) == 0xFFFFFFFFu; }
+// The number of the lowest bit that is set; some bit is.
+inline int first_bit(uint32_t word) { return __builtin_ffs(static_cast<int>(word)) - 1; }
 inline void sync_warp(emulation::Where where = emulation::Where::current()) { warp_ballot(true, where); }
 
 inline int emulated_block_size() { return static_cast<int>(blockDim.x * blockDim.y * blockDim.z); }

@@ -1,0 +1,315 @@
+// attention backward by queries, on mma.sync: the gradient of q, what the backward by keys needs of each row, and the sinks' terms.
+//
+// Contract   grad_q = scale ds k with p = softmax(s), the sink in its denominator; dp = dropout'(grad_out v^T); delta = sum over keys of p dp;
+//            ds = p (dp - delta) + grad_lse softmax(s), the last one without the sink; with a softcap ds (1 - tanh^2). Tensors as in sm80_forward.cuh;
+//            out and lse are forward's. norm and centre, float32 (B,Hq,Sq), are written for sm80_backward_keys.cuh. A query that sees no key gets 0.
+// Numerics   With e = exp(s - lse) a row's terms are p = e norm and ds = e (dp norm - centre). From a float32 lse and a rounded out alone, norm = 1
+//            and centre = sum(grad_out out) would put errors of their own into p and ds: lse has lost log n where every score is finfo.min, and a
+//            rounded out moves delta by more than ds itself where one key has all the weight. So e and e dp are summed over the keys, which gives both
+//            exactly. The product with k has by then been taken with the estimates: a wrong norm is a factor of the row, corrected afterwards, and
+//            where the estimated centre was off by more than `tolerance` of the block's largest sum |ds| the block walks its keys once more.
+//            ds is rounded to T for the product with k; everything else is float32. No atomics: the same bits every run.
+// Algorithm  A block owns ROWS queries of one head, with their rows of q and grad_out in shared memory, a warp 16 of them with their gradient in
+//            registers. It walks over the tiles of 64 keys that the mask does not leave empty, STEP keys at a time, three products each: dp first, while
+//            k comes, then s and ds k, while the next v comes. Masks, biases and the order of blocks are forward's.
+// Measured   Not run on a GPU yet; checked in emulation.
+#pragma once
+#include <primitives/launch.cuh>
+
+#include "gradient_params.cuh"
+#include "query_block.cuh"
+
+constexpr int BACKWARD_ROWS = 64;  // queries of a block
+
+template <typename T, int DIM, int STEP, bool EXTRAS>
+struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> {
+    static constexpr int ROWS = BACKWARD_ROWS, M = 1;
+    using Base = QueryBlock<T, DIM, ROWS, M, STEP, EXTRAS>;
+    using Base::b, Base::h, Base::p, Base::row, Base::s, Base::sequence, Base::warp_row;
+    using Base::S_TILES, Base::O_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
+    using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Walk;
+    static constexpr int BLOCKS = !EXTRAS && DIM <= 32 ? 3 : 1;  // on a multiprocessor, at least
+    static constexpr int SHARED_BYTES = 2 * (QTile::SIZE + KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 48 + ROWS * 8 + DISTANCES * 4 + 2 * WARPS * 4 + ROWS * 24;
+    static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
+
+    enum { K_HEAD, V_HEAD, ROW_HEAD, GRAD_Q_HEAD };
+
+    const AttentionGradientParams<T> &g;
+    float weights[M][S_TILES][4];   // dp
+    uint32_t rounded[M][S_TILES / 2][4];
+    float gradient[M][O_TILES][4];  // of q, so far
+
+    // Of a query, in shared memory between the steps, since the products need the registers: what e is relative to, norm and centre as far as they are
+    // known, and the sums over the keys of e, e dp and |ds|. The four lanes that share a row agree on it, and the first of them writes it.
+    struct Row {
+        float base, norm, centre, total, moment, size;
+    };
+    struct Rows {
+        Shared<float> known, sums;  // four of each row and two
+
+        __device__ __forceinline__ Row get(int r) const {
+            const Pack<float, 4> a = known.load<4>(4 * r);
+            const Pack<float, 2> b = sums.load<2>(2 * r);
+            return {a.at[0], a.at[1], a.at[2], b.at[0], b.at[1], a.at[3]};
+        }
+        __device__ __forceinline__ void set(int r, const Row &row) const {
+            sync_warp();  // all four have read what was there
+            if (threadIdx.x % 4 == 0) {
+                known.store<4>(4 * r, {{row.base, row.norm, row.centre, row.size}});
+                sums.store<2>(2 * r, {{row.total, row.moment}});
+            }
+            sync_warp();
+        }
+    };
+
+    __device__ __forceinline__ Sm80BackwardQueries(const AttentionGradientParams<T> &params, int entry, int tile)
+        : Base(params.call, entry, tile), g(params) {}
+
+    // Calls f(m, half) for each of this thread's rows.
+    template <typename F>
+    static __device__ __forceinline__ void each_row(const F &f) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) f(m, half);
+    }
+
+    // exp(sink - lse), and grad_lse, of a row; 0 where there is none, or nothing is seen.
+    __device__ __forceinline__ float sink_of(float lse) const {
+        return p.sinks && lse != -INFINITY ? exp2f((p.sinks.get(static_cast<unsigned>(h)) - lse) * LOG2E) : 0.0f;
+    }
+    __device__ __forceinline__ float grad_lse_of(int64_t row_head, int i, float lse) const {
+        return g.grad_lse && i < sequence.len_q && lse != -INFINITY ? g.grad_lse.get(row_head + i) : 0.0f;
+    }
+    __device__ __forceinline__ float lse_of(int64_t row_head, int i) const { return i < sequence.len_q ? p.lse.get(row_head + i) : -INFINITY; }
+
+    // sum(grad_out out) of a row: four lanes share it, by chunks of eight columns. The tile's rows end in zeros.
+    __device__ __forceinline__ float estimated_delta(const QTile &grad_out, int i) const {
+        float sum = 0.0f;
+        if (i < sequence.len_q) {
+            const int64_t at = p.out.at(b, h, sequence.first_q) + i * p.out.row;
+            for (int d = static_cast<int>(threadIdx.x) % 4 * 8; d < p.dim_v; d += 32) {
+                const Pack<T, 8> left = grad_out.data.template load<8>(QTile::at(i - row, d));
+                Pack<T, 8> right = {};
+                if (p.out_vectors) {
+                    right = p.out.data.template load<8>(at + d);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        if (d + j < p.dim_v) right.at[j] = p.out.data.get(at + d + j);
+                }
+#pragma unroll
+                for (int j = 0; j < 8; j++) sum = fmaf(to_float(left.at[j]), to_float(right.at[j]), sum);
+            }
+        }
+        return over_lanes(sum);
+    }
+    // The sum over the four lanes that share a row.
+    static __device__ __forceinline__ float over_lanes(float x) {
+        x += shuffle_xor(x, 1);
+        return x + shuffle_xor(x, 2);
+    }
+
+    // Scores become ds in their place, by the norm and centre that are known; the sums follow.
+    __device__ __forceinline__ void differentiate(const Rows &rows, const uint32_t (&slopes)[M][S_TILES][2]) {
+        const float to_log2 = EXTRAS ? LOG2E : p.scale * LOG2E;
+        each_row([&](int m, int half) {
+            Row r = rows.get(this->query(m, half) - row);
+            float total = 0.0f, moment = 0.0f, size = 0.0f;
+            // 2^(s - base); the difference first where scores may be so large that log2 e times them is not finite
+            const float from = EXTRAS ? r.base : r.base * LOG2E;
+#pragma unroll
+            for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    float &x = s[m][n][2 * half + e];
+                    const float power = exp2_fast(EXTRAS ? (x - from) * to_log2 : fmaf(x, to_log2, -from)), dp = weights[m][n][2 * half + e];
+                    x = power * fmaf(dp, r.norm, -r.centre);
+                    total += power;
+                    moment = fmaf(power, dp, moment);
+                    size += fabsf(x);
+                }
+            r.total += over_lanes(total), r.moment += over_lanes(moment), r.size += over_lanes(size);
+            rows.set(this->query(m, half) - row, r);
+            if (EXTRAS && p.softcap != 0.0f) {
+#pragma unroll
+                for (int n = 0; n < S_TILES; n++) bend_gradients(s[m][n][2 * half], s[m][n][2 * half + 1], slopes[m][n][half]);
+            }
+        });
+    }
+
+    // Sums over the keys become the exact norm and centre; the gradient of the row follows the norm, and `size` too. False where the estimated
+    // centres of the block's rows were good enough, or exact already.
+    __device__ __forceinline__ bool correct(const Rows &rows, const Shared<float> &gaps, int64_t row_head) {
+        float gap = 0.0f, greatest = 0.0f;
+        each_row([&](int m, int half) {
+            const int i = this->query(m, half);
+            const Row r = rows.get(i - row);
+            const float lse = lse_of(row_head, i);
+            const bool sees = r.total > 0.0f;
+            const float exact_norm = sees ? 1.0f / (r.total + sink_of(lse)) : 0.0f;
+            const float exact_centre = exact_norm * exact_norm * r.moment - (sees ? grad_lse_of(row_head, i, lse) / r.total : 0.0f);
+            const float factor = r.norm > 0.0f ? exact_norm / r.norm : 1.0f;
+            gap = fmaxf(gap, fabsf(exact_centre - factor * r.centre) * r.total);
+            greatest = fmaxf(greatest, r.size * factor);
+#pragma unroll
+            for (int n = 0; n < O_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) gradient[m][n][2 * half + e] *= factor;
+            rows.set(i - row, {r.base, exact_norm, exact_centre, 0.0f, r.moment, 0.0f});
+        });
+#pragma unroll
+        for (int step = 4; step < WARP; step *= 2) gap = fmaxf(gap, shuffle_xor(gap, step)), greatest = fmaxf(greatest, shuffle_xor(greatest, step));
+        const int warp = static_cast<int>(threadIdx.x) / WARP;
+        if (threadIdx.x % WARP == 0) gaps.store<2>(2 * warp, {{gap, greatest}});
+        sync_block();
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const Pack<float, 2> of = gaps.load<2>(2 * w);
+            gap = fmaxf(gap, of.at[0]), greatest = fmaxf(greatest, of.at[1]);
+        }
+        sync_block();
+        return gap > g.tolerance * greatest;
+    }
+
+    // One walk over the keys, from a gradient and sums of zero.
+    __device__ __forceinline__ void walk_keys(const Copy &copy, const QTile &q, const QTile &grad_out, const KTile &k, const KTile &v, const Shared<int> &scratch,
+                                              const Shared<int64_t> &heads, const Shared<uint64_t> &words, const Shared<float> &distances, const Rows &rows, uint64_t seed) {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < O_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) gradient[m][n][e] = 0.0f;
+        each_row([&](int m, int half) {
+            const int at = this->query(m, half) - row;
+            const Row r = rows.get(at);
+            rows.set(at, {r.base, r.norm, r.centre, 0.0f, 0.0f, 0.0f});
+        });
+        Walk walk(p.mask, b, h, row, sequence, scratch);
+        const auto fetch = [&](const KTile &to, const Strided<const T> &from, bool vectors, int head, int width, const KeyTile &tile, int first) {
+            const uint64_t keys = tile.keys >> (copy.row + first);
+            copy.load(to, from, vectors, heads.get(head), tile.begin + first, width, tile.keys == ~uint64_t(0), [&](int n) { return keys >> n & 1; });
+            copy_async_commit();
+        };
+        KeyTile tile = walk.next();
+        sync_block();
+        walk.settle();
+        if (tile.begin >= 0) fetch(v, p.v, p.v_vectors, V_HEAD, p.dim_v, tile, 0);
+        while (tile.begin >= 0) {
+            KeyTile following = tile;
+#pragma unroll 1
+            for (int first = 0; first < KEYS; first += STEP) {
+                copy_async_wait<0>();
+                sync_block();  // v has come, and every warp is done with k, words and distances
+                fetch(k, p.k, p.k_vectors, K_HEAD, p.dim_qk, tile, first);
+                if (first == 0) {
+                    this->fill_words(words, walk, tile);
+                    if (EXTRAS && p.distance) this->fill_distances(distances, tile.begin);
+                }
+                multiply_transposed<T, DIM>(weights, grad_out, warp_row, v);
+                const bool last = first + STEP == KEYS;
+                if (last) following = walk.next();
+                copy_async_wait<0>();
+                sync_block();  // k, words and distances have come, and every warp is done with v
+                if (last) walk.settle();
+                if (following.begin >= 0) fetch(v, p.v, p.v_vectors, V_HEAD, p.dim_v, following, last ? 0 : first + STEP);
+                multiply_transposed<T, DIM>(s, q, warp_row, k);
+                uint32_t slopes[M][S_TILES][2];
+                this->prepare(walk, tile, first, words, distances, [&](int m, int n, int half, float low, float high) {
+                    slopes[m][n][half] = pack_slopes(low, high);
+                });
+                if (EXTRAS && p.dropout) {
+                    this->drop_out(weights, seed, tile.begin + first);
+#pragma unroll
+                    for (int m = 0; m < M; m++)
+#pragma unroll
+                        for (int n = 0; n < S_TILES; n++)
+#pragma unroll
+                            for (int e = 0; e < 4; e++) weights[m][n][e] *= p.dropout.keep_scale;
+                }
+                differentiate(rows, slopes);
+                round_sums<T>(rounded, s);
+                accumulate<T>(gradient, rounded, k);
+            }
+            tile = following;
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        if (row >= sequence.len_q) return;
+        SharedArena arena;
+        const QTile q{arena.take<T>(QTile::SIZE)}, grad_out{arena.take<T>(QTile::SIZE)};
+        const KTile k{arena.take<T>(KTile::SIZE)}, v{arena.take<T>(KTile::SIZE)};
+        // Where the sequence's rows of this head begin: not in registers, which are few.
+        const Shared<int64_t> heads = arena.take<int64_t>(4);
+        const Shared<int> scratch = arena.take<int>(Walk::SCRATCH);
+        const Shared<uint64_t> words = arena.take<uint64_t>(ROWS);
+        const Shared<float> distances = arena.take<float>(DISTANCES), gaps = arena.take<float>(2 * WARPS);
+        const Rows rows = {arena.take<float>(4 * ROWS), arena.take<float>(2 * ROWS)};
+        const int64_t row_head = (static_cast<int64_t>(p.packed.cu_q ? 0 : b) * p.heads_q + h) * p.packed.rows_q + sequence.first_q;
+        if (threadIdx.x == 0) {
+            const int h_kv = h / p.group;
+            heads.set(K_HEAD, p.k.at(b, h_kv, sequence.first_k));
+            heads.set(V_HEAD, p.v.at(b, h_kv, sequence.first_k));
+            heads.set(ROW_HEAD, row_head);
+            heads.set(GRAD_Q_HEAD, g.grad_q.at(b, h, sequence.first_q));
+        }
+        const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
+        const Copy copy;
+        copy.pad(q, p.dim_qk);
+        copy.pad(grad_out, p.dim_v);
+        copy.pad(k, p.dim_qk);
+        copy.pad(v, p.dim_v);
+        const bool all = row + ROWS <= sequence.len_q;
+        const auto lives = [&](int n) { return row + static_cast<int>(copy.row) + n < sequence.len_q; };
+        copy.load(q, p.q, p.q_vectors, p.q.at(b, h, sequence.first_q), row, p.dim_qk, all, lives);
+        copy.load(grad_out, g.grad_out, g.grad_out_vectors, g.grad_out.at(b, h, sequence.first_q), row, p.dim_v, all, lives);
+        copy_async_commit();
+        copy_async_wait<0>();
+        sync_block();
+        each_row([&](int m, int half) {
+            const int i = this->query(m, half);
+            const float lse = lse_of(row_head, i);
+            const float estimated_norm = 1.0f / (1.0f + sink_of(lse));
+            rows.set(i - row, {lse == -INFINITY ? INFINITY : lse,  // then every e is 0
+                               estimated_norm, estimated_norm * estimated_delta(grad_out, i) - grad_lse_of(row_head, i, lse), 0.0f, 0.0f, 0.0f});
+        });
+#pragma unroll 1
+        for (int again = 0; again < 2; again++) {
+            walk_keys(copy, q, grad_out, k, v, scratch, heads, words, distances, rows, seed);
+            if (!correct(rows, gaps, heads.get(ROW_HEAD))) break;
+        }
+        each_row([&](int m, int half) {
+            const int i = this->query(m, half);
+            if (threadIdx.x % 4 != 0 || i >= sequence.len_q) return;
+            const int64_t at = heads.get(ROW_HEAD) + i;
+            const Row r = rows.get(i - row);
+            g.norm.set(at, r.norm);
+            g.centre.set(at, r.centre);
+            if (!g.sink_terms) return;
+            const float lse = lse_of(heads.get(ROW_HEAD), i);
+            g.sink_terms.set(at, r.norm > 0.0f ? -sink_of(lse) * r.norm * r.norm * r.moment : 0.0f);
+        });
+        store_sums(gradient, q, warp_row, g.grad_q, g.grad_q_vectors, heads.get(GRAD_Q_HEAD), row + warp_row, sequence.len_q, p.dim_qk,
+                   [&](int, int, float sum) { return sum * p.scale; });
+    }
+};
+
+template <typename T, int DIM, int STEP, bool EXTRAS>
+__global__ void __launch_bounds__(Sm80BackwardQueries<T, DIM, STEP, EXTRAS>::THREADS, Sm80BackwardQueries<T, DIM, STEP, EXTRAS>::BLOCKS)
+    attention_backward_queries_sm80(const __grid_constant__ AttentionGradientParams<T> p) {
+    const int entry = static_cast<int>(blockIdx.x) % p.call.entries, tile = p.call.q_tiles - 1 - static_cast<int>(blockIdx.x) / p.call.entries;
+    Sm80BackwardQueries<T, DIM, STEP, EXTRAS>(p, entry, tile).run();
+}
+
+template <typename T, int DIM, int STEP, bool EXTRAS>
+cudaError_t launch_sm80_backward_queries(const fastattn_cuda_attention_gradient &from) {
+    using Kernel = Sm80BackwardQueries<T, DIM, STEP, EXTRAS>;
+    const AttentionGradientParams<T> p = gradient_params<T>(from, BACKWARD_ROWS);
+    const int64_t blocks = static_cast<int64_t>(p.call.q_tiles) * from.call.batch * from.call.heads_q;
+    if (!fits(from.call, blocks)) return cudaErrorInvalidValue;
+    const Launch how = {"attention_backward_queries_sm80", dim3(static_cast<unsigned>(blocks)), dim3(Kernel::THREADS), Kernel::SHARED_BYTES,
+                        from.call.stream};
+    return launch<Kernel::THREADS>(how, attention_backward_queries_sm80<T, DIM, STEP, EXTRAS>, p);
+}
