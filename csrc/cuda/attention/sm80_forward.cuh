@@ -18,15 +18,12 @@
 //            The steps: accumulators follow a new base only where it is far below (up to 5%); narrower rows are copied without a branch per chunk.
 //            Triton's kernel, on wgmma, runs at 430 to 450 there and is preferred on Hopper.
 #pragma once
-#include <cfloat>
-#include <cmath>
-
 #include <primitives/launch.cuh>
 
+#include "bias.cuh"
 #include "mask.cuh"
 #include "tile.cuh"
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.69314718055994531f;
 constexpr float LAZY = 8.0f;  // p stays below 2^LAZY, far inside of float16's range
 
 template <typename T, int DIM, int ROWS, int M, bool EXTRAS>
@@ -96,37 +93,13 @@ struct Sm80Forward {
     }
 
     __device__ __forceinline__ float bias_at(int query, int key) const {
-        const int64_t at = b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2] + key * p.bias_stride[3];
-        if (p.bias.dtype() == FASTATTN_FLOAT32) return p.bias.floats().get(at);
-        const uint32_t bits = p.bias.halves().get(at);
-        float value, unused;
-        if (p.bias.dtype() == FASTATTN_BFLOAT16)
-            unpack_pair<bfloat16>(bits, value, unused);
-        else
-            unpack_pair<float16>(bits, value, unused);
-        return value;
-    }
-
-    // a + b, finite where a and `given`, of which b was made, are: only -inf hides.
-    static __device__ __forceinline__ float sum_of(float a, float b, float given) {
-        const float sum = a + b;
-        if (!(fabsf(sum) > FLT_MAX) || fabsf(a) > FLT_MAX || fabsf(given) > FLT_MAX) return sum;
-        return sum < 0.0f ? -FLT_MAX : FLT_MAX;
+        return bias_element(p.bias, b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2] + key * p.bias_stride[3]);
     }
 
     // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1.
     __device__ __forceinline__ void fill_distances(const Shared<float> &distances, int first_key) const {
-        const DistanceParams &d = p.distance;
-        for (int i = static_cast<int>(threadIdx.x); i < ROWS + KEYS - 1; i += THREADS) {
-            const int distance = i - (ROWS - 1) + first_key - row - sequence.distance_shift;
-            float bias = 0.0f;
-            if (d.table) bias = d.table.get(h * d.table_stride + clamp(distance - d.table_first, 0, static_cast<int>(d.table_size) - 1));
-            if (d.slopes) {
-                const float slope = d.slopes.get(b * d.slopes_stride + h);
-                bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
-            }
-            distances.set(i, bias);
-        }
+        for (int i = static_cast<int>(threadIdx.x); i < ROWS + KEYS - 1; i += THREADS)
+            distances.set(i, distance_bias(p.distance, b, h, i - (ROWS - 1) + first_key - row - sequence.distance_shift));
     }
 
     // What each query of the block sees of a tile, a thread for a query; only where somebody asks.
