@@ -40,7 +40,8 @@ FASTER: dict[tuple[str, int], tuple[str, ...]] = {
 """Per operation and major compute capability, the order that was measured to be faster than ORDER's."""
 
 FIRST_TRITON = ("triton", "cuda", "reference")
-"""On every GPU the order of operations that the CUDA library has no kernel for."""
+"""On every GPU the order of decoding: Triton's kernel was measured on one, and the CUDA kernel was not. That one runs
+where Triton is missing, and where it is asked for."""
 
 fallbacks: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, reason) sent a call on to the next backend."""

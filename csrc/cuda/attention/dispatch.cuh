@@ -6,3 +6,5 @@
 
 template <typename T>
 cudaError_t sm80_forward(const fastattn_cuda_attention &call);
+template <typename T>
+cudaError_t sm80_decode(const fastattn_cuda_decode &call);
