@@ -196,6 +196,7 @@ struct Sm80Decode {
 
     __device__ __forceinline__ void score(const QTile &q, const Ring &ring, int slot) {
         each([](float &x, int, int) { x = 0.0f; });
+        sync_warp();  // copying may have parted the lanes, and the products need all of them
 #pragma unroll
         for (int d = 0; d < DIM; d += 16) {
             uint32_t left[4];
@@ -288,6 +289,7 @@ struct Sm80Decode {
     }
 
     __device__ __forceinline__ void accumulate(const Ring &ring, int slot) {
+        sync_warp();  // as in score()
 #pragma unroll
         for (int step = 0; step < STEPS; step++) {
             uint32_t high[4], low[4];  // rounded to the dtype of v, and what that takes off
@@ -423,19 +425,19 @@ struct Sm80Decode {
         for (int n = 0; n < O_TILES; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) o[n][e] = 0.0f;
-        settle(shared.places, 0, find(shared.spans, 0));
+        const Pack<int64_t, 2> first = find(shared.spans, 0), second = find(shared.spans, 1);
+        settle(shared.places, 0, first);
+        settle(shared.places, 1, second);
         copy<ROWS>(shared.q, 0, p.q, p.q_vectors, p.dim_qk, [&](int r) {
             if (r >= rows_here()) return int64_t(-1);
             const Row row = row_at(r);
             return p.q.at(b, row.head, row.query);
         });
         sync_block();
+        const Pack<int64_t, 2> third = find(shared.spans, 2);
         copy_keys(shared, 0);
-        settle(shared.places, 1, find(shared.spans, 1));
-        sync_block();
         copy_values(shared, 0);
         copy_keys(shared, 1);
-        const Pack<int64_t, 2> third = find(shared.spans, 2);
         sync_block();  // every thread has taken the places of tile 0
         settle(shared.places, 2, third);
         const bool busy = warp_row < rows_here();  // warps without rows only copy
