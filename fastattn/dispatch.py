@@ -40,7 +40,8 @@ FASTER: dict[tuple[str, int], tuple[str, ...]] = {
 """Per operation and major compute capability, the order that was measured to be faster than ORDER's."""
 
 FIRST_TRITON = ("triton", "cuda", "reference")
-"""On every GPU the order for decoding and for attention with gradients: Triton's kernels have been measured there."""
+"""On every GPU the order of decoding and of attention with gradients: Triton's kernels were measured on one, the CUDA
+ones were not. Those run where Triton is missing, and where they are asked for."""
 
 fallbacks: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, reason) sent a call on to the next backend."""

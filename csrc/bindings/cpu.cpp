@@ -69,35 +69,12 @@ void attention_backward(int dtype, int n_threads, const Sizes &sizes, const Pack
     check(fastattn_cpu_attention_backward(&p));
 }
 
-// batch, heads_q, heads_kv, len_q, dim_qk, dim_v, max_length
-using DecodeSizes = std::array<int64_t, 7>;
-using Band = std::tuple<std::optional<int64_t>, std::optional<int64_t>>;    // left, right
-using Pages = std::tuple<int64_t, int64_t, int64_t>;                       // block_table, its row stride, page size
-
 void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const View &q, const View &k, const View &v, const View &out, int64_t lse,
                       int64_t cache_lengths, const Pages &pages, const Band &band, const View &intervals, int64_t n_intervals, const View &bias,
                       int bias_dtype, const Distance &distance, int64_t sinks, float scale, float softcap) {
-    fastattn_decode p{};
-    p.dtype = dtype;
+    fastattn_decode p = decode(dtype, sizes, q, k, v, out, lse, cache_lengths, pages, band, intervals, n_intervals, bias, bias_dtype, distance, sinks,
+                               scale, softcap);
     p.n_threads = n_threads;
-    p.batch = sizes[0], p.heads_q = sizes[1], p.heads_kv = sizes[2], p.len_q = sizes[3], p.dim_qk = sizes[4], p.dim_v = sizes[5];
-    p.max_length = sizes[6];
-    p.q = tensor(q), p.k = tensor(k), p.v = tensor(v), p.out = tensor(out);
-    p.lse = pointer<float>(lse);
-    p.cache_lengths = pointer<int32_t>(cache_lengths);
-    p.block_table = pointer<int32_t>(std::get<0>(pages));
-    p.block_table_stride = std::get<1>(pages), p.page_size = std::get<2>(pages);
-    const auto &[left, right] = band;
-    p.band_left = left.value_or(0), p.band_right = right.value_or(0);
-    p.band_has_left = left.has_value(), p.band_has_right = right.has_value();
-    p.intervals = tensor(intervals);
-    p.n_intervals = n_intervals;
-    p.bias = tensor(bias);
-    p.bias_dtype = bias_dtype;
-    p.distance = distance_bias(distance);
-    p.sinks = pointer<float>(sinks);
-    p.scale = scale;
-    p.softcap = softcap;
     check(fastattn_cpu_attention_decode(&p));
 }
 

@@ -234,6 +234,31 @@ void attention_backward(int dtype, const Sizes &sizes, const Packed &packed, con
     check_attention(fastattn_cuda_attention_backward(&from), "attention_backward", from.call);
 }
 
+// parts, keys of one, and room for their sums and statistics
+using Parts = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+
+void attention_decode(int dtype, const DecodeSizes &sizes, const View &q, const View &k, const View &v, const View &out, std::uintptr_t lse,
+                      std::int64_t entries, std::uintptr_t cache_lengths, const Pages &pages, const Band &band, const View &intervals,
+                      std::int64_t n_intervals, const View &bias, int bias_dtype, const Distance &distance, std::uintptr_t sinks, float scale,
+                      float softcap, const Parts &parts, int device, std::uintptr_t stream) {
+    fastattn_cuda_decode call{};
+    call.device = device;
+    call.stream = pointer<void>(stream);
+    call.problem = decode(dtype, sizes, q, k, v, out, lse, cache_lengths, pages, band, intervals, n_intervals, bias, bias_dtype, distance, sinks, scale,
+                          softcap);
+    call.entries = entries;
+    call.parts = std::get<0>(parts), call.part_keys = std::get<1>(parts);
+    call.sums = pointer<float>(std::get<2>(parts)), call.statistics = pointer<float>(std::get<3>(parts));
+    const py::gil_scoped_release unlocked;
+    const int error = fastattn_cuda_attention_decode(&call);
+    if (error == 0) return;
+    const fastattn_decode &problem = call.problem;
+    std::ostringstream name;
+    name << "attention_decode on cuda:" << device << " with q (" << problem.batch << ", " << problem.heads_q << ", " << problem.len_q << ", "
+         << problem.dim_qk << ") and a cache of " << problem.heads_kv << " heads and " << problem.max_length << " keys (dtype " << dtype << ")";
+    check(error, name.str());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -270,4 +295,10 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("device"), py::arg("stream"), py::arg("transpose"), py::arg("grad_out"), py::arg("grad_q"), py::arg("grad_k"),
                py::arg("grad_v"), py::arg("grad_lse"), py::arg("norm"), py::arg("centre"), py::arg("sink_terms"), py::arg("tolerance"),
                "The gradients of attention_forward, whose out and lse are given; 0 is absent. norm, centre: room for a float of each row.");
+    module.def("attention_decode", &attention_decode, py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+               py::arg("lse"), py::arg("entries"), py::arg("cache_lengths"), py::arg("pages"), py::arg("band"), py::arg("intervals"),
+               py::arg("n_intervals"), py::arg("bias"), py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"),
+               py::arg("softcap"), py::arg("parts"), py::arg("device"), py::arg("stream"),
+               "out and lse over a key-value cache of `entries` batch entries or pages; sizes are batch, heads_q, heads_kv, len_q, dim_qk, dim_v, "
+               "max_length.");
 }

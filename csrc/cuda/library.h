@@ -129,6 +129,18 @@ typedef struct {
     float tolerance;               // how far an estimated centre may be off, relative to the largest row of |ds|, before it is worked out again
 } fastattn_cuda_attention_gradient;
 
+// Attention over a key-value cache, in float16 or bfloat16. The keys that the band leaves of a sequence are cut into `parts` of part_keys each, as
+// many as hold them whatever the lengths are; each has a softmax of its own.
+typedef struct {
+    int32_t device;
+    void *stream;
+    fastattn_decode problem;  // n_threads is not used
+    int64_t entries;          // pages that there are, or batch entries of a contiguous cache: entries of block_table are clamped to them
+    int64_t parts, part_keys;
+    float *sums;        // room for (parts, B,Hq,Sq, Dv); null with one part
+    float *statistics;  // room for (parts, B,Hq,Sq, 2)
+} fastattn_cuda_decode;
+
 FASTATTN_CUDA_API const char *fastattn_cuda_error_text(int error);
 // The architectures of the compiled kernels, comma-separated: "sm_80,compute_80" is machine code for 8.x and PTX for what came later.
 FASTATTN_CUDA_API const char *fastattn_cuda_architectures(void);
@@ -140,6 +152,7 @@ FASTATTN_CUDA_API int fastattn_cuda_activation_backward(const fastattn_cuda_acti
 FASTATTN_CUDA_API int fastattn_cuda_attention_forward(const fastattn_cuda_attention *call);
 // Writes the gradients of the rows of sequences; of a packed batch the others are left as they are.
 FASTATTN_CUDA_API int fastattn_cuda_attention_backward(const fastattn_cuda_attention_gradient *from);
+FASTATTN_CUDA_API int fastattn_cuda_attention_decode(const fastattn_cuda_decode *call);
 FASTATTN_CUDA_API int fastattn_cuda_norm_forward(const fastattn_cuda_norm *call);
 FASTATTN_CUDA_API int64_t fastattn_cuda_norm_backward_parts(int64_t rows, int64_t width, int32_t multiprocessors);
 FASTATTN_CUDA_API int fastattn_cuda_norm_backward(const fastattn_cuda_norm_gradient *call);

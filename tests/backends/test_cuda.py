@@ -12,10 +12,11 @@ import torch
 
 from fastattn.backends import cuda
 from fastattn.parity.rule import check_linear_act, failures
-from fastattn.problems import LinearProblem, NormProblem
+from fastattn.problems import DecodeProblem, LinearProblem, NormProblem
 
 NORM = NormProblem("cuda", torch.float32, "layer", 4, 8)
 LINEAR = LinearProblem("linear_act", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 64, 32, 0, 48)
+DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 1, 64, 2, 64)
 
 POINTERS = "gate", "gate_bias", "up", "up_bias", "h", "gate_out", "up_out"
 ACTIVATION_CALL = dict.fromkeys(POINTERS, 0) | dict(dtype=2, activation=2, dropout=(0, 0, 1.0), device=0, stream=0)
@@ -100,11 +101,31 @@ def test_norm_refusals_say_why(changes: dict[str, object], words: str) -> None:
     assert words in reasons[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": torch.float32}, "takes bfloat16 and float16, and q is torch.float32"),
+        ({"bias": torch.float64}, "bias is torch.float64"),
+        ({"dim_qk": 257}, "D is 257"),
+        ({"dim_v": 0}, "Dv is 0"),
+        ({"device_type": "cpu"}, "cpu tensors"),
+    ],
+)
+def test_decoding_refusals_say_why(changes: dict[str, object], words: str) -> None:
+    reasons = cuda.not_supported_reasons(dataclasses.replace(DECODING, **changes))
+    assert len(reasons) == 1
+    assert words in reasons[0]
+
+
 def test_what_it_runs() -> None:
     for op in ("linear_act", "ffn", "gated_ffn"):
         problem = dataclasses.replace(LINEAR, op=op, dropout=op != "linear_act", requires_grad=True)
         assert cuda.not_supported_reasons(problem) == []
     assert cuda.not_supported_reasons(dataclasses.replace(NORM, dropout=True, requires_grad=True)) == []
+    everything = dict(paged=True, band=True, intervals=4, table=True, slopes=True, softcap=True, sinks=True)
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = dataclasses.replace(DECODING, dtype=dtype, bias=torch.float32, **everything)
+        assert cuda.not_supported_reasons(problem) == []
 
 
 @pytest.mark.skipif(cuda.unavailable_reason() is not None, reason="the CUDA backend is unavailable")

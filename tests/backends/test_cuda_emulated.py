@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pytest
 
-DRIVERS = ("cuda_emulated.py", "cuda_attention_emulated.py")
+DRIVERS = [
+    Path(__file__).with_name(name)
+    for name in ("cuda_emulated.py", "cuda_emulated_attention.py", "cuda_emulated_decode.py")
+]
 
 
 def environment(folder: Path, seed: int = 0) -> dict[str, str]:
     return {**os.environ, "FASTATTN_CUDA_EMULATION": str(folder), "FASTATTN_EMULATION_SEED": str(seed)}
 
 
-@pytest.mark.parametrize(("op", "cases", "checked"), [("all", 20, 85), ("attention", 60, 25)])
+@pytest.mark.parametrize(
+    ("op", "cases", "checked"), [("all", 20, 95), ("attention", 60, 25), ("attention_decode", 60, 25)]
+)
 def test_verify_runs_in_the_emulation(emulated_cuda: Path, op: str, cases: int, checked: int) -> None:
     command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--json", "--op", op]
     command += ["--cases", str(cases), "--seed", "0" if op == "all" else "8"]
@@ -25,10 +30,10 @@ def test_verify_runs_in_the_emulation(emulated_cuda: Path, op: str, cases: int, 
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     report = json.loads(run.stdout)
     assert report["failures"] == []
-    allowed = {"attention": "the CUDA attention"}
+    allowed = {"attention": "the CUDA attention", "attention_decode": "the CUDA decoding takes bfloat16 and float16"}
     for row in report["refusals"]:
         assert allowed.get(row["op"], f"no kernel for {row['op']}") in row["reason"], row
-    assert report["checked"] >= checked  # all of the norms and linear layers, attention forward in the half dtypes
+    assert report["checked"] >= checked  # norms and linear layers, in the half dtypes attention forward and decoding
 
 
 @pytest.mark.slow
@@ -38,9 +43,8 @@ def test_verify_runs_long_in_the_emulation(emulated_cuda: Path) -> None:
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", DRIVERS)
-def test_each_kernel_equals_the_reference(emulated_cuda: Path, name: str) -> None:
-    driver = Path(__file__).with_name(name)
+@pytest.mark.parametrize("driver", DRIVERS, ids=lambda path: path.stem)
+def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver)]
     run = subprocess.run(command, env=environment(emulated_cuda, seed=1), capture_output=True, text=True)
     assert run.returncode == 0, f"FASTATTN_CUDA_EMULATION={emulated_cuda} pytest {driver}\n{run.stdout[-6000:]}"

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastattn.backends import triton as backend
+from fastattn.backends.parts import cut, keys_seen
 from fastattn.backends.triton.attention import _aligned
-from fastattn.backends.triton.decode import _keys_seen, _parts
 from fastattn.masks.lowered import LoweredMask
 from fastattn.problems import AttentionProblem, DecodeProblem, LinearProblem, NormProblem, Problem
 
@@ -90,17 +90,17 @@ def test_random_cases(op: str, first: int, last: int) -> None:
 @pytest.mark.parametrize("keys", [1, 64, 65, 1000, 4096, 131072])
 def test_the_parts_of_a_cache(entries: int, keys: int) -> None:
     """They hold every key, none is empty, and there are no more than fill the GPU."""
-    parts, part_keys = _parts(entries, keys, 64, 132)
+    parts, part_keys = cut(entries, keys, 64, 264)
     assert part_keys % 64 == 0
     assert (parts - 1) * part_keys < keys <= parts * part_keys
     assert parts == 1 or (parts - 1) * entries <= 2 * 132
 
 
 def test_a_window_is_cut_into_parts_and_not_the_cache() -> None:
-    assert _keys_seen(8192, 4, LoweredMask(band_left=100, band_right=0)) == 104
-    assert _keys_seen(8192, 4, LoweredMask(band_left=100)) == 104
-    assert _keys_seen(50, 4, LoweredMask(band_left=100, band_right=0)) == 50
-    assert _keys_seen(8192, 4, LoweredMask(band_right=0)) == 8192
+    assert keys_seen(8192, 4, LoweredMask(band_left=100, band_right=0)) == 104
+    assert keys_seen(8192, 4, LoweredMask(band_left=100)) == 104
+    assert keys_seen(50, 4, LoweredMask(band_left=100, band_right=0)) == 50
+    assert keys_seen(8192, 4, LoweredMask(band_right=0)) == 8192
 
 
 DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 1, 64, 2, 64)

@@ -30,7 +30,8 @@ def test_the_installed_kernels_pass(gate: ModuleType, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     print(printed)
     assert status == 0, printed
-    for name in ("attention_forward_sm80", "norm_forward_kernel", "norm_backward_kernel", "activation_backward_kernel"):
+    attention = "attention_forward_sm80", "attention_decode_sm80", "decode_combine"
+    for name in (*attention, "norm_forward_kernel", "norm_backward_kernel", "activation_backward_kernel"):
         assert {line.split()[0] for line in printed.splitlines() if name in line} == {"sm_80", "sm_90"}, name
 
 

@@ -10,6 +10,8 @@ template <typename T>
 cudaError_t sm80_backward_queries(const fastattn_cuda_attention_gradient &from);
 template <typename T>
 cudaError_t sm80_backward_keys(const fastattn_cuda_attention_gradient &from);
+template <typename T>
+cudaError_t sm80_decode(const fastattn_cuda_decode &call);
 
 // What decides between the instances: the wider of the two head dims, and whether the call needs what EXTRAS holds.
 inline int64_t head_dim(const fastattn_cuda_attention &call) { return call.dim_qk > call.dim_v ? call.dim_qk : call.dim_v; }

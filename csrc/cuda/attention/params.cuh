@@ -6,6 +6,12 @@
 #include "../library.h"
 #include "../philox.cuh"
 
+// How many elements a tensor of these sizes spans, `inner` between those of the last dimension; 0 where it is absent or has none.
+inline int64_t extent_of(const fastattn_tensor &tensor, int64_t b, int64_t h, int64_t s, int64_t d, int64_t inner) {
+    if (!tensor.data || b * h * s * d == 0) return 0;
+    return 1 + (b - 1) * tensor.stride[0] + (h - 1) * tensor.stride[1] + (s - 1) * tensor.stride[2] + (d - 1) * inner;
+}
+
 // A tensor (B,H,S,...) by its first three strides; what is behind them is contiguous, or has `inner` between its elements.
 template <typename T>
 struct Strided {
@@ -15,9 +21,7 @@ struct Strided {
     Strided() = default;
     template <typename U>
     Strided(const fastattn_tensor &tensor, U *pointer, int64_t b, int64_t h, int64_t s, int64_t d, int64_t inner_)
-        : data(pointer, pointer && b * h * s * d > 0
-                            ? 1 + (b - 1) * tensor.stride[0] + (h - 1) * tensor.stride[1] + (s - 1) * tensor.stride[2] + (d - 1) * inner_
-                            : 0),
+        : data(pointer, extent_of(tensor, b, h, s, d, inner_)),
           batch(tensor.stride[0]),
           head(tensor.stride[1]),
           row(tensor.stride[2]),
@@ -130,7 +134,8 @@ inline MaskParams mask_params(const fastattn_cuda_attention &call) {
     return p;
 }
 
-inline DistanceParams distance_params(const fastattn_cuda_attention &call) {
+template <typename Call>  // of attention or of decoding
+DistanceParams distance_params(const Call &call) {
     const fastattn_distance_bias &d = call.distance;
     const int64_t table = (call.heads_q - 1) * d.table_stride + d.table_size, slopes = (call.batch - 1) * d.slopes_stride + call.heads_q;
     return {Global<const float>(d.table, d.table ? table : 0),
@@ -149,9 +154,6 @@ AttentionParams<T> attention_params(const fastattn_cuda_attention &call, int til
     // Batch entries and rows of the tensors themselves.
     const int64_t entries = packed ? 1 : b, rows_q = packed ? call.rows_q : sq, rows_k = packed ? call.rows_k : skv;
     const fastattn_tensor &bias = call.bias;
-    const int64_t bias_count = bias.data && b * hq * sq * skv > 0
-                                   ? 1 + (b - 1) * bias.stride[0] + (hq - 1) * bias.stride[1] + (sq - 1) * bias.stride[2] + (skv - 1) * bias.stride[3]
-                                   : 0;
     const int64_t tiles = (sq + tile_rows - 1) / tile_rows;
     AttentionParams<T> p = {strided<const T>(call.q, entries, hq, rows_q, call.dim_qk),
                             strided<const T>(call.k, entries, hkv, rows_k, call.dim_qk),
@@ -159,7 +161,7 @@ AttentionParams<T> attention_params(const fastattn_cuda_attention &call, int til
                             strided<T>(call.out, entries, hq, rows_q, call.dim_v),
                             Global<float>(call.lse, entries * hq * rows_q),
                             mask_params(call),
-                            Elements(bias.data, call.bias_dtype, bias_count),
+                            Elements(bias.data, call.bias_dtype, extent_of(bias, b, hq, sq, skv, bias.stride[3])),
                             {bias.stride[0], bias.stride[1], bias.stride[2], bias.stride[3]},
                             distance_params(call),
                             {Global<const int32_t>(call.cu_seqlens_q, packed ? b + 1 : 0), Global<const int32_t>(call.cu_seqlens_k, packed ? b + 1 : 0),

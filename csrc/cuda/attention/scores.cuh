@@ -1,4 +1,4 @@
-// What is added to scores, in forward and backward, whichever way their tiles lie.
+// What is added to scores, in forward, backward and decoding, whichever way their tiles lie.
 #pragma once
 #include <cfloat>
 #include <cmath>
@@ -16,9 +16,9 @@ __device__ __forceinline__ float sum_of(float a, float b, float given) {
     return sum < 0.0f ? -FLT_MAX : FLT_MAX;
 }
 
-// The dense bias of a query and a key that exist.
-template <typename T>
-__device__ __forceinline__ float dense_bias(const AttentionParams<T> &p, int b, int h, int query, int key) {
+// The dense bias of a query and a key that exist, in a call of attention or of decoding.
+template <typename Params>
+__device__ __forceinline__ float dense_bias(const Params &p, int b, int h, int query, int key) {
     const int64_t at = b * p.bias_stride[0] + h * p.bias_stride[1] + query * p.bias_stride[2] + key * p.bias_stride[3];
     if (p.bias.dtype() == FASTATTN_FLOAT32) return p.bias.floats().get(at);
     const uint32_t bits = p.bias.halves().get(at);
@@ -30,19 +30,21 @@ __device__ __forceinline__ float dense_bias(const AttentionParams<T> &p, int b, 
     return value;
 }
 
+// The bias of head h of batch entry b at `distance`.
+__device__ __forceinline__ float distance_bias(const DistanceParams &d, int b, int h, int distance) {
+    float bias = 0.0f;
+    if (d.table) bias = d.table.get(h * d.table_stride + clamp(distance - d.table_first, 0, static_cast<int>(d.table_size) - 1));
+    if (d.slopes) {
+        const float slope = d.slopes.get(b * d.slopes_stride + h);
+        bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
+    }
+    return bias;
+}
+
 // The biases of COUNT distances from `first` on, by THREADS threads of a block.
 template <int COUNT, int THREADS>
 __device__ __forceinline__ void fill_distance_biases(const Shared<float> &biases, const DistanceParams &d, int b, int h, int first) {
-    for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += THREADS) {
-        const int distance = first + i;
-        float bias = 0.0f;
-        if (d.table) bias = d.table.get(h * d.table_stride + clamp(distance - d.table_first, 0, static_cast<int>(d.table_size) - 1));
-        if (d.slopes) {
-            const float slope = d.slopes.get(b * d.slopes_stride + h);
-            bias = sum_of(bias, -slope * fabsf(static_cast<float>(distance)), slope);
-        }
-        biases.set(i, bias);
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += THREADS) biases.set(i, distance_bias(d, b, h, first + i));
 }
 
 // 1 - tanh^2 of two scores, what softcap does to their gradients, in one register: rounded to 2^-11 of themselves, less than what ds is rounded by.

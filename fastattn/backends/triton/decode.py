@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.parts import cut, keys_seen
 from fastattn.backends.triton.launch import launch, multiprocessors
 from fastattn.backends.triton.plan import FAR, near
 from fastattn.backends.views import empty_out
@@ -74,8 +75,8 @@ def attention_decode(
     rows = group * len_q
     block_q, block_k, stages = _tile(rows, max(dim, dim_v), q.element_size())
     tiles = -(-rows // block_q)
-    seen = _keys_seen(room, len_q, mask)
-    parts, part_keys = _parts(batch * heads_kv * tiles, seen, block_k, multiprocessors(q.device) or _PROCESSORS)
+    wanted = _PROGRAMS_PER_PROCESSOR * (multiprocessors(q.device) or _PROCESSORS)
+    parts, part_keys = cut(batch * heads_kv * tiles, keys_seen(room, len_q, mask), block_k, wanted)
     whole = parts == 1
     sums, highests, totals = (None if whole else lse.new_empty(parts, lse.numel() * n) for n in (dim_v, 1, 1))
     full = (batch, heads, len_q, room)
@@ -155,23 +156,6 @@ def _tile(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
     if itemsize == 4:
         return block_q, 16, 3 if dim <= 128 else 2
     return block_q, 64 if dim <= 128 else 32, 3
-
-
-def _keys_seen(room: int, len_q: int, mask: LoweredMask) -> int:
-    """How many keys of a sequence the band leaves at most."""
-    if mask.band_left is None:
-        return room
-    right = 0 if mask.band_right is None else min(mask.band_right, room)
-    return max(1, min(room, len_q + mask.band_left + right))
-
-
-def _parts(entries: int, keys: int, block: int, processors: int) -> tuple[int, int]:
-    """Into how many parts the keys are cut, and the keys of one, whole blocks: enough programs for the GPU, and no
-    part without a block."""
-    wanted = -(-_PROGRAMS_PER_PROCESSOR * processors // entries)
-    blocks = max(1, -(-keys // block))
-    per_part = -(-blocks // max(1, min(wanted, blocks)))
-    return -(-blocks // per_part), per_part * block
 
 
 def _strides(name: str, tensor: Tensor, order: tuple[int, int, int]) -> dict[str, int]:

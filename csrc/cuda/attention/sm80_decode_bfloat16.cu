@@ -1,0 +1,3 @@
+#include "sm80_decode_dtype.cuh"
+
+template cudaError_t sm80_decode<bfloat16>(const fastattn_cuda_decode &call);
