@@ -19,7 +19,9 @@ Algorithm
     2023). With one part the first kernel finishes alone.
 
 Measured
-    Nothing yet: no GPU has run it. In the interpreter it is held to the parity rule.
+    H100 80GB HBM3, Triton 3.6, bfloat16, 16 sequences x 12 heads x 64, 2,048 keys cached: 0.052 ms, 1.64 TB/s; torch's
+    fastest, cuDNN, 0.055 in the same run (bench/results/nvidia-h100-80gb-hbm3-2026-11-26). On an H200 all of 2,000
+    random cases were within the parity rule, 2026-11-27.
 """
 
 from __future__ import annotations
