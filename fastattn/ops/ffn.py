@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn.backends.views import as_matrix
 from fastattn.ops.library import (
     InDims,
     VmapResult,
@@ -20,6 +21,7 @@ from fastattn.ops.library import (
     differentiate_once,
     in_layout_of,
     invoke,
+    is_differentiated_again,
     is_mapped,
     lift,
     matrix,
@@ -380,10 +382,25 @@ class LinearAct(torch.autograd.Function):
         if grad_y is None:
             return (None,) * 6
         flags = ctx.needs_input_grad[:3]
+        if ctx.activation == "none" and is_differentiated_again():
+            x, weight, _ = ctx.saved_tensors
+            return (*_differentiable_gradients(grad_y, x, weight, flags), None, None, None)
         gradients = differentiate_once(
             linear_act_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend
         )
         return (*_wanted(gradients, flags), None, None, None)
+
+
+def _differentiable_gradients(
+    grad_y: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a linear of x, weight and bias by torch, which has derivatives of them."""
+    rows = as_matrix(grad_y)
+    return (
+        grad_y @ weight if wanted[0] else None,
+        rows.t() @ as_matrix(x) if wanted[1] else None,
+        rows.sum(dim=0) if wanted[2] else None,
+    )
 
 
 class Ffn(torch.autograd.Function):

@@ -244,12 +244,17 @@ def _wants_all() -> bool:
     return torch.compiler.is_compiling() or _transformed()
 
 
+def is_differentiated_again() -> bool:
+    """Whether a backward is asked for gradients that may be differentiated themselves (create_graph=True)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def differentiate_once(operator: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
     """A backward operator's results, through which no second derivative passes: asking for one raises.
 
     torch's once_differentiable detaches them instead, which gives silent zeros under torch.func.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not is_differentiated_again():
         return invoke(operator, *args)
     # What was saved need not require a gradient (saved_input): something has to.
     witness = None if _transformed() else torch.empty(0, requires_grad=True)

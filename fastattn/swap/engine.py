@@ -42,8 +42,8 @@ def swap(
     Parameters, state_dict keys, hooks and sharing stay as they are: only classes are assigned (and a config that names
     its attention implementation is replaced, in this model, by a copy that names fastattn's).
 
-    attention, norms, ffns: which parts to take over. linears: projections (q, k, v and output of attention, and in
-    inference on a CPU large linears of any kind, where the kernel was found faster than torch's).
+    attention, norms, ffns: which parts to take over. linears: projections (q, k, v and output of attention, and on a
+    CPU large linears of any kind, where the kernel was found faster than torch's).
     backend: the name of the backend that every call is forced to; None lets dispatch choose per call, and leaves to
         torch what it was measured to do as fast: float32 LayerNorm in inference on a CPU, plain attention where cuDNN
         runs it on Hopper.

@@ -1,6 +1,6 @@
-"""Linears that belong to no block, in inference on a CPU: nn.Linear, and Conv1D of transformers.
+"""Linears that belong to no block, on a CPU: nn.Linear, and Conv1D of transformers.
 
-Where the kernel was found faster than torch's it runs, else the original forward does:
+Where the kernel was found faster than torch's it runs, else the original forward does. In inference:
 
 - float32, up to 32 rows, as in generation: 1.0 to 4.6 times as fast; more rows equal. On AMD's processors with AVX-512,
   of which torch's MKL uses the half, any number of rows: 1.7 to 2.5 times as fast, of 64 rows 1.2 to 1.7 [1].
@@ -11,7 +11,12 @@ Where the kernel was found faster than torch's it runs, else the original forwar
 - Smaller weights, 128 x 128 and up, take torch less time for a few rows than our call does. Where its products are
   slow, as above, more rows pay: 1.1 to 2.2 times as fast in float32, 1.3 to 10 in halves [1].
 
-(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] of an AMD EPYC of Zen 5, 2026-11-27.) Halves with any
+With gradients, forward and backward together, where torch's products of many rows are slow, from as many products on:
+1.1 (32 rows, 256 x 256) to 2.2 times as fast in float32 with AVX-512 on an AMD, 3 to 50 in float16 and, with AVX2, 4 to
+24 in bfloat16 [1].
+
+(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] one core of an AMD EPYC of Zen 5, 2026-11-27, told
+to use AVX2 alone where that is said.) Halves with any
 other instruction set are unmeasured, and left to torch.
 """
 
@@ -34,7 +39,7 @@ from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.linear import conv1d, is_projection, projection, why_not_own_tensors, why_not_replaced
 from fastattn.swap.swapped import Swapped
 
-AS_FAST = "torch's kernel is as fast: many rows, or training"
+AS_FAST = "torch's kernel is as fast"
 
 _FEW_ROWS = 32
 _FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.float16: 256 * 1024}
@@ -43,7 +48,8 @@ less."""
 _FROM_FEATURES = 256  # narrower ones leave threads idle
 _FROM_FEATURES_BESIDE_SLOW = 128  # beside slow products of torch's
 _FROM_PRODUCTS = {torch.float32: 2**21, torch.bfloat16: 2**18, torch.float16: 2**18}
-"""Rows x elements of a smaller weight, from which on the call around the product is paid for."""
+"""Rows x elements of a smaller weight, and of any with gradients, from which on the call around the product is paid
+for."""
 _MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES}
 
 
@@ -91,7 +97,7 @@ def _takes(swapped: type[Swapped]) -> tuple[str, ...]:
 
 
 def _applies(module: nn.Module) -> bool:
-    """Whether the module could gain anything: it is large, and in inference on this CPU."""
+    """Whether the module could gain anything: it is large, and on this CPU."""
     if not is_projection(module):
         return False  # a subclass: of such linears no report needs to speak
     if why_not_own_tensors(module) is not None or why_not_replaced(type(module)) is not None:
@@ -120,14 +126,14 @@ def _is_measured(dtype: torch.dtype) -> bool:
 
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not x.is_cpu or torch.is_autocast_enabled("cpu") or is_recorded() or tracks_gradients(x, weight, bias):
+    if not x.is_cpu or torch.is_autocast_enabled("cpu") or is_recorded():
         return False
     agree = x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.dtype is weight.dtype
     if not agree or (bias is not None and bias.dtype is not x.dtype):
         return False  # torch has the words for it
     if not _is_measured(x.dtype):
         return False
-    if not _is_large(weight):
+    if not _is_large(weight) or tracks_gradients(x, weight, bias):
         return _has_slow_products(x.dtype) and x.numel() * weight.shape[0] >= _FROM_PRODUCTS[x.dtype]
     has_few_rows = x.numel() <= _FEW_ROWS * weight.shape[1]
     return has_few_rows or _has_slow_products(x.dtype)

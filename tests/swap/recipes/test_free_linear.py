@@ -1,4 +1,4 @@
-"""Large linears that belong to no block: the kernel in inference on a CPU, the original everywhere else."""
+"""Large linears that belong to no block: the kernel where it is faster on a CPU, the original everywhere else."""
 
 from __future__ import annotations
 
@@ -80,7 +80,14 @@ def test_halves_err_no_more_than_the_original(kernel_calls, dtype) -> None:
     assert error <= 2 * before and kernel_calls == [(70, 1024)]
 
 
-def test_the_original_runs_where_it_is_as_fast(kernel_calls) -> None:
+@pytest.fixture
+def with_slow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's products are slow here, in every dtype."""
+    monkeypatch.setattr(free_linear, "_has_slow_products", lambda dtype: True)
+
+
+def test_the_original_runs_where_it_is_as_fast(kernel_calls, monkeypatch) -> None:
+    monkeypatch.setattr(free_linear, "_is_amds", lambda: False)
     model = large()
     swap(model)
     for x in (torch.randn(33, 1024), torch.randn(1, 1024, requires_grad=True)):
@@ -122,6 +129,47 @@ def test_many_rows_run_on_the_kernel_where_torch_leaves_half_of_the_processor(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("with_slow_products")
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "bias")])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_trains_on_the_kernel(kernel_calls, monkeypatch, dtype, frozen) -> None:
+    monkeypatch.setattr(free_linear, "_is_measured", lambda dtype: True)
+    model, x = large(dtype), torch.randn(2, 35, 1024).to(dtype).requires_grad_()
+    for name in frozen:
+        getattr(model[0], name).requires_grad_(False)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    double = nn.Sequential(nn.Linear(1024, 640), nn.Tanh()).double()
+    double.load_state_dict({name: t.double() for name, t in model.state_dict().items()})
+    grad = torch.randn(2, 35, 640).to(dtype)
+    wide = x.detach().double().requires_grad_()
+    double(wide).backward(grad.double())
+    exact = [wide.grad, *(p.grad for n, p in double[0].named_parameters() if n not in frozen)]
+    before = torch.autograd.grad(model(x), leaves, grad)
+    swap(model)
+    found = torch.autograd.grad(model(x), leaves, grad)
+    assert kernel_calls == [(2, 35, 1024)]
+    for own, original, true in zip(found, before, exact, strict=True):
+        assert own.dtype is dtype
+        # Products of the same roundings: plain torch's error, and what is left to the order of sums.
+        slack = 1e-6 * float(true.abs().max()) if dtype is torch.float32 else 0.0
+        assert (own - true).abs().max() <= 2 * (original - true).abs().max() + slack
+
+
+@pytest.mark.usefixtures("with_slow_products")
+def test_a_gradient_penalty_is_differentiated(kernel_calls) -> None:
+    model, x = large(), torch.randn(70, 1024, requires_grad=True)
+
+    def penalties() -> tuple[Tensor, ...]:
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        return torch.autograd.grad((slope.norm(dim=1) - 1).pow(2).sum(), (x, model[0].weight))
+
+    expected = penalties()
+    swap(model)
+    for found, wanted in zip(penalties(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    assert kernel_calls == [(70, 1024)]
+
+
 def test_a_forced_backend_runs_every_call(kernel_calls) -> None:
     model = large()
     swap(model, backend="cpu")
@@ -147,27 +195,31 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("isa", "vendor", "dtype", "rows", "features", "runs"),
+    ("isa", "vendor", "dtype", "rows", "features", "infers", "trains"),
     [
-        ("avx512bf16", "AMD EPYC", torch.float32, 300, 1024, True),
-        ("avx512bf16", "AMD EPYC", torch.float32, 300, 128, True),
-        ("avx512bf16", "AMD EPYC", torch.float32, 16, 128, False),
-        ("avx512bf16", "Intel Xeon", torch.float32, 300, 1024, False),
-        ("avx512bf16", "Intel Xeon", torch.float32, 30, 1024, True),
-        ("avx512bf16", "AMD EPYC", torch.bfloat16, 32, 1024, True),
-        ("avx512bf16", "AMD EPYC", torch.bfloat16, 33, 1024, False),
-        ("avx2", "AMD EPYC", torch.bfloat16, 33, 1024, True),
-        ("avx2", "AMD EPYC", torch.bfloat16, 16, 128, True),
-        ("avx512", "Intel Xeon", torch.float16, 300, 128, True),
-        ("avx512", "Intel Xeon", torch.float16, 4, 128, False),
+        ("avx512bf16", "AMD EPYC", torch.float32, 300, 1024, True, True),
+        ("avx512bf16", "AMD EPYC", torch.float32, 300, 128, True, True),
+        ("avx512bf16", "AMD EPYC", torch.float32, 16, 128, False, False),
+        ("avx512bf16", "AMD EPYC", torch.float32, 1, 1024, True, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 300, 1024, False, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 30, 1024, True, False),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 32, 1024, True, False),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 33, 1024, False, False),
+        ("avx2", "AMD EPYC", torch.bfloat16, 33, 1024, True, True),
+        ("avx2", "AMD EPYC", torch.bfloat16, 16, 128, True, True),
+        ("avx512", "Intel Xeon", torch.float16, 300, 128, True, True),
+        ("avx512", "Intel Xeon", torch.float16, 4, 128, False, False),
     ],
 )
-def test_the_kernel_runs_where_it_was_found_faster(monkeypatch, isa, vendor, dtype, rows, features, runs) -> None:
+def test_the_kernel_runs_where_it_was_found_faster(
+    monkeypatch, isa, vendor, dtype, rows, features, infers, trains
+) -> None:
     pretend(monkeypatch, isa)
     monkeypatch.setattr(free_linear, "_is_amds", lambda: "AMD" in vendor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)
-    assert free_linear._is_faster(x, weight, None) == runs
+    assert free_linear._is_faster(x, weight, None) == infers
+    assert free_linear._is_faster(x, weight.requires_grad_(), None) == trains
 
 
 def test_changed_linears_run_the_original(kernel_calls, monkeypatch) -> None:
