@@ -17,7 +17,9 @@ DRIVERS = [
 
 
 def environment(folder: Path, seed: int = 0) -> dict[str, str]:
-    return {**os.environ, "FASTATTN_CUDA_EMULATION": str(folder), "FASTATTN_EMULATION_SEED": str(seed)}
+    """Of a process that emulates: on one thread, as the fibres do, and torch's would wait for tests beside it."""
+    own = {"FASTATTN_CUDA_EMULATION": str(folder), "FASTATTN_EMULATION_SEED": str(seed), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own}
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,10 @@ LINEAR = LinearProblem("ffn", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 4,
 
 
 def interpreted(*command: str) -> str:
-    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported."""
+    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported. On one thread,
+    as the interpreter, since torch's would wait for tests beside it."""
     pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, (
         f"TRITON_INTERPRET=1 python {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
