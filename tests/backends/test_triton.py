@@ -25,8 +25,8 @@ LINEAR = LinearProblem("ffn", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 4,
 
 
 def interpreted(*command: str) -> str:
-    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported. On one thread,
-    as the interpreter, since torch's would wait for tests beside it."""
+    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported. On one
+    thread, as the interpreter does: torch's would wait for tests beside it."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
