@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 
 import pytest
 import torch
 
 from fastattn import dispatch
+
+
+def pytest_configure() -> None:
+    """Workers side by side, and what they start, compute on a thread each: with more, every parallel region waits for
+    one that another worker keeps from running. What is about threads sets their number itself."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

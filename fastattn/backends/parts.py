@@ -14,8 +14,8 @@ def keys_seen(room: int, len_q: int, mask: LoweredMask) -> int:
 
 
 def cut(entries: int, keys: int, block: int, wanted: int) -> tuple[int, int]:
-    """Into how many parts the keys of each of `entries` are cut, and the keys of one, whole blocks: at least `wanted`
-    parts of all entries together, where there are so many blocks, and no part without a block."""
+    """Into how many parts the keys of each of `entries` are cut, and the keys of one, whole blocks: about `wanted`
+    parts of all entries together, fewer where there are not so many blocks, and no part without a block."""
     blocks = max(1, -(-keys // block))
     per_part = -(-blocks // max(1, min(-(-wanted // entries), blocks)))
     return -(-blocks // per_part), per_part * block

@@ -92,5 +92,5 @@ def mask_arguments(mask: LoweredMask, batch: int, heads: int) -> tuple[Any, ...]
 
 
 def _block_arguments(blocks: Blocks) -> tuple[Any, ...]:
-    """Rows of blocks only: backward, too, walks along the keys of a tile of queries."""
+    """Rows of blocks only; a backward by keys is given the columns too."""
     return broadcast_view(blocks.row_ptr), *map(address, (blocks.col, blocks.id, blocks.bitmaps))

@@ -58,8 +58,8 @@ def check_mask_histogram(
     for high in (False, True):
         name = "high" if high else "low"
         v = _one_hot_digits(len_k, high).to(device, dtype).expand(batch, heads_kv, len_k, RESIDUES).contiguous()
-        q = torch.zeros(batch, heads_q, len_q, 16, device=device, dtype=dtype)
-        k = torch.ones(batch, heads_kv, len_k, 16, device=device, dtype=dtype)
+        q = torch.zeros(batch, heads_q, len_q, RESIDUES, device=device, dtype=dtype)
+        k = torch.ones(batch, heads_kv, len_k, RESIDUES, device=device, dtype=dtype)
         v.requires_grad_(grad)
         with poisoned_outputs(), torch_threads(threads):
             if packing is None:

@@ -17,6 +17,7 @@ from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.masks.lowered import Blocks, LoweredMask
 from fastattn.packed import Packed
 from fastattn.parity.bound import unit_roundoff
+from fastattn.parity.guards import poisoned_outputs
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -57,10 +58,10 @@ NAMES = ("dq", "dk", "dv", "dbias", "dtable", "dslopes", "dsinks")
 SLACK = 8  # roundings: of p and ds, which have errors of their own, of out, and of the gradient
 
 
-def gradients_agree(inputs: tuple[Tensor, Tensor, Tensor], own: Rest, exact: Rest) -> None:
+def gradients_agree(inputs: tuple[Tensor, Tensor, Tensor], own: Rest, exact: Rest, *, of_lse: bool = True) -> None:
     """The gradients of q, k, v and the sinks, for random gradients of out and lse, against those in float64."""
     out, lse = cuda.attention_forward(*inputs, *own)
-    grad_out, grad_lse = torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape)
+    grad_out, grad_lse = torch.randn(out.shape).to(out.dtype), torch.randn(lse.shape) * of_lse
     wanted = False, False, False, own[3] is not None, True
     found = cuda.attention_backward(grad_out, grad_lse, *inputs, out, lse, *own, *wanted)
     double = tuple(t.double() for t in inputs)
@@ -306,6 +307,21 @@ def test_gradients_lie_as_their_inputs() -> None:
         assert torch.equal(grad, same)
 
 
+def test_rows_of_no_sequence_get_no_gradient_however_the_inputs_lie() -> None:
+    rows = torch.randn(1, 2, 51).to(BF16).unfold(2, 32, 1)  # 20 rows that overlap
+    k, v = (torch.randn(1, 2, 20, 32).to(BF16) for _ in range(2))
+    ends = torch.tensor([5, 15], dtype=torch.int32)
+    rest = LoweredMask(), NO_BIAS, Packed(ends, ends, 10, 10), None, None, 0.2, 0.0, 0.0
+    out, lse = cuda.attention_forward(rows, k, v, *rest)
+    with poisoned_outputs():
+        wanted = False, False, False, False, False
+        grads = cuda.attention_backward(torch.ones_like(out), None, rows, k, v, out, lse, *rest, *wanted)
+    for grad in grads[:3]:
+        assert grad.isfinite().all()
+        assert not grad[:, :, :5].any() and not grad[:, :, 15:].any()
+        assert grad[:, :, 5:15].any()
+
+
 def test_nan_in_a_query_is_not_hidden() -> None:
     q, k, v = half_inputs(Attention(64, 64, 70, 70))
     q[0, 0, 3] = torch.nan
@@ -342,6 +358,31 @@ def test_results_are_bitwise_repeatable_whatever_order_warps_run_in(monkeypatch:
     for later in results[1:]:
         for found, first in zip(later, results[0], strict=True):
             assert torch.equal(found, first)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_gradients_where_one_key_has_all_the_weight(dtype: torch.dtype) -> None:
+    """There ds is less than what a rounded out moves its centre by: the tile is walked a second time."""
+    q, k, v = half_inputs(Attention(96, 96, 63, 2, dtype=dtype))
+    k[:, :, 1] = -k[:, :, 0]
+    q = (q - (q * k[:, :, :1]).sum(-1, True) / k[:, :, :1].square().sum(-1, True) * k[:, :, :1]).to(dtype)
+    bias = LoweredBias(dense=torch.tensor([0.0, -8.0]).view(1, 1, 1, 2))
+    rest = LoweredMask(), bias, None, None, None, 0.1, 0.0, 0.0
+    gradients_agree((q, k, v), rest, rest, of_lse=False)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -2.0])], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("lowest", [torch.finfo(BF16).min, torch.finfo(F32).min])
+def test_gradients_of_rows_at_the_lowest_number(lowest: float, sinks: Tensor | None) -> None:
+    """Their lse has lost the logarithm of how many keys there are: the sums over the keys say it."""
+    inputs = half_inputs(Attention(64, 64, 70, 130))
+    bias = torch.zeros(1, 1, 70, 130)
+    bias[:, :, 10:20] = lowest
+    bias[:, :, 30:, :100] = lowest
+    rest = None, sinks, None, 0.125, 0.0, 0.0
+    exact_rest = None, None if sinks is None else sinks.double(), None, 0.125, 0.0, 0.0
+    own, exact = LoweredBias(dense=bias), LoweredBias(dense=bias.double())
+    gradients_agree(inputs, (LoweredMask(), own, *rest), (LoweredMask(), exact, *exact_rest))
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(BF16).min, torch.finfo(F16).min, torch.finfo(F32).min])

@@ -42,15 +42,28 @@ __global__ void __launch_bounds__(COMBINE_THREADS) decode_combine(const __grid_c
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) top = fmaxf(top, shuffle_xor(top, step));
     float total = 0.0f, values[MOST] = {};
-    for (int part = 0; part < p.parts; part++) {
-        const int64_t number = part * p.all_rows() + row;
-        const Pack<float, 2> own = p.statistics.template load<2>(number * 2);
-        if (own.at[1] == 0.0f) continue;  // saw no key, and left no sums
-        const float share = share_of(own.at[0], top);
-        total += own.at[1] * share;
+    // A lane looks up the share of a part each, for all to use; the loads of several parts are then under way at once.
+    for (int first = 0; first < p.parts; first += WARP) {
+        float share = 0.0f, own_total = 0.0f;
+        if (first + lane < p.parts) {
+            const Pack<float, 2> own = p.statistics.template load<2>(((first + lane) * p.all_rows() + row) * 2);
+            if (own.at[1] != 0.0f) share = share_of(own.at[0], top), own_total = own.at[1] * share;  // else it saw no key, and left no sums
+        }
+        const uint32_t left = warp_ballot(own_total != 0.0f || share != 0.0f);
+        const int parts = smaller(WARP, p.parts - first);
+#pragma unroll 4
+        for (int i = 0; i < parts; i++) {
+            const int64_t number = (first + i) * p.all_rows() + row;
+            const float of_part = shuffle(share, i);
+            const bool has_sums = left >> i & 1;
+            total += shuffle(own_total, i);
 #pragma unroll
-        for (int i = 0; i < MOST; i++)
-            if (lane + i * WARP < p.dim_v) values[i] += p.sums.get(number * p.dim_v + lane + i * WARP) * share;
+            for (int n = 0; n < MOST; n++) {
+                if (lane + n * WARP >= p.dim_v) continue;
+                const float sum = p.sums.get(number * p.dim_v + lane + n * WARP);  // may be anything where the part left none
+                values[n] += has_sums ? sum * of_part : 0.0f;
+            }
+        }
     }
     const int64_t query = row % p.len_q, head = row / p.len_q % p.heads_q, batch = row / p.len_q / p.heads_q;
     const Normal normal(top, total, p.sinks, static_cast<int>(head));

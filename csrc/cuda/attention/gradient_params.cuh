@@ -50,8 +50,3 @@ AttentionGradientParams<T> gradient_params(const fastattn_cuda_attention_gradien
     p.grad_v_vectors = p.grad_v.vectors(call.dim_v);
     return p;
 }
-
-// Whether the sizes fit the kernels' ints, `blocks` being those of the grid.
-inline bool fits(const fastattn_cuda_attention &call, int64_t blocks) {
-    return blocks <= INT_MAX && call.rows_q <= INT_MAX && call.rows_k <= INT_MAX;
-}

@@ -10,7 +10,6 @@
 #include "params.cuh"
 
 constexpr int KEYS = MASK_BLOCK;  // of a tile
-constexpr int MAX_INTERVALS = 4;
 
 // Bits [low, high) of a word; the bounds may lie outside of it.
 __device__ __forceinline__ uint64_t bit_range(int low, int high) {
@@ -62,11 +61,12 @@ protected:
         return {clamp(mask_.intervals.data.get(pair), 0, len_k_), clamp(mask_.intervals.data.get(pair + 1), 0, len_k_)};
     }
 
-    // The keys of a tile that some query of batch entry b may see. All lanes of a warp ask together.
+    // The keys of a tile that some query of batch entry b may see. All lanes of a warp ask together. DENSE: there may be a dense mask.
+    template <bool DENSE>
     __device__ __forceinline__ uint64_t keys_of(const Bounds &bounds, int b, int begin) const {
         uint64_t keys = bit_range(bounds.keys.low - begin, bounds.keys.high - begin);
         if (mask_.key_bits) keys &= static_cast<uint64_t>(mask_.key_bits.get(static_cast<int64_t>(b) * mask_.key_words + begin / KEYS));
-        if (mask_.dense.data && is_key_mask()) keys &= dense_word(b, 0, 0, begin);
+        if (DENSE && mask_.dense.data && is_key_mask()) keys &= dense_word(b, 0, 0, begin);
         return keys;
     }
     // What query `row` sees of them, dense mask apart; block: form D's, as KeyTile has it. 0 behind the last query.
@@ -91,6 +91,7 @@ protected:
 
     // A mask that no head and no query distinguishes hides keys from everybody: they then count as zeros.
     __device__ __forceinline__ bool is_key_mask() const { return mask_.dense.head == 0 && mask_.dense.row == 0; }
+    __device__ __forceinline__ bool has_dense_rows() const { return mask_.dense.data && !is_key_mask(); }
     // Whether the dense mask lets a query see `key`; both exist.
     __device__ __forceinline__ bool dense_sees(int b, int h, int row, int key) const {
         return mask_.dense.data.get(mask_.dense.at(b, h, row) + key * mask_.dense.inner) != 0;
@@ -219,7 +220,7 @@ public:
         const Pack<int, 2> place = scratch_.load<2>(PLACE);
         return MaskRows::dense_sees(place.at[0], place.at[1], row, key);
     }
-    __device__ __forceinline__ bool has_dense_rows() const { return DENSE && mask_.dense.data && !is_key_mask(); }
+    __device__ __forceinline__ bool has_dense_rows() const { return DENSE && MaskRows::has_dense_rows(); }
 
 private:
     // Where things lie in scratch_, behind hull and core of each interval. ENDS: the last tile's, and those of the tiles that are surely full.
@@ -287,7 +288,7 @@ private:
     __device__ __forceinline__ bool look(KeyTile &tile) const {
         const int begin = tile.begin, end = begin + KEYS;
         const Bounds bounds = load_bounds();
-        tile.keys = keys_of(bounds, scratch_.get(PLACE), begin);
+        tile.keys = keys_of<DENSE>(bounds, scratch_.get(PLACE), begin);
         if (tile.keys == 0) return false;
         tile.full = tile.full && tile.keys == ~uint64_t(0);
         if (mask_.has_left || mask_.has_right) {

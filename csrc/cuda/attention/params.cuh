@@ -63,6 +63,7 @@ struct MaskParams {
 };
 
 constexpr int MASK_BLOCK = 64;
+constexpr int MAX_INTERVALS = 4;
 
 // A bias of distance alone, as common/problem.h has it.
 struct DistanceParams {
@@ -191,6 +192,11 @@ AttentionParams<T> attention_params(const fastattn_cuda_attention &call, int til
     return p;
 }
 
+// Whether the sizes fit the kernels' ints, `blocks` being those of the grid.
+inline bool fits(const fastattn_cuda_attention &call, int64_t blocks) {
+    return blocks <= INT32_MAX && call.rows_q <= INT32_MAX && call.rows_k <= INT32_MAX;
+}
+
 // The rows of batch entry b. Whatever cu_seqlens holds, they lie within the tensors.
 template <typename T>
 __device__ __forceinline__ Sequence sequence_of(const AttentionParams<T> &p, int b) {
@@ -201,4 +207,10 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionParams<T> &p, int
     const int len_k = smaller(clamp(end_k, first_k, p.packed.rows_k) - first_k, p.len_k);
     const int shift = clamp((end_k - begin_k) - (end_q - begin_q), -FAR, FAR);  // also of a sequence that is cut off
     return {first_q, first_k, len_q, len_k, shift, p.distance.top_left ? 0 : shift};
+}
+
+// Where the sequence's rows of head h begin in lse, and in whatever lies as lse does.
+template <typename T>
+__device__ __forceinline__ int64_t lse_head(const AttentionParams<T> &p, int b, int h, const Sequence &sequence) {
+    return (static_cast<int64_t>(p.packed.cu_q ? 0 : b) * p.heads_q + h) * p.packed.rows_q + sequence.first_q;
 }

@@ -3,6 +3,9 @@
 #pragma once
 #include "tile.cuh"
 
+// Column of accumulator element e of column tile n.
+__device__ __forceinline__ int sum_column(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2; }
+
 // c = left right^T, for the rows of `left` from `row` on and all of `right`.
 template <typename T, int DIM, int M, int N, typename Left, typename Right>
 __device__ __forceinline__ void multiply_transposed(float (&c)[M][N][4], const Left &left, int row, const Right &right) {
@@ -73,7 +76,7 @@ __device__ __forceinline__ void store_sums(const float (&c)[M][N][4], const Tile
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 const uint32_t pair = pack_pair<T>(value(m, half, c[m][n][2 * half]), value(m, half, c[m][n][2 * half + 1]));
-                const int at = TileType::at(row + 16 * m + 8 * half + lane / 4, 8 * n + lane % 4 * 2);
+                const int at = TileType::at(row + 16 * m + 8 * half + lane / 4, sum_column(n, 0));
                 through.data.template as<uint32_t>().set(static_cast<int>(static_cast<unsigned>(at) / 2), pair);
             }
     sync_warp();

@@ -35,9 +35,6 @@ struct QueryBlock {
     __device__ __forceinline__ int query(int m, int half) const {
         return row + warp_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4;
     }
-    // Column of accumulator element e of column tile n.
-    static __device__ __forceinline__ int column(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2; }
-
     // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1.
     __device__ __forceinline__ void fill_distances(const Shared<float> &distances, int first_key) const {
         fill_distance_biases<ROWS + KEYS - 1, THREADS>(distances, p.distance, b, h, first_key - row - (ROWS - 1) - sequence.distance_shift);
@@ -72,7 +69,7 @@ struct QueryBlock {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half);
-                const uint64_t word = words.get(i - row) >> (first + column(0, 0));  // bit 8 n + e: whether the query sees element e of column tile n
+                const uint64_t word = words.get(i - row) >> (first + sum_column(0, 0));  // bit 8 n + e: whether the query sees element e of column tile n
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++)
 #pragma unroll
@@ -80,7 +77,7 @@ struct QueryBlock {
                         float &x = s[m][n][2 * half + e];
                         bool seen = word >> (8 * n + e) & 1;
                         if constexpr (EXTRAS) {
-                            const int key = tile.begin + first + column(n, e);
+                            const int key = tile.begin + first + sum_column(n, e);
                             if (seen && walk.has_dense_rows()) seen = walk.dense_sees(i, key);
                             if (seen && p.bias) {
                                 const float bias = dense_bias(p, b, h, i, key);
@@ -100,7 +97,7 @@ struct QueryBlock {
 #pragma unroll
             for (int n = 0; n < S_TILES; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, column(n, e));
+                for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, sum_column(n, e));
     }
 
     // Zeroes what is dropped; the scale of what is kept is left to the caller. One call of the generator serves a thread's eight elements of 32

@@ -21,16 +21,17 @@ struct QueryTile {
     int block;  // form D: 0 full, else the bitmap
 };
 
+template <bool DENSE>
 class QueryWalk : MaskRows {
 public:
-    static constexpr int SCRATCH = 20;
+    static constexpr int SCRATCH = 16;
 
     // The tiles that see keys [begin, begin + 64) of batch entry b by one of the heads [head, heads_end). scratch: shared memory of SCRATCH integers.
     __device__ __forceinline__ QueryWalk(const MaskParams &mask, const MaskTranspose &transpose, int b, int head, int heads_end, int begin,
                                          const Sequence &sequence, const Shared<int> &scratch)
         : MaskRows(mask, sequence), transpose_(transpose), b_(b), begin_(begin), scratch_(scratch) {
         const Bounds bounds = bounds_of(b, sequence);
-        const uint64_t keys = keys_of(bounds, b, begin);
+        const uint64_t keys = keys_of<DENSE>(bounds, b, begin);
         const int low = larger(begin, bounds.keys.low), high = smaller(begin + KEYS, bounds.keys.high);
         int first = 0, end = keys != 0 ? len_q_ : 0;
         if (mask.has_right) first = larger(first, low - bounds.band.high + 1);
@@ -96,7 +97,7 @@ private:
         const Pack<int, 4> found = scratch_.load<4>(BOUNDS);
         return {{found.at[0], found.at[1]}, {found.at[2], found.at[3]}};
     }
-    __device__ __forceinline__ bool has_dense_rows() const { return mask_.dense.data && !is_key_mask(); }
+    __device__ __forceinline__ bool has_dense_rows() const { return DENSE && MaskRows::has_dense_rows(); }
 
     __device__ __forceinline__ void begin_head(int head, int first) {
         head_ = head, next_ = first;

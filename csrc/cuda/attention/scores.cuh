@@ -47,12 +47,14 @@ __device__ __forceinline__ void fill_distance_biases(const Shared<float> &biases
     for (int i = static_cast<int>(threadIdx.x); i < COUNT; i += THREADS) biases.set(i, distance_bias(d, b, h, first + i));
 }
 
-// 1 - tanh^2 of two scores, what softcap does to their gradients, in one register: rounded to 2^-11 of themselves, less than what ds is rounded by.
+// 1 - tanh^2 of two scores, what softcap does to their gradients, in one register: rounded to 2^-11 of themselves, down to 2^-29, below which
+// float32 has no more than noise of it.
+constexpr float SLOPE_SCALE = 32768.0f;
 __device__ __forceinline__ uint32_t pack_slopes(float low_tanh, float high_tanh) {
-    return pack_pair<float16>(1.0f - low_tanh * low_tanh, 1.0f - high_tanh * high_tanh);
+    return pack_pair<float16>(SLOPE_SCALE * (1.0f - low_tanh * low_tanh), SLOPE_SCALE * (1.0f - high_tanh * high_tanh));
 }
 __device__ __forceinline__ void bend_gradients(float &low, float &high, uint32_t slopes) {
     float low_slope, high_slope;
     unpack_pair<float16>(slopes, low_slope, high_slope);
-    low *= low_slope, high *= high_slope;
+    low *= low_slope / SLOPE_SCALE, high *= high_slope / SLOPE_SCALE;
 }

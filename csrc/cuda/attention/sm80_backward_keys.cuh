@@ -1,7 +1,7 @@
 // attention backward by keys, on mma.sync: the gradients of k and v.
 //
 // Contract   grad_v = dropout(p)^T grad_out and grad_k = scale ds^T q, summed over the queries of all heads of a group; p and ds as in
-//            sm80_backward_queries.cuh, which has run before and left norm and centre. Every key of the tensors gets a gradient, 0 where nobody sees it.
+//            sm80_backward_queries.cuh, which has run before and left norm and centre. Every key of a sequence gets a gradient, 0 where nobody sees it.
 // Numerics   p and ds are rounded to T for the products with grad_out and q; everything else is float32. Sums have a fixed order: head after head,
 //            tile after tile.
 // Algorithm  A block owns 64 keys of one head of keys, a warp 16 of them with their gradients in registers, and walks over the tiles of 64 queries that
@@ -25,7 +25,8 @@ struct Sm80BackwardKeys {
     using KTile = Tile<T, KEYS, DIM>;
     using QTile = Tile<T, STEP, DIM>;
     using Copy = TileCopy<T, DIM, THREADS>;
-    static constexpr int SHARED_BYTES = 2 * (KTile::SIZE + QTile::SIZE) * 2 + QueryWalk::SCRATCH * 4 + MASK_BLOCK * (8 + 3 * 4) + KEEPS * 8 +
+    using Walk = QueryWalk<EXTRAS>;
+    static constexpr int SHARED_BYTES = 2 * (KTile::SIZE + QTile::SIZE) * 2 + Walk::SCRATCH * 4 + MASK_BLOCK * (8 + 3 * 4) + KEEPS * 8 +
                                         DISTANCES * 4;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
@@ -56,18 +57,11 @@ struct Sm80BackwardKeys {
 
     // Key, within the block, of accumulator half `half`.
     __device__ __forceinline__ int key(int half) const { return warp_row + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4; }
-    // Column of accumulator element e of column tile n.
-    static __device__ __forceinline__ int column(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2; }
-
-    __device__ __forceinline__ int64_t row_head(int head) const {
-        return (static_cast<int64_t>(p.packed.cu_q ? 0 : b) * p.heads_q + head) * p.packed.rows_q + sequence.first_q;
-    }
-
-    __device__ __forceinline__ void fill_rows(const Rows &rows, const QueryWalk &walk, const QueryTile &tile, uint64_t seed) const {
+    __device__ __forceinline__ void fill_rows(const Rows &rows, const Walk &walk, const QueryTile &tile, uint64_t seed) const {
         if (!tile.full || (EXTRAS && p.bias)) walk.fill_words(rows.words, tile);
         for (int r = static_cast<int>(threadIdx.x); r < MASK_BLOCK; r += THREADS) {
             const int i = tile.begin + r;
-            const int64_t at = row_head(tile.head) + i;
+            const int64_t at = lse_head(p, b, tile.head, sequence) + i;
             const bool exists = i < sequence.len_q;
             const float lse = exists ? p.lse.get(at) : -INFINITY;
             rows.base.set(r, lse == -INFINITY ? INFINITY : EXTRAS ? lse : lse * LOG2E);  // infinity makes every e 0
@@ -115,7 +109,7 @@ struct Sm80BackwardKeys {
                         low *= p.softcap, high *= p.softcap;
                     }
                     if (p.distance) {
-                        const int at = key(half) - first - column(n, 0) + MASK_BLOCK - 1;
+                        const int at = key(half) - first - sum_column(n, 0) + MASK_BLOCK - 1;
                         const float low_bias = rows.distances.get(at), high_bias = rows.distances.get(at - 1);
                         low = sum_of(low, low_bias, low_bias), high = sum_of(high, high_bias, high_bias);
                     }
@@ -126,7 +120,7 @@ struct Sm80BackwardKeys {
         for (int n = 0; n < S_TILES; n++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const int i = first + column(n, e);
+                const int i = first + sum_column(n, e);
                 const uint64_t word = rows.words.get(i) >> key(0);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -146,7 +140,7 @@ struct Sm80BackwardKeys {
         const float to_log2 = EXTRAS ? LOG2E : p.scale * LOG2E;
 #pragma unroll
         for (int n = 0; n < S_TILES; n++) {
-            const int at = first + column(n, 0);
+            const int at = first + sum_column(n, 0);
             const Pack<float, 2> base = rows.base.template load<2>(at), norm = rows.norm.template load<2>(at), centre = rows.centre.template load<2>(at);
             uint64_t kept[2] = {~uint64_t(0), ~uint64_t(0)};
             if (EXTRAS && p.dropout) kept[0] = rows.keeps.get(at) >> key(0), kept[1] = rows.keeps.get(at + 1) >> key(0);
@@ -175,11 +169,11 @@ struct Sm80BackwardKeys {
         SharedArena arena;
         const KTile k{arena.take<T>(KTile::SIZE)}, v{arena.take<T>(KTile::SIZE)};
         const QTile q{arena.take<T>(QTile::SIZE)}, grad_out{arena.take<T>(QTile::SIZE)};
-        const Shared<int> scratch = arena.take<int>(QueryWalk::SCRATCH);
+        const Shared<int> scratch = arena.take<int>(Walk::SCRATCH);
         const Rows rows = {arena.take<uint64_t>(MASK_BLOCK), arena.take<uint64_t>(KEEPS),      arena.take<float>(MASK_BLOCK),
                            arena.take<float>(MASK_BLOCK),    arena.take<float>(MASK_BLOCK), arena.take<float>(DISTANCES)};
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
-        QueryWalk walk(p.mask, g.transpose, b, h_kv * p.group, (h_kv + 1) * p.group, begin, sequence, scratch);
+        Walk walk(p.mask, g.transpose, b, h_kv * p.group, (h_kv + 1) * p.group, begin, sequence, scratch);
         zero(grad_k), zero(grad_v);
         const Copy copy;
         copy.pad(k, p.dim_qk);

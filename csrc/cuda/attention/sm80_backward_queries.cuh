@@ -29,7 +29,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     using Base::S_TILES, Base::O_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
     using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Walk;
     static constexpr int BLOCKS = !EXTRAS && DIM <= 32 ? 3 : 1;  // on a multiprocessor, at least
-    static constexpr int SHARED_BYTES = 2 * (QTile::SIZE + KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 48 + ROWS * 8 + DISTANCES * 4 + 2 * WARPS * 4 + ROWS * 24;
+    static constexpr int SHARED_BYTES = 2 * (QTile::SIZE + KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * 8 + DISTANCES * 4 + 2 * WARPS * 4 + ROWS * 24;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
     enum { K_HEAD, V_HEAD, ROW_HEAD, GRAD_Q_HEAD };
@@ -247,7 +247,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
         const Shared<uint64_t> words = arena.take<uint64_t>(ROWS);
         const Shared<float> distances = arena.take<float>(DISTANCES), gaps = arena.take<float>(2 * WARPS);
         const Rows rows = {arena.take<float>(4 * ROWS), arena.take<float>(2 * ROWS)};
-        const int64_t row_head = (static_cast<int64_t>(p.packed.cu_q ? 0 : b) * p.heads_q + h) * p.packed.rows_q + sequence.first_q;
+        const int64_t row_head = lse_head(p, b, h, sequence);
         if (threadIdx.x == 0) {
             const int h_kv = h / p.group;
             heads.set(K_HEAD, p.k.at(b, h_kv, sequence.first_k));

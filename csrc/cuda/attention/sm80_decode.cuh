@@ -3,7 +3,7 @@
 // Contract   q (B,Hq,Sq,D), out (B,Hq,Sq,Dv) and lse (B,Hq,Sq) of few queries against the keys in use of a cache: k (B,Hkv,S,D) and v (B,Hkv,S,Dv),
 //            or pages (pages, page size, Hkv, D) that block_table names; float16 or bfloat16, any strides, D and Dv up to DIM. Query i sits at
 //            position cache_length - Sq + i: the band and the distance biases are about it; intervals and the dense bias count places in the cache.
-//            A key that no row of a block sees counts as zeros and is not read. Lengths and pages beyond the cache are clamped to it. A query
+//            A key that intervals or the bias hide from all rows of a block counts as zeros and is not read. Lengths and pages beyond the cache are clamped to it. A query
 //            that sees no key gets 0 and -inf. Lengths are read by the kernel alone.
 // Numerics   s, statistics and sums in float32. p = e^(s - maximum) is multiplied with v as 2^10 p, so that float16 holds what is small, and in two
 //            parts, what rounding takes off being the second: the products of few rows cost little, and with one query of one value column there
@@ -29,11 +29,11 @@ template <typename T, int DIM, int TILE_KEYS, int ROW_WARPS, int KEY_WARPS>
 struct Sm80Decode {
     static constexpr int KEYS = TILE_KEYS, ROWS = 16 * ROW_WARPS, THREADS = ROW_WARPS * KEY_WARPS * WARP;
     static constexpr int STEPS = KEYS / KEY_WARPS / 16;  // of 16 keys, per warp and tile
-    static constexpr int O_TILES = DIM / 8, CHUNKS = DIM / 8, SLOTS = 4, MAX_SPANS = 4;
+    static constexpr int O_TILES = DIM / 8, CHUNKS = DIM / 8, SLOTS = 4;
     using QTile = Tile<T, ROWS, DIM>;
     using Ring = Tile<T, SLOTS * KEYS, DIM>;  // k of tile t in slot 2 t % SLOTS, v in the next
     static constexpr int MERGED = KEY_WARPS * ROWS * DIM;
-    static constexpr int SHARED_BYTES = (QTile::SIZE + Ring::SIZE) * 2 + 2 * KEYS * 16 + ROWS * MAX_SPANS * 8;
+    static constexpr int SHARED_BYTES = (QTile::SIZE + Ring::SIZE) * 2 + 2 * KEYS * 16 + ROWS * MAX_INTERVALS * 8;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
     static_assert(MERGED * 4 <= Ring::SIZE * 2 && KEY_WARPS * ROWS * 8 <= QTile::SIZE * 2, "what finish() puts in place of the tiles");
     static_assert(KEYS <= THREADS && STEPS > 0 && SLOTS == 4);
@@ -413,7 +413,7 @@ struct Sm80Decode {
         }
         SharedArena arena;
         const Shares shared = {
-            {arena.take<T>(QTile::SIZE)}, {arena.take<T>(Ring::SIZE)}, arena.take<int64_t>(2 * KEYS * 2), arena.take<int>(ROWS * MAX_SPANS * 2)};
+            {arena.take<T>(QTile::SIZE)}, {arena.take<T>(Ring::SIZE)}, arena.take<int64_t>(2 * KEYS * 2), arena.take<int>(ROWS * MAX_INTERVALS * 2)};
         fill_spans(shared.spans, length);
         sync_block();
         narrow(shared.spans);
@@ -473,7 +473,7 @@ template <typename T, int DIM, int KEYS, int ROW_WARPS, int KEY_WARPS>
 cudaError_t launch_sm80_decode(const fastattn_cuda_decode &call) {
     using Kernel = Sm80Decode<T, DIM, KEYS, ROW_WARPS, KEY_WARPS>;
     const bool has_room = call.parts == 1 || (call.sums && call.statistics);
-    if (!fits(call, Kernel::ROWS) || call.problem.n_intervals > Kernel::MAX_SPANS || !has_room) return cudaErrorInvalidValue;
+    if (!fits(call, Kernel::ROWS) || call.problem.n_intervals > MAX_INTERVALS || !has_room) return cudaErrorInvalidValue;
     const DecodeParams<T> p = decode_params<T>(call, Kernel::ROWS);
     const unsigned blocks = static_cast<unsigned>(p.batch) * static_cast<unsigned>(p.heads_kv) * static_cast<unsigned>(p.tiles * p.parts);
     const Launch how = {"attention_decode_sm80", dim3(blocks), dim3(Kernel::THREADS), Kernel::SHARED_BYTES, call.stream};

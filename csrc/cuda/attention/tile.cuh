@@ -115,5 +115,6 @@ struct TileCopy {
                 to.data.template as<uint16_t>().template store<8>(chunk_at, chunk);
             }
         }
+        sync_warp();  // lanes may have parted, and the products that follow need all of them
     }
 };

@@ -47,7 +47,7 @@ NAME = "cuda"
 
 def not_supported_reasons(problem: Problem) -> list[str]:
     """Why this problem is refused; empty for norms and linear layers in float32, bfloat16 and float16, and for
-    decoding and attention without gradients of biases in the latter two."""
+    decoding and attention in the latter two: its gradients with head dims of 17 to 192, and without those of biases."""
     if isinstance(problem, NormProblem):
         return norm_reasons(problem)
     if isinstance(problem, LinearProblem):

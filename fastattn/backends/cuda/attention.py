@@ -102,12 +102,12 @@ def attention_backward(
     """
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     nothing = lse.new_empty(0)
+    dq, dk, dv = written = [g if g.stride(3) == 1 or g.shape[3] == 1 else g.new_empty(g.shape) for g in grads]
     if packed is not None or lse.numel() == 0:  # what belongs to no sequence, or is seen by no query
-        for grad in grads:
+        for grad in (*grads, *written):
             grad.zero_()
     if lse.numel() == 0 or (packed is not None and 0 in (packed.batch, packed.max_len_q)):
         return *grads, nothing, nothing, nothing, lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
-    dq, dk, dv = (g if g.stride(3) == 1 or g.shape[3] == 1 else g.new_empty(g.shape) for g in grads)
     norm, centre = torch.empty_like(lse), torch.empty_like(lse)
     sink_terms = torch.zeros_like(lse) if sinks_requires_grad else None
     if mask.intervals is not None and mask.bounds is None:
@@ -127,9 +127,9 @@ def attention_backward(
         sink_terms=address(sink_terms),
         tolerance=torch.finfo(q.dtype).eps / 4,
     )
-    for grad, written in zip(grads, (dq, dk, dv), strict=True):
-        if written is not grad:
-            grad.copy_(written)
+    for grad, own in zip(grads, written, strict=True):
+        if own is not grad:
+            grad.copy_(own)
     dsinks = nothing if sink_terms is None else sink_terms.sum(dim=(0, 2))
     return *grads, nothing, nothing, nothing, dsinks
 
