@@ -206,8 +206,8 @@ void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, cons
                        std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
                        const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
                        std::uintptr_t stream) {
-    const fastattn_cuda_attention call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks,
-                                                        scale, softcap, dropout, device, stream);
+    const fastattn_cuda_attention call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance,
+                                                        sinks, scale, softcap, dropout, device, stream);
     const py::gil_scoped_release unlocked;
     check_attention(fastattn_cuda_attention_forward(&call), "attention_forward", call);
 }
@@ -221,8 +221,8 @@ void attention_backward(int dtype, const Sizes &sizes, const Packed &packed, con
                         const View &grad_v, std::uintptr_t grad_lse, std::uintptr_t norm, std::uintptr_t centre, std::uintptr_t sink_terms,
                         float tolerance) {
     fastattn_cuda_attention_gradient from{};
-    from.call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks, scale, softcap, dropout,
-                               device, stream);
+    from.call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks, scale, softcap,
+                               dropout, device, stream);
     const auto &[bounds, col_ptr, row, row_id] = transpose;
     from.bounds = tensor(bounds), from.col_ptr = tensor(col_ptr);
     from.block_row = pointer<const std::int32_t>(row), from.block_row_id = pointer<const std::int32_t>(row_id);

@@ -30,7 +30,8 @@ AttentionGradientParams<T> gradient_params(const fastattn_cuda_attention_gradien
     p.transpose.bounds = Strided<const int32_t>(bounds, static_cast<const int32_t *>(bounds.data), b, hq, (call.len_q + MASK_BLOCK - 1) / MASK_BLOCK,
                                                 4 + (call.mask.n_intervals - 1) * p.transpose.bounds_stride, 1);
     const fastattn_tensor columns = {from.col_ptr.data, {from.col_ptr.stride[0], from.col_ptr.stride[1], 1, 0}};
-    p.transpose.col_ptr = Strided<const int32_t>(columns, static_cast<const int32_t *>(columns.data), b, hq, (call.len_k + KEYS - 1) / KEYS + 1, 1, 1);
+    const int64_t block_columns = (call.len_k + KEYS - 1) / KEYS;
+    p.transpose.col_ptr = Strided<const int32_t>(columns, static_cast<const int32_t *>(columns.data), b, hq, block_columns + 1, 1, 1);
     p.transpose.row = Global<const int32_t>(from.block_row, call.n_blocks);
     p.transpose.row_id = Global<const int32_t>(from.block_row_id, call.n_blocks);
     p.grad_out = strided<const T>(from.grad_out, entries, hq, rows_q, call.dim_v);
@@ -43,7 +44,7 @@ AttentionGradientParams<T> gradient_params(const fastattn_cuda_attention_gradien
     p.sink_terms = Global<float>(from.sink_terms, rows);
     p.tolerance = from.tolerance;
     p.key_entries = static_cast<int>(b * hkv);
-    p.k_tiles = static_cast<int>((call.len_k + KEYS - 1) / KEYS);
+    p.k_tiles = static_cast<int>(block_columns);
     p.grad_out_vectors = p.grad_out.vectors(call.dim_v);
     p.grad_q_vectors = p.grad_q.vectors(call.dim_qk);
     p.grad_k_vectors = p.grad_k.vectors(call.dim_qk);

@@ -36,7 +36,8 @@ struct KeyTile {
 // What the rows of a mask hold, for those who walk over its tiles. Where a query's row lies, h and row say; the batch entry is the same for all.
 class MaskRows {
 protected:
-    __device__ __forceinline__ MaskRows(const MaskParams &mask, const Sequence &sequence) : mask_(mask), len_q_(sequence.len_q), len_k_(sequence.len_k) {}
+    __device__ __forceinline__ MaskRows(const MaskParams &mask, const Sequence &sequence)
+        : mask_(mask), len_q_(sequence.len_q), len_k_(sequence.len_k) {}
 
     struct Bounds {
         Span band;  // about a query's number
@@ -99,7 +100,8 @@ protected:
     // What it lets the query see of a tile: each lane reads two keys.
     __device__ __forceinline__ uint64_t dense_word(int b, int h, int row, int begin) const {
         const int lane = static_cast<int>(threadIdx.x) % WARP, low = begin + lane, high = low + WARP;
-        const uint32_t first = warp_ballot(low < len_k_ && dense_sees(b, h, row, low)), second = warp_ballot(high < len_k_ && dense_sees(b, h, row, high));
+        const uint32_t first = warp_ballot(low < len_k_ && dense_sees(b, h, row, low));
+        const uint32_t second = warp_ballot(high < len_k_ && dense_sees(b, h, row, high));
         return static_cast<uint64_t>(second) << WARP | first;
     }
 

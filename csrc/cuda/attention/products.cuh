@@ -6,15 +6,20 @@
 // Column of accumulator element e of column tile n.
 __device__ __forceinline__ int sum_column(int n, int e) { return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + e % 2; }
 
-// c = left right^T, for the rows of `left` from `row` on and all of `right`.
-template <typename T, int DIM, int M, int N, typename Left, typename Right>
-__device__ __forceinline__ void multiply_transposed(float (&c)[M][N][4], const Left &left, int row, const Right &right) {
+template <int M, int N>
+__device__ __forceinline__ void zero_sums(float (&c)[M][N][4]) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) c[m][n][e] = 0.0f;
+}
+
+// c = left right^T, for the rows of `left` from `row` on and all of `right`.
+template <typename T, int DIM, int M, int N, typename Left, typename Right>
+__device__ __forceinline__ void multiply_transposed(float (&c)[M][N][4], const Left &left, int row, const Right &right) {
+    zero_sums(c);
 #pragma unroll
     for (int d = 0; d < DIM; d += 16) {
         uint32_t a[M][4];

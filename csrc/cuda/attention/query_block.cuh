@@ -69,7 +69,8 @@ struct QueryBlock {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half);
-                const uint64_t word = words.get(i - row) >> (first + sum_column(0, 0));  // bit 8 n + e: whether the query sees element e of column tile n
+                // Bit 8 n + e: whether the query sees element e of column tile n.
+                const uint64_t word = words.get(i - row) >> (first + sum_column(0, 0));
 #pragma unroll
                 for (int n = 0; n < S_TILES; n++)
 #pragma unroll

@@ -145,7 +145,8 @@ private:
     }
     __device__ __forceinline__ Pack<int, 4> bounds_at(int r, int head, int query_tile) const {
         const int64_t at = transpose_.bounds.at(b_, head, query_tile) + r * transpose_.bounds_stride;
-        return {{transpose_.bounds.data.get(at), transpose_.bounds.data.get(at + 1), transpose_.bounds.data.get(at + 2), transpose_.bounds.data.get(at + 3)}};
+        const Global<const int32_t> &data = transpose_.bounds.data;
+        return {{data.get(at), data.get(at + 1), data.get(at + 2), data.get(at + 3)}};
     }
 
     // Whether some query of the tile may see some key; notes whether each sees all.

@@ -1,14 +1,15 @@
 // attention backward by keys, on mma.sync: the gradients of k and v.
 //
 // Contract   grad_v = dropout(p)^T grad_out and grad_k = scale ds^T q, summed over the queries of all heads of a group; p and ds as in
-//            sm80_backward_queries.cuh, which has run before and left norm and centre. Every key of a sequence gets a gradient, 0 where nobody sees it.
+//            sm80_backward_queries.cuh, which has run before and left norm and centre. Every key of a sequence gets a gradient, 0 where nobody sees
+//            it.
 // Numerics   p and ds are rounded to T for the products with grad_out and q; everything else is float32. Sums have a fixed order: head after head,
 //            tile after tile.
-// Algorithm  A block owns 64 keys of one head of keys, a warp 16 of them with their gradients in registers, and walks over the tiles of 64 queries that
-//            see them, head after head of the group (query_walk.cuh), STEP queries at a time. Products are transposed, keys x queries, so that p and ds are
-//            left operands as they stand: dp first, while q comes, then s and p grad_out, and ds q while the next grad_out comes. What each query has
-//            (its word of the mask, its kept keys, lse, norm and centre) is laid out in shared memory, a thread for a query. Wide heads have registers for
-//            one of the two gradients at a time: then DK and DV are two launches.
+// Algorithm  A block owns 64 keys of one head of keys, a warp 16 of them with their gradients in registers, and walks over the tiles of 64 queries
+//            that see them, head after head of the group (query_walk.cuh), STEP queries at a time. Products are transposed, keys x queries, so that
+//            p and ds are left operands as they stand: dp first, while q comes, then s and p grad_out, and ds q while the next grad_out comes. What
+//            each query has (its word of the mask, its kept keys, lse, norm and centre) is laid out in shared memory, a thread for a query. Wide
+//            heads have registers for one of the two gradients at a time: then DK and DV are two launches.
 // Measured   Not run on a GPU yet; checked in emulation.
 #pragma once
 #include <primitives/launch.cuh>
@@ -141,7 +142,8 @@ struct Sm80BackwardKeys {
 #pragma unroll
         for (int n = 0; n < S_TILES; n++) {
             const int at = first + sum_column(n, 0);
-            const Pack<float, 2> base = rows.base.template load<2>(at), norm = rows.norm.template load<2>(at), centre = rows.centre.template load<2>(at);
+            const Pack<float, 2> base = rows.base.template load<2>(at), norm = rows.norm.template load<2>(at);
+            const Pack<float, 2> centre = rows.centre.template load<2>(at);
             uint64_t kept[2] = {~uint64_t(0), ~uint64_t(0)};
             if (EXTRAS && p.dropout) kept[0] = rows.keeps.get(at) >> key(0), kept[1] = rows.keeps.get(at + 1) >> key(0);
 #pragma unroll
@@ -174,7 +176,7 @@ struct Sm80BackwardKeys {
                            arena.take<float>(MASK_BLOCK),    arena.take<float>(MASK_BLOCK), arena.take<float>(DISTANCES)};
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
         Walk walk(p.mask, g.transpose, b, h_kv * p.group, (h_kv + 1) * p.group, begin, sequence, scratch);
-        zero(grad_k), zero(grad_v);
+        zero_sums(grad_k), zero_sums(grad_v);
         const Copy copy;
         copy.pad(k, p.dim_qk);
         copy.pad(v, p.dim_v);
@@ -229,20 +231,11 @@ struct Sm80BackwardKeys {
         copy_async_wait<0>();
         sync_block();  // the tiles of k and v, through which the gradients are written, are no longer being filled
         if constexpr (DK)
-            store_sums(grad_k, k, warp_row, g.grad_k, g.grad_k_vectors, g.grad_k.at(b, h_kv, sequence.first_k), begin + warp_row, sequence.len_k, p.dim_qk,
-                       [&](int, int, float sum) { return sum * p.scale; });
+            store_sums(grad_k, k, warp_row, g.grad_k, g.grad_k_vectors, g.grad_k.at(b, h_kv, sequence.first_k), begin + warp_row, sequence.len_k,
+                       p.dim_qk, [&](int, int, float sum) { return sum * p.scale; });
         if constexpr (DV)
-            store_sums(grad_v, v, warp_row, g.grad_v, g.grad_v_vectors, g.grad_v.at(b, h_kv, sequence.first_k), begin + warp_row, sequence.len_k, p.dim_v,
-                       [](int, int, float sum) { return sum; });
-    }
-
-private:
-    template <int N>
-    static __device__ __forceinline__ void zero(float (&sums)[1][N][4]) {
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) sums[0][n][e] = 0.0f;
+            store_sums(grad_v, v, warp_row, g.grad_v, g.grad_v_vectors, g.grad_v.at(b, h_kv, sequence.first_k), begin + warp_row, sequence.len_k,
+                       p.dim_v, [](int, int, float sum) { return sum; });
     }
 };
 

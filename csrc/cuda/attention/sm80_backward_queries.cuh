@@ -1,17 +1,18 @@
 // attention backward by queries, on mma.sync: the gradient of q, what the backward by keys needs of each row, and the sinks' terms.
 //
 // Contract   grad_q = scale ds k with p = softmax(s), the sink in its denominator; dp = dropout'(grad_out v^T); delta = sum over keys of p dp;
-//            ds = p (dp - delta) + grad_lse softmax(s), the last one without the sink; with a softcap ds (1 - tanh^2). Tensors as in sm80_forward.cuh;
-//            out and lse are forward's. norm and centre, float32 (B,Hq,Sq), are written for sm80_backward_keys.cuh. A query that sees no key gets 0.
+//            ds = p (dp - delta) + grad_lse softmax(s), the last one without the sink; with a softcap ds (1 - tanh^2). Tensors as in
+//            sm80_forward.cuh; out and lse are forward's. norm and centre, float32 (B,Hq,Sq), are written for sm80_backward_keys.cuh. A query that
+//            sees no key gets 0.
 // Numerics   With e = exp(s - lse) a row's terms are p = e norm and ds = e (dp norm - centre). From a float32 lse and a rounded out alone, norm = 1
 //            and centre = sum(grad_out out) would put errors of their own into p and ds: lse has lost log n where every score is finfo.min, and a
-//            rounded out moves delta by more than ds itself where one key has all the weight. So e and e dp are summed over the keys, which gives both
-//            exactly. The product with k has by then been taken with the estimates: a wrong norm is a factor of the row, corrected afterwards, and
-//            where the estimated centre was off by more than `tolerance` of the block's largest sum |ds| the block walks its keys once more.
+//            rounded out moves delta by more than ds itself where one key has all the weight. So e and e dp are summed over the keys, which gives
+//            both exactly. The product with k has by then been taken with the estimates: a wrong norm is a factor of the row, corrected afterwards,
+//            and where the estimated centre was off by more than `tolerance` of the block's largest sum |ds| the block walks its keys once more.
 //            ds is rounded to T for the product with k; everything else is float32. No atomics: the same bits every run.
-// Algorithm  A block owns ROWS queries of one head, with their rows of q and grad_out in shared memory, a warp 16 of them with their gradient in
-//            registers. It walks over the tiles of 64 keys that the mask does not leave empty, STEP keys at a time, three products each: dp first, while
-//            k comes, then s and ds k, while the next v comes. Masks, biases and the order of blocks are forward's.
+// Algorithm  A block owns 64 queries of one head, with their rows of q and grad_out in shared memory, a warp 16 of them with their gradient in
+//            registers. It walks over the tiles of 64 keys that the mask does not leave empty, STEP keys at a time, three products each: dp first,
+//            while k comes, then s and ds k, while the next v comes. Masks, biases and the order of blocks are forward's.
 // Measured   Not run on a GPU yet; checked in emulation.
 #pragma once
 #include <primitives/launch.cuh>
@@ -29,7 +30,8 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     using Base::S_TILES, Base::O_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
     using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Walk;
     static constexpr int BLOCKS = !EXTRAS && DIM <= 32 ? 3 : 1;  // on a multiprocessor, at least
-    static constexpr int SHARED_BYTES = 2 * (QTile::SIZE + KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * 8 + DISTANCES * 4 + 2 * WARPS * 4 + ROWS * 24;
+    static constexpr int SHARED_BYTES = 2 * (QTile::SIZE + KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * (8 + 24) + DISTANCES * 4 +
+                                        2 * WARPS * 4;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
     enum { K_HEAD, V_HEAD, ROW_HEAD, GRAD_Q_HEAD };
@@ -39,8 +41,8 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     uint32_t rounded[M][S_TILES / 2][4];
     float gradient[M][O_TILES][4];  // of q, so far
 
-    // Of a query, in shared memory between the steps, since the products need the registers: what e is relative to, norm and centre as far as they are
-    // known, and the sums over the keys of e, e dp and |ds|. The four lanes that share a row agree on it, and the first of them writes it.
+    // Of a query, in shared memory between the steps, since the products need the registers: what e is relative to, norm and centre as far as they
+    // are known, and the sums over the keys of e, e dp and |ds|. The four lanes that share a row agree on it, and the first of them writes it.
     struct Row {
         float base, norm, centre, total, moment, size;
     };
@@ -173,14 +175,10 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     }
 
     // One walk over the keys, from a gradient and sums of zero.
-    __device__ __forceinline__ void walk_keys(const Copy &copy, const QTile &q, const QTile &grad_out, const KTile &k, const KTile &v, const Shared<int> &scratch,
-                                              const Shared<int64_t> &heads, const Shared<uint64_t> &words, const Shared<float> &distances, const Rows &rows, uint64_t seed) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < O_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) gradient[m][n][e] = 0.0f;
+    __device__ __forceinline__ void walk_keys(const Copy &copy, const QTile &q, const QTile &grad_out, const KTile &k, const KTile &v,
+                                              const Shared<int> &scratch, const Shared<int64_t> &heads, const Shared<uint64_t> &words,
+                                              const Shared<float> &distances, const Rows &rows, uint64_t seed) {
+        zero_sums(gradient);
         each_row([&](int m, int half) {
             const int at = this->query(m, half) - row;
             const Row r = rows.get(at);

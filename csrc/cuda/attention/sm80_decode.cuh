@@ -3,8 +3,8 @@
 // Contract   q (B,Hq,Sq,D), out (B,Hq,Sq,Dv) and lse (B,Hq,Sq) of few queries against the keys in use of a cache: k (B,Hkv,S,D) and v (B,Hkv,S,Dv),
 //            or pages (pages, page size, Hkv, D) that block_table names; float16 or bfloat16, any strides, D and Dv up to DIM. Query i sits at
 //            position cache_length - Sq + i: the band and the distance biases are about it; intervals and the dense bias count places in the cache.
-//            A key that intervals or the bias hide from all rows of a block counts as zeros and is not read. Lengths and pages beyond the cache are clamped to it. A query
-//            that sees no key gets 0 and -inf. Lengths are read by the kernel alone.
+//            A key that intervals or the bias hide from all rows of a block counts as zeros and is not read. Lengths and pages beyond the cache are
+//            clamped to it. A query that sees no key gets 0 and -inf. Lengths are read by the kernel alone.
 // Numerics   s, statistics and sums in float32. p = e^(s - maximum) is multiplied with v as 2^10 p, so that float16 holds what is small, and in two
 //            parts, what rounding takes off being the second: the products of few rows cost little, and with one query of one value column there
 //            are no others whose errors would make up for those of rounded weights.

@@ -162,12 +162,7 @@ struct Sm80Forward : QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
         for (float &x : none.at) x = -INFINITY;
         if (threadIdx.x % SHARING == 0) bases.template store<2 * M>(static_cast<int>(threadIdx.x) / SHARING * 2 * M, none);
         sums.template store<2 * M>(static_cast<int>(threadIdx.x) * 2 * M, {});
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < O_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) o[m][n][e] = 0.0f;
+        zero_sums(o);
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
         const Copy copy;
         copy.pad(q, p.dim_qk);
