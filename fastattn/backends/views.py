@@ -3,6 +3,7 @@ how results lie in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +52,17 @@ def empty_out(q: Tensor, dim_v: int) -> Tensor:
     batch, heads, len_q, _ = q.shape
     row = max(heads, 1) * dim_v
     return q.new_empty_strided((batch, heads, len_q, dim_v), (max(len_q, 1) * row, dim_v, row, 1))
+
+
+def writable(grad: Tensor) -> Tensor:
+    """The gradient itself, or room for it where its last dimension is not contiguous, in which kernels cannot write."""
+    return grad if grad.stride(3) == 1 or grad.shape[3] == 1 else grad.new_empty(grad.shape)
+
+
+def copied(written: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, with what was written in the room of those that have some."""
+    dq, dk, dv = (grad if own is grad else grad.copy_(own) for own, grad in zip(written, grads, strict=True))
+    return dq, dk, dv
 
 
 _NO_DISTANCES = (0, 0, 0, 0, 0, 0, False)

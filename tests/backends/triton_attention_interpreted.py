@@ -24,6 +24,7 @@ from fastattn.kernels import tiles
 from fastattn.masks.lowered import Blocks, LoweredMask, visible
 from fastattn.packed import Packed
 from fastattn.parity.bound import unit_roundoff
+from fastattn.parity.guards import poisoned_outputs
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 BATCH, HEADS, HEADS_KV, LEN_Q, LEN_K = 2, 2, 1, 90, 150
@@ -195,6 +196,21 @@ def test_packed_sequences_equal_the_reference(form: str, dtype: torch.dtype, opt
     band = {"band_offset": 3, "band_left": 90, "band_right": 20}  # from each sequence's end
     got = outputs(backend, mask._replace(**band), dtype, options, packed=PACKED)
     assert_close(got, outputs(reference, LoweredMask(dense=shown, **band), dtype, options, packed=PACKED), dtype, form)
+
+
+def test_rows_of_no_sequence_get_no_gradient_however_the_inputs_lie() -> None:
+    rows = torch.randn(1, 2, 51).to(F16).unfold(2, 32, 1)  # 20 rows that overlap
+    k, v = (torch.randn(1, 2, 20, 32).to(F16) for _ in range(2))
+    ends = torch.tensor([5, 15], dtype=torch.int32)
+    rest = LoweredMask(), NO_BIAS, Packed(ends, ends, 10, 10), None, None, 0.2, 0.0, 0.0
+    out, lse = backend.attention_forward(rows, k, v, *rest)
+    with poisoned_outputs():
+        wanted = False, False, False, False, False
+        grads = backend.attention_backward(torch.ones_like(out), None, rows, k, v, out, lse, *rest, *wanted)
+    for grad in grads[:3]:
+        assert grad.isfinite().all()
+        assert not grad[:, :, :5].any() and not grad[:, :, 15:].any()
+        assert grad[:, :, 5:15].any()
 
 
 @pytest.mark.parametrize("form", FORMS)

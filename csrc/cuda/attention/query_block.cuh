@@ -35,6 +35,7 @@ struct QueryBlock {
     __device__ __forceinline__ int query(int m, int half) const {
         return row + warp_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4;
     }
+
     // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1.
     __device__ __forceinline__ void fill_distances(const Shared<float> &distances, int first_key) const {
         fill_distance_biases<ROWS + KEYS - 1, THREADS>(distances, p.distance, b, h, first_key - row - (ROWS - 1) - sequence.distance_shift);

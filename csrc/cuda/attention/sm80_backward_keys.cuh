@@ -43,7 +43,7 @@ struct Sm80BackwardKeys {
     int b, h_kv, begin;  // the block's first key
     int warp_row;        // this warp's first key within the block
     Sequence sequence;
-    float s[1][S_TILES][4], weights[1][S_TILES][4];
+    float s[1][S_TILES][4], grad_weights[1][S_TILES][4];  // the latter dp
     uint32_t rounded[1][S_TILES / 2][4];
     float grad_k[1][DK ? O_TILES : 1][4], grad_v[1][DV ? O_TILES : 1][4];
 
@@ -58,6 +58,8 @@ struct Sm80BackwardKeys {
 
     // Key, within the block, of accumulator half `half`.
     __device__ __forceinline__ int key(int half) const { return warp_row + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4; }
+
+    // What the rows hold for a tile, by all threads of the block together.
     __device__ __forceinline__ void fill_rows(const Rows &rows, const Walk &walk, const QueryTile &tile, uint64_t seed) const {
         if (!tile.full || (EXTRAS && p.bias)) walk.fill_words(rows.words, tile);
         for (int r = static_cast<int>(threadIdx.x); r < MASK_BLOCK; r += THREADS) {
@@ -150,7 +152,7 @@ struct Sm80BackwardKeys {
             for (int half = 0; half < 2; half++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float &x = s[0][n][2 * half + e], &dp = weights[0][n][2 * half + e];
+                    float &x = s[0][n][2 * half + e], &dp = grad_weights[0][n][2 * half + e];
                     // 2^(s - base); the difference first where scores may be so large that log2 e times them is not finite
                     const float power = exp2_fast(EXTRAS ? (x - base.at[e]) * to_log2 : fmaf(x, to_log2, -base.at[e]));
                     float factor = 1.0f;
@@ -161,7 +163,8 @@ struct Sm80BackwardKeys {
                     if (EXTRAS && p.dropout) dp *= factor;
                     dp = power * fmaf(dp, norm.at[e], -centre.at[e]);
                 }
-                if (DK && EXTRAS && p.softcap != 0.0f) bend_gradients(weights[0][n][2 * half], weights[0][n][2 * half + 1], slopes[n][half]);
+                if (DK && EXTRAS && p.softcap != 0.0f)
+                    bend_gradients(grad_weights[0][n][2 * half], grad_weights[0][n][2 * half + 1], slopes[n][half]);
             }
         }
     }
@@ -205,7 +208,7 @@ struct Sm80BackwardKeys {
                 sync_block();  // grad_out has come, and every warp is done with q and the rows
                 fetch(q, p.q, p.q_vectors, p.dim_qk, tile, first);
                 if (first == 0) fill_rows(rows, walk, tile, seed);
-                if (DK) multiply_transposed<T, DIM>(weights, v, warp_row, grad_out);
+                if (DK) multiply_transposed<T, DIM>(grad_weights, v, warp_row, grad_out);
                 const bool last = first + STEP == MASK_BLOCK;
                 if (last) following = walk.next();
                 copy_async_wait<0>();
@@ -222,7 +225,7 @@ struct Sm80BackwardKeys {
                 sync_block();  // every warp is done with grad_out
                 if (following.begin >= 0) fetch(grad_out, g.grad_out, g.grad_out_vectors, p.dim_v, following, last ? 0 : first + STEP);
                 if constexpr (DK) {
-                    round_sums<T>(rounded, weights);
+                    round_sums<T>(rounded, grad_weights);
                     accumulate<T>(grad_k, rounded, q);
                 }
             }

@@ -37,7 +37,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     enum { K_HEAD, V_HEAD, ROW_HEAD, GRAD_Q_HEAD };
 
     const AttentionGradientParams<T> &g;
-    float weights[M][S_TILES][4];   // dp
+    float grad_weights[M][S_TILES][4];  // dp
     uint32_t rounded[M][S_TILES / 2][4];
     float gradient[M][O_TILES][4];  // of q, so far
 
@@ -125,7 +125,8 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &x = s[m][n][2 * half + e];
-                    const float power = exp2_fast(EXTRAS ? (x - from) * to_log2 : fmaf(x, to_log2, -from)), dp = weights[m][n][2 * half + e];
+                    const float power = exp2_fast(EXTRAS ? (x - from) * to_log2 : fmaf(x, to_log2, -from));
+                    const float dp = grad_weights[m][n][2 * half + e];
                     x = power * fmaf(dp, r.norm, -r.centre);
                     total += power;
                     moment = fmaf(power, dp, moment);
@@ -205,7 +206,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
                     this->fill_words(words, walk, tile);
                     if (EXTRAS && p.distance) this->fill_distances(distances, tile.begin);
                 }
-                multiply_transposed<T, DIM>(weights, grad_out, warp_row, v);
+                multiply_transposed<T, DIM>(grad_weights, grad_out, warp_row, v);
                 const bool last = first + STEP == KEYS;
                 if (last) following = walk.next();
                 copy_async_wait<0>();
@@ -218,13 +219,13 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
                     slopes[m][n][half] = pack_slopes(low, high);
                 });
                 if (EXTRAS && p.dropout) {
-                    this->drop_out(weights, seed, tile.begin + first);
+                    this->drop_out(grad_weights, seed, tile.begin + first);
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
                         for (int n = 0; n < S_TILES; n++)
 #pragma unroll
-                            for (int e = 0; e < 4; e++) weights[m][n][e] *= p.dropout.keep_scale;
+                            for (int e = 0; e < 4; e++) grad_weights[m][n][e] *= p.dropout.keep_scale;
                 }
                 differentiate(rows, slopes);
                 round_sums<T>(rounded, s);

@@ -16,8 +16,8 @@
 //            d128  309 321 / 344   316 326 / 342   causal 283 289 / 284   335 346 / 320
 //            d80 at 4,096   199 251 / 267   causal 188 230 / 233     d256   281 301 / 320   causal 283 299 / 286
 //            The steps: accumulators follow a new base only where it is far below (up to 5%); narrower rows are copied without a branch per chunk.
-//            Triton's kernel, on wgmma, runs at 430 to 450 there and is preferred on Hopper. Not timed since it shares its tiles with backward: as
-//            many blocks fit a multiprocessor as before, and EXTRAS has up to 9% more instructions in all.
+//            Triton's kernel, on wgmma, runs at 430 to 450 there and is preferred on Hopper. Not timed since it shares its tiles with backward; as
+//            many blocks fit a multiprocessor as before.
 #pragma once
 #include <primitives/launch.cuh>
 

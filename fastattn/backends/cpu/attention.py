@@ -11,7 +11,16 @@ from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.decode import attention_decode
 from fastattn.backends.cpu.library import dropout_arguments, native
 from fastattn.backends.few import as_decoding
-from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out, mask_arguments, view
+from fastattn.backends.views import (
+    address,
+    broadcast_view,
+    copied,
+    distance_arguments,
+    empty_out,
+    mask_arguments,
+    view,
+    writable,
+)
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -71,7 +80,7 @@ def attention_backward(
     deterministic: bool,  # every sum of these kernels has a fixed order
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    wide = [_writable(grad) for grad in (dq, dk, dv)]
+    wide = [writable(grad) for grad in (dq, dk, dv)]
     k, v = _gathered(k, v, q, mask, packed)
     sinks = None if sinks is None else sinks.float()
     dbias = torch.zeros(bias.dense.shape if bias.dense is not None and bias_requires_grad else 0, dtype=torch.float32)
@@ -89,10 +98,7 @@ def attention_backward(
         broadcast_view(dbias if bias_requires_grad else None),
         *map(address, (dtable, dslopes, dsinks)),
     )
-    for grad, written in zip((dq, dk, dv), wide, strict=True):
-        if written is not grad:
-            grad.copy_(written)
-    return dq, dk, dv, dbias, dtable, dslopes, dsinks
+    return *copied(wide, (dq, dk, dv)), dbias, dtable, dslopes, dsinks
 
 
 def _gathered(k: Tensor, v: Tensor, q: Tensor, mask: LoweredMask, packed: Packed | None) -> tuple[Tensor, Tensor]:
@@ -123,11 +129,6 @@ def _side_by_side(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.float32 or dim % 128:
         return tensor.contiguous()
     return tensor.new_empty(*lead, dim + 16)[..., :dim].copy_(tensor)
-
-
-def _writable(grad: Tensor) -> Tensor:
-    """The gradient itself, or where its last dimension is not contiguous a tensor that the kernel can write."""
-    return grad if grad.stride(3) == 1 or grad.shape[3] == 1 else torch.empty(grad.shape, dtype=grad.dtype)
 
 
 def _views(packed: Packed | None, *tensors: Tensor) -> tuple[tuple[int, ...] | None, ...]:

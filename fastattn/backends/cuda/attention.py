@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
 from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, place
-from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out, mask_arguments
+from fastattn.backends.views import (
+    address,
+    broadcast_view,
+    copied,
+    distance_arguments,
+    empty_out,
+    mask_arguments,
+    writable,
+)
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.intervals import row_bounds
 from fastattn.masks.lowered import LoweredMask
@@ -102,12 +110,13 @@ def attention_backward(
     """
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     nothing = lse.new_empty(0)
-    dq, dk, dv = written = [g if g.stride(3) == 1 or g.shape[3] == 1 else g.new_empty(g.shape) for g in grads]
+    dq, dk, dv = written = [writable(grad) for grad in grads]
     if packed is not None or lse.numel() == 0:  # what belongs to no sequence, or is seen by no query
-        for grad in (*grads, *written):
+        for grad in written:
             grad.zero_()
     if lse.numel() == 0 or (packed is not None and 0 in (packed.batch, packed.max_len_q)):
-        return *grads, nothing, nothing, nothing, lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
+        dsinks = lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
+        return *copied(written, grads), nothing, nothing, nothing, dsinks
     norm, centre = torch.empty_like(lse), torch.empty_like(lse)
     sink_terms = torch.zeros_like(lse) if sinks_requires_grad else None
     if mask.intervals is not None and mask.bounds is None:
@@ -127,11 +136,8 @@ def attention_backward(
         sink_terms=address(sink_terms),
         tolerance=torch.finfo(q.dtype).eps / 4,
     )
-    for grad, own in zip(grads, written, strict=True):
-        if own is not grad:
-            grad.copy_(own)
     dsinks = nothing if sink_terms is None else sink_terms.sum(dim=(0, 2))
-    return *grads, nothing, nothing, nothing, dsinks
+    return *copied(written, grads), nothing, nothing, nothing, dsinks
 
 
 def _arguments(

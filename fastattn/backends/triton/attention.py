@@ -12,7 +12,7 @@ from fastattn.backends.triton import flash
 from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
 from fastattn.backends.triton.launch import architecture, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
-from fastattn.backends.views import empty_out
+from fastattn.backends.views import copied, empty_out, writable
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
@@ -102,10 +102,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the protocol."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    written = [_writable(grad) for grad in (dq, dk, dv)]
     call = Call(q, k, v, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
     if packed is not None or lse.numel() == 0:  # what belongs to no sequence, or is seen by no query
-        for grad in (dq, dk, dv):
-            grad.zero_()
+        for wide in written:
+            wide.zero_()
     if 0 in (call.batch, lse.numel(), call.len_q):
         dbias, dtable, dslopes = (
             lse.new_zeros((0,) if t is None or not asked else t.shape)
@@ -115,7 +116,8 @@ def attention_backward(
                 (bias.slopes, slopes_requires_grad),
             )
         )
-        return dq, dk, dv, dbias, dtable, dslopes, lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
+        dsinks = lse.new_zeros(q.shape[1] if sinks_requires_grad else 0)
+        return *copied(written, (dq, dk, dv)), dbias, dtable, dslopes, dsinks
     grad_out, out = _aligned(_addressable(grad_out)), _aligned(_addressable(out))
     is_plain = call.plain and scale > 0.0 and grad_lse is None and packed is None and sinks is None
     # Of the kernels below every sum has a fixed order.
@@ -129,9 +131,8 @@ def attention_backward(
     call.arguments |= {"grad_out": grad_out, **call.strides("grad_out", grad_out)}
     call.arguments |= {"norm_out": torch.empty_like(lse), "centre_out": torch.empty_like(lse)}
     sink_terms = torch.zeros_like(lse) if sinks_requires_grad else None
-    written = {name: _writable(grad) for name, grad in (("grad_q", dq), ("grad_k", dk), ("grad_v", dv))}
-    _launch_queries(call, written["grad_q"], sink_terms)
-    _launch_keys(call, written["grad_k"], written["grad_v"])
+    _launch_queries(call, written[0], sink_terms)
+    _launch_keys(call, *written[1:])
     dbias, dtable, dslopes, dsinks = (lse.new_empty(0) for _ in range(4))
     if bias.dense is not None and bias_requires_grad:
         dbias = _launch_bias(call, bias.dense)
@@ -139,10 +140,7 @@ def attention_backward(
         dtable, dslopes = _launch_distance(call, bias, table_requires_grad, slopes_requires_grad)
     if sink_terms is not None:
         dsinks = sink_terms.sum(dim=(0, 2))
-    for grad, wide in zip((dq, dk, dv), written.values(), strict=True):
-        if wide is not grad:
-            grad.copy_(wide)
-    return dq, dk, dv, dbias, dtable, dslopes, dsinks
+    return *copied(written, (dq, dk, dv)), dbias, dtable, dslopes, dsinks
 
 
 def _launch_queries(call: Call, grad_q: Tensor, sink_terms: Tensor | None) -> None:
@@ -367,6 +365,5 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _writable(grad: Tensor) -> Tensor:
-    """The gradient itself, or one that the kernels can write where its last dimension is not contiguous."""
-    is_plain = (grad.stride(3) == 1 or grad.shape[3] == 1) and _addressable(grad) is grad
-    return grad if is_plain else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    """The gradient itself, or room for it where the kernels could not address it."""
+    return writable(grad) if _addressable(grad) is grad else grad.new_empty(grad.shape)

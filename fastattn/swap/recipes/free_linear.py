@@ -13,10 +13,10 @@ Where the kernel was found faster than torch's it runs, else the original forwar
 
 With gradients, forward and backward together, where torch's products of many rows are slow, from as many products on:
 1.1 (32 rows, 256 x 256) to 2.2 times as fast in float32 with AVX-512 on an AMD, 3 to 50 in float16 and, with AVX2, 4 to
-24 in bfloat16 [1].
+24 in bfloat16 [2].
 
-(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] one core of an AMD EPYC of Zen 5, 2026-11-27, told
-to use AVX2 alone where that is said.) Halves with any
+(2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] of an AMD EPYC of Zen 5, 2026-11-27; [2] one core of
+the latter, told to use AVX2 alone where that is said.) Halves with any
 other instruction set are unmeasured, and left to torch.
 """
 
