@@ -69,6 +69,8 @@ MACHINE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 # from the PTX of 8.0, which is therefore made once: kernels that need more are compiled for their architecture by name.
 CUDA_ARCHITECTURES = ["sm_80", "sm_90", "compute_80"]
 CUDA_VIRTUAL = "compute_80"
+# Sources of kernels that exist for one architecture, by how their names begin: wgmma is Hopper's alone.
+CUDA_SPECIFIC = {"sm90_": "90a"}
 CUDA_FLAGS = ["-std=c++20", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 # Host code that calls device code compiles with a warning, and ends the process.
 CUDA_FLAGS += ["-Werror", "cross-execution-space-call"]
@@ -161,7 +163,11 @@ def nvcc() -> list[str]:
     return []
 
 
-def gencode() -> list[str]:
+def gencode(source: str = "") -> list[str]:
+    """What a source is compiled for."""
+    for prefix, name in CUDA_SPECIFIC.items():
+        if source.startswith(prefix):
+            return ["-gencode", f"arch=compute_{name},code=sm_{name}"]
     return [flag for name in CUDA_ARCHITECTURES for flag in ("-gencode", f"arch={CUDA_VIRTUAL},code={name}")]
 
 
@@ -258,12 +264,13 @@ def add_cpu_library(ninja: NinjaFile) -> str:
 
 def add_cuda_library(ninja: NinjaFile) -> str:
     folder = ROOT / "csrc" / "cuda"
-    flags = [*CUDA_FLAGS, *gencode(), f"-I{ROOT / 'csrc'}", f"-I{folder}"]
-    flags.append(f'-DFASTATTN_CUDA_ARCHITECTURES="{",".join(CUDA_ARCHITECTURES)}"')
+    flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc'}", f"-I{folder}"]
+    architectures = [*CUDA_ARCHITECTURES, *(f"sm_{name}" for name in CUDA_SPECIFIC.values())]
+    flags.append(f'-DFASTATTN_CUDA_ARCHITECTURES="{",".join(architectures)}"')
     objects = []
     for source in sorted(folder.rglob("*.cu")):
         name = source.relative_to(folder).with_suffix(".o")
-        objects.append(ninja.build("nvcc", f"cuda/{name}", [str(source)], flags))
+        objects.append(ninja.build("nvcc", f"cuda/{name}", [str(source)], [*flags, *gencode(source.name)]))
     library = "libfastattn_cuda.so"
     return ninja.build("nvlink", library, objects, ["-cudart", "static", "-Xlinker", f"-soname={library}"])
 

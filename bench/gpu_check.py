@@ -36,10 +36,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,11 +49,14 @@ STAGE_SECONDS = 520.0
 CASES = 2000
 OPERATIONS = ("norm", "linear_act", "ffn", "gated_ffn", "attention", "attention_decode", "encoder_layer")
 # Runs of verify, one after another: backend, the operations that share its processes, the part of what is then left of
-# the stage. Nearly every case of Triton's attention compiles kernels, seconds each: it has a run of its own, the last.
-VERIFY = (
-    ("cuda", set(OPERATIONS), 0.4),
-    ("triton", set(OPERATIONS) - {"attention"}, 0.45),
-    ("triton", {"attention"}, 1.0),
+# the stage, and the environment. Nearly every case of Triton's attention compiles kernels, seconds each: it has a run
+# of its own, the last.
+HOPPER = {"FASTATTN_CUDA_KERNELS": "sm90"}
+VERIFY: tuple[tuple[str, set[str], float, dict[str, str]], ...] = (
+    ("cuda", set(OPERATIONS), 0.4, {}),
+    ("cuda", {"attention"}, 0.25, HOPPER),
+    ("triton", set(OPERATIONS) - {"attention"}, 0.45, {}),
+    ("triton", {"attention"}, 1.0, {}),
 )
 VERIFY_END = 15.0  # what the start of Python and the cases that the end finds running take of the stage
 VERIFY_PATIENCE = 60.0  # verify itself gives up cases that hang, 30 s after its time: its report is worth that wait
@@ -189,8 +193,8 @@ class Backends:
         return [op for op in OPERATIONS if op not in self.refused[backend]]
 
 
-def ask_backends(check: Check) -> Backends | None:
-    code, output = check.fastattn("info", "--json", **check.interpreted)
+def ask_backends(check: Check, environment: Mapping[str, str] = MappingProxyType({})) -> Backends | None:
+    code, output = check.fastattn("info", "--json", **check.interpreted, **environment)
     if code:
         return None
     found = json.loads(output[output.index("{") :])
@@ -228,29 +232,42 @@ def verify(check: Check, outcome: Outcome) -> None:
         for op in OPERATIONS:
             if op in backends.refused[backend]:
                 outcome.say(f"{backend} {op}: refused wholly, not run: {backends.refused[backend][op]}")
-    for backend, group, share in VERIFY:
+    for backend, group, share, environment in VERIFY:
         ops = [op for op in backends.operations(backend) if op in group]
-        if backend in reports and ops:
-            report = _verify_group(check, outcome, backend, ops, share)
+        if backend in reports and ops and can_run(check, outcome, backend, environment):
+            report = _verify_group(check, outcome, backend, ops, share, environment)
             reports[backend] += [] if report is None else [report]
             (check.results / f"verify-{backend}.json").write_text(json.dumps(reports[backend], indent=1) + "\n")
 
 
+def can_run(check: Check, outcome: Outcome, backend: str, environment: dict[str, str]) -> bool:
+    """Whether a usable backend is so under this environment too; says why not."""
+    if not environment:
+        return True
+    backends = ask_backends(check, environment)
+    verdict = backends.verdicts[backend] if backends is not None else "fastattn info does not run"
+    if verdict == "usable":
+        return True
+    names = " ".join(f"{name}={value}" for name, value in environment.items())
+    outcome.say(f"{backend}, {names}: not run: {verdict}")
+    return False
+
+
 def _verify_group(
-    check: Check, outcome: Outcome, backend: str, ops: Sequence[str], share: float
+    check: Check, outcome: Outcome, backend: str, ops: Sequence[str], share: float, environment: dict[str, str]
 ) -> dict[str, object] | None:
     earnest = check.gpu and not check.quick
     seconds = max(share * (check.left() - VERIFY_END), 5.0)
-    target = WORK / f"verify-{backend}-{'-'.join(ops)}.json"
+    target = WORK / f"verify-{'-'.join([backend, *environment.values(), *ops])}.json"
     WORK.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     command = ["verify", "--op", ",".join(ops), "--backend", backend, "--cases", str(check.cases if earnest else 2)]
     command += ["--jobs", str(cores() if earnest else 1), "--seconds", f"{seconds:.0f}", "--output", str(target)]
-    code, output = check.fastattn(*command, seconds=seconds + VERIFY_PATIENCE, **check.interpreted)
+    code, output = check.fastattn(*command, seconds=seconds + VERIFY_PATIENCE, **check.interpreted, **environment)
     if not target.exists():
         outcome.fail(f"verify {backend} {','.join(ops)}: ended with {code}: {last_line(output)}")
         return None
-    report: dict[str, object] = json.loads(target.read_text())
+    report: dict[str, object] = {**json.loads(target.read_text()), **environment}
     for op in ops:
         say_verified(outcome, report, op)
     return report
@@ -259,7 +276,8 @@ def _verify_group(
 def say_verified(outcome: Outcome, report: dict[str, Any], op: str) -> None:
     """One operation of a report of `fastattn verify` in a sentence."""
     asked, ran, checked = (report[key].get(op, 0) for key in ("asked", "cases", "checked_of"))
-    sentence = f"{report['backend']} {op}: {checked} checked, {ran - checked} refused"
+    kernels = f" {report[name]}" if (name := "FASTATTN_CUDA_KERNELS") in report else ""
+    sentence = f"{report['backend']}{kernels} {op}: {checked} checked, {ran - checked} refused"
     cut = f" of {asked} cases: the time was up after {report['seconds']:.0f} s" if ran < asked else ""
     failures = [failure for failure in report["failures"] if failure["op"] == op]
     if failures:
@@ -288,20 +306,24 @@ def sanitize(check: Check, outcome: Outcome) -> None:
         outcome.fail("sanitize: fastattn info does not run; see STAGE=build")
         return
     usable = [name for name in ("cuda", "triton") if backends.verdicts[name] == "usable"]
-    runs = [(tool, name, op) for name in usable for op in backends.operations(name) for tool in SANITIZER_TOOLS]
+    groups = [(name, backends.operations(name), {}) for name in usable]
+    if "cuda" in usable and can_run(check, outcome, "cuda", HOPPER):
+        groups.append(("cuda", ["attention"], HOPPER))
+    runs = [(tool, name, op, how) for name, ops, how in groups for op in ops for tool in SANITIZER_TOOLS]
 
-    def watch(run: tuple[str, str, str]) -> tuple[int, str]:
-        tool, backend, op = run
+    def watch(run: tuple[str, str, str, dict[str, str]]) -> tuple[int, str]:
+        tool, backend, op, environment = run
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fastattn.cli"]
         if time.monotonic() >= check.deadline:
             return 124, "it was not begun"
         first, end = SANITIZED.get(op, (0, 3))
         cases = ["--first", str(first), "--cases", str(end)]
-        return check.run([*command, "verify", "--op", op, "--backend", backend, *cases])
+        return check.run([*command, "verify", "--op", op, "--backend", backend, *cases], **environment)
 
     pool = ThreadPoolExecutor(max(1, cores() // 2))
     try:
-        for (tool, backend, op), (code, output) in zip(runs, pool.map(watch, runs), strict=True):
+        for (tool, name, op, how), (code, output) in zip(runs, pool.map(watch, runs), strict=True):
+            backend = " ".join([name, *how.values()])
             lines = reversed(output.splitlines())
             summary = next((line for line in lines if "ERROR SUMMARY" in line), last_line(output)).lstrip("= ")
             if code == 0:

@@ -167,13 +167,14 @@ void norm_backward(std::uintptr_t grad_y, std::uintptr_t grad_z, std::uintptr_t 
     if (error != 0) check(error, call_of("norm_backward", rows, width, call.x_dtype, device));
 }
 
-fastattn_cuda_attention attention_call(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v,
+fastattn_cuda_attention attention_call(int kernels, int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v,
                                        const View &out, std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps,
                                        const View &bias, int bias_dtype, const Distance &distance, std::uintptr_t sinks, float scale, float softcap,
                                        const Dropout &dropout, int device, std::uintptr_t stream) {
     fastattn_cuda_attention call{};
     call.device = device;
     call.stream = pointer<void>(stream);
+    call.kernels = kernels;
     call.dtype = dtype;
     std::tie(call.batch, call.heads_q, call.heads_kv, call.len_q, call.len_k, call.dim_qk, call.dim_v) = std::tuple_cat(sizes);
     call.cu_seqlens_q = pointer<const std::int32_t>(packed[0]), call.cu_seqlens_k = pointer<const std::int32_t>(packed[1]);
@@ -202,11 +203,11 @@ void check_attention(int error, const char *name, const fastattn_cuda_attention 
     check(error, text.str());
 }
 
-void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+void attention_forward(int kernels, int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
                        std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
                        const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
                        std::uintptr_t stream) {
-    const fastattn_cuda_attention call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance,
+    const fastattn_cuda_attention call = attention_call(kernels, dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance,
                                                         sinks, scale, softcap, dropout, device, stream);
     const py::gil_scoped_release unlocked;
     check_attention(fastattn_cuda_attention_forward(&call), "attention_forward", call);
@@ -214,14 +215,14 @@ void attention_forward(int dtype, const Sizes &sizes, const Packed &packed, cons
 
 using Transpose = std::tuple<View, View, std::uintptr_t, std::uintptr_t>;  // bounds of intervals; of blocks col_ptr, row, row_id
 
-void attention_backward(int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
+void attention_backward(int kernels, int dtype, const Sizes &sizes, const Packed &packed, const View &q, const View &k, const View &v, const View &out,
                         std::uintptr_t lse, const Mask &m, std::int64_t n_blocks, std::int64_t n_bitmaps, const View &bias, int bias_dtype,
                         const Distance &distance, std::uintptr_t sinks, float scale, float softcap, const Dropout &dropout, int device,
                         std::uintptr_t stream, const Transpose &transpose, const View &grad_out, const View &grad_q, const View &grad_k,
                         const View &grad_v, std::uintptr_t grad_lse, std::uintptr_t norm, std::uintptr_t centre, std::uintptr_t sink_terms,
                         float tolerance) {
     fastattn_cuda_attention_gradient from{};
-    from.call = attention_call(dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks, scale, softcap,
+    from.call = attention_call(kernels, dtype, sizes, packed, q, k, v, out, lse, m, n_blocks, n_bitmaps, bias, bias_dtype, distance, sinks, scale, softcap,
                                dropout, device, stream);
     const auto &[bounds, col_ptr, row, row_id] = transpose;
     from.bounds = tensor(bounds), from.col_ptr = tensor(col_ptr);
@@ -284,12 +285,12 @@ PYBIND11_MODULE(_cuda, module) {
                py::arg("rstd"), py::arg("grad_x"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("parts_of_sums"),
                py::arg("dtypes"), py::arg("is_rms"), py::arg("rows"), py::arg("width"), py::arg("parts"), py::arg("offset"), py::arg("dropout"),
                py::arg("device"), py::arg("stream"), "The gradients of norm_forward; 0 is absent.");
-    module.def("attention_forward", &attention_forward, py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
+    module.def("attention_forward", &attention_forward, py::arg("kernels"), py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
                py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"),
                py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"),
                py::arg("device"), py::arg("stream"),
-               "out and lse of one attention call; sizes are batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v.");
-    module.def("attention_backward", &attention_backward, py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
+               "out and lse of one attention call; kernels: 80 or 90; sizes are batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v.");
+    module.def("attention_backward", &attention_backward, py::arg("kernels"), py::arg("dtype"), py::arg("sizes"), py::arg("packed"), py::arg("q"), py::arg("k"),
                py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("mask"), py::arg("n_blocks"), py::arg("n_bitmaps"), py::arg("bias"),
                py::arg("bias_dtype"), py::arg("distance"), py::arg("sinks"), py::arg("scale"), py::arg("softcap"), py::arg("dropout"),
                py::arg("device"), py::arg("stream"), py::arg("transpose"), py::arg("grad_out"), py::arg("grad_q"), py::arg("grad_k"),

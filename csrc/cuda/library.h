@@ -100,6 +100,7 @@ typedef struct {
 typedef struct {
     int32_t device;
     void *stream;
+    int32_t kernels;  // 80: mma.sync, on every device; 90: wgmma, on those of compute capability 9.0 alone, where there is such a kernel
     int32_t dtype;
     int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
     const int32_t *cu_seqlens_q, *cu_seqlens_k;  // of a packed batch, or null

@@ -94,6 +94,20 @@ def test_head_dims(dim: int, extras: bool) -> None:
     check(shape, mask, visible.expand(2, 2, 130, 77))
 
 
+@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
+def test_more_tiles_than_a_ring_holds(dim: int, extras: bool) -> None:
+    shape = Attention(dim, dim, 140, 64 * 11 + 5, dtype=F16, softcap=10.0 if extras else 0.0)
+    q, k, v = half_inputs(shape)
+    some = (torch.rand(2, 2, 3, 12) < 0.6).repeat_interleave(64, 2).repeat_interleave(64, 3)[..., :140, : shape.len_k]
+    near = (torch.arange(shape.len_k) <= torch.arange(140).view(-1, 1) + 565).expand_as(some)
+    rest = None, None, None, shape.dim**-0.5, shape.softcap, 0.0
+    for mask, visible in ((LoweredMask(band_right=565), near), (LoweredMask(blocks=blocks_of(some)), some)):
+        exact = LoweredMask(dense=visible), NO_BIAS, *rest
+        truth = reference.attention_forward(q.double(), k.double(), v.double(), *exact)
+        agree(cuda.attention_forward(q, k, v, mask, NO_BIAS, *rest), truth, v)
+
+
 def blocks_of(visible: Tensor) -> Blocks:
     """Form D of a bool tensor (B, Hq, Sq, Skv)."""
     batch, heads, len_q, len_k = visible.shape

@@ -16,22 +16,27 @@ DRIVERS = [
 ]
 
 
-def environment(folder: Path, seed: int = 0) -> dict[str, str]:
+def environment(folder: Path, seed: int = 0, kernels: str = "") -> dict[str, str]:
     """Of a process that emulates: on one thread, as the fibres do, and torch's would wait for tests beside it."""
     own = {"FASTATTN_CUDA_EMULATION": str(folder), "FASTATTN_EMULATION_SEED": str(seed), "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own}
+    return {**os.environ, **own, "FASTATTN_CUDA_KERNELS": kernels}
 
 
 @pytest.mark.parametrize(
-    ("op", "cases", "checked", "forward_only"),
-    [("all", 20, 95, 6), ("attention", 60, 25, 12), ("attention_decode", 60, 25, 0)],
+    ("op", "cases", "checked", "forward_only", "kernels"),
+    [
+        ("all", 20, 95, 6, ""),
+        ("attention", 60, 25, 12, ""),
+        ("attention", 60, 25, 12, "sm90"),
+        ("attention_decode", 60, 25, 0, ""),
+    ],
 )
 def test_verify_runs_in_the_emulation(
-    emulated_cuda: Path, op: str, cases: int, checked: int, forward_only: int
+    emulated_cuda: Path, op: str, cases: int, checked: int, forward_only: int, kernels: str
 ) -> None:
     command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--json", "--op", op]
     command += ["--cases", str(cases), "--seed", "0" if op == "all" else "8"]
-    run = subprocess.run(command, env=environment(emulated_cuda), capture_output=True, text=True)
+    run = subprocess.run(command, env=environment(emulated_cuda, kernels=kernels), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     report = json.loads(run.stdout)
     assert report["failures"] == []
@@ -43,17 +48,37 @@ def test_verify_runs_in_the_emulation(
 
 
 @pytest.mark.slow
-def test_verify_runs_long_in_the_emulation(emulated_cuda: Path) -> None:
-    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--cases", "400", "--seed", "3"]
-    run = subprocess.run(command, env=environment(emulated_cuda, seed=3), capture_output=True, text=True)
+@pytest.mark.parametrize(("op", "kernels"), [("all", ""), ("attention", "sm90")])
+def test_verify_runs_long_in_the_emulation(emulated_cuda: Path, op: str, kernels: str) -> None:
+    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--op", op, "--cases", "400"]
+    own = environment(emulated_cuda, seed=3, kernels=kernels)
+    run = subprocess.run([*command, "--seed", "3"], env=own, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("driver", DRIVERS, ids=lambda path: path.stem)
 def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver)]
-    run = subprocess.run(command, env=environment(emulated_cuda, seed=1), capture_output=True, text=True)
-    assert run.returncode == 0, f"FASTATTN_CUDA_EMULATION={emulated_cuda} pytest {driver}\n{run.stdout[-6000:]}"
+    run_driver(driver, environment(emulated_cuda, seed=1))
+
+
+def test_the_kernels_for_hopper_equal_the_reference(emulated_cuda: Path) -> None:
+    """Forward is another kernel; tests of gradients, whose kernels are the same, are left out."""
+    driver = Path(__file__).with_name("cuda_emulated_attention.py")
+    run_driver(driver, environment(emulated_cuda, seed=2, kernels="sm90"), "-k", "not gradient")
+
+
+def run_driver(driver: Path, own: dict[str, str], *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver), *options]
+    run = subprocess.run(command, env=own, capture_output=True, text=True)
+    folder = f"FASTATTN_CUDA_EMULATION={own['FASTATTN_CUDA_EMULATION']}"
+    assert run.returncode == 0, f"{folder} pytest {driver}\n{run.stdout[-6000:]}"
+
+
+def test_unknown_kernels_are_named() -> None:
+    script = "from fastattn.backends import cuda; print(cuda.unavailable_reason())"
+    own = {**os.environ, "FASTATTN_CUDA_KERNELS": "sm70"}
+    run = subprocess.run([sys.executable, "-c", script], env=own, capture_output=True, text=True, check=True)
+    assert "FASTATTN_CUDA_KERNELS='sm70' is unknown: set it to sm80 or sm90, or leave it unset" in run.stdout
 
 
 def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:

@@ -84,14 +84,15 @@ class _Gpu:
 
     def __init__(self, script, check, monkeypatch, answer) -> None:
         check.gpu, check.quick, check.deadline = True, False, script.time.monotonic() + 100
-        self.asked = []
+        self.asked, self.kernels = [], []
         found = script.Backends({"cuda": "usable", "triton": "usable"}, {"cuda": {"ffn": "it is wide"}, "triton": {}})
         monkeypatch.setattr(script, "OPERATIONS", ("norm", "ffn", "attention"))
-        monkeypatch.setattr(script, "ask_backends", lambda check: found)
+        monkeypatch.setattr(script, "ask_backends", lambda check, environment=(): found)
         monkeypatch.setattr(script, "cores", lambda: 8)
 
         def run(check, command, seconds=None, **environment):
             self.asked.append((list(command), seconds))
+            self.kernels.append(environment.get("FASTATTN_CUDA_KERNELS"))
             return answer(list(command))
 
         monkeypatch.setattr(script.Check, "run", run)
@@ -117,11 +118,14 @@ def test_verify_shares_the_stage_among_runs_and_says_what_was_cut_off(script, ch
     options = [dict(zip(command[4::2], command[5::2], strict=True)) for command, _ in gpu.asked]
     assert [(o["--backend"], o["--op"]) for o in options] == [
         ("cuda", "norm,attention"),
+        ("cuda", "attention"),
         ("triton", "norm,ffn"),
         ("triton", "attention"),
     ]
     assert all(o["--jobs"] == "8" and o["--cases"] == "2000" for o in options)
-    assert [int(o["--seconds"]) for o in options] == [34, 38, 85]
+    assert gpu.kernels == [None, "sm90", None, None]
+    assert [int(o["--seconds"]) for o in options] == [34, 21, 38, 85]
+    assert len({command[command.index("--output") + 1] for command, _ in gpu.asked}) == 4
     assert all(limit > float(o["--seconds"]) for o, (_, limit) in zip(options, gpu.asked, strict=True))
     assert outcome.status == "failed" and "cuda ffn: refused wholly, not run: it is wide" in outcome.said
     assert "triton norm: 2000 checked, 0 refused" in outcome.said
@@ -151,9 +155,9 @@ def test_sanitize_runs_beside_each_other_and_speaks_in_order(script, check, monk
     monkeypatch.setattr(script.shutil, "which", lambda name: f"/opt/{name}")
     outcome = script.Outcome()
     script.sanitize(check, outcome)
-    assert outcome.said[0] == "memcheck cuda norm: ERROR SUMMARY: 0 errors" and len(outcome.said) == 10
+    assert outcome.said[0] == "memcheck cuda norm: ERROR SUMMARY: 0 errors" and len(outcome.said) == 12
     named = [said.replace("FAILED ", "").replace("TIME WAS UP ", "").split(":")[0] for said in outcome.said]
-    ops = {"cuda": ("norm", "attention"), "triton": ("norm", "ffn", "attention")}
+    ops = {"cuda": ("norm", "attention"), "triton": ("norm", "ffn", "attention"), "cuda sm90": ("attention",)}
     assert named == [f"{tool} {b} {op}" for b in ops for op in ops[b] for tool in script.SANITIZER_TOOLS]
     assert outcome.status == "failed" and "TIME WAS UP racecheck triton ffn: it said nothing" in outcome.said
 

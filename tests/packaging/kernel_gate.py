@@ -1,10 +1,12 @@
 """What ptxas made of the CUDA kernels: `python tests/packaging/kernel_gate.py [library]` prints it, fails on a fault.
 
 Per kernel and architecture: registers of a thread, stack, static shared memory, launch bound, and how many tensor-core
-(HMMA) and local-memory (LDL, STL: spills and arrays that found no registers) instructions the machine code has, and how
-many stores to global memory that move less than 16 bytes.
-A fault is any local memory, more registers than a block of the launch bound can have, attention without HMMA, or a
-kernel of whole vectors that stores more than its statistics by less than 16 bytes.
+(HMMA, or HGMMA where the kernel multiplies by wgmma) and local-memory (LDL, STL: spills and arrays that found no
+registers) instructions the machine code has, how often it waits for wgmma, and how many stores to global memory that
+move less than 16 bytes.
+A fault is any local memory, more registers than a block of the launch bound can have, attention without its tensor-core
+instructions, products by wgmma that the compiler made wait for one another, or a kernel of whole vectors that stores
+more than its statistics by less than 16 bytes.
 Needs cuobjdump, of a CUDA toolkit or of the triton package. The library is by default the installed one.
 """
 
@@ -22,7 +24,9 @@ from pathlib import Path
 
 REGISTERS_OF_A_BLOCK = 65536
 REGISTERS_OF_A_THREAD = 255
-TENSOR_CORE_KERNELS = ("attention_",)
+# How the names of kernels begin, and the tensor-core instructions that they are to have.
+TENSOR_CORE_KERNELS = {"attention_forward_sm90": "HGMMA", "attention_": "HMMA"}
+PRODUCTS_PER_WAIT = 4  # of wgmma, at least: where registers are not safe the compiler waits behind each
 # Kernels of whole vectors, and what else they store: norm_forward a row's mean and rstd. A compiler that loses sight of
 # an alignment splits a vector into four words.
 NARROW_STORES = {
@@ -44,6 +48,8 @@ class Kernel:
     shared: int = 0
     threads: int = 0
     hmma: int = 0
+    hgmma: int = 0
+    waits: int = 0
     local: int = 0
     narrow: int = 0
 
@@ -58,8 +64,11 @@ class Kernel:
             found.append("has no launch bound")
         elif self.registers > REGISTERS_OF_A_THREAD or rounded * self.threads > REGISTERS_OF_A_BLOCK:
             found.append(f"has {self.registers} registers, too many for its launch bound of {self.threads} threads")
-        if self.hmma == 0 and self.plain_name().startswith(TENSOR_CORE_KERNELS):
-            found.append("has no HMMA instruction")
+        wanted = next((w for name, w in TENSOR_CORE_KERNELS.items() if self.plain_name().startswith(name)), "")
+        if wanted and not (self.hgmma if wanted == "HGMMA" else self.hmma):
+            found.append(f"has no {wanted} instruction")
+        if self.waits * PRODUCTS_PER_WAIT > self.hgmma:
+            found.append(f"waits {self.waits} times for {self.hgmma} products by wgmma")
         for name, most in NARROW_STORES.items():
             if self.plain_name().startswith(name) and self.narrow > most:
                 found.append(f"stores {self.narrow} times less than 16 bytes, where {most} do")
@@ -117,6 +126,10 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
             name = function[1]
         elif re.search(r"\bHMMA\.", line):
             at(architecture, name).hmma += 1
+        elif re.search(r"\bHGMMA\.", line):
+            at(architecture, name).hgmma += 1
+        elif "WARPGROUP.DEPBAR" in line:
+            at(architecture, name).waits += 1
         elif re.search(r"\b(LDL|STL)\b", line):
             at(architecture, name).local += 1
         elif re.search(r"\bSTG\b", line) and not re.search(r"\bSTG\.\S*128\b", line):
@@ -135,10 +148,11 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
 
 def table(kernels: list[Kernel]) -> str:
     """One line per kernel and architecture."""
-    lines = ["arch   regs stack shared threads  HMMA local narrow  kernel"]
+    lines = ["arch   regs stack shared threads  HMMA HGMMA waits local narrow  kernel"]
     for k in kernels:
-        numbers = f"{k.registers:4d} {k.stack:5d} {k.shared:6d} {k.threads:7d} {k.hmma:5d} {k.local:5d} {k.narrow:6d}"
-        lines.append(f"{k.architecture:6s} {numbers}  {k.plain_name()}")
+        usage = f"{k.registers:4d} {k.stack:5d} {k.shared:6d} {k.threads:7d}"
+        instructions = f"{k.hmma:5d} {k.hgmma:5d} {k.waits:5d} {k.local:5d} {k.narrow:6d}"
+        lines.append(f"{k.architecture:6s} {usage} {instructions}  {k.plain_name()}")
     return "\n".join(lines)
 
 

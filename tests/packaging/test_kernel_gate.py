@@ -34,6 +34,7 @@ def test_the_installed_kernels_pass(gate: ModuleType, capsys: pytest.CaptureFixt
     backward = "attention_backward_queries_sm80", "attention_backward_keys_sm80"
     for name in (*attention, *backward, "norm_forward_kernel", "norm_backward_kernel", "activation_backward_kernel"):
         assert {line.split()[0] for line in printed.splitlines() if name in line} == {"sm_80", "sm_90"}, name
+    assert {line.split()[0] for line in printed.splitlines() if "attention_forward_sm90" in line} == {"sm_90a"}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,9 @@ def test_the_installed_kernels_pass(gate: ModuleType, capsys: pytest.CaptureFixt
         ({"registers": 129, "threads": 512}, "129 registers, too many"),
         ({"registers": 128, "threads": 512}, ""),
         ({"hmma": 0}, "no HMMA"),
+        ({"name": "attention_forward_sm90<float>"}, "no HGMMA"),
+        ({"name": "attention_forward_sm90<float>", "hgmma": 24, "waits": 4}, ""),
+        ({"name": "attention_forward_sm90<float>", "hgmma": 24, "waits": 24}, "waits 24 times for 24 products"),
         ({"hmma": 0, "name": "_Z19norm_forward_kernel"}, ""),
         ({"narrow": 9}, ""),
         ({"narrow": 2, "name": "norm_forward_kernel<true, 1>"}, ""),

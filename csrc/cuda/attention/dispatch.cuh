@@ -7,11 +7,16 @@
 template <typename T>
 cudaError_t sm80_forward(const fastattn_cuda_attention &call);
 template <typename T>
+cudaError_t sm90_forward(const fastattn_cuda_attention &call);
+template <typename T>
 cudaError_t sm80_backward_queries(const fastattn_cuda_attention_gradient &from);
 template <typename T>
 cudaError_t sm80_backward_keys(const fastattn_cuda_attention_gradient &from);
 template <typename T>
 cudaError_t sm80_decode(const fastattn_cuda_decode &call);
+
+// The widest head of the wgmma kernels: one panel more, and their accumulators find no registers.
+constexpr int64_t SM90_DIM = 128;
 
 // What decides between the instances: the wider of the two head dims, and whether the call needs what EXTRAS holds.
 inline int64_t head_dim(const fastattn_cuda_attention &call) { return call.dim_qk > call.dim_v ? call.dim_qk : call.dim_v; }

@@ -1,6 +1,15 @@
-// attention forward: checks a call and hands it to the kernel of its dtype. mma.sync serves every architecture so far.
+// attention forward: checks a call and hands it to the kernel of its dtype.
 #include "../device_guard.cuh"
 #include "dispatch.cuh"
+
+namespace {
+
+template <typename T>
+cudaError_t forward(const fastattn_cuda_attention &call) {
+    return call.kernels == 90 && head_dim(call) <= SM90_DIM ? sm90_forward<T>(call) : sm80_forward<T>(call);
+}
+
+}  // namespace
 
 extern "C" int fastattn_cuda_attention_forward(const fastattn_cuda_attention *call) {
     // A packed batch without queries in its sequences may have rows of no sequence.
@@ -10,9 +19,9 @@ extern "C" int fastattn_cuda_attention_forward(const fastattn_cuda_attention *ca
     if (guard.error() != cudaSuccess) return guard.error();
     switch (call->dtype) {
         case FASTATTN_BFLOAT16:
-            return sm80_forward<bfloat16>(*call);
+            return forward<bfloat16>(*call);
         case FASTATTN_FLOAT16:
-            return sm80_forward<float16>(*call);
+            return forward<float16>(*call);
         default:
             return cudaErrorInvalidValue;
     }

@@ -1,6 +1,6 @@
 // The lowered mask seen from a tile of queries: which tiles of 64 keys it has to visit, which of them are full, and who sees what in the rest.
 //
-// All threads of a block walk alike. What one query sees of a tile of 64 keys is a word of 64 bits, whatever the form of the mask: keys, band,
+// All threads of a block walk alike, or those of a part of it. What one query sees of a tile of 64 keys is a word of 64 bits, whatever the form of the mask: keys, band,
 // intervals and blocks each give such a word and they are combined by and. A dense mask is read element by element on top.
 #pragma once
 #include <climits>
@@ -10,6 +10,19 @@
 #include "params.cuh"
 
 constexpr int KEYS = MASK_BLOCK;  // of a tile
+
+// Threads that walk together: a block, or its first THREADS threads, which meet at a barrier of their own.
+struct WholeBlock {
+    static __device__ __forceinline__ int threads() { return static_cast<int>(blockDim.x); }
+    static __device__ __forceinline__ void sync() { sync_block(); }
+    static __device__ __forceinline__ bool any(bool value) { return sync_block_or(value); }
+};
+template <int THREADS, int BARRIER>
+struct FirstThreads {
+    static __device__ __forceinline__ int threads() { return THREADS; }
+    static __device__ __forceinline__ void sync() { sync_named(BARRIER, THREADS); }
+    static __device__ __forceinline__ bool any(bool value) { return sync_named_or(BARRIER, THREADS, value); }
+};
 
 // Bits [low, high) of a word; the bounds may lie outside of it.
 __device__ __forceinline__ uint64_t bit_range(int low, int high) {
@@ -105,23 +118,41 @@ protected:
         return static_cast<uint64_t>(second) << WARP | first;
     }
 
-    // Whether it lets one of the queries [row, rows_end) see one of a tile's keys. All threads of the block ask together.
+    // Whether it lets one of the queries [row, rows_end) see one of a tile's keys. All threads of the team ask together.
+    template <typename Team>
     __device__ __forceinline__ bool dense_tile_any(int b, int h, int row, int rows_end, int begin) const {
         bool any = false;
         const int keys = smaller(KEYS, len_k_ - begin);
-        for (int i = static_cast<int>(threadIdx.x); i < (rows_end - row) * KEYS; i += static_cast<int>(blockDim.x)) {
+        for (int i = static_cast<int>(threadIdx.x); i < (rows_end - row) * KEYS; i += Team::threads()) {
             const int key = i % KEYS;
             any = any || (key < keys && dense_sees(b, h, row + i / KEYS, begin + key));
         }
-        return sync_block_or(any);
+        return Team::any(any);
     }
 
     const MaskParams &mask_;
     int len_q_, len_k_;
 };
 
-// ROWS queries from `row` on, of batch entry b and head h.
-template <int ROWS, bool DENSE>
+// What those know of a tile who only look at it: whether it is full, and who sees what by the dense mask.
+template <bool DENSE>
+class MaskView : MaskRows {
+public:
+    __device__ __forceinline__ MaskView(const MaskParams &mask, const Sequence &sequence, int b, int h, bool full)
+        : MaskRows(mask, sequence), b_(b), h_(h), full_(full) {}
+
+    __device__ __forceinline__ bool is_full() const { return full_; }
+    // Whether the dense mask lets query `row` see `key`; both exist.
+    __device__ __forceinline__ bool dense_sees(int row, int key) const { return MaskRows::dense_sees(b_, h_, row, key); }
+    __device__ __forceinline__ bool has_dense_rows() const { return DENSE && MaskRows::has_dense_rows(); }
+
+private:
+    int b_, h_;
+    bool full_;
+};
+
+// ROWS queries from `row` on, of batch entry b and head h; the threads of Team walk.
+template <int ROWS, bool DENSE, typename Team = WholeBlock>
 class MaskWalk : MaskRows {
 public:
     static constexpr int BLOCK_ROWS = ROWS / MASK_BLOCK;
@@ -143,7 +174,7 @@ public:
         }
         if (threadIdx.x == 0) scratch_.store<2>(PLACE, {{b, h}});
         if (mask.n_intervals > 0) {
-            sync_block();
+            Team::sync();
             reduce_intervals();
             Span all = {len_k_, 0}, widest = {0, 0};
             for (int r = 0; r < mask.n_intervals; r++) {
@@ -173,10 +204,10 @@ public:
             scratch_.store<4>(PLACE, {{b, h, last[0], last[1]}});
         }
         settle(false);
-        sync_block();
+        Team::sync();
     }
 
-    // The next tile that some query sees. All threads of the block call this, and settle() when all have.
+    // The next tile that some query sees. All threads of the team call this, and settle() when all have.
     __device__ __forceinline__ KeyTile next() {
         const Pack<int, 4> state = scratch_.load<4>(STATE);
         next_ = state.at[0], begun_ = state.at[1], entry_[0] = state.at[2], entry_[1] = state.at[3];
@@ -199,7 +230,7 @@ public:
 
     // Whether there was a tile before.
     __device__ __forceinline__ bool begun() const { return begun_ != 0; }
-    // Keeps the place in shared memory until the next call of next(): between barriers of the block.
+    // Keeps the place in shared memory until the next call of next(): between barriers of the team.
     __device__ __forceinline__ void settle(bool begun = true) const {
         if (threadIdx.x == 0) scratch_.store<4>(STATE, {{next_, begun, entry_[0], entry_[1]}});
     }
@@ -260,7 +291,7 @@ private:
                 if (thread == 0) scratch_.store<4>(4 * r, {{hull_low, hull_high, core_low, core_high}});
             }
         }
-        sync_block();
+        Team::sync();
     }
     __device__ __forceinline__ Span hull(int r) const { return {scratch_.get(4 * r), scratch_.get(4 * r + 1)}; }
     __device__ __forceinline__ Span core(int r) const { return {scratch_.get(4 * r + 2), scratch_.get(4 * r + 3)}; }
@@ -310,7 +341,7 @@ private:
         if (has_dense_rows()) {
             tile.full = false;
             const Pack<int, 2> place = scratch_.load<2>(PLACE);
-            return dense_tile_any(place.at[0], place.at[1], row_, last_row() + 1, begin);
+            return dense_tile_any<Team>(place.at[0], place.at[1], row_, last_row() + 1, begin);
         }
         return true;
     }

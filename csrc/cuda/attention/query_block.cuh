@@ -11,6 +11,7 @@ template <typename T, int DIM, int ROWS, int M, int STEP, bool EXTRAS>
 struct QueryBlock {
     static constexpr int WARPS = ROWS / (16 * M), THREADS = WARPS * WARP;
     static constexpr int S_TILES = STEP / 8, O_TILES = DIM / 8;
+    static constexpr int PART_TILES = STEP < KEYS ? S_TILES : KEYS / 8;  // of the scores of one tile of keys, or of the part of it that is a step
     static constexpr int DISTANCES = EXTRAS ? ROWS + KEYS : 0;
     using QTile = Tile<T, ROWS, DIM>;
     using KTile = Tile<T, STEP, DIM>;
@@ -23,12 +24,13 @@ struct QueryBlock {
     Sequence sequence;
     float s[M][S_TILES][4];
 
-    __device__ __forceinline__ QueryBlock(const AttentionParams<T> &params, int entry, int tile)
+    // warp: the number of this one among those that have queries.
+    __device__ __forceinline__ QueryBlock(const AttentionParams<T> &params, int entry, int tile, int warp)
         : p(params),
           b(entry / params.heads_q),
           h(entry % params.heads_q),
           row(tile * ROWS),
-          warp_row(static_cast<int>(threadIdx.x) / WARP * 16 * M),
+          warp_row(warp * 16 * M),
           sequence(sequence_of(params, b)) {}
 
     // Query (within the sequence) of accumulator half `half` of slab m.
@@ -36,35 +38,38 @@ struct QueryBlock {
         return row + warp_row + 16 * m + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4;
     }
 
-    // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1.
+    // The biases of the distances between the block's queries and a tile's keys: of key j and query i at j - i + ROWS - 1. By the first TEAM threads.
+    template <int TEAM = THREADS>
     __device__ __forceinline__ void fill_distances(const Shared<float> &distances, int first_key) const {
-        fill_distance_biases<ROWS + KEYS - 1, THREADS>(distances, p.distance, b, h, first_key - row - (ROWS - 1) - sequence.distance_shift);
+        fill_distance_biases<ROWS + KEYS - 1, TEAM>(distances, p.distance, b, h, first_key - row - (ROWS - 1) - sequence.distance_shift);
     }
 
-    // What each query of the block sees of a tile, a thread for a query; only where somebody asks.
-    __device__ __forceinline__ void fill_words(const Shared<uint64_t> &words, const Walk &walk, const KeyTile &tile) const {
-        walk.tell(tile);
+    // What each query of the block sees of a tile, a thread for a query, by the first TEAM threads; only where somebody asks.
+    template <int TEAM = THREADS, typename SomeWalk>
+    __device__ __forceinline__ void fill_words(const Shared<uint64_t> &words, const SomeWalk &walk, const KeyTile &tile) const {
         if (tile.full && !(EXTRAS && p.bias)) return;
-        for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += THREADS) words.set(i, walk.visible(tile, row + i));
+        for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += TEAM) words.set(i, walk.visible(tile, row + i));
     }
 
-    // Products become scores, capped and biased, and what this warp's queries do not see becomes -inf. Without EXTRAS the scale waits for exp2,
-    // and a full tile is left alone. Scores stay in natural units, in which a finite bias is finite: times log2 e it may not be.
-    // first: the number, within the tile, of the first of the STEP keys. note_bend(m, n, half, low, high) is told tanh of capped scores, in pairs.
-    template <typename NoteBend>
-    __device__ __forceinline__ void prepare(const Walk &walk, const KeyTile &tile, int first, const Shared<uint64_t> &words,
-                                            const Shared<float> &distances, const NoteBend &note_bend) {
+    // Products with the keys of one tile, column tiles [FIRST, FIRST + PART_TILES) of s, become scores, capped and biased, and what this warp's queries
+    // do not see becomes -inf. Without EXTRAS the scale waits for exp2, and a full tile is left alone. Scores stay in natural units, in which a
+    // finite bias is finite: times log2 e it may not be.
+    // view: of the mask on the tile; begin: its first key; first: the number within it of the first key of a step. note_bend(m, n, half, low, high)
+    // is told tanh of capped scores, in pairs.
+    template <int FIRST = 0, typename View, typename NoteBend>
+    __device__ __forceinline__ void prepare(const View &view, int begin, int first, const Shared<uint64_t> &words, const Shared<float> &distances,
+                                            const NoteBend &note_bend) {
         if constexpr (EXTRAS) {
             const float factor = p.softcap != 0.0f ? p.scale / p.softcap : p.scale;
-            each([&](float &x, int, int, int) { x *= factor; });
-            if (p.softcap != 0.0f) bend(note_bend);
+            each<FIRST>([&](float &x, int, int, int) { x *= factor; });
+            if (p.softcap != 0.0f) bend<FIRST>(note_bend);
             if (p.distance)
-                each([&](float &x, int m, int half, int column) {
+                each<FIRST>([&](float &x, int m, int half, int column) {
                     const float bias = distances.get(first + column + row - query(m, half) + ROWS - 1);
                     x = sum_of(x, bias, bias);
                 });
         }
-        if (walk.is_full() && !(EXTRAS && p.bias)) return;
+        if (view.is_full() && !(EXTRAS && p.bias)) return;
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
@@ -73,14 +78,14 @@ struct QueryBlock {
                 // Bit 8 n + e: whether the query sees element e of column tile n.
                 const uint64_t word = words.get(i - row) >> (first + sum_column(0, 0));
 #pragma unroll
-                for (int n = 0; n < S_TILES; n++)
+                for (int n = 0; n < PART_TILES; n++)
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
-                        float &x = s[m][n][2 * half + e];
+                        float &x = s[m][FIRST + n][2 * half + e];
                         bool seen = word >> (8 * n + e) & 1;
                         if constexpr (EXTRAS) {
-                            const int key = tile.begin + first + sum_column(n, e);
-                            if (seen && walk.has_dense_rows()) seen = walk.dense_sees(i, key);
+                            const int key = begin + first + sum_column(n, e);
+                            if (seen && view.has_dense_rows()) seen = view.dense_sees(i, key);
                             if (seen && p.bias) {
                                 const float bias = dense_bias(p, b, h, i, key);
                                 x = sum_of(x, bias, bias);
@@ -91,15 +96,15 @@ struct QueryBlock {
             }
     }
 
-    // Calls f(score, m, half, column) for each of this thread's scores.
-    template <typename F>
+    // Calls f(score, m, half, column) for each of this thread's scores of a tile.
+    template <int FIRST, typename F>
     __device__ __forceinline__ void each(const F &f) {
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < S_TILES; n++)
+            for (int n = 0; n < PART_TILES; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) f(s[m][n][e], m, e / 2, sum_column(n, e));
+                for (int e = 0; e < 4; e++) f(s[m][FIRST + n][e], m, e / 2, sum_column(n, e));
     }
 
     // Zeroes what is dropped; the scale of what is kept is left to the caller. One call of the generator serves a thread's eight elements of 32
@@ -123,15 +128,15 @@ struct QueryBlock {
     }
 
 private:
-    template <typename NoteBend>
+    template <int FIRST, typename NoteBend>
     __device__ __forceinline__ void bend(const NoteBend &note_bend) {
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < S_TILES; n++)
+            for (int n = 0; n < PART_TILES; n++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    float &low = s[m][n][2 * half], &high = s[m][n][2 * half + 1];
+                    float &low = s[m][FIRST + n][2 * half], &high = s[m][FIRST + n][2 * half + 1];
                     low = tanhf(low), high = tanhf(high);
                     note_bend(m, n, half, low, high);
                     low *= p.softcap, high *= p.softcap;

@@ -166,7 +166,7 @@ private:
         }
         if (!has_dense_rows()) return true;
         tile.full = false;
-        return dense_tile_any(b_, tile.head, tile.begin, rows_end, begin_);
+        return dense_tile_any<WholeBlock>(b_, tile.head, tile.begin, rows_end, begin_);
     }
 
     const MaskTranspose &transpose_;

@@ -65,7 +65,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     };
 
     __device__ __forceinline__ Sm80BackwardQueries(const AttentionGradientParams<T> &params, int entry, int tile)
-        : Base(params.call, entry, tile), g(params) {}
+        : Base(params.call, entry, tile, static_cast<int>(threadIdx.x) / WARP), g(params) {}
 
     // Calls f(m, half) for each of this thread's rows.
     template <typename F>
@@ -203,6 +203,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
                 sync_block();  // v has come, and every warp is done with k, words and distances
                 fetch(k, p.k, p.k_vectors, K_HEAD, p.dim_qk, tile, first);
                 if (first == 0) {
+                    walk.tell(tile);
                     this->fill_words(words, walk, tile);
                     if (EXTRAS && p.distance) this->fill_distances(distances, tile.begin);
                 }
@@ -215,7 +216,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
                 if (following.begin >= 0) fetch(v, p.v, p.v_vectors, V_HEAD, p.dim_v, following, last ? 0 : first + STEP);
                 multiply_transposed<T, DIM>(s, q, warp_row, k);
                 uint32_t slopes[M][S_TILES][2];
-                this->prepare(walk, tile, first, words, distances, [&](int m, int n, int half, float low, float high) {
+                this->prepare(walk, tile.begin, first, words, distances, [&](int m, int n, int half, float low, float high) {
                     slopes[m][n][half] = pack_slopes(low, high);
                 });
                 if (EXTRAS && p.dropout) {

@@ -21,16 +21,14 @@
 #pragma once
 #include <primitives/launch.cuh>
 
-#include "query_block.cuh"
-
-constexpr float LAZY = 8.0f;  // p stays below 2^LAZY, far inside of float16's range
+#include "forward_block.cuh"
 
 template <typename T, int DIM, int ROWS, int M, bool EXTRAS>
-struct Sm80Forward : QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
-    using Base = QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS>;
-    using Base::b, Base::h, Base::p, Base::row, Base::s, Base::sequence, Base::warp_row;
-    using Base::S_TILES, Base::O_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
-    using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Walk;
+struct Sm80Forward : ForwardBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
+    using Base = ForwardBlock<T, DIM, ROWS, M, KEYS, EXTRAS>;
+    using Base::b, Base::h, Base::o, Base::p, Base::rounded, Base::row, Base::s, Base::sequence, Base::warp_row;
+    using Base::THREADS, Base::DISTANCES;
+    using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Statistics, typename Base::Walk;
     // Small heads leave registers for a third block on a multiprocessor: more warps to compute while others wait.
     static constexpr int BLOCKS = !EXTRAS && DIM <= 64 ? 3 : 1;
     // Threads that share the bases of their rows: four, or for want of registers none.
@@ -41,105 +39,34 @@ struct Sm80Forward : QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
 
     enum { K_HEAD, V_HEAD, OUT_HEAD, LSE_HEAD };
 
-    float o[M][O_TILES][4];
-    uint32_t rounded[M][S_TILES / 2][4];  // p
+    __device__ __forceinline__ Sm80Forward(const AttentionParams<T> &params, int entry, int tile)
+        : Base(params, entry, tile, static_cast<int>(threadIdx.x) / WARP) {}
 
-    using Base::Base;
+    // Where the bases of this thread's rows of slab m lie in shared memory, and the sums of its part of them: the products need their registers.
+    static __device__ __forceinline__ int bases_at(int m) { return (static_cast<int>(threadIdx.x) / SHARING * M + m) * 2; }
+    static __device__ __forceinline__ int sums_at(int m) { return (static_cast<int>(threadIdx.x) * M + m) * 2; }
 
-    // p = 2^(s - base) in place of s; the sums and what is accumulated so far follow where a row's base moves. It moves up to the row's maximum
-    // once that is LAZY powers of 2 above, which after the first tiles is seldom. The bases of a thread's 2 M rows and the sums of its part of
-    // them lie in shared memory in between: the products need their registers.
+    // Scores become p; the sums and what is accumulated so far follow where a row's base moves.
     __device__ __forceinline__ void soften(const Shared<float> &bases, const Shared<float> &sums) {
-        const float to_log2 = EXTRAS ? LOG2E : p.scale * LOG2E;
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            const int own = (static_cast<int>(threadIdx.x) * M + m) * 2, rows = (static_cast<int>(threadIdx.x) / SHARING * M + m) * 2;
-            Pack<float, 2> row_base = bases.template load<2>(rows), row_sum = sums.template load<2>(own);
+            Pack<float, 2> row_base = bases.template load<2>(bases_at(m)), row_sum = sums.template load<2>(sums_at(m));
             float shrink[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float before = row_base.at[half];
-                float greatest = before;
-#pragma unroll
-                for (int n = 0; n < S_TILES; n++) greatest = fmaxf(greatest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                greatest = fmaxf(greatest, shuffle_xor(greatest, 1));
-                greatest = fmaxf(greatest, shuffle_xor(greatest, 2));
-                const bool moves = (greatest - before) * to_log2 > LAZY;
-                if (!moves) greatest = before;
-                const float base = greatest == -INFINITY ? 0.0f : greatest, scaled = base * to_log2;
-                // 2^(a - base); the difference first where scores may be so large that log2 e times them is not finite
-                const auto power = [&](float a) { return exp2_fast(EXTRAS ? (a - base) * to_log2 : fmaf(a, to_log2, -scaled)); };
-                shrink[half] = moves ? power(before) : 1.0f;
-                row_base.at[half] = greatest;
-                float sum = row_sum.at[half] * shrink[half];
-#pragma unroll
-                for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &x = s[m][n][2 * half + e];
-                        x = power(x);
-                        sum += x;
-                    }
-                row_sum.at[half] = sum;
+                Statistics of_row = {row_base.at[half], row_sum.at[half]};
+                shrink[half] = this->soften_row(m, half, of_row);
+                row_base.at[half] = of_row.base, row_sum.at[half] = of_row.sum;
             }
-            if (warp_any(shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-#pragma unroll
-                for (int n = 0; n < O_TILES; n++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) o[m][n][e] *= shrink[e / 2];
-            }
-            if (threadIdx.x % SHARING == 0) bases.template store<2>(rows, row_base);
-            sums.template store<2>(own, row_sum);
+            this->shrink_sums(m, shrink);
+            if (threadIdx.x % SHARING == 0) bases.template store<2>(bases_at(m), row_base);
+            sums.template store<2>(sums_at(m), row_sum);
         }
-    }
-
-    // Normalises and writes lse and out, the latter through this warp's rows of the tile of q, which nobody else reads.
-    __device__ __forceinline__ void finish(const QTile &q, const Shared<float> &bases, const Shared<float> &sums, const Shared<int64_t> &heads) {
-        const int64_t out_head = heads.get(OUT_HEAD), lse_head = heads.get(LSE_HEAD);
-        const float to_natural = EXTRAS ? 1.0f : p.scale;
-        float factor[M][2];
-        bool sees[M][2];
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int own = (static_cast<int>(threadIdx.x) * M + m) * 2 + half;
-                float sum = sums.get(own);
-                sum += shuffle_xor(sum, 1);
-                sum += shuffle_xor(sum, 2);
-                sees[m][half] = !(sum == 0.0f);  // the greatest p is at least 1, and NaN is not hidden
-                const float base = bases.get((static_cast<int>(threadIdx.x) / SHARING * M + m) * 2 + half) * to_natural;
-                const int i = this->query(m, half);
-                if (threadIdx.x % 4 == 0 && i < sequence.len_q) p.lse.set(lse_head + i, sees[m][half] ? base + log2f(sum) * LN2 : -INFINITY);
-                float &own_factor = factor[m][half] = sees[m][half] ? 1.0f / sum : 0.0f;
-                if (p.sinks && sees[m][half]) {
-                    const float sink = p.sinks.get(static_cast<unsigned>(h)), top = fmaxf(base, sink), shrink = exp2f((base - top) * LOG2E);
-                    own_factor = shrink / (sum * shrink + exp2f((sink - top) * LOG2E));
-                }
-                if (EXTRAS && p.dropout) own_factor *= p.dropout.keep_scale;
-            }
-        store_sums(o, q, warp_row, p.out, p.out_vectors, out_head, row + warp_row, sequence.len_q, p.dim_v,
-                   [&](int m, int half, float sum) { return sees[m][half] ? sum * factor[m][half] : 0.0f; });
-    }
-
-    // out 0 and lse -inf for rows [begin, end) of a packed batch.
-    __device__ __forceinline__ void clear(int begin, int end) const {
-        for (int i = begin + static_cast<int>(threadIdx.x) / WARP; i < end; i += WARPS) {
-            const int lane = static_cast<int>(threadIdx.x) % WARP;
-            if (lane == 0) p.lse.set(static_cast<int64_t>(h) * p.packed.rows_q + i, -INFINITY);
-            for (int d = lane; d < p.dim_v; d += WARP) p.out.data.set(p.out.at(0, h, i) + d, from_float<T>(0.0f));
-        }
-    }
-    // The rows of no sequence: before the first, behind the last, and what is behind the longest length that was told.
-    __device__ __forceinline__ void clear_unowned() const {
-        if (b == 0) clear(0, sequence.first_q);
-        const int end = b + 1 < p.batch ? clamp(p.packed.cu_q.get(b + 1), 0, p.packed.rows_q) : p.packed.rows_q;
-        clear(sequence.first_q + sequence.len_q, end);
     }
 
     __device__ __forceinline__ void run() {
         if (p.packed.cu_q) {
-            if (row == 0) clear_unowned();
+            if (row == 0) this->clear_unowned();
             if (row >= sequence.len_q) return;
         }
         SharedArena arena;
@@ -177,6 +104,7 @@ struct Sm80Forward : QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
             const auto lives = [&](int n) { return keys >> n & 1; };
             if (tile.begin >= 0) {
                 copy.load(k, p.k, p.k_vectors, heads.get(K_HEAD), tile.begin, p.dim_qk, all, lives);
+                walk.tell(tile);
                 this->fill_words(words, walk, tile);
                 if (EXTRAS && p.distance) this->fill_distances(distances, tile.begin);
             }
@@ -192,14 +120,15 @@ struct Sm80Forward : QueryBlock<T, DIM, ROWS, M, KEYS, EXTRAS> {
             copy.load(v, p.v, p.v_vectors, heads.get(V_HEAD), tile.begin, p.dim_v, all, lives);
             copy_async_commit();
             multiply_transposed<T, DIM>(s, q, warp_row, k);
-            this->prepare(walk, tile, 0, words, distances, [](int, int, int, float, float) {});
+            this->prepare(walk, tile.begin, 0, words, distances, [](int, int, int, float, float) {});
             soften(bases, sums);
             if (EXTRAS && p.dropout) this->drop_out(s, seed, tile.begin);
             round_sums<T>(rounded, s);
             copy_async_wait<0>();
             sync_block();  // v has come, and every warp is done with k, words and distances
         }
-        finish(q, bases, sums, heads);
+        this->finish(q, heads.get(OUT_HEAD), heads.get(LSE_HEAD),
+                     [&](int m, int half) { return Statistics{bases.get(bases_at(m) + half), sums.get(sums_at(m) + half)}; });
     }
 };
 

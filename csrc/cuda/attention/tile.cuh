@@ -12,7 +12,7 @@ struct Tile {
     // has on some devices (8.6, 8.9, 12.0), by an order of the chunks of 16 bytes that differs from row to row.
     static constexpr bool REORDERED = DIM == 256;
     static constexpr int STRIDE = REORDERED ? DIM : DIM + 8;
-    static constexpr int SIZE = ROWS * STRIDE;
+    static constexpr int HEIGHT = ROWS, SIZE = ROWS * STRIDE;
     static constexpr int CHUNKS = DIM / 8;
 
     Shared<T> data;
@@ -48,39 +48,39 @@ private:
     }
 };
 
-// How THREADS threads share the copying of such tiles: a thread takes the same columns of every STEP-th row, so that all of its addresses follow
+// How the first THREADS threads of a block share the copying of such tiles, or of others with their interface: a thread takes the same columns of every STEP-th row, so that all of its addresses follow
 // from one by constants. Rows of 3 * 2^n chunks are copied in three slices.
-template <typename T, int DIM, int THREADS>
+// PADDED: whether narrower rows have a fast path of their own. Where those compute who copy, sizes that are powers of two lack the registers.
+template <typename T, int DIM, int THREADS, bool PADDED = (DIM & (DIM - 1)) != 0>
 struct TileCopy {
     static constexpr int CHUNKS = DIM / 8, ACROSS = CHUNKS & -CHUNKS, STEP = THREADS / ACROSS;
-    // Whether narrower rows have a fast path of their own. Sizes that are powers of two lack the registers.
-    static constexpr bool PADDED = (DIM & (DIM - 1)) != 0;
     unsigned row, column;  // of the first chunk of this thread
 
     __device__ __forceinline__ TileCopy() : row(threadIdx.x / ACROSS), column(threadIdx.x % ACROSS * 8) {}
 
     // Zeros in the chunks from `width` on: once, since load() leaves them alone where it can. Each thread writes what is its own in load() too.
-    template <int ROWS>
-    __device__ __forceinline__ void pad(const Tile<T, ROWS, DIM> &to, unsigned width) const {
+    template <typename To>
+    __device__ __forceinline__ void pad(const To &to, unsigned width) const {
         if constexpr (PADDED) {
 #pragma unroll 1
             for (unsigned c = column; c < DIM; c += 8 * ACROSS)
 #pragma unroll 1
-                for (int n = static_cast<int>(row); c >= width && n < ROWS; n += STEP)
-                    to.data.template as<uint16_t>().template store<8>(Tile<T, ROWS, DIM>::at(n, static_cast<int>(c)), {});
+                for (int n = static_cast<int>(row); c >= width && n < To::HEIGHT; n += STEP)
+                    to.data.template as<uint16_t>().template store<8>(To::at(n, static_cast<int>(c)), {});
         }
     }
 
-    // Fills a padded tile from rows [first, first + ROWS) of one head, whose rows begin at head_at; zeros where a row is not alive.
+    // Fills a padded tile from rows [first, first + HEIGHT) of one head, whose rows begin at head_at; zeros where a row is not alive.
     // alive(n) is asked about the n-th row after this thread's first one, unless all are. 16-byte copies are under way when this returns, in the
     // group that is open; zeros, and the single elements of a tensor that allows no 16 bytes, are there.
-    template <int ROWS, typename Alive>
-    __device__ __forceinline__ void load(const Tile<T, ROWS, DIM> &to, const Strided<const T> &from, bool vectors, int64_t head_at, unsigned first,
-                                         unsigned width, bool all, const Alive &alive) const {
+    template <typename To, typename Alive>
+    __device__ __forceinline__ void load(const To &to, const Strided<const T> &from, bool vectors, int64_t head_at, unsigned first, unsigned width,
+                                         bool all, const Alive &alive) const {
+        constexpr int ROWS = To::HEIGHT;
         static_assert(ROWS % STEP == 0);
         int64_t at = head_at + (first + row) * from.row + column;
         const int64_t step = STEP * from.row;
-        const auto to_at = [&](int n, int aside) { return Tile<T, ROWS, DIM>::at(static_cast<int>(row) + n, static_cast<int>(column) + aside); };
+        const auto to_at = [&](int n, int aside) { return To::at(static_cast<int>(row) + n, static_cast<int>(column) + aside); };
         if (vectors && all && width == DIM) {
 #pragma unroll
             for (int n = 0; n < ROWS; n += STEP, at += step)

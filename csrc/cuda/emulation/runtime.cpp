@@ -4,7 +4,6 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
 
 namespace emulation {
 namespace {
@@ -29,11 +28,11 @@ std::string source(const Where &where) {
     return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
+}  // namespace
+
 void join(std::vector<uint32_t> &into, const std::vector<uint32_t> &other) {
     for (size_t i = 0; i < into.size(); i++) into[i] = std::max(into[i], other[i]);
 }
-
-}  // namespace
 
 std::string text(const char *format, ...) {
     char line[512];
@@ -66,6 +65,7 @@ bool Block::run(dim3 index_, uint64_t seed_) {
     reads_.assign(words_.size() * warps_.size(), 0);
     lane_start_ = static_cast<int>(random_() % LANES);
     lane_step_ = static_cast<int>(random_() % (LANES / 2)) * 2 + 1;
+    memory_barriers_.clear();
     for (Barrier &barrier : barriers_) {
         barrier = Barrier();
         barrier.clock.assign(warps_.size(), 0);
@@ -75,6 +75,10 @@ bool Block::run(dim3 index_, uint64_t seed_) {
         warps_[w].returned = warps_[w].arrived = 0;
         warps_[w].clock.assign(warps_.size(), 0);
         warps_[w].clock[w] = 1;
+        warps_[w].open.clear();
+        warps_[w].groups.clear();
+        warps_[w].fenced = false;
+        warps_[w].products = 0;
     }
     for (size_t n = 0; n < threads_.size(); n++) {
         Thread &thread = threads_[n];
@@ -84,7 +88,7 @@ bool Block::run(dim3 index_, uint64_t seed_) {
         thread.warp = static_cast<int>(n) / LANES;
         thread.lane = static_cast<int>(n) % LANES;
         thread.state = State::ready;
-        thread.collectives = 0;
+        thread.collectives = thread.shares = 0;
         thread.open.clear();
         thread.groups.clear();
         thread.fibre.prepare(n, &Block::enter, this);
@@ -100,7 +104,10 @@ bool Block::run(dim3 index_, uint64_t seed_) {
             returned += warps_[w].returned;
         }
         if (candidates.empty()) {
-            if (returned < static_cast<int>(threads_.size())) note_deadlock();
+            if (returned < static_cast<int>(threads_.size()))
+                note_deadlock();
+            else
+                check_finished();
             break;
         }
         const uint64_t draw = random_();
@@ -132,6 +139,9 @@ void Block::enter(void *block) {
     thread.groups.push_back(std::move(thread.open));
     for (const std::vector<AsyncCopy> &group : thread.groups)
         if (!group.empty()) self.fail("returns with asynchronous copies under way", group[0].where);
+    if (!warp.open.empty()) self.fail("returns with a product under way", warp.open[0].where);
+    for (const std::vector<Wgmma> &group : warp.groups)
+        if (!group.empty()) self.fail("returns with a product under way", group[0].where);
     thread.state = State::returned;
     warp.ready--;
     warp.returned++;
@@ -162,6 +172,9 @@ void Block::note_deadlock() {
         if (thread.state == State::at_barrier)
             where = text("at barrier %d (%d of %d threads there), %s", thread.barrier, barriers_[thread.barrier].arrived,
                          barriers_[thread.barrier].expected, source(thread.where).c_str());
+        else if (thread.state == State::at_memory_barrier)
+            where = text("at the barrier in byte %d of shared memory (%d arrivals missing), %s", thread.barrier,
+                         memory_barriers_[thread.barrier].pending, source(thread.where).c_str());
         else if (thread.state == State::at_warp)
             where = text("at %s of warp %d (%d of %d lanes there), %s", warp.collective, thread.warp, warp.arrived, LANES,
                          source(thread.where).c_str());
@@ -296,6 +309,7 @@ void Block::check_shared(const void *address, int bytes, bool writes, const Wher
         word.write_lane = static_cast<int8_t>(thread.lane);
         word.write_clock = clock[me];
         word.write_collectives = thread.collectives;
+        word.write_shares = thread.shares;
         word.write_line = static_cast<uint16_t>(where.line());
     }
 }

@@ -7,11 +7,16 @@
 //   - a read or write of shared memory that an unfinished asynchronous copy owns;
 //   - an access to a 4-byte word of shared memory that another warp accessed, one of the two writing, with no barrier in between (each warp
 //     keeps a vector clock), or that another lane of the same warp wrote since the warp last ran something together;
-//   - threads of one warp in different collectives, threads that all wait (a deadlock, listed by barrier), and a return with copies under way.
+//   - a product of a warpgroup that reads shared memory which its writer did not share with the asynchronous proxy, that begins without a fence of
+//     its registers, or whose accumulators are asked for before their group was waited for;
+//   - threads of one warp in different collectives, warps of one warpgroup with different products, threads that all wait (a deadlock, listed by
+//     barrier), and a return with copies or products under way.
+// A product of a warpgroup runs when it is issued or when its group is waited for, as the seed has it; until then its accumulators are NaN.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <source_location>
@@ -36,16 +41,42 @@ struct AsyncCopy {
     Where where;
 };
 
-enum class State { ready, at_warp, at_barrier, returned };
+// A matrix in shared memory as wgmma takes it: an offset into dynamic shared memory, the bytes from one panel to the next, and the bounds of the
+// array that it lies in.
+struct SharedMatrix {
+    int first, panel_bytes, low, high;
+};
+
+// One product of a warp's share of a warpgroup's rows.
+struct Wgmma {
+    float *c[LANES];           // of 4 column_tiles registers each
+    const uint32_t *a[LANES];  // of four registers each; null: left is in shared memory
+    SharedMatrix left, right;
+    int column_tiles;
+    bool add, float16, right_by_rows;  // right_by_rows: 16 rows of the right operand, else the rows of its transpose
+    std::vector<float> saved;  // what the accumulators held; empty where an earlier product of them is under way
+    Where where;
+};
+
+// A barrier in shared memory.
+struct MemoryBarrier {
+    int expected = 0, pending = 0;
+    uint32_t phase = 0;                        // how many are complete
+    std::vector<int> waiting;                  // thread numbers
+    std::vector<uint32_t> arriving, complete;  // clocks: joined over who arrived so far; at the end of the last phase
+};
+
+enum class State { ready, at_warp, at_barrier, at_memory_barrier, returned };
 
 struct Thread {
     Fibre fibre;
     dim3 index;
     int number = 0, warp = 0, lane = 0;
     State state = State::ready;
-    int barrier = 0;                           // waits there, at `where`
+    int barrier = 0;                           // waits there, at `where`; of one in shared memory the byte
     Where where;
     uint32_t collectives = 0;                  // of its warp and of barriers, that it passed
+    uint32_t shares = 0;                       // how often it shared what it wrote with the asynchronous proxy
     std::vector<AsyncCopy> open;               // issued, in no group yet
     std::vector<std::vector<AsyncCopy>> groups;  // oldest first
 };
@@ -58,6 +89,10 @@ struct Warp {
     alignas(16) unsigned char in[2][LANES][SLOT_BYTES];  // two sets: the last to arrive may already be at the next collective
     alignas(16) unsigned char out[2][LANES][SLOT_BYTES];
     std::vector<uint32_t> clock;  // what this warp knows of every warp
+    std::vector<Wgmma> open;                 // issued, in no group yet
+    std::vector<std::vector<Wgmma>> groups;  // oldest first
+    bool fenced = false;
+    int products = 0;
 };
 
 struct Barrier {
@@ -70,7 +105,7 @@ struct Barrier {
 
 // The last accesses to 4 bytes of shared memory.
 struct Word {
-    uint32_t write_clock = 0, write_collectives = 0;
+    uint32_t write_clock = 0, write_collectives = 0, write_shares = 0;
     uint16_t write_line = 0;
     int8_t write_warp = -1, write_lane = 0;
     bool copying = false;
@@ -92,12 +127,29 @@ public:
     [[noreturn]] void fail(const std::string &what, const Where &where);
     unsigned char *dynamic_shared() { return shared_.data(); }
     int dynamic_bytes() const { return dynamic_bytes_; }
+    // The multiple of bytes at which the kernel has dynamic shared memory begin.
+    void align(int bytes) { alignment_ = bytes; }
+    int alignment() const { return alignment_; }
     unsigned char *static_shared(const void *tag, int bytes);
     void check_shared(const void *address, int bytes, bool writes, const Where &where);
     bool barrier(int number, int expected, bool waits, bool vote, const Where &where);
     void issue(const AsyncCopy &copy);
     void commit();
     void wait(size_t left, const Where &where);
+
+    void prepare_barrier(const void *at, int arrivals, const Where &where);
+    void arrive(const void *at, const Where &where);
+    void wait_phase(const void *at, unsigned parity, const Where &where);
+
+    // Of the warp together, by the last of its lanes to arrive.
+    void fence_products() { warp_of_current().fenced = true; }
+    void issue_product(Wgmma &&product);
+    void commit_products();
+    void wait_products(size_t left);
+    // By each lane: fails where a product of these accumulators is under way.
+    void claim(const float *c, const Where &where);
+    // 16 bytes of an operand of a product, at an offset into dynamic shared memory.
+    const unsigned char *operand(const SharedMatrix &matrix, int at, const Where &where);
 
     // Each lane of the warp brings `mine`; the last to arrive computes all the results together.
     template <typename Out, typename In, typename Together>
@@ -132,6 +184,9 @@ private:
     static void enter(void *block);
     void note_deadlock();
     std::string place(const Thread &thread, const Where &where) const;
+    Warp &warp_of_current() { return warps_[static_cast<size_t>(current().warp)]; }
+    MemoryBarrier &memory_barrier(const void *at, const Where &where);
+    void check_finished();
     Word &word(const void *address) { return words_[static_cast<size_t>(static_cast<const unsigned char *>(address) - shared_.data()) / 4]; }
     uint32_t &last_read(size_t word, int warp) { return reads_[word * warps_.size() + static_cast<size_t>(warp)]; }
 
@@ -140,8 +195,9 @@ private:
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
     Barrier barriers_[BARRIERS];
+    std::map<int, MemoryBarrier> memory_barriers_;  // by their byte of shared memory
     std::vector<unsigned char> shared_;  // dynamic shared memory, then static
-    int dynamic_bytes_, shared_end_;
+    int dynamic_bytes_, shared_end_, alignment_ = 1;
     std::vector<std::pair<const void *, int>> statics_;
     std::vector<Word> words_;
     std::vector<uint32_t> reads_;  // clock of the last read, per word and warp
@@ -155,9 +211,13 @@ private:
 
 // The block that runs in this operating-system thread.
 Block &block();
+// The product itself, once its operands may be read. wgmma.cpp
+void multiply(const Wgmma &product, int warp, Block &block);
 // Runs every block of the grid; cudaErrorLaunchFailure where one was stopped.
 cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, int shared_bytes, const std::function<void()> &body);
 
+// Clocks of all warps: the later of each.
+void join(std::vector<uint32_t> &into, const std::vector<uint32_t> &other);
 std::string text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace emulation

@@ -80,6 +80,8 @@ public:
     __device__ __forceinline__ void store(int at, const Pack<T, N> &value) const {
         *reinterpret_cast<Pack<T, N> *>(base_ + at) = value;
     }
+    // The same memory from element `at` on.
+    __device__ __forceinline__ Shared from(int at) const { return Shared(base_ + at, 0); }
     // The same memory in elements of another type.
     template <typename U>
     __device__ __forceinline__ Shared<U> as() const {
@@ -92,11 +94,13 @@ private:
     T *base_;
 };
 
-// The dynamic shared memory of a block, given out front to back in pieces of whole 16 bytes.
+// The dynamic shared memory of a block, given out front to back in pieces of whole 16 bytes. ALIGNMENT: of the first; operands of wgmma begin at
+// multiples of 1024.
+template <int ALIGNMENT = 128>
 class SharedArena {
 public:
     __device__ SharedArena() {
-        extern __shared__ __align__(128) unsigned char fastattn_dynamic_shared[];
+        extern __shared__ __align__(ALIGNMENT) unsigned char fastattn_dynamic_shared[];
         next_ = fastattn_dynamic_shared;
     }
     template <typename T>

@@ -28,3 +28,12 @@ __device__ __forceinline__ void sync_named(int barrier, int threads) { asm volat
 __device__ __forceinline__ void arrive_named(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+__device__ __forceinline__ bool sync_named_or(int barrier, int threads, bool value) {
+    int any;
+    asm volatile(
+        "{\n.reg .pred mine, any;\nsetp.ne.b32 mine, %3, 0;\nbar.red.or.pred any, %1, %2, mine;\nselp.b32 %0, 1, 0, any;\n}"
+        : "=r"(any)
+        : "r"(barrier), "r"(threads), "r"(static_cast<int>(value))
+        : "memory");
+    return any != 0;
+}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, place
+from fastattn.backends.cuda.library import device_reasons, dropout_arguments, kernels, load, place
 from fastattn.backends.views import (
     address,
     broadcast_view,
@@ -165,6 +165,7 @@ def _arguments(
     dense = None if bias.dense is None else bias.dense.expand(batch, heads_q, len_q, len_k)
     blocks = mask.blocks
     return {
+        "kernels": kernels(),
         "dtype": DTYPES[q.dtype],
         "sizes": (batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v),
         "packed": places,

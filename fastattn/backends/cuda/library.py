@@ -3,6 +3,10 @@
 FASTATTN_CUDA_EMULATION names a folder with a build of the same module whose kernels run on the CPU, made for tests by
 csrc/cuda/emulation; no wheel holds it. The backend then takes CPU tensors, where it is asked for by name: dispatch
 never chooses it for them.
+
+FASTATTN_CUDA_KERNELS chooses between kernels for the same call: sm80, the default, multiplies by mma.sync on every
+device; sm90, on Hopper alone, by wgmma in the forward of attention with head dims up to 128. The latter were not run
+on a device yet, which is why they have to be asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TypedDict
@@ -22,6 +28,9 @@ from torch import Tensor
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 _OLDEST_CAPABILITY = (8, 0)
+_HOPPER = (9, 0)
+KERNELS = {"sm80": 80, "sm90": 90}
+_kernels = os.environ.get("FASTATTN_CUDA_KERNELS") or "sm80"
 _EMULATION = "fastattn._cuda_emulation"
 NO_DROPOUT = (0, 0, 1.0)
 
@@ -45,6 +54,32 @@ def load() -> ModuleType:
 def emulated() -> bool:
     """Whether the kernels run in the emulation, on CPU tensors."""
     return bool(os.environ.get("FASTATTN_CUDA_EMULATION"))
+
+
+def kernels() -> int:
+    """80 or 90: which kernels a call asks for."""
+    return KERNELS[_kernels]
+
+
+@contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Within the block every call of the process asks for these kernels, where `kernels_reason` has nothing against
+    them."""
+    global _kernels
+    before, _kernels = _kernels, name
+    try:
+        yield
+    finally:
+        _kernels = before
+
+
+def kernels_reason(name: str, found: Sequence[Device]) -> str | None:
+    """Why these kernels cannot run on the devices of this machine, or None."""
+    for index, device in enumerate(found):
+        if name == "sm90" and not emulated() and device["capability"] != _HOPPER:
+            major, minor = device["capability"]
+            return f"the sm90 kernels need compute capability 9.0, and cuda:{index} has {major}.{minor}"
+    return None
 
 
 def device_type() -> str:
@@ -81,6 +116,8 @@ def devices() -> list[Device]:
 @functools.cache
 def unavailable_reason() -> str | None:
     """Why the CUDA kernels cannot run on this machine, or None."""
+    if _kernels not in KERNELS:
+        return f"FASTATTN_CUDA_KERNELS={_kernels!r} is unknown: set it to {' or '.join(KERNELS)}, or leave it unset"
     try:
         load()
     except ModuleNotFoundError:
@@ -91,8 +128,9 @@ def unavailable_reason() -> str | None:
         found = devices()
     except RuntimeError as error:
         return f"no CUDA device answers: {error}"
-    if emulated():
-        return None
+    against = kernels_reason(_kernels, found)
+    if against is not None or emulated():
+        return against
     if not found:
         return "the CUDA driver sees no device"
     if not torch.cuda.is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastattn.bench.providers.base import Provider
 from fastattn.bench.providers.compiled import Compiled, Flex
 from fastattn.bench.providers.models import MODEL_PROVIDERS
-from fastattn.bench.providers.ours import OurDecode, Ours
+from fastattn.bench.providers.ours import OurDecode, OurHopper, Ours
 from fastattn.bench.providers.packed import NestedSdpa, OurPacked, PackedFlashAttention3, PackedFlex, PaddedSdpa
 from fastattn.bench.providers.peers import FlashAttention3, Liger
 from fastattn.bench.providers.torch_eager import Eager, Sdpa, TorchNorm
@@ -15,6 +15,7 @@ _SDPA = {"math": "math", "flash": "flash", "mem_efficient": "memory-efficient", 
 
 PROVIDERS: tuple[Provider, ...] = (
     *(Ours(backend) for backend in NAMES),
+    OurHopper(),
     *(OurPacked(backend) for backend in NAMES),
     *(OurDecode(backend) for backend in NAMES),
     Eager(),

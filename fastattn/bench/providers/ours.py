@@ -91,6 +91,37 @@ class Ours(Provider):
         return lambda: (fastattn.ffn(t["x"], t["w1"], t.get("b1"), t["w2"], t.get("b2"), **options),)
 
 
+class OurHopper(Ours):
+    """The CUDA backend with its kernels for Hopper, which have to be asked for."""
+
+    suites = frozenset({"attention"})
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+        self.name = "fastattn cuda sm90"
+
+    def unavailable_reason(self, device: str) -> str | None:
+        from fastattn.backends.cuda import library
+
+        return super().unavailable_reason(device) or library.kernels_reason("sm90", library.devices())
+
+    def refuses(self, case: Case, direction: str) -> str | None:
+        if isinstance(case, AttentionCase) and case.dim > 128:
+            return "head dims above 128 have no kernel for Hopper"
+        return super().refuses(case, direction)
+
+    def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
+        from fastattn.backends.cuda import library
+
+        run = super().prepare(case, tensors)
+
+        def on_hopper() -> tuple[Tensor, ...]:
+            with library.use_kernels("sm90"):
+                return run()
+
+        return on_hopper
+
+
 class OurDecode(Provider):
     """fastattn.attention_decode."""
 

@@ -96,6 +96,10 @@ public:
     Shared<U> as() const {
         return Shared<U>(reinterpret_cast<U *>(base_), static_cast<int>(static_cast<size_t>(count_) * sizeof(T) / sizeof(U)));
     }
+    // The same memory from element `at` on.
+    Shared from(int at) const { return Shared(base_ + at, count_ - at); }
+    const void *begin() const { return base_; }
+    int bytes() const { return count_ * static_cast<int>(sizeof(T)); }
     T *inside(int at, int elements, size_t alignment, const char *verb, const Where &where) const {
         if (at < 0 || at + elements > count_)
             emulation::block().fail(
@@ -116,8 +120,10 @@ private:
     int count_;
 };
 
+template <int ALIGNMENT = 128>
 class SharedArena {
 public:
+    SharedArena() { emulation::block().align(ALIGNMENT); }
     template <typename T>
     Shared<T> take(int count, emulation::Where where = emulation::Where::current()) {
         emulation::Block &block = emulation::block();

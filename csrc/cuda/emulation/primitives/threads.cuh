@@ -46,3 +46,6 @@ inline void sync_named(int barrier, int threads, emulation::Where where = emulat
 inline void arrive_named(int barrier, int threads, emulation::Where where = emulation::Where::current()) {
     emulation::block().barrier(barrier, threads, false, false, where);
 }
+inline bool sync_named_or(int barrier, int threads, bool value, emulation::Where where = emulation::Where::current()) {
+    return emulation::block().barrier(barrier, threads, true, value, where);
+}
