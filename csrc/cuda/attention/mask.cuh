@@ -1,7 +1,7 @@
 // The lowered mask seen from a tile of queries: which tiles of 64 keys it has to visit, which of them are full, and who sees what in the rest.
 //
-// All threads of a block walk alike, or those of a part of it. What one query sees of a tile of 64 keys is a word of 64 bits, whatever the form of the mask: keys, band,
-// intervals and blocks each give such a word and they are combined by and. A dense mask is read element by element on top.
+// All threads of a block walk alike, or those of a part of it. What one query sees of a tile of 64 keys is a word of 64 bits, whatever the form of
+// the mask: keys, band, intervals and blocks each give such a word and they are combined by and. A dense mask is read element by element on top.
 #pragma once
 #include <climits>
 

@@ -51,8 +51,8 @@ struct QueryBlock {
         for (int i = static_cast<int>(threadIdx.x); i < ROWS; i += TEAM) words.set(i, walk.visible(tile, row + i));
     }
 
-    // Products with the keys of one tile, column tiles [FIRST, FIRST + PART_TILES) of s, become scores, capped and biased, and what this warp's queries
-    // do not see becomes -inf. Without EXTRAS the scale waits for exp2, and a full tile is left alone. Scores stay in natural units, in which a
+    // Products with the keys of one tile, column tiles [FIRST, FIRST + PART_TILES) of s, become scores, capped and biased, and what this warp's
+    // queries do not see becomes -inf. Without EXTRAS the scale waits for exp2, and a full tile is left alone. Scores stay in natural units, in which a
     // finite bias is finite: times log2 e it may not be.
     // view: of the mask on the tile; begin: its first key; first: the number within it of the first key of a step. note_bend(m, n, half, low, high)
     // is told tanh of capped scores, in pairs.

@@ -3,9 +3,10 @@
 // Contract   That of sm80_forward.cuh, for head dims up to 128.
 // Numerics   Those of sm80_forward.cuh.
 // Algorithm  A block owns 128 queries of one head and has three warpgroups. The first walks over the tiles of 64 keys that the mask does not leave
-//            empty and copies them wherever they lie, two at a time, with EXTRAS, which needs registers, one, into rings of two steps each for k and
-//            v, with a note of what the queries see of them. The other two have 64 queries each: S = Q K^T of a step is issued together with O += P V of the step before, and the softmax
-//            of S runs while that second product does. They issue by turns, so that one computes a softmax while the other multiplies.
+//            empty and copies them wherever they lie into rings of two steps each for k and v, with a note of what the queries see of them. A step
+//            is two tiles, or one with EXTRAS, which needs the registers. The other warpgroups have 64 queries each: S = Q K^T of a step is issued
+//            together with O += P V of the step before, and the softmax of S runs while that second product does. They issue by turns, so that one
+//            computes a softmax while the other multiplies.
 //            Steps go by barriers in shared memory, of which the ring's place is full once its copies have come, and empty once both warpgroups are
 //            done with it. k runs a step ahead of v, in the order in which their places become empty. Copies are cp.async rather than the tensor
 //            copy engine: tiles of a sparse mask lie anywhere, rows of hidden keys come as zeros, and nothing has to be encoded on the host.

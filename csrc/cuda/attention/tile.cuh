@@ -48,8 +48,8 @@ private:
     }
 };
 
-// How the first THREADS threads of a block share the copying of such tiles, or of others with their interface: a thread takes the same columns of every STEP-th row, so that all of its addresses follow
-// from one by constants. Rows of 3 * 2^n chunks are copied in three slices.
+// How the first THREADS threads of a block share the copying of such tiles, or of others with their interface: a thread takes the same columns of
+// every STEP-th row, so that all of its addresses follow from one by constants. Rows of 3 * 2^n chunks are copied in three slices.
 // PADDED: whether narrower rows have a fast path of their own. Where those compute who copy, sizes that are powers of two lack the registers.
 template <typename T, int DIM, int THREADS, bool PADDED = (DIM & (DIM - 1)) != 0>
 struct TileCopy {

@@ -78,13 +78,14 @@ void multiply(const Wgmma &product, int warp, Block &block) {
         read_by_columns(product.right, columns, product, block, right.data());
     else
         read_by_rows(product.right, columns, product, block, right.data());
+    const int registers = 4 * product.column_tiles;
     for (int lane = 0; lane < LANES; lane++)
-        for (int i = 0; i < 4 * product.column_tiles; i++) {
+        for (int i = 0; i < registers; i++) {
             const float *a = own + (lane / 4 + 8 * (i / 2 % 2)) * DEPTH, *b = right.data() + (i / 4 * 8 + lane % 4 * 2 + i % 2) * DEPTH;
             float sum = 0.0f;
             for (int k = 0; k < DEPTH; k++) sum += a[k] * b[k];
             float before = 0.0f;
-            if (product.add) before = product.saved.empty() ? product.c[lane][i] : product.saved[static_cast<size_t>(lane * 4 * product.column_tiles + i)];
+            if (product.add) before = product.saved.empty() ? product.c[lane][i] : product.saved[static_cast<size_t>(lane * registers + i)];
             product.c[lane][i] = before + sum;
         }
 }
