@@ -188,6 +188,7 @@ def attention_backward(
     dsinks = queries.new_empty(0)
     if sinks is not None and sinks_requires_grad:
         probability = torch.sigmoid(sinks.to(compute).view(1, -1, 1) - soft.lse)
+        probability = probability.masked_fill(soft.lse == -math.inf, 0.0)  # a sink of -inf beside no key would give NaN
         dsinks = -(probability * row.squeeze(-1)).sum(dim=(0, 2))
     if soft.tanh is not None:
         dscores = dscores * (1.0 - soft.tanh.square())
