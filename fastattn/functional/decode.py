@@ -13,7 +13,7 @@ from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sink
 from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
-from fastattn.ops.decode import attention_decode_forward, check_lengths
+from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
 from fastattn.ops.library import invoke, tracks_gradients
 
 
@@ -162,7 +162,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
         check_device(name, ints, "q", q)
     batch, heads_q, _, dim = q.shape
     check_shape("cache_lengths", lengths, (batch,), "the number of keys in use per sequence")
-    heads_at, length_at = (1, 2) if table is None else (2, 1)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"v_cache has shape {tuple(v.shape)} beside k_cache of {tuple(k.shape)}: all but the last dimension agree"
@@ -173,7 +172,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
         raise ValueError(f"block_table has shape {tuple(table.shape)}: pass ({batch}, pages per sequence)")
     if k.shape[3] != dim:
         raise ValueError(f"k_cache has head dim {k.shape[3]} but q {dim}: pass keys of q's head dim")
-    heads_kv = k.shape[heads_at]
+    heads_kv = k.shape[1 if table is None else 2]
     if heads_kv == 0 or heads_q % heads_kv != 0:
         raise ValueError(
             f"q has {heads_q} heads, which is no multiple of the {heads_kv} heads of k_cache: pass Hq % Hkv == 0"
@@ -181,7 +180,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
     for name, value in (("q", dim), ("v_cache", v.shape[3])):
         if not 1 <= value <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has head dim {value}: pass 1 to {MAX_HEAD_DIM}")
-    return k.shape[length_at] if table is None else table.shape[1] * k.shape[length_at]
+    return room_of(k, table)
 
 
 def _lower(

@@ -35,13 +35,19 @@ def _forward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    batch, heads_q, len_q, dim_qk = q.shape
+    is_paged = block_table is not None
     fields = (
         q.device.type,
         q.dtype,
-        *q.shape,
-        k_cache.shape[1 if block_table is None else 2],
+        batch,
+        heads_q,
+        k_cache.shape[2 if is_paged else 1],
+        len_q,
+        room_of(k_cache, block_table),
+        dim_qk,
         v_cache.shape[3],
-        block_table is not None,
+        is_paged,
         band_left is not None or band_right is not None,
         0 if intervals is None else intervals.shape[0],
         None if bias is None else bias.dtype,
@@ -75,9 +81,8 @@ def _check_places(k_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | 
     if cache_lengths.device.type != "cpu" or cache_lengths.numel() == 0:
         return
     pages, page = k_cache.shape[0], k_cache.shape[1]
-    room = k_cache.shape[2] if block_table is None else block_table.shape[1] * page
     shortest, longest = map(int, cache_lengths.aminmax())
-    check_lengths(shortest, longest, room)
+    check_lengths(shortest, longest, room_of(k_cache, block_table))
     if block_table is None or block_table.numel() == 0:
         return
     first, last = map(int, block_table.aminmax())
@@ -90,6 +95,11 @@ def _check_places(k_cache: Tensor, cache_lengths: Tensor, block_table: Tensor | 
             raise ValueError(
                 f"block_table[{b}] names page {wrong[0]}, but the cache has {pages}: pass 0 to {pages - 1}"
             )
+
+
+def room_of(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """How many keys a sequence may have."""
+    return k_cache.shape[2] if block_table is None else block_table.shape[1] * k_cache.shape[1]
 
 
 def check_lengths(shortest: int, longest: int, room: int) -> None:

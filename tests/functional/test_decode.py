@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import masks
+from fastattn import dispatch, masks
+from fastattn.biases import ALiBi
+from fastattn.problems import DecodeProblem
 
 
 def cache(lengths: list[int], room: int, heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +90,32 @@ PER_SEQUENCE = {
     "several ranges": masks.KeyRange([3, 0, 100], [290, 5, 400]) & (masks.SlidingWindow(90, 0) | masks.GlobalTokens(2)),
     "blocks": masks.KeyRange([3, 0, 100], [290, 5, 400]) & masks.Dilated(20, 3),
 }
+
+
+@pytest.mark.parametrize("page", (0, 8))
+def test_dispatch_knows_the_sizes_of_a_call(page: int) -> None:
+    keys, values, lengths = cache([24, 3], 24)
+    table = None
+    if page:
+        (keys, table), (values, _) = paged(keys, page), paged(values, page)
+    q, keys, values = torch.randn(2, 6, 3, 16).double(), keys.double(), values[..., :5].double()
+    with pytest.raises(fastattn.NotSupported) as error:
+        fastattn.attention_decode(q, keys, values, lengths, block_table=table, backend="triton")
+    sizes = {"batch": 2, "heads_q": 6, "heads_kv": 2, "len_q": 3, "len_k": 24, "dim_qk": 16, "dim_v": 5}
+    assert error.value.problem == DecodeProblem("cpu", torch.float64, **sizes, paged=bool(page))
+
+
+@pytest.mark.skipif(dispatch.backends()["cpu"] is not None, reason="the CPU backend is unavailable")
+def test_the_cpu_takes_caches_of_more_keys_than_gpus_do() -> None:
+    q, (key, value) = torch.randn(1, 4, 3, 8), torch.randn(2, 1, 2, 1, 8)
+    found = []
+    for room in (100, 2**31 - 1):
+        k, v = key.expand(-1, -1, room, -1), value.expand(-1, -1, room, -1)
+        options: dict[str, Any] = {"mask": masks.SlidingWindow(3, 0), "bias": ALiBi(torch.ones(4)), "return_lse": True}
+        length = torch.tensor([room - 5], dtype=torch.int32)
+        found.append(fastattn.attention_decode(q, k, v, length, backend="cpu", **options))
+    for near, far in zip(*found, strict=True):
+        assert torch.equal(near, far)
 
 
 def test_pages_without_room_hold_no_keys() -> None:
