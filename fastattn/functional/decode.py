@@ -14,7 +14,7 @@ from fastattn.functional.checks import check_device, check_shape, check_tensor, 
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
 from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
-from fastattn.ops.library import invoke, tracks_gradients
+from fastattn.ops.library import invoke, would_be_differentiated
 
 
 @overload
@@ -97,6 +97,7 @@ def attention_decode(
     Raises:
         TypeError, ValueError: a wrong argument, or one that requires a gradient; the text names it and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
+        NotImplementedError: under vmap over cache_lengths, for a mask object that reads them.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, tensor)
@@ -133,7 +134,7 @@ def attention_decode(
 
 def _check_inference(q: Tensor, k: Tensor, v: Tensor, mask: object, bias: object, sinks: Tensor | None) -> None:
     tensor = bias.tensor if isinstance(bias, biases.Bias) else bias
-    if tracks_gradients(q, k, v, *(t for t in (mask, tensor, sinks) if isinstance(t, Tensor))):
+    if would_be_differentiated(q, k, v, *(t for t in (mask, tensor, sinks) if isinstance(t, Tensor))):
         raise ValueError(
             "attention_decode has no gradient, and one of q, k_cache, v_cache, mask, bias or sinks requires one: "
             "call it under torch.no_grad(), or use fastattn.attention"
@@ -213,6 +214,11 @@ def _lower_object(
         whole = mask.lower(*size, q.device)
         if _is_about_positions(whole, room - len_q) and whole.intervals is None:
             return hide_keys(whole, added, len_q, room, q.device)
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(cache_lengths):
+        raise NotImplementedError(
+            f"mask={mask!r} reads cache_lengths on the host, which torch.func maps: pass a window, a bool tensor or "
+            "key ranges, or call attention_decode with one batch of all entries"
+        )
     lengths = cache_lengths.tolist()
     check_lengths(min(lengths, default=0), max(lengths, default=0), room)
     if any(isinstance(part, Tensor) for part in _parts(mask)):  # made for the whole cache

@@ -168,6 +168,27 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
     return False
 
 
+def would_be_differentiated(*tensors: Tensor | None) -> bool:
+    """As `tracks_gradients`, for a call that has no gradient: under vmap alone such a call is one like any other, and
+    what counts are the tensors inside of the batches."""
+    if torch.compiler.is_compiling() or not _is_only_mapped():
+        return tracks_gradients(*tensors)
+    return torch.is_grad_enabled() and any(t is not None and _within_batches(t).requires_grad for t in tensors)
+
+
+def _is_only_mapped() -> bool:
+    """Under torch.func, whose transforms are all vmap."""
+    if not torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return all(transform.key() == TransformType.Vmap for transform in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def _within_batches(tensor: Tensor) -> Tensor:
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def _refuse_derivatives_within_a_graph() -> None:
     """Dynamo traces an operator under torch.func without its derivative, which then is 0 in silence.
 
@@ -318,6 +339,15 @@ def is_mapped(in_dims: InDims, *positions: int) -> bool:
 def fold_dim(tensor: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
     """The mapped dimension merged into dimension `at`, in front of what is there; expanded where it is not mapped."""
     return lift(tensor, dim, size).movedim(0, at).flatten(at, at + 1)
+
+
+def fold_broadcast(tensor: Tensor, dim: int | None, size: int, batch: int, at: int = 0) -> Tensor:
+    """As fold_dim, for a tensor whose batch dimension `at` may be 1: that stays 1 where no entry differs."""
+    if dim is None:
+        return tensor if tensor.shape[at] == 1 else fold_dim(tensor, None, size, at)
+    lifted = tensor.movedim(dim, at)
+    full = [*lifted.shape[: at + 1], batch, *lifted.shape[at + 2 :]]
+    return lifted.expand(full).flatten(at, at + 1)
 
 
 def lift(tensor: Tensor, dim: int | None, size: int) -> Tensor:
