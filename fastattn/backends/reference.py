@@ -271,7 +271,7 @@ def attention_decode(
         keys,
         values,
         mask=seen.expand(q.shape[0], q.shape[1], len_q, room),
-        bias=expand(bias, (*q.shape[:3], room), position.view(-1, len_q)),
+        bias=expand(bias, (*q.shape[:3], room), position.view(q.shape[0], len_q)),
         scale=scale,
         softcap=softcap,
         sinks=sinks,

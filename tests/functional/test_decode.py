@@ -69,6 +69,15 @@ def test_an_empty_cache_gives_zero_and_minus_infinity() -> None:
     assert (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("mask", (None, masks.Causal(), masks.Strided(2), torch.ones(3, 1, 0, 8).bool()), ids=str)
+def test_no_new_tokens_give_nothing(mask: masks.Mask | Tensor | None, backend: str) -> None:
+    keys, values, lengths = cache([8, 0, 5], 8)
+    q = torch.randn(3, 4, 0, 16)
+    options: dict[str, Any] = {"mask": mask, "bias": ALiBi(torch.ones(4)), "backend": backend}
+    out, lse = fastattn.attention_decode(q, keys, values, lengths, return_lse=True, **options)
+    assert out.shape == (3, 4, 0, 16) and lse.shape == (3, 4, 0)
+
+
 def test_bool_mask_and_bias_index_places_in_the_cache() -> None:
     keys, values, lengths = cache([20, 11], 24)
     q = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(1))
