@@ -51,7 +51,7 @@ def register(
     operator: Callable[..., Any] = getattr(torch.ops.fastattn, name).default
 
     def vmap_rule(info: Any, in_dims: InDims, *args: Any) -> VmapResult:
-        folded = fold(info.batch_size, in_dims, args)
+        folded = fold(info.batch_size, in_dims, args) if info.batch_size else None
         return _each(operator, info.batch_size, in_dims, args) if folded is None else folded
 
     torch.library.register_vmap(qualified, vmap_rule, lib=LIBRARY)
@@ -356,12 +356,16 @@ def lift(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _each(operator: Callable[..., Any], size: int, in_dims: InDims, args: tuple[Any, ...]) -> VmapResult:
-    """One call per mapped entry, results stacked."""
+    """One call per mapped entry, results stacked. Of no entries one of zeros tells the shapes."""
+
+    def entry(tensor: Tensor, dim: int, i: int) -> Tensor:
+        return tensor.select(dim, i) if size else tensor.new_zeros((*tensor.shape[:dim], *tensor.shape[dim + 1 :]))
+
     calls = []
-    for i in range(size):
-        picked = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+    for i in range(max(size, 1)):
+        picked = (a if d is None else entry(a, d, i) for a, d in zip(args, in_dims, strict=True))
         calls.append(operator(*picked))
     if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+        return torch.stack(calls)[:size], 0
+    results = tuple(torch.stack(column)[:size] for column in zip(*calls, strict=True))
     return results, (0,) * len(results)

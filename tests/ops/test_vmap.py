@@ -54,6 +54,16 @@ def test_forward(case):
             torch.testing.assert_close(result, truth, rtol=1e-5, atol=1e-6)
 
 
+def test_no_entries(case):
+    tensors = draw(case, (0,) * len(case.shapes))
+    none = [t[:0].clone().requires_grad_() for t in tensors]
+    results = flat(vmap(case.function)(*none))
+    for result, shown in zip(results, flat(vmap(case.function)(*tensors)), strict=True):
+        assert result.shape == (0, *shown.shape[1:]) and result.dtype == shown.dtype
+    for gradient, shape in zip(torch.autograd.grad(sum(r.sum() for r in results), none), case.shapes, strict=True):
+        assert gradient.shape == (0, *shape)
+
+
 def loss_of(case):
     return lambda *tensors: sum(r.square().sum() for r in flat(case.function(*tensors)) if r.is_floating_point())
 
