@@ -84,6 +84,11 @@ def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: T
     return seed
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap batches the tensor: its numbers cannot be read on the host then."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
+
+
 def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; on the meta device there is none."""
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)

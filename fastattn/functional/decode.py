@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import biases
 from fastattn.biases.lowered import NO_BIAS, LoweredBias, hide, hide_keys
 from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_mask_and_bias
-from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
+from fastattn.functional.checks import check_device, check_shape, check_tensor, is_batched, resolve_backend
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
 from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
@@ -214,9 +214,9 @@ def _lower_object(
         whole = mask.lower(*size, q.device)
         if _is_about_positions(whole, room - len_q) and whole.intervals is None:
             return hide_keys(whole, added, len_q, room, q.device)
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(cache_lengths):
+    if is_batched(cache_lengths):
         raise NotImplementedError(
-            f"mask={mask!r} reads cache_lengths on the host, which torch.func maps: pass a window, a bool tensor or "
+            f"mask={mask!r} reads cache_lengths on the host, which vmap maps: pass a window, a bool tensor or "
             "key ranges, or call attention_decode with one batch of all entries"
         )
     lengths = cache_lengths.tolist()

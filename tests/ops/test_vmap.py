@@ -265,6 +265,21 @@ def test_mapped_decoding_still_has_no_gradient():
         torch.func.jvp(lambda q: call(q, k), (q,), (q,))
 
 
+def test_mapped_packings_need_their_longest_sequence():
+    packed, cu_seqlens = torch.randn(SIZE, 5, 2, 8), torch.tensor([[0, 3, 5], [0, 1, 5], [0, 5, 5]], dtype=torch.int32)
+
+    def call(packed, cu_seqlens, **longest):
+        return fastattn.attention_varlen(packed, packed, packed, cu_seqlens, cu_seqlens, **longest)
+
+    with pytest.raises(ValueError, match="max_seqlen_q=None reads on the host the lengths that vmap maps: pass the"):
+        vmap(call)(packed, cu_seqlens)
+    with pytest.raises(ValueError, match="max_seqlen_k=None"):
+        vmap(lambda *t: call(*t, max_seqlen_q=5))(packed, cu_seqlens)
+    results = vmap(lambda *t: call(*t, max_seqlen_q=5, max_seqlen_k=5))(packed, cu_seqlens)
+    (truth,) = stacked(call, (packed, cu_seqlens), (0, 0))
+    torch.testing.assert_close(results, truth)
+
+
 def test_masks_that_read_mapped_lengths_say_what_to_pass():
     q, k = torch.randn(SIZE, 2, 4, 1, 8), torch.randn(2, 2, 10, 8)
     lengths = torch.tensor([[3, 10], [0, 1], [5, 7]], dtype=torch.int32)
