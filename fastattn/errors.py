@@ -25,5 +25,9 @@ class NotSupported(RuntimeError):
             + f"\n  the call: {problem}\n{remedy}"
         )
 
+    def why(self, backend: str | None) -> list[str]:
+        """The sentences of one backend, or the whole text where it has none of its own."""
+        return self.reasons.get(backend or "") or [str(self)]
+
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.op, self.problem, self.reasons, self.remedy)

@@ -54,15 +54,17 @@ class AttentionProblem:
 
 @dataclass(frozen=True)
 class DecodeProblem:
-    """One attention call over a key-value cache; `bias` is a dense bias' dtype, `intervals` their number per query."""
+    """One attention call over a key-value cache; `len_k` is the cache's room per sequence, `bias` a dense bias' dtype,
+    `intervals` their number per query."""
 
     device_type: str
     dtype: torch.dtype
     batch: int
     heads_q: int
-    len_q: int
-    dim_qk: int
     heads_kv: int
+    len_q: int
+    len_k: int
+    dim_qk: int
     dim_v: int
     paged: bool = False
     band: bool = False

@@ -188,6 +188,7 @@ def attention_backward(
     dsinks = queries.new_empty(0)
     if sinks is not None and sinks_requires_grad:
         probability = torch.sigmoid(sinks.to(compute).view(1, -1, 1) - soft.lse)
+        probability = probability.masked_fill(soft.lse == -math.inf, 0.0)  # a sink of -inf beside no key would give NaN
         dsinks = -(probability * row.squeeze(-1)).sum(dim=(0, 2))
     if soft.tanh is not None:
         dscores = dscores * (1.0 - soft.tanh.square())
@@ -270,7 +271,7 @@ def attention_decode(
         keys,
         values,
         mask=seen.expand(q.shape[0], q.shape[1], len_q, room),
-        bias=expand(bias, (*q.shape[:3], room), position.view(-1, len_q)),
+        bias=expand(bias, (*q.shape[:3], room), position.view(q.shape[0], len_q)),
         scale=scale,
         softcap=softcap,
         sinks=sinks,

@@ -14,7 +14,7 @@ _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
 
 Problem = AttentionProblem | DecodeProblem | NormProblem | LinearProblem | EncoderLayerProblem
 _ATTENTION = AttentionProblem("cpu", torch.float32, 2, 4, 4, 64, 64, 64, 64)
-_DECODE = DecodeProblem("cpu", torch.float32, 2, 4, 1, 64, 4, 64)
+_DECODE = DecodeProblem("cpu", torch.float32, 2, 4, 4, 1, 64, 64, 64)
 _NORM = NormProblem("cpu", torch.float32, "layer", 64, 64, weight_dtype=torch.float32)
 _LINEAR = LinearProblem("linear_act", "cpu", torch.float32, torch.float32, "gelu", 64, 64, 0, 64)
 _FFN = replace(_LINEAR, op="ffn", hidden_features=64)

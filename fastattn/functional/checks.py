@@ -15,9 +15,15 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """TypeError unless `value` is a tensor of a float dtype that the package computes in."""
+    """TypeError unless `value` is a plain tensor of a float dtype that the package computes in."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: pass a tensor")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is nested: pass a plain tensor, packed or padded, for example {name}.to_padded_tensor(0.0)"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}: pass a strided tensor, for example {name}.to_dense()")
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name} has dtype {value.dtype}: pass float32, bfloat16, float16 or float64, "
@@ -76,6 +82,11 @@ def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: T
         raise ValueError(f"dropout_seed has shape {tuple(seed.shape)}: pass an int64 tensor of one element")
     check_device("dropout_seed", seed, main_name, main)
     return seed
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap batches the tensor: its numbers cannot be read on the host then."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
 
 
 def is_autocast(tensor: Tensor) -> bool:

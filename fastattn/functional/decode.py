@@ -10,11 +10,11 @@ from torch import Tensor
 from fastattn import biases
 from fastattn.biases.lowered import NO_BIAS, LoweredBias, hide, hide_keys
 from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_mask_and_bias
-from fastattn.functional.checks import check_device, check_shape, check_tensor, resolve_backend
+from fastattn.functional.checks import check_device, check_shape, check_tensor, is_batched, resolve_backend
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
-from fastattn.ops.decode import attention_decode_forward, check_lengths
-from fastattn.ops.library import invoke, tracks_gradients
+from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
+from fastattn.ops.library import invoke, would_be_differentiated
 
 
 @overload
@@ -97,6 +97,7 @@ def attention_decode(
     Raises:
         TypeError, ValueError: a wrong argument, or one that requires a gradient; the text names it and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
+        NotImplementedError: under vmap over cache_lengths, for a mask object that reads them.
     """
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, tensor)
@@ -133,7 +134,7 @@ def attention_decode(
 
 def _check_inference(q: Tensor, k: Tensor, v: Tensor, mask: object, bias: object, sinks: Tensor | None) -> None:
     tensor = bias.tensor if isinstance(bias, biases.Bias) else bias
-    if tracks_gradients(q, k, v, *(t for t in (mask, tensor, sinks) if isinstance(t, Tensor))):
+    if would_be_differentiated(q, k, v, *(t for t in (mask, tensor, sinks) if isinstance(t, Tensor))):
         raise ValueError(
             "attention_decode has no gradient, and one of q, k_cache, v_cache, mask, bias or sinks requires one: "
             "call it under torch.no_grad(), or use fastattn.attention"
@@ -162,7 +163,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
         check_device(name, ints, "q", q)
     batch, heads_q, _, dim = q.shape
     check_shape("cache_lengths", lengths, (batch,), "the number of keys in use per sequence")
-    heads_at, length_at = (1, 2) if table is None else (2, 1)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"v_cache has shape {tuple(v.shape)} beside k_cache of {tuple(k.shape)}: all but the last dimension agree"
@@ -173,7 +173,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
         raise ValueError(f"block_table has shape {tuple(table.shape)}: pass ({batch}, pages per sequence)")
     if k.shape[3] != dim:
         raise ValueError(f"k_cache has head dim {k.shape[3]} but q {dim}: pass keys of q's head dim")
-    heads_kv = k.shape[heads_at]
+    heads_kv = k.shape[1 if table is None else 2]
     if heads_kv == 0 or heads_q % heads_kv != 0:
         raise ValueError(
             f"q has {heads_q} heads, which is no multiple of the {heads_kv} heads of k_cache: pass Hq % Hkv == 0"
@@ -181,7 +181,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
     for name, value in (("q", dim), ("v_cache", v.shape[3])):
         if not 1 <= value <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has head dim {value}: pass 1 to {MAX_HEAD_DIM}")
-    return k.shape[length_at] if table is None else table.shape[1] * k.shape[length_at]
+    return room_of(k, table)
 
 
 def _lower(
@@ -214,6 +214,11 @@ def _lower_object(
         whole = mask.lower(*size, q.device)
         if _is_about_positions(whole, room - len_q) and whole.intervals is None:
             return hide_keys(whole, added, len_q, room, q.device)
+    if is_batched(cache_lengths):
+        raise NotImplementedError(
+            f"mask={mask!r} reads cache_lengths on the host, which vmap maps: pass a window, a bool tensor or "
+            "key ranges, or call attention_decode with one batch of all entries"
+        )
     lengths = cache_lengths.tolist()
     check_lengths(min(lengths, default=0), max(lengths, default=0), room)
     if any(isinstance(part, Tensor) for part in _parts(mask)):  # made for the whole cache

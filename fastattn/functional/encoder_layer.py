@@ -21,7 +21,7 @@ from fastattn.functional.checks import (
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import NOTHING_HIDDEN, Size, flatten
 from fastattn.ops.encoder_layer import encoder_layer_forward
-from fastattn.ops.library import invoke, tracks_gradients
+from fastattn.ops.library import invoke, would_be_differentiated
 
 
 def encoder_layer(
@@ -130,7 +130,7 @@ def encoder_layer(
     elif mask is not None:
         lowered = _lower(mask, x, heads)
     weights = (wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias)
-    if tracks_gradients(x, *weights):
+    if would_be_differentiated(x, *weights):
         _refuse_gradients()
     y: Tensor = invoke(
         encoder_layer_forward,

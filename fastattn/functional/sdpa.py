@@ -224,15 +224,21 @@ def _four_dims(
         if key.shape[0] == value.shape[0] == batches and (enable_gqa or key.shape[1] == value.shape[1] == heads):
             return query, key, value, (batches, heads)
     shared = _broadcast(*(_lead(t, enable_gqa) for t in (query, key, value))) or ()
-    lead = (*shared, query.shape[-3]) if enable_gqa else shared
+    lead = of_keys = (*shared, query.shape[-3]) if enable_gqa else shared
+    if enable_gqa:
+        of_keys = (*shared, key.shape[-3])
+    elif lead and _heads(key) == _heads(value) == 1:  # a group to the kernels, which sum its gradients in float32
+        of_keys = (*lead[:-1], 1)
+    return _expanded(query, lead), _expanded(key, of_keys), _expanded(value, of_keys), lead
 
-    def shaped(t: Tensor) -> Tensor:
-        own = (*shared, t.shape[-3]) if enable_gqa else lead
-        if tuple(t.shape[:-2]) != own:
-            t = t.expand(*own, *t.shape[-2:])
-        return _merge_lead(t)
 
-    return shaped(query), shaped(key), shaped(value), lead
+def _heads(t: Tensor) -> int:
+    return t.shape[-3] if t.dim() > 2 else 1
+
+
+def _expanded(t: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(..., L, E) as (B, H, L, E), once its leading dimensions are those."""
+    return _merge_lead(t if tuple(t.shape[:-2]) == lead else t.expand(*lead, *t.shape[-2:]))
 
 
 def _merge_lead(t: Tensor) -> Tensor:

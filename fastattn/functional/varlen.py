@@ -15,7 +15,7 @@ from fastattn.functional.attention import (
     complete,
     lower_mask_and_bias,
 )
-from fastattn.functional.checks import check_device
+from fastattn.functional.checks import check_device, is_batched
 from fastattn.masks import Mask
 from fastattn.masks.lowered import PackedSize
 from fastattn.ops.attention import attend
@@ -176,6 +176,10 @@ def _check_cu_seqlens(name: str, value: Tensor, q: Tensor) -> None:
 
 def _longest(name: str, cu_seqlens: Tensor, given: int | None) -> int:
     if given is None:
+        if is_batched(cu_seqlens):
+            raise ValueError(
+                f"{name}=None reads on the host the lengths that vmap maps: pass the longest sequence's length"
+            )
         return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
         raise TypeError(f"{name}={given!r} is a {type(given).__name__}: pass the longest sequence's length, or None")

@@ -22,6 +22,7 @@ from fastattn.ops.library import (
     apply,
     dense,
     differentiate_once,
+    fold_broadcast,
     fold_dim,
     in_layout_of,
     invoke,
@@ -252,13 +253,13 @@ def fold_mask(size: int, batch: int, dims: InDims, flat: tuple[Any, ...]) -> tup
 
     def broadcast(name: str, axis: int) -> Tensor | None:
         tensor = getattr(mask, name)
-        return None if tensor is None else _fold_broadcast(tensor, at[name], size, batch, axis)
+        return None if tensor is None else fold_broadcast(tensor, at[name], size, batch, axis)
 
     blocks = mask.blocks
     if blocks is not None:  # further batch entries point at the blocks of the first
         blocks = blocks._replace(
-            row_ptr=_fold_broadcast(blocks.row_ptr, None, size, batch),
-            col_ptr=_fold_broadcast(blocks.col_ptr, None, size, batch),
+            row_ptr=fold_broadcast(blocks.row_ptr, None, size, batch),
+            col_ptr=fold_broadcast(blocks.col_ptr, None, size, batch),
         )
     folded = mask._replace(
         key_start=per_entry("key_start"),
@@ -272,20 +273,11 @@ def fold_mask(size: int, batch: int, dims: InDims, flat: tuple[Any, ...]) -> tup
     return flatten(folded)
 
 
-def _fold_broadcast(tensor: Tensor, dim: int | None, size: int, batch: int, at: int = 0) -> Tensor:
-    """As fold_dim, for a tensor whose batch dimension `at` may be 1: that stays 1 where no entry differs."""
-    if dim is None:
-        return tensor if tensor.shape[at] == 1 else fold_dim(tensor, None, size, at)
-    lifted = tensor.movedim(dim, at)
-    full = [*lifted.shape[: at + 1], batch, *lifted.shape[at + 2 :]]
-    return lifted.expand(full).flatten(at, at + 1)
-
-
 def _fold_bias(size: int, batch: int, dims: InDims, flat: Sequence[Any]) -> list[Any]:
     """The bias' arguments with the mapped dimension folded into their batch dimension."""
     folded = list(flat)
     for at in (0, 3):  # dense, slopes
-        folded[at] = None if flat[at] is None else _fold_broadcast(flat[at], dims[at], size, batch)
+        folded[at] = None if flat[at] is None else fold_broadcast(flat[at], dims[at], size, batch)
     return folded
 
 

@@ -51,7 +51,7 @@ def register(
     operator: Callable[..., Any] = getattr(torch.ops.fastattn, name).default
 
     def vmap_rule(info: Any, in_dims: InDims, *args: Any) -> VmapResult:
-        folded = fold(info.batch_size, in_dims, args)
+        folded = fold(info.batch_size, in_dims, args) if info.batch_size else None
         return _each(operator, info.batch_size, in_dims, args) if folded is None else folded
 
     torch.library.register_vmap(qualified, vmap_rule, lib=LIBRARY)
@@ -166,6 +166,27 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def would_be_differentiated(*tensors: Tensor | None) -> bool:
+    """As `tracks_gradients`, for a call that has no gradient: under vmap alone such a call is one like any other, and
+    what counts are the tensors inside of the batches."""
+    if torch.compiler.is_compiling() or not _is_only_mapped():
+        return tracks_gradients(*tensors)
+    return torch.is_grad_enabled() and any(t is not None and _within_batches(t).requires_grad for t in tensors)
+
+
+def _is_only_mapped() -> bool:
+    """Under torch.func, whose transforms are all vmap."""
+    if not torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return all(transform.key() == TransformType.Vmap for transform in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def _within_batches(tensor: Tensor) -> Tensor:
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _refuse_derivatives_within_a_graph() -> None:
@@ -320,18 +341,31 @@ def fold_dim(tensor: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
     return lift(tensor, dim, size).movedim(0, at).flatten(at, at + 1)
 
 
+def fold_broadcast(tensor: Tensor, dim: int | None, size: int, batch: int, at: int = 0) -> Tensor:
+    """As fold_dim, for a tensor whose batch dimension `at` may be 1: that stays 1 where no entry differs."""
+    if dim is None:
+        return tensor if tensor.shape[at] == 1 else fold_dim(tensor, None, size, at)
+    lifted = tensor.movedim(dim, at)
+    full = [*lifted.shape[: at + 1], batch, *lifted.shape[at + 2 :]]
+    return lifted.expand(full).flatten(at, at + 1)
+
+
 def lift(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension in front, as one more dimension of rows; expanded where it is not mapped."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _each(operator: Callable[..., Any], size: int, in_dims: InDims, args: tuple[Any, ...]) -> VmapResult:
-    """One call per mapped entry, results stacked."""
+    """One call per mapped entry, results stacked. Of no entries one of zeros tells the shapes."""
+
+    def entry(tensor: Tensor, dim: int, i: int) -> Tensor:
+        return tensor.select(dim, i) if size else tensor.new_zeros((*tensor.shape[:dim], *tensor.shape[dim + 1 :]))
+
     calls = []
-    for i in range(size):
-        picked = (a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+    for i in range(max(size, 1)):
+        picked = (a if d is None else entry(a, d, i) for a, d in zip(args, in_dims, strict=True))
         calls.append(operator(*picked))
     if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+        return torch.stack(calls)[:size], 0
+    results = tuple(torch.stack(column)[:size] for column in zip(*calls, strict=True))
     return results, (0,) * len(results)

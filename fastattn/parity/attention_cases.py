@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fastattn.biases import ALiBi, Bias, RelativeBias, T5Bias
+from fastattn.errors import NotSupported
 from fastattn.masks import Mask
 from fastattn.masks.arguments import Align
+from fastattn.parity.bound import refusal
 from fastattn.parity.draw import DTYPES, THREAD_WEIGHTS, THREADS, Draw
 from fastattn.parity.histogram import check_mask_histogram
 from fastattn.parity.mask_cases import MaskDraw
@@ -165,7 +167,10 @@ class AttentionCase:
         return f"{shape} {dims} {dtype}{packed} mask={mask} {options} strides {strides}"
 
     def run(self, backend: str | None) -> list[ParityRow]:
-        """Rows of the parity rule and, where the mask is not a float tensor, of the exact mask check."""
+        """Rows of the parity rule and, where the mask is not a float tensor, of the exact mask check.
+
+        Raises NotSupported where the backend refuses the call; where it refuses the mask's check alone, a row says so.
+        """
         tensors = self.tensors
         rows = check_attention(
             tensors["q"],
@@ -180,11 +185,21 @@ class AttentionCase:
         additive = isinstance(self.mask, Tensor) and self.mask.is_floating_point()
         if self.mask is None or additive or not self.batch * self.len_q * self.len_k:
             return rows
+        return rows + self._check_mask(backend)
+
+    def _check_mask(self, backend: str | None) -> list[ParityRow]:
+        """Rows of the exact mask check: the forward's alone, beside the reasons, where its gradients are refused."""
         shape = (self.batch, self.heads_q, self.heads_kv, self.len_q, self.len_k)
-        device = tensors["q"].device
-        conditions = {"device": device, "grad": self.conditions.grad, "threads": self.conditions.threads}
-        conditions["packing"] = self.packing
-        return rows + check_mask_histogram(self.mask, *shape, self.dtype, backend, **conditions)
+        conditions = {"device": self.tensors["q"].device, "threads": self.conditions.threads, "packing": self.packing}
+        refused = []
+        for grad in (True, False) if self.conditions.grad else (False,):
+            try:
+                rows = check_mask_histogram(self.mask, *shape, self.dtype, backend, grad=grad, **conditions)
+            except NotSupported as error:
+                refused.append(refusal("seeing queries" if grad else "visible keys", error.why(backend)))
+            else:
+                return refused + rows
+        return refused
 
 
 def draw_distance_bias(

@@ -23,7 +23,8 @@ _TRUTHS_AGREE = 1e-10  # of T: what two float64 evaluations of one formula may d
 
 @dataclass(frozen=True)
 class ParityRow:
-    """The verdict on one quantity. `worst_ratio` is error / bound where that is largest; up to 1 passes."""
+    """The verdict on one quantity. `worst_ratio` is error / bound where that is largest; up to 1 passes. `refused`: the
+    backend's reasons not to run the check, where the row stands for no verdict."""
 
     name: str
     worst_ratio: float
@@ -31,8 +32,11 @@ class ParityRow:
     where: str
     error: float = 0.0
     bound: float = 0.0
+    refused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        if self.refused:
+            return f"{self.name}: refused, {'; '.join(self.refused)}"
         return f"{self.name}: {'ok' if self.passed else 'FAILED'}, error / bound = {self.worst_ratio:.3g} {self.where}"
 
 
@@ -91,6 +95,11 @@ def parity(
 def verdict(name: str, trouble: str | None) -> ParityRow:
     """A yes-or-no row: `trouble` is the sentence that makes it fail."""
     return ParityRow(name, math.inf if trouble else 0.0, trouble is None, trouble or "")
+
+
+def refusal(name: str, reasons: Sequence[str]) -> ParityRow:
+    """A row without a verdict: the backend refuses this check, but not the case that it belongs to."""
+    return ParityRow(name, 0.0, True, "", refused=tuple(reasons))
 
 
 def agreement(rows: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> ParityRow:

@@ -125,10 +125,11 @@ class VerifyReport:
         }
 
     def record(self, op: str, index: int, case: Case, rows: list[ParityRow]) -> None:
-        """Adds the rows of one case that ran; those that failed become a failure."""
+        """Adds the rows of one case that ran; those that failed become a failure, those that were refused are left
+        out."""
         self.checked_of[op] += 1
         dtype, name = str(case.dtype).removeprefix("torch."), token(self.seed, index)
-        for row in rows:
+        for row in (row for row in rows if not row.refused):
             self.worst.setdefault((op, dtype, row.name), Worst()).add(row, name)
         failed = [row for row in rows if not row.passed]
         if failed:

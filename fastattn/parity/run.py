@@ -52,7 +52,8 @@ def verify(
     called after each case.
     Raises ValueError for an unknown op, backend or instruction set, for jobs < 1 and seconds < 0, and RuntimeError for
     a backend that this machine cannot use. A refusal (fastattn.NotSupported) is counted by reason, and a case refused
-    with its gradients is tried again without them; any other exception of a call is a failure of that case.
+    with its gradients is tried again without them; where the exact check of its mask alone is refused, the rest of the
+    case stands. Any other exception of a call is a failure of that case.
     """
     ops = operations(op)
     if jobs < 1:
@@ -119,18 +120,19 @@ def _instruction_set(isa: str | None) -> Iterator[None]:
 def _run_case(report: VerifyReport, op: str, index: int, device: str) -> None:
     report.cases[op] += 1
     case = draw_case(op, report.seed, index, device)
-    reasons = _refused(report, op, index, case)
-    if reasons and case.conditions.grad:
+    ran, reasons = _ran(report, op, index, case)
+    if not ran and case.conditions.grad:
         case = draw_case(op, report.seed, index, device)
         case.conditions = replace(case.conditions, grad=False, without_gradient=frozenset())
-        forward = _refused(report, op, index, case)
-        report.forward_only += not forward
-        reasons += [why for why in forward if why not in reasons]
-    report.refusals.update((op, why) for why in reasons)
+        ran, forward = _ran(report, op, index, case)
+        report.forward_only += ran
+        reasons += forward
+    report.refusals.update((op, why) for why in dict.fromkeys(reasons))
 
 
-def _refused(report: VerifyReport, op: str, index: int, case: Case) -> list[str]:
-    """Runs the case and records what came of it, unless the backend refuses it: its reasons, else none."""
+def _ran(report: VerifyReport, op: str, index: int, case: Case) -> tuple[bool, list[str]]:
+    """Runs the case and records what came of it, unless the backend refuses it. Whether it ran, and the reasons not to
+    run it or single checks of it."""
     try:
         # the truths of a small case are fastest on one thread; the case itself sets the count of the call under test
         with warnings.catch_warnings(), torch_threads(1), float32_sums():
@@ -138,9 +140,9 @@ def _refused(report: VerifyReport, op: str, index: int, case: Case) -> list[str]
             warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
             rows = case.run(report.backend)
     except NotSupported as refusal:
-        return refusal.reasons.get(report.backend) or [str(refusal)]
+        return False, refusal.why(report.backend)
     except Exception as error:  # any crash of the backend is that case's failure; the other cases still run
         report.record_exception(op, index, case, error)
-    else:
-        report.record(op, index, case, rows)
-    return []
+        return True, []
+    report.record(op, index, case, rows)
+    return True, [why for row in rows for why in row.refused]

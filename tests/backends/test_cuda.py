@@ -16,7 +16,7 @@ from fastattn.problems import DecodeProblem, LinearProblem, NormProblem
 
 NORM = NormProblem("cuda", torch.float32, "layer", 4, 8)
 LINEAR = LinearProblem("linear_act", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 64, 32, 0, 48)
-DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 1, 64, 2, 64)
+DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 2, 1, 64, 64, 64)
 
 POINTERS = "gate", "gate_bias", "up", "up_bias", "h", "gate_out", "up_out"
 ACTIVATION_CALL = dict.fromkeys(POINTERS, 0) | dict(dtype=2, activation=2, dropout=(0, 0, 1.0), device=0, stream=0)
@@ -108,6 +108,7 @@ def test_norm_refusals_say_why(changes: dict[str, object], words: str) -> None:
         ({"bias": torch.float64}, "bias is torch.float64"),
         ({"dim_qk": 257}, "D is 257"),
         ({"dim_v": 0}, "Dv is 0"),
+        ({"len_k": 2**30}, "fewer than 2**30 positions, and Skv is 1073741824"),
         ({"device_type": "cpu"}, "cpu tensors"),
     ],
 )

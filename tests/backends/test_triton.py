@@ -104,7 +104,7 @@ def test_a_window_is_cut_into_parts_and_not_the_cache() -> None:
     assert keys_seen(8192, 4, LoweredMask(band_right=0)) == 8192
 
 
-DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 1, 64, 2, 64)
+DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 2, 1, 64, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,7 @@ DECODING = DecodeProblem("cuda", torch.bfloat16, 2, 8, 1, 64, 2, 64)
         ({"dtype": torch.float64}, "q is float64"),
         ({"bias": torch.float64}, "bias is float64"),
         ({"dim_v": 300}, "Dv is 300"),
+        ({"len_k": 2**30}, "fewer than 2**30 positions, and Skv is 1073741824"),
         ({"batch": 2**15}, "fewer than 2**16 of B x Hkv, not 65536"),
     ],
 )

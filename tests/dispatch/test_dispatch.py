@@ -266,7 +266,7 @@ def test_an_order_that_was_measured_faster_goes_by_operation_and_device(monkeypa
     attention = AttentionProblem("cuda", torch.bfloat16, 1, 1, 1, 8, 8, 64, 64)
     assert dispatch.order(attention)[0] == expected
     assert dispatch.order(NormProblem("cuda", torch.bfloat16, "layer", 4, 8))[0] == "cuda"
-    assert dispatch.order(DecodeProblem("cuda", torch.bfloat16, 1, 1, 1, 64, 1, 64))[0] == "triton"  # not by device
+    assert dispatch.order(DecodeProblem("cuda", torch.bfloat16, 1, 1, 1, 1, 64, 64, 64))[0] == "triton"  # not by device
     assert dispatch.order(dataclasses.replace(attention, device_type="cpu")) == dispatch.ORDER["cpu"]
 
 

@@ -254,6 +254,23 @@ def test_the_forward_and_a_deterministic_backward_repeat_bitwise(backend):
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+def test_a_sink_of_minus_infinity_is_no_sink_also_where_nothing_is_seen(backend):
+    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    sinks = torch.tensor([-math.inf, 0.3], requires_grad=True)
+    seen = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    seen[0, :, 2] = False
+
+    def gradients(sinks):
+        out, lse = fastattn.attention(q, k, v, mask=seen, sinks=sinks, return_lse=True, backend=backend)
+        loss = out.square().sum() + lse[seen.any(-1).expand_as(lse)].sum()
+        return torch.autograd.grad(loss, [t for t in (q, k, v, sinks) if t is not None])
+
+    *others, dsinks = gradients(sinks)
+    assert dsinks[0] == 0 and dsinks[1].isfinite() and dsinks[1] != 0
+    for of_one, without in zip(others, gradients(None), strict=True):
+        torch.testing.assert_close(of_one[:, 0], without[:, 0])
+
+
 def test_sinks_are_in_the_denominator_only(backend):
     q, k, v = draw(grad=False)
     sinks = torch.randn(4)

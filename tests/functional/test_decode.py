@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import masks
+from fastattn import dispatch, masks
+from fastattn.biases import ALiBi
+from fastattn.problems import DecodeProblem
 
 
 def cache(lengths: list[int], room: int, heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +69,15 @@ def test_an_empty_cache_gives_zero_and_minus_infinity() -> None:
     assert (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("mask", (None, masks.Causal(), masks.Strided(2), torch.ones(3, 1, 0, 8).bool()), ids=str)
+def test_no_new_tokens_give_nothing(mask: masks.Mask | Tensor | None, backend: str) -> None:
+    keys, values, lengths = cache([8, 0, 5], 8)
+    q = torch.randn(3, 4, 0, 16)
+    options: dict[str, Any] = {"mask": mask, "bias": ALiBi(torch.ones(4)), "backend": backend}
+    out, lse = fastattn.attention_decode(q, keys, values, lengths, return_lse=True, **options)
+    assert out.shape == (3, 4, 0, 16) and lse.shape == (3, 4, 0)
+
+
 def test_bool_mask_and_bias_index_places_in_the_cache() -> None:
     keys, values, lengths = cache([20, 11], 24)
     q = torch.randn(2, 2, 1, 16, generator=torch.Generator().manual_seed(1))
@@ -88,6 +99,32 @@ PER_SEQUENCE = {
     "several ranges": masks.KeyRange([3, 0, 100], [290, 5, 400]) & (masks.SlidingWindow(90, 0) | masks.GlobalTokens(2)),
     "blocks": masks.KeyRange([3, 0, 100], [290, 5, 400]) & masks.Dilated(20, 3),
 }
+
+
+@pytest.mark.parametrize("page", (0, 8))
+def test_dispatch_knows_the_sizes_of_a_call(page: int) -> None:
+    keys, values, lengths = cache([24, 3], 24)
+    table = None
+    if page:
+        (keys, table), (values, _) = paged(keys, page), paged(values, page)
+    q, keys, values = torch.randn(2, 6, 3, 16).double(), keys.double(), values[..., :5].double()
+    with pytest.raises(fastattn.NotSupported) as error:
+        fastattn.attention_decode(q, keys, values, lengths, block_table=table, backend="triton")
+    sizes = {"batch": 2, "heads_q": 6, "heads_kv": 2, "len_q": 3, "len_k": 24, "dim_qk": 16, "dim_v": 5}
+    assert error.value.problem == DecodeProblem("cpu", torch.float64, **sizes, paged=bool(page))
+
+
+@pytest.mark.skipif(dispatch.backends()["cpu"] is not None, reason="the CPU backend is unavailable")
+def test_the_cpu_takes_caches_of_more_keys_than_gpus_do() -> None:
+    q, (key, value) = torch.randn(1, 4, 3, 8), torch.randn(2, 1, 2, 1, 8)
+    found = []
+    for room in (100, 2**31 - 1):
+        k, v = key.expand(-1, -1, room, -1), value.expand(-1, -1, room, -1)
+        options: dict[str, Any] = {"mask": masks.SlidingWindow(3, 0), "bias": ALiBi(torch.ones(4)), "return_lse": True}
+        length = torch.tensor([room - 5], dtype=torch.int32)
+        found.append(fastattn.attention_decode(q, k, v, length, backend="cpu", **options))
+    for near, far in zip(*found, strict=True):
+        assert torch.equal(near, far)
 
 
 def test_pages_without_room_hold_no_keys() -> None:

@@ -178,7 +178,19 @@ def test_a_gradient_is_refused():
     with torch.no_grad():
         assert not fastattn.encoder_layer(x, *weights, heads=HEADS).requires_grad
     with pytest.raises(RuntimeError, match="encoder_layer has no backward"):
-        torch.func.vmap(lambda x: fastattn.encoder_layer(x, *map(torch.detach, weights), heads=HEADS))(x[None])
+        torch.func.vmap(lambda x: fastattn.encoder_layer(x, *weights, heads=HEADS))(x[None])
+    with pytest.raises(RuntimeError, match="encoder_layer has no backward"):
+        torch.func.grad(lambda x: fastattn.encoder_layer(x, *map(torch.detach, weights), heads=HEADS).sum())(x)
+
+
+@pytest.mark.parametrize("mask", [None, Causal(), KeyLengths([2, 6])], ids=repr)
+def test_vmap_stacks_the_calls(backend, mask):
+    x, weights = torch.randn(3, 2, 6, FEATURES), draw()
+
+    def call(x):
+        return fastattn.encoder_layer(x, *weights, heads=HEADS, mask=mask, backend=backend)
+
+    torch.testing.assert_close(torch.func.vmap(call)(x), torch.stack([call(entry) for entry in x]))
 
 
 def test_the_operator_under_vmap():

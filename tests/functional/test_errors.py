@@ -22,6 +22,18 @@ def attention(q=Q, k=K, v=V, **kwargs):
     return lambda: fastattn.attention(q, k, v, **kwargs)
 
 
+NESTED = torch.nested.nested_tensor([t(3, 8), t(2, 8)], layout=torch.jagged)
+SPARSE = t(3, 8).to_sparse()
+
+UNPLAIN = [
+    (attention(q=NESTED), TypeError, "q is nested: pass a plain tensor, packed or padded"),
+    (attention(bias=SPARSE), TypeError, r"bias has layout torch.sparse_coo: pass a strided tensor"),
+    (lambda: fastattn.layer_norm(NESTED), TypeError, r"x is nested: .* x.to_padded_tensor\(0.0\)"),
+    (lambda: fastattn.layer_norm(t(3, 8).to_mkldnn()), TypeError, "x has layout torch._mkldnn: pass"),
+    (lambda: fastattn.linear_act(SPARSE, t(4, 8)), TypeError, r"x has layout torch.sparse_coo: .* x.to_dense\(\)"),
+    (lambda: fastattn.linear_act(t(3, 8), SPARSE), TypeError, "weight has layout torch.sparse_coo"),
+]
+
 ATTENTION = [
     (
         attention(q=t(4, 3, 8)),
@@ -300,7 +312,7 @@ LAYER = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "text"), [*ATTENTION, *NORM, *FFN, *LAYER])
+@pytest.mark.parametrize(("call", "error", "text"), [*UNPLAIN, *ATTENTION, *NORM, *FFN, *LAYER])
 def test_error(call, error, text):
     with pytest.raises(error, match=text):
         call()

@@ -177,6 +177,19 @@ def test_what_torch_refuses_or_computes_alone(case: str) -> None:
     assert outcome(fastattn.scaled_dot_product_attention, args, options) == expected
 
 
+@pytest.mark.parametrize("keys", [(2, 1, 7, 8), (1, 7, 8), (7, 8)], ids=str)
+def test_gradients_of_one_key_head_for_all_are_rounded_once(keys: tuple[int, ...]) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv((2, 6, 5, 8), keys, dtype=torch.bfloat16))
+    out = fastattn.scaled_dot_product_attention(q, k, v)
+    dk, dv = torch.autograd.grad(out, (k, v), draw(2, 6, 5, 8, dtype=torch.bfloat16))
+    grouped = [t.detach().expand(2, 1, 7, 8).requires_grad_() for t in (k, v)]
+    out = fastattn.scaled_dot_product_attention(q, *grouped, enable_gqa=True)
+    for found, expected in zip(
+        (dk, dv), torch.autograd.grad(out, grouped, draw(2, 6, 5, 8, dtype=torch.bfloat16)), strict=True
+    ):
+        assert torch.equal(found, expected.sum_to_size(keys))
+
+
 def test_falling_back_is_counted_and_warned_about() -> None:
     args = draw(1, 1, 3, 300), draw(1, 1, 3, 300), draw(1, 1, 3, 300)
     reason = "query has head dim 300; the kernels take 1 to 256"

@@ -9,7 +9,9 @@ import torch
 
 from fastattn import functional
 from fastattn.errors import NotSupported
+from fastattn.parity import attention_cases
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token, token
+from fastattn.parity.histogram import check_mask_histogram
 from fastattn.parity.run import verify
 
 
@@ -125,6 +127,23 @@ def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
     assert report.passed and report.checked == 20 and not report.refused
     assert 10 <= report.forward_only == report.refusals["attention", "it has no backward"] < 20
     assert not any(name.startswith("d") for _, _, name in report.worst)
+
+
+@pytest.mark.parametrize("forward_too", [False, True])
+def test_a_refused_check_of_the_mask_costs_no_other_row(monkeypatch, forward_too):
+    whole = verify("attention", "reference", cases=20)
+
+    def check(*args, grad, **options):
+        if grad or forward_too:
+            raise NotSupported("attention", "a call", {"reference": ["it counts nothing"]})
+        return check_mask_histogram(*args, grad=grad, **options)
+
+    monkeypatch.setattr(attention_cases, "check_mask_histogram", check)
+    report = verify("attention", "reference", cases=20)
+    refused = {key for key in whole.worst if "queries" in key[2] or (forward_too and "keys" in key[2])}
+    assert refused and report.worst == {key: rows for key, rows in whole.worst.items() if key not in refused}
+    assert report.passed and report.checked == 20 and not report.refused and not report.forward_only
+    assert 5 <= report.refusals["attention", "it counts nothing"] <= 20
 
 
 def test_arguments_are_checked():

@@ -22,19 +22,34 @@ from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.intervals import row_bounds
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
-from fastattn.problems import AttentionProblem
+from fastattn.problems import AttentionProblem, DecodeProblem
 
 _MAX_DIM = 256
 # Narrower heads do not average the rounding of single weights; for wider ones the kernels lack registers.
 _MIN_GRADIENT_DIM, _MAX_GRADIENT_DIM = 17, 192
 _DTYPES = (torch.bfloat16, torch.float16)
+_MAX_LENGTH = 2**30  # positions and band limits are added in int32
+
+
+def input_reasons(what: str, problem: AttentionProblem | DecodeProblem) -> list[str]:
+    """Why the kernels of attention or decoding refuse the device, dtypes, head dims or lengths of a problem."""
+    reasons = device_reasons(problem.device_type)
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"the CUDA {what} takes bfloat16 and float16, and q is {problem.dtype}")
+    if problem.bias is not None and problem.bias not in DTYPES:
+        reasons.append(f"the CUDA {what} takes a bias of float32, bfloat16 and float16, and bias is {problem.bias}")
+    for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
+        if not 1 <= dim <= _MAX_DIM:
+            reasons.append(f"the CUDA {what} takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+    for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
+        if length >= _MAX_LENGTH:
+            reasons.append(f"the CUDA {what} takes fewer than 2**30 positions, and {name} is {length}")
+    return reasons
 
 
 def attention_reasons(problem: AttentionProblem) -> list[str]:
     """Why an attention problem is refused; empty when it runs."""
-    reasons = device_reasons(problem.device_type)
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"the CUDA attention takes bfloat16 and float16, and q is {problem.dtype}")
+    reasons = input_reasons("attention", problem)
     if problem.bias_requires_grad or problem.table_requires_grad or problem.slopes_requires_grad:
         reasons.append("the CUDA attention has no gradient of biases")
     dims = problem.dim_qk, problem.dim_v
@@ -42,14 +57,6 @@ def attention_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(
             f"the CUDA attention has gradients of head dims from {_MIN_GRADIENT_DIM} to {_MAX_GRADIENT_DIM}, "
             f"not of {dims[0]} and {dims[1]}"
-        )
-    if not (1 <= problem.dim_qk <= _MAX_DIM and 1 <= problem.dim_v <= _MAX_DIM):
-        reasons.append(
-            f"the CUDA attention takes head dims of 1 to {_MAX_DIM}, not {problem.dim_qk} and {problem.dim_v}"
-        )
-    if max(problem.len_q, problem.len_k) >= 2**30:
-        reasons.append(
-            f"the CUDA attention takes fewer than 2**30 queries and keys, not {problem.len_q} and {problem.len_k}"
         )
     return reasons
 

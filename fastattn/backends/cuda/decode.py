@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cuda.library import device_reasons, load, multiprocessors, place
+from fastattn.backends.cuda.attention import input_reasons
+from fastattn.backends.cuda.library import load, multiprocessors, place
 from fastattn.backends.parts import cut, keys_seen
 from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.problems import DecodeProblem
 
-_MAX_DIM = 256
-_DTYPES = (torch.bfloat16, torch.float16)
 _TILE_KEYS = 64  # what parts are multiples of: the largest tile of csrc/cuda/attention/sm80_decode.cuh
 _FEW_ROWS = 16
 _BLOCKS_PER_PROCESSOR = 2  # what the shared memory of compute capability 8.0 holds of head dim 128; unmeasured
@@ -22,15 +21,7 @@ _BLOCKS_PER_PROCESSOR = 2  # what the shared memory of compute capability 8.0 ho
 
 def decode_reasons(problem: DecodeProblem) -> list[str]:
     """Why a decoding problem is refused; empty when it runs."""
-    reasons = device_reasons(problem.device_type)
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"the CUDA decoding takes bfloat16 and float16, and q is {problem.dtype}")
-    if problem.bias is not None and problem.bias not in DTYPES:
-        reasons.append(f"the CUDA decoding takes a bias of float32, bfloat16 and float16, and bias is {problem.bias}")
-    for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
-        if not 1 <= dim <= _MAX_DIM:
-            reasons.append(f"the CUDA decoding takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
-    return reasons
+    return input_reasons("decoding", problem)
 
 
 def attention_decode(

@@ -19,7 +19,6 @@ from fastattn.packed import Packed
 from fastattn.problems import AttentionProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
-_MAX_LENGTH = 2**30  # positions and band limits are added in int32
 _MAX_PROGRAMS = 2**31
 _BIAS_PROGRAMS = 512  # what keeps a GPU busy; with fewer tiles of the bias its gradient is summed up in parts
 _TABLE_SUMS = 2**24  # numbers of all partial sums of a table's gradient
@@ -29,9 +28,6 @@ _SECTION_BYTES = 32 * 2**20  # keys and values that programs running at the same
 def attention_reasons(problem: AttentionProblem) -> list[str]:
     """Why the kernels refuse an attention problem, whatever its device."""
     reasons = input_reasons("attention", problem)
-    for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
-        if length >= _MAX_LENGTH:
-            reasons.append(f"the Triton attention takes fewer than 2**30 positions, and {name} is {length}")
     tiles = -(-max(problem.len_q, problem.len_k) // 16)
     if problem.batch * problem.heads_q * tiles >= _MAX_PROGRAMS:
         reasons.append(f"the Triton attention has too many tiles: {problem.batch} x {problem.heads_q} x {tiles}")

@@ -17,13 +17,14 @@ from fastattn.problems import AttentionProblem, DecodeProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
+_MAX_LENGTH = 2**30  # positions and band limits are added in int32
 MAX_ENTRIES = 2**16  # of a grid's second dimension
 _PROGRAMS_PER_PROCESSOR = 2
 _PROCESSORS = 3  # to plan for in the interpreter, so that a cache has several parts there
 
 
 def input_reasons(what: str, problem: AttentionProblem | DecodeProblem) -> list[str]:
-    """Why the kernels of attention or decoding refuse the dtypes or head dims of a problem."""
+    """Why the kernels of attention or decoding refuse the dtypes, head dims or lengths of a problem."""
     reasons = []
     for name, dtype in (("q", problem.dtype), ("bias", problem.bias)):
         if dtype is not None and dtype not in _DTYPES:
@@ -32,6 +33,9 @@ def input_reasons(what: str, problem: AttentionProblem | DecodeProblem) -> list[
     for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
         if not 1 <= dim <= _MAX_DIM:
             reasons.append(f"the Triton {what} takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+    for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
+        if length >= _MAX_LENGTH:
+            reasons.append(f"the Triton {what} takes fewer than 2**30 positions, and {name} is {length}")
     return reasons
 
 
