@@ -1,0 +1,40 @@
+"""Masks as transformers gives them to attention that asks no interface: float, added to the scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.utils.import_utils import is_tracing
+
+from fastattn.masks.cache import Cache
+
+_remembered = Cache(entries=16, size=1 << 28)
+"""All layers of a model get the same mask."""
+
+
+def compact(mask: Tensor) -> Tensor:
+    """What hides the same keys as a float mask (B, 1|H, Sq, Skv) does.
+
+    A mask of nothing but 0 and the lowest number of its dtype, or -inf, becomes int32 key ranges (B, 1|H, Sq, 2) where
+    every query sees neighbours alone, a bool mask where one does not. Any other is returned: it adds to scores. So is
+    every mask while a graph is traced or captured, for this reads the device, once for all layers.
+    """
+    if not mask.is_floating_point() or is_tracing(mask):
+        return mask
+    found = _remembered.get("compact", (mask,), lambda: _compacted(mask))
+    return found[0] if found else mask
+
+
+def _compacted(mask: Tensor) -> tuple[Tensor, ...]:
+    """The ranges or the bool mask; nothing where there is none."""
+    seen = mask == 0
+    key = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    first = torch.where(seen, key, mask.shape[-1]).amin(-1)
+    end = torch.where(seen, key, -1).amax(-1) + 1
+    count = seen.sum(-1)
+    hides = (seen | (mask <= torch.finfo(mask.dtype).min)).all()
+    is_range = (end - first == count) | (count == 0)
+    hides_alone, are_ranges = torch.stack([hides, is_range.all()]).tolist()
+    if not hides_alone:
+        return ()
+    return (torch.stack([first, end], dim=-1).to(torch.int32) if are_ranges else seen,)
