@@ -13,11 +13,11 @@ _remembered = Cache(entries=16, size=1 << 28)
 
 
 def compact(mask: Tensor) -> Tensor:
-    """What hides the same keys as a float mask (B, 1|H, Sq, Skv) does.
+    """What hides the same keys as a float mask (B, 1|H, 1|Sq, Skv) does.
 
-    A mask of nothing but 0 and the lowest number of its dtype, or -inf, becomes int32 key ranges (B, 1|H, Sq, 2) where
-    every query sees neighbours alone, a bool mask where one does not. Any other is returned: it adds to scores. So is
-    every mask while a graph is traced or captured, for this reads the device, once for all layers.
+    A mask of nothing but 0 and the lowest number of its dtype, or -inf, becomes a bool mask, or, where there are
+    several queries and each sees one run of keys, int32 key ranges (B, 1|H, Sq, 2). Any other is returned: it adds to
+    scores. So is every mask while a graph is traced or captured, for this reads the device, once for all layers.
     """
     if not mask.is_floating_point() or is_tracing(mask):
         return mask
@@ -37,4 +37,6 @@ def _compacted(mask: Tensor) -> tuple[Tensor, ...]:
     hides_alone, are_ranges = torch.stack([hides, is_range.all()]).tolist()
     if not hides_alone:
         return ()
-    return (torch.stack([first, end], dim=-1).to(torch.int32) if are_ranges else seen,)
+    if not are_ranges or mask.shape[-2] == 1:
+        return (seen,)
+    return (torch.stack([first, end], dim=-1).to(torch.int32),)

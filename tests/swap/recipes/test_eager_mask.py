@@ -64,3 +64,9 @@ def test_halves() -> None:
     mask = torch.zeros(1, 1, 2, 3, dtype=torch.float16)
     mask[..., 0] = torch.finfo(torch.float16).min
     assert compact(mask).tolist() == [[[[1, 3], [1, 3]]]]
+
+
+def test_one_row_for_all_queries() -> None:
+    mask = torch.zeros(2, 1, 1, 3)
+    mask[1, ..., 2] = LOWEST
+    assert compact(mask).tolist() == [[[[True, True, True]]], [[[True, True, False]]]]
