@@ -12,7 +12,7 @@ seen. The other parts of a layer are recognised by `norm` (LongformerSelfOutput,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from fastattn.masks import KeyMask, Mask, SinkTokens, SlidingWindow
 from fastattn.nn.checks import MAX_DROPOUT, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.code import is_copy
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.swapped import Swapped
@@ -41,16 +41,13 @@ class _GlobalTokens(NamedTuple):
     slots: int
 
 
-class LongformerSelfAttention(Swapped):
+class LongformerSelfAttention(ReadMethods):
     """hidden_states (B, S, hidden) of any length -> ((B, S, hidden),); rows of padding are 0, as in the original.
 
     attention_mask: float (B, S), negative where a token is padding, positive where it is global, else 0;
     is_index_masked, is_index_global_attn: bool (B, S), which of them are; is_global_attn: whether any is global.
     Asked for attention weights (output_attentions=True) it runs the original, which forms them.
     """
-
-    fastattn_methods: ClassVar[dict[str, Callable[..., Any]]]
-    """The methods of the original that this forward stands for."""
 
     # What the original holds.
     dropout: float
@@ -92,14 +89,11 @@ class LongformerSelfAttention(Swapped):
 
 
 def _why_not(module: LongformerSelfAttention, hidden_states: Tensor, output_attentions: bool) -> str | None:
-    for name, method in module.fastattn_methods.items():
-        if name in module.__dict__ or getattr(module.fastattn_original, name) is not method:
-            return f"its {name} was replaced"
     if output_attentions:
         return "the attention weights are asked for (output_attentions=True)"
     if module.dropout > MAX_DROPOUT:
         return f"its dropout is {module.dropout}"
-    return why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
+    return why_not_as_read(module) or why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
 
 
 def _global_tokens(is_global: Tensor) -> _GlobalTokens:
