@@ -21,7 +21,18 @@ from fastattn.nn.checks import why_not_head_dim
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, parameters
-from fastattn.swap.recipes import bert, bloom, eager_bert, free_linear, gpt_neo, longformer, mpnet, pre_norm, t5
+from fastattn.swap.recipes import (
+    bert,
+    bloom,
+    eager_bart,
+    eager_bert,
+    free_linear,
+    gpt_neo,
+    longformer,
+    mpnet,
+    pre_norm,
+    t5,
+)
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
@@ -42,7 +53,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
     if conv1d(module_class):
         return Reading(free_linear.Conv1D, free_linear.recipe)
-    for recipes in (bert, eager_bert, t5, mpnet, bloom, gpt_neo, longformer, pre_norm):
+    for recipes in (bert, eager_bert, eager_bart, t5, mpnet, bloom, gpt_neo, longformer, pre_norm):
         reading = recipes.read(module_class)
         if reading is not None:
             return reading
