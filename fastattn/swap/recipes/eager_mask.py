@@ -1,4 +1,4 @@
-"""Masks as transformers gives them to attention that asks no interface: float, added to the scores."""
+"""Masks as transformers gives them to attention that asks no interface: float and added to the scores, or bool."""
 
 from __future__ import annotations
 
@@ -25,18 +25,30 @@ def compact(mask: Tensor) -> Tensor:
     return found[0] if found else mask
 
 
+def compact_hidden(hidden: Tensor) -> Tensor:
+    """As `compact`, of a bool mask that is True where a key is hidden."""
+    if is_tracing(hidden):
+        return ~hidden
+    return _remembered.get("hidden", (hidden,), lambda: _ranges(~hidden))[0]
+
+
 def _compacted(mask: Tensor) -> tuple[Tensor, ...]:
     """The ranges or the bool mask; nothing where there is none."""
     seen = mask == 0
-    key = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    first = torch.where(seen, key, mask.shape[-1]).amin(-1)
+    if not (seen | (mask <= torch.finfo(mask.dtype).min)).all():
+        return ()
+    return _ranges(seen)
+
+
+def _ranges(seen: Tensor) -> tuple[Tensor]:
+    """The ranges, or the bool mask itself."""
+    length = seen.shape[-1]
+    if seen.shape[-2] == 1:
+        return (seen,)
+    key = torch.arange(length, dtype=torch.int32, device=seen.device)
+    first = torch.where(seen, key, length).amin(-1)
     end = torch.where(seen, key, -1).amax(-1) + 1
     count = seen.sum(-1)
-    hides = (seen | (mask <= torch.finfo(mask.dtype).min)).all()
-    is_range = (end - first == count) | (count == 0)
-    hides_alone, are_ranges = torch.stack([hides, is_range.all()]).tolist()
-    if not hides_alone:
-        return ()
-    if not are_ranges or mask.shape[-2] == 1:
+    if not ((end - first == count) | (count == 0)).all():
         return (seen,)
     return (torch.stack([first, end], dim=-1).to(torch.int32),)

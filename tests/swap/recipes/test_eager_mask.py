@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fastattn.swap.recipes.eager_mask import compact
+from fastattn.swap.recipes.eager_mask import compact, compact_hidden
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -70,3 +70,16 @@ def test_one_row_for_all_queries() -> None:
     mask = torch.zeros(2, 1, 1, 3)
     mask[1, ..., 2] = LOWEST
     assert compact(mask).tolist() == [[[[True, True, True]]], [[[True, True, False]]]]
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_bool_mask_of_what_is_hidden(holes) -> None:
+    seen = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    seen[1, :, :, :2] = False
+    if holes:
+        seen[0, :, :, 2] = False
+    hidden = ~seen
+    found = compact_hidden(hidden)
+    assert found.dtype is (torch.bool if holes else torch.int32)
+    assert torch.equal(visible(found, 5), seen)
+    assert compact_hidden(hidden) is found
