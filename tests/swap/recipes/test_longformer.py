@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from fastattn.errors import NotSupported  # noqa: E402
 from fastattn.swap import plan, swap  # noqa: E402
+from fastattn.swap.recipes import longformer as recipe  # noqa: E402
 
 LENGTH = 45  # no multiple of a window: the models pad
 SIZES = {
@@ -217,7 +219,62 @@ def test_strict_forbids_attention_weights() -> None:
         model(**given, output_attentions=True)
 
 
-@pytest.mark.parametrize("tokens", ["none", "some"])
+def test_a_forced_backend_runs_all_of_it(monkeypatch) -> None:
+    model, given = longformer(), inputs("first")
+    expected = states(model, given)
+    swap(model, backend="reference")
+    projected: list[str] = []
+    monkeypatch.setattr(recipe, "linear", noted(recipe.linear, projected))
+    assert_close(states(model, given), expected)
+    assert projected.count("value_global") == 2
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+def test_keys_and_values_of_few_global_tokens_need_no_projection(few, monkeypatch) -> None:
+    """Batch entries with more, fewer and no global tokens; one with nothing but padding."""
+    model, given = longformer(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0), inputs("some")
+    given["attention_mask"] = given["attention_mask"].clone()
+    given["attention_mask"][1] = 0
+    twin = copy.deepcopy(model)
+    swap(model)
+    monkeypatch.setattr(recipe, "_FEW", few)
+    projected: list[str] = []
+    monkeypatch.setattr(recipe, "linear", noted(recipe.linear, projected))
+    assert_close(states(model, given), states(twin, given))
+    assert ("value_global" in projected) == (few == 1000)
+    weights = torch.randn(4, LENGTH, 32, generator=torch.Generator().manual_seed(2))
+    weights *= given["attention_mask"][..., None]
+    for each in (model, twin):
+        (each.train()(**given).last_hidden_state * weights).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if other.grad is None:
+            assert parameter.grad is None, name
+            continue
+        scale = max(float(other.grad.abs().max()), 0.1)
+        torch.testing.assert_close(parameter.grad, other.grad, atol=2e-5 * scale, rtol=0, msg=name)
+
+
+def noted(linear: Callable[..., Tensor], names: list[str]) -> Callable[..., Tensor]:
+    def run(module: nn.Module, name: str, x: Tensor, part: str) -> Tensor:
+        names.append(name)
+        return linear(module, name, x, part)
+
+    return run
+
+
+@pytest.mark.parametrize("tokens", ["none", "first", "some"])
+def test_under_autocast(tokens) -> None:
+    model, given = longformer(), inputs(tokens)
+    expected = states(model, given)[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        original = states(model, given)[-1]
+        swap(model)
+        found = states(model, given)[-1]
+    assert found.dtype is original.dtype
+    assert float((found - expected).abs().max()) <= 1.5 * float((original - expected).abs().max())
+
+
+@pytest.mark.parametrize("tokens", ["none", "first", "some"])
 def test_half_precision_is_no_worse_than_the_original(tokens) -> None:
     model, given = longformer(), inputs(tokens)
     expected = states(model, given)[-1]
@@ -244,7 +301,7 @@ def test_saved_and_copied_it_stays_swapped() -> None:
         assert all(torch.equal(one, two) for one, two in zip(states(other, given), expected, strict=True))
 
 
-@pytest.mark.parametrize("tokens", ["none", "some"])
+@pytest.mark.parametrize("tokens", ["none", "first", "some"])
 def test_it_compiles(tokens) -> None:
     model, given = longformer(), inputs(tokens)
     expected = states(model, given)
