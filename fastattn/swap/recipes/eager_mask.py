@@ -32,6 +32,13 @@ def compact_hidden(hidden: Tensor) -> Tensor:
     return _remembered.get("hidden", (hidden,), lambda: _ranges(~hidden))[0]
 
 
+def compact_seen(seen: Tensor) -> Tensor:
+    """As `compact`, of a mask of any dtype that is 0 where a key is hidden."""
+    if is_tracing(seen):
+        return seen.bool()
+    return _remembered.get("seen", (seen,), lambda: _ranges(seen != 0))[0]
+
+
 def _compacted(mask: Tensor) -> tuple[Tensor, ...]:
     """The ranges or the bool mask; nothing where there is none."""
     seen = mask == 0
