@@ -79,7 +79,7 @@ class BloomAttention(Swapped):
             key,
             value,
             mask=None if attention_mask is None else compact(attention_mask),
-            bias=alibi.view(-1, self.num_heads, *alibi.shape[1:]),
+            bias=alibi.unflatten(0, (-1, self.num_heads)),
             scale=self.inv_norm_factor,
             dropout_p=self.attention_dropout.p if self.attention_dropout.training else 0.0,
             backend=self.fastattn_backend,

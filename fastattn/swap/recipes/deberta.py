@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.models.deberta_v2 import modeling_deberta_v2
-from transformers.utils.import_utils import is_tracing
 
 from fastattn.functional import attention
 from fastattn.masks.cache import Cache
@@ -26,7 +25,7 @@ from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
 from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
-from fastattn.swap.recipes.eager_mask import compact_seen
+from fastattn.swap.recipes.eager_mask import can_be_read, compact_seen
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.swapped import Swapped
 
@@ -129,7 +128,7 @@ class _Distances(NamedTuple):
 
 def _distances(module: DisentangledSelfAttention, relative_pos: Tensor) -> _Distances:
     span = module.pos_ebd_size
-    if is_tracing(relative_pos):
+    if not can_be_read(relative_pos):
         return _Distances(0, 2 * span, *_rows(relative_pos, span))
     bounds, forth, back = _remembered.get(span, (relative_pos,), lambda: _occurring(relative_pos, span))
     first, end = bounds.tolist()

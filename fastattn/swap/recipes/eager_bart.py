@@ -166,7 +166,7 @@ def _is_collected() -> bool:
     """Whether transformers collects attention weights from the modules' outputs now."""
     collector = output_capturing._active_collector
     if torch.compiler.is_compiling():  # which does not trace `get`
-        collected = collector.global_var if collector.compiling else None
+        collected = collector.global_var if getattr(collector, "compiling", False) else None
     else:
         collected = collector.get()
     return collected is not None and ("attentions" in collected or "cross_attentions" in collected)

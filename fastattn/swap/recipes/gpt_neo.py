@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.gpt_neo import modeling_gpt_neo
-from transformers.utils.import_utils import is_tracing
 
 from fastattn.functional import attention
 from fastattn.masks import Causal, Mask, SlidingWindow
@@ -25,7 +24,7 @@ from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
 from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
-from fastattn.swap.recipes.eager_mask import compact
+from fastattn.swap.recipes.eager_mask import can_be_read, compact
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.swapped import Swapped
 
@@ -117,7 +116,7 @@ def _within(rule: SlidingWindow, ranges: Tensor, len_q: int, len_k: int) -> Tens
 
 def _rule(module: GPTNeoSelfAttention) -> SlidingWindow | None:
     """The rule that `bias` spells out; None where it was changed, or cannot be read now."""
-    if is_tracing(module.bias):
+    if not can_be_read(module.bias):
         return None
     rule = SlidingWindow(module.config.window_size - 1, 0) if module.attention_type == "local" else Causal()
     key = (module.attention_type, module.config.window_size)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fastattn.swap.recipes.eager_mask import compact, compact_hidden
+from fastattn.swap.recipes.eager_mask import compact, compact_hidden, compact_seen
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -49,9 +49,9 @@ def test_a_mask_that_adds_something_else_stays(value) -> None:
     assert compact(mask) is mask
 
 
-def test_masks_that_are_no_float_ones_stay() -> None:
-    mask = torch.ones(1, 1, 3, 4, dtype=torch.bool)
-    assert compact(mask) is mask
+def test_masks_that_are_no_float_ones_or_learned_stay() -> None:
+    for mask in (torch.ones(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, requires_grad=True)):
+        assert compact(mask) is mask
 
 
 def test_under_inference_mode() -> None:
@@ -83,3 +83,19 @@ def test_a_bool_mask_of_what_is_hidden(holes) -> None:
     assert found.dtype is (torch.bool if holes else torch.int32)
     assert torch.equal(visible(found, 5), seen)
     assert compact_hidden(hidden) is found
+
+
+def test_what_torch_func_transforms_is_not_read() -> None:
+    masks = torch.zeros(3, 1, 1, 2, 4)
+    masks[1, ..., 3] = LOWEST
+    assert torch.equal(torch.vmap(compact)(masks), masks)
+    assert torch.equal(torch.vmap(compact_hidden)(masks != 0), masks == 0)
+    assert torch.equal(torch.vmap(compact_seen)((masks == 0).long()), masks == 0)
+
+
+def test_a_mask_of_ones_and_zeros() -> None:
+    seen = torch.ones(2, 1, 4, 4, dtype=torch.long)
+    seen[1, ..., 3] = 0
+    found = compact_seen(seen)
+    assert torch.equal(visible(found, 4), seen.bool())
+    assert compact_seen(seen) is found
