@@ -30,15 +30,19 @@ class Reading:
     built_on: tuple[type[nn.Module], ...] = ()
 
 
-class ReadForward(Swapped):
+class ReadMethods(Swapped):
+    """Base of the mixins that stand for more than the forward of their original."""
+
+    fastattn_methods: ClassVar[dict[str, Callable[..., Any]]]
+    """The methods of the original that were read."""
+
+
+class ReadForward(ReadMethods):
     """Base of the mixins that stand for forwards of any spelling.
 
     Whatever a mixin adds begins with fastattn: any other name may be that of a child in some class. The swapped class
     gets a forward that takes what its original takes, by position or name, and hands it to fastattn_forward.
     """
-
-    fastattn_methods: ClassVar[dict[str, Callable[..., Any]]]
-    """The methods of the original that were read."""
 
     def fastattn_forward(self, *inputs: Any) -> Any:
         """The forward, its inputs in the original's order."""
@@ -58,7 +62,7 @@ def _forward_that_takes(names: tuple[str, ...]) -> Callable[..., Any]:
     return forward
 
 
-def why_not_as_read(module: ReadForward) -> str | None:
+def why_not_as_read(module: ReadMethods) -> str | None:
     """None where the methods of the original class are those that were read: other libraries replace them, too."""
     own, original = module.__dict__, module.fastattn_original
     for name, method in module.fastattn_methods.items():

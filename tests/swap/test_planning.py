@@ -89,12 +89,12 @@ def test_lookalikes_beside_each_other_are_both_listed() -> None:
 
 def test_attention_that_asks_no_interface_is_left_with_a_reason() -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.RoFormerConfig(
+    config = transformers.NystromformerConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16
     )
-    found = rows(transformers.RoFormerModel(config))
+    found = rows(transformers.NystromformerModel(config))
     layer = "encoder.layer.0"
-    assert (f"{layer}.attention.self", "left", "no recipe for class RoFormerSelfAttention") in found
+    assert (f"{layer}.attention.self", "left", "no recipe for class NystromformerSelfAttention") in found
     assert (f"{layer}.intermediate", "swap", "") in found
     assert not any(path == f"{layer}.attention" for path, _, _ in found)
 

@@ -19,6 +19,7 @@ from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, always
+from fastattn.swap.recipes.eager_mask import compact
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.swapped import Swapped
 
@@ -57,7 +58,7 @@ class MPNetSelfAttention(Swapped):
             q,
             k,
             v,
-            mask=attention_mask,
+            mask=None if attention_mask is None else compact(attention_mask),
             bias=position_bias,
             dropout_p=self.dropout.p if self.dropout.training else 0.0,
             backend=self.fastattn_backend,

@@ -1,8 +1,10 @@
 """Classes of transformers, and of code written for it.
 
 InterfaceAttention   any attention whose forward asks the attention interface for its function
-bert, t5, mpnet      modules whose forwards branch, known in the original and its copies (RoBERTa, Electra, mT5, ...)
+bert, t5             modules whose forwards branch, known in the original and its copies (RoBERTa, Electra, mT5, ...)
 pre_norm             layers of CLIP, SigLIP, ViT and their copies as one call
+eager_bert, eager_bart, mpnet, bloom, mpt, gpt_neo, longformer, deberta
+                     attention that asks no interface, in the original and its copies
 
 Importing this file registers the attention interface, so that a swapped model that was saved whole runs when it is
 loaded in a process that never called swap.
@@ -21,7 +23,20 @@ from fastattn.nn.checks import why_not_head_dim
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, parameters
-from fastattn.swap.recipes import bert, free_linear, mpnet, pre_norm, t5
+from fastattn.swap.recipes import (
+    bert,
+    bloom,
+    deberta,
+    eager_bart,
+    eager_bert,
+    free_linear,
+    gpt_neo,
+    longformer,
+    mpnet,
+    mpt,
+    pre_norm,
+    t5,
+)
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
@@ -42,7 +57,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
     if conv1d(module_class):
         return Reading(free_linear.Conv1D, free_linear.recipe)
-    for recipes in (bert, t5, mpnet, pre_norm):
+    for recipes in (bert, eager_bert, eager_bart, t5, mpnet, bloom, mpt, gpt_neo, longformer, deberta, pre_norm):
         reading = recipes.read(module_class)
         if reading is not None:
             return reading
