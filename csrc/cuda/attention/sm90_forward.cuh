@@ -106,7 +106,8 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             note.at[FIRST_KEY + i] = tiles[i].begin, note.at[FULL + i] = tiles[i].full;
-            if (tiles[i].begin < 0) continue;
+            if (tiles[0].begin < 0) continue;
+            // Of a tile that is not there nobody sees anything: consumers need no case of its own, which would cost their accumulators' places.
             this->template fill_words<WARPGROUP>(memory.words_of(step, i), walk, tiles[i]);
             if (EXTRAS && p.distance) this->template fill_distances<WARPGROUP>(memory.distances_of(step, i), tiles[i].begin);
         }
@@ -202,16 +203,8 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
     // Products with the keys of one of the step's tiles become scores.
     template <int TILE>
     __device__ __forceinline__ void prepare_tile(const Memory &memory, int step, int begin, bool full) {
-        constexpr int FIRST = TILE * KEYS / 8;
-        if (begin < 0) {
-#pragma unroll
-            for (int n = FIRST; n < FIRST + KEYS / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[0][n][e] = -INFINITY;
-            return;
-        }
         const MaskView<EXTRAS> view(p.mask, sequence, b, h, full);
-        this->template prepare<FIRST>(view, begin, 0, memory.words_of(step, TILE), memory.distances_of(step, TILE),
+        this->template prepare<TILE * KEYS / 8>(view, begin, 0, memory.words_of(step, TILE), memory.distances_of(step, TILE),
                                       [](int, int, int, float, float) {});
     }
     // Scores become p, not yet rounded. shrink: what the accumulators are to be multiplied by.
