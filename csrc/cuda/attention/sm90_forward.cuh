@@ -231,10 +231,10 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
             soften(memory, 0, seed, statistics, shrink);
             round_sums<T>(rounded, s);
             if (group == 1) arrive_named(TURN, CONSUMERS * WARPGROUP);  // the first turn is the other's
+            memory.wait_full(K_FULL, 1);
             int step = 1;
 #pragma unroll 1
             for (;; step++) {
-                memory.wait_full(K_FULL, step);
                 if (memory.note(step).get(FIRST_KEY) < 0) break;
                 sync_named(TURN + group, CONSUMERS * WARPGROUP);
                 issue_scores(memory, group, step);
@@ -244,6 +244,9 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
                 wgmma_wait<1>(s[0]);
                 release(memory, K_EMPTY, step);
                 soften(memory, step, seed, statistics, shrink);
+                // Before the products are waited for, not after: within straight code ptxas has that wait as early as it can, before the softmax,
+                // and it does not move it over this one's branch.
+                memory.wait_full(K_FULL, step + 1);
                 wgmma_wait<0>(o[0]);
                 release(memory, V_EMPTY, step - 1);
                 this->shrink_sums(0, shrink);
