@@ -78,6 +78,9 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
 
         // A place of a ring is full, or empty, for the (step / STAGES)-th time.
         __device__ __forceinline__ void wait_full(int kind, int step) const { barriers.wait(kind + step % STAGES, step / STAGES & 1); }
+        __device__ __forceinline__ bool is_empty(int kind, int step) const {
+            return barriers.is_complete(kind + step % STAGES, (step / STAGES & 1) ^ 1);
+        }
         __device__ __forceinline__ void wait_empty(int kind, int step) const { barriers.wait(kind + step % STAGES, (step / STAGES & 1) ^ 1); }
         __device__ __forceinline__ void arrive(int kind, int step) const { barriers.arrive(kind + step % STAGES); }
     };
@@ -155,24 +158,33 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
                 keys[i] = {tiles[i].begin, tiles[i].keys};
             }
             const bool exists = tiles[0].begin >= 0;
+            // Under way is v of the step before the last, at first q and k. Where copies are what all wait for, k of this step goes to them at once;
+            // where products are, its place is still full, and who waits for v does not wait for that too.
+            bool told = step == 0;
+            const auto tell = [&] { memory.arrive(step == 1 ? K_FULL : V_FULL, step == 1 ? 0 : step - 2); };
+            if (!told && !memory.is_empty(K_EMPTY, step)) {
+                complete<0>();
+                tell();
+                told = true;
+            }
             memory.wait_empty(K_EMPTY, step);
             if (exists) fetch(copy, memory.k(step), p.k, p.k_vectors, k_head, p.dim_qk, keys);
             write_note(memory, step, walk, tiles);
-            if (step > 0) {
-                // Under way are k, or q and k, of the step before or else its v's predecessor, and k of this step.
+            if (!told) {
                 exists ? complete<1>() : complete<0>();
-                memory.arrive(step == 1 ? K_FULL : V_FULL, step == 1 ? 0 : step - 2);
-                memory.wait_empty(V_EMPTY, step - 1);
-                fetch(copy, memory.v(step - 1), p.v, p.v_vectors, v_head, p.dim_v, before);
-                if (exists) complete<1>();
+                tell();
             }
             if (!exists) {
-                complete<0>();
+                complete<0>();                // q, through which out is written, if there was no step
                 memory.arrive(K_FULL, step);  // that there is nothing
-                if (step > 0) memory.arrive(V_FULL, step - 1);
-                return;
             }
-            if (step > 0) memory.arrive(K_FULL, step);
+            if (step > 0) {
+                memory.wait_empty(V_EMPTY, step - 1);
+                fetch(copy, memory.v(step - 1), p.v, p.v_vectors, v_head, p.dim_v, before);
+                exists ? complete<1>() : complete<0>();
+                memory.arrive(exists ? K_FULL : V_FULL, exists ? step : step - 1);
+            }
+            if (!exists) return;
 #pragma unroll
             for (int i = 0; i < TILES; i++) before[i] = keys[i];
         }
