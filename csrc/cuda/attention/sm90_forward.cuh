@@ -235,6 +235,7 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
         Statistics statistics[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
         float shrink[2];
         zero_sums(o);
+        if (group == 1) arrive_named(TURN, CONSUMERS * WARPGROUP);  // the first turn is the other's
         memory.wait_full(K_FULL, 0);
         if (memory.note(0).get(FIRST_KEY) >= 0) {
             issue_scores(memory, group, 0);
@@ -242,7 +243,6 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
             release(memory, K_EMPTY, 0);
             soften(memory, 0, seed, statistics, shrink);
             round_sums<T>(rounded, s);
-            if (group == 1) arrive_named(TURN, CONSUMERS * WARPGROUP);  // the first turn is the other's
             memory.wait_full(K_FULL, 1);
             int step = 1;
 #pragma unroll 1
