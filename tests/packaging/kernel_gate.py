@@ -2,11 +2,11 @@
 
 Per kernel and architecture: registers of a thread, stack, static shared memory, launch bound, and how many tensor-core
 (HMMA, or HGMMA where the kernel multiplies by wgmma) and local-memory (LDL, STL: spills and arrays that found no
-registers) instructions the machine code has, how often it waits for wgmma, and how many stores to global memory that
-move less than 16 bytes.
+registers) instructions the machine code has, how often it waits for wgmma, how many exponentials it computes beside
+products by wgmma, and how many stores to global memory that move less than 16 bytes.
 A fault is any local memory, more registers than a block of the launch bound can have, attention without its tensor-core
-instructions, products by wgmma that the compiler made wait for one another, or a kernel of whole vectors that stores
-more than its statistics by less than 16 bytes.
+instructions, products by wgmma that the compiler made wait for one another, or made the softmax wait for, or a kernel
+of whole vectors that stores more than its statistics by less than 16 bytes.
 Needs cuobjdump, of a CUDA toolkit or of the triton package. The library is by default the installed one.
 """
 
@@ -27,6 +27,8 @@ REGISTERS_OF_A_THREAD = 255
 # How the names of kernels begin, and the tensor-core instructions that they are to have.
 TENSOR_CORE_KERNELS = {"attention_forward_sm90": "HGMMA", "attention_": "HMMA"}
 PRODUCTS_PER_WAIT = 4  # of wgmma, at least: where registers are not safe the compiler waits behind each
+# Between the wait for all products but the last ones and the wait for those: a softmax of 64 keys has 32 of a thread.
+EXPONENTIALS_BESIDE_PRODUCTS = 32
 # Kernels of whole vectors, and what else they store: norm_forward a row's mean and rstd. A compiler that loses sight of
 # an alignment splits a vector into four words.
 NARROW_STORES = {
@@ -50,6 +52,7 @@ class Kernel:
     hmma: int = 0
     hgmma: int = 0
     waits: int = 0
+    beside: int | None = None  # the fewest exponentials beside products; none where nothing runs beside them
     local: int = 0
     narrow: int = 0
 
@@ -69,6 +72,8 @@ class Kernel:
             found.append(f"has no {wanted} instruction")
         if self.waits * PRODUCTS_PER_WAIT > self.hgmma:
             found.append(f"waits {self.waits} times for {self.hgmma} products by wgmma")
+        if self.beside is not None and self.beside < EXPONENTIALS_BESIDE_PRODUCTS:
+            found.append(f"computes {self.beside} exponentials beside products by wgmma, and the others behind them")
         for name, most in NARROW_STORES.items():
             if self.plain_name().startswith(name) and self.narrow > most:
                 found.append(f"stores {self.narrow} times less than 16 bytes, where {most} do")
@@ -121,15 +126,22 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
         elif usage := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             kernel = at(architecture, name)
             kernel.registers, kernel.stack, kernel.shared = map(int, usage.groups())
+    beside: int | None = None
     for architecture, line in lines_of(program, "--dump-sass", library):
         if function := re.match(r"\s*Function : (\S+)", line):
-            name = function[1]
+            name, beside = function[1], None
         elif re.search(r"\bHMMA\.", line):
             at(architecture, name).hmma += 1
         elif re.search(r"\bHGMMA\.", line):
             at(architecture, name).hgmma += 1
         elif "WARPGROUP.DEPBAR" in line:
-            at(architecture, name).waits += 1
+            kernel = at(architecture, name)
+            kernel.waits += 1
+            if beside is not None:
+                kernel.beside = beside if kernel.beside is None else min(beside, kernel.beside)
+            beside = 0 if re.search(r"gsb0, 0x[1-9a-f]", line) else None
+        elif beside is not None and "MUFU.EX2" in line:
+            beside += 1
         elif re.search(r"\b(LDL|STL)\b", line):
             at(architecture, name).local += 1
         elif re.search(r"\bSTG\b", line) and not re.search(r"\bSTG\.\S*128\b", line):
@@ -148,10 +160,10 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
 
 def table(kernels: list[Kernel]) -> str:
     """One line per kernel and architecture."""
-    lines = ["arch   regs stack shared threads  HMMA HGMMA waits local narrow  kernel"]
+    lines = ["arch   regs stack shared threads  HMMA HGMMA waits beside local narrow  kernel"]
     for k in kernels:
         usage = f"{k.registers:4d} {k.stack:5d} {k.shared:6d} {k.threads:7d}"
-        instructions = f"{k.hmma:5d} {k.hgmma:5d} {k.waits:5d} {k.local:5d} {k.narrow:6d}"
+        instructions = f"{k.hmma:5d} {k.hgmma:5d} {k.waits:5d} {k.beside or 0:6d} {k.local:5d} {k.narrow:6d}"
         lines.append(f"{k.architecture:6s} {usage} {instructions}  {k.plain_name()}")
     return "\n".join(lines)
 

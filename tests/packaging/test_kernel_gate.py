@@ -50,6 +50,8 @@ def test_the_installed_kernels_pass(gate: ModuleType, capsys: pytest.CaptureFixt
         ({"name": "attention_forward_sm90<float>"}, "no HGMMA"),
         ({"name": "attention_forward_sm90<float>", "hgmma": 24, "waits": 4}, ""),
         ({"name": "attention_forward_sm90<float>", "hgmma": 24, "waits": 24}, "waits 24 times for 24 products"),
+        ({"name": "attention_forward_sm90<float>", "hgmma": 24, "waits": 4, "beside": 32}, ""),
+        ({"name": "attention_forward_sm90<float>", "hgmma": 24, "waits": 4, "beside": 0}, "computes 0 exponentials"),
         ({"hmma": 0, "name": "_Z19norm_forward_kernel"}, ""),
         ({"narrow": 9}, ""),
         ({"narrow": 2, "name": "norm_forward_kernel<true, 1>"}, ""),

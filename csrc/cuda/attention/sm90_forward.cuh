@@ -78,6 +78,9 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
 
         // A place of a ring is full, or empty, for the (step / STAGES)-th time.
         __device__ __forceinline__ void wait_full(int kind, int step) const { barriers.wait(kind + step % STAGES, step / STAGES & 1); }
+        __device__ __forceinline__ bool is_empty(int kind, int step) const {
+            return barriers.is_complete(kind + step % STAGES, (step / STAGES & 1) ^ 1);
+        }
         __device__ __forceinline__ void wait_empty(int kind, int step) const { barriers.wait(kind + step % STAGES, (step / STAGES & 1) ^ 1); }
         __device__ __forceinline__ void arrive(int kind, int step) const { barriers.arrive(kind + step % STAGES); }
     };
@@ -106,7 +109,8 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             note.at[FIRST_KEY + i] = tiles[i].begin, note.at[FULL + i] = tiles[i].full;
-            if (tiles[i].begin < 0) continue;
+            if (tiles[0].begin < 0) continue;
+            // Of a tile that is not there nobody sees anything: consumers need no case of its own, which would cost their accumulators' places.
             this->template fill_words<WARPGROUP>(memory.words_of(step, i), walk, tiles[i]);
             if (EXTRAS && p.distance) this->template fill_distances<WARPGROUP>(memory.distances_of(step, i), tiles[i].begin);
         }
@@ -154,24 +158,33 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
                 keys[i] = {tiles[i].begin, tiles[i].keys};
             }
             const bool exists = tiles[0].begin >= 0;
+            // Under way is v of the step before the last, at first q and k. Where copies are what all wait for, k of this step goes to them at once;
+            // where products are, its place is still full, and who waits for v does not wait for that too.
+            bool told = step == 0;
+            const auto tell = [&] { memory.arrive(step == 1 ? K_FULL : V_FULL, step == 1 ? 0 : step - 2); };
+            if (!told && !memory.is_empty(K_EMPTY, step)) {
+                complete<0>();
+                tell();
+                told = true;
+            }
             memory.wait_empty(K_EMPTY, step);
             if (exists) fetch(copy, memory.k(step), p.k, p.k_vectors, k_head, p.dim_qk, keys);
             write_note(memory, step, walk, tiles);
-            if (step > 0) {
-                // Under way are k, or q and k, of the step before or else its v's predecessor, and k of this step.
+            if (!told) {
                 exists ? complete<1>() : complete<0>();
-                memory.arrive(step == 1 ? K_FULL : V_FULL, step == 1 ? 0 : step - 2);
-                memory.wait_empty(V_EMPTY, step - 1);
-                fetch(copy, memory.v(step - 1), p.v, p.v_vectors, v_head, p.dim_v, before);
-                if (exists) complete<1>();
+                tell();
             }
             if (!exists) {
-                complete<0>();
+                complete<0>();                // q, through which out is written, if there was no step
                 memory.arrive(K_FULL, step);  // that there is nothing
-                if (step > 0) memory.arrive(V_FULL, step - 1);
-                return;
             }
-            if (step > 0) memory.arrive(K_FULL, step);
+            if (step > 0) {
+                memory.wait_empty(V_EMPTY, step - 1);
+                fetch(copy, memory.v(step - 1), p.v, p.v_vectors, v_head, p.dim_v, before);
+                exists ? complete<1>() : complete<0>();
+                memory.arrive(exists ? K_FULL : V_FULL, exists ? step : step - 1);
+            }
+            if (!exists) return;
 #pragma unroll
             for (int i = 0; i < TILES; i++) before[i] = keys[i];
         }
@@ -202,16 +215,8 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
     // Products with the keys of one of the step's tiles become scores.
     template <int TILE>
     __device__ __forceinline__ void prepare_tile(const Memory &memory, int step, int begin, bool full) {
-        constexpr int FIRST = TILE * KEYS / 8;
-        if (begin < 0) {
-#pragma unroll
-            for (int n = FIRST; n < FIRST + KEYS / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) s[0][n][e] = -INFINITY;
-            return;
-        }
         const MaskView<EXTRAS> view(p.mask, sequence, b, h, full);
-        this->template prepare<FIRST>(view, begin, 0, memory.words_of(step, TILE), memory.distances_of(step, TILE),
+        this->template prepare<TILE * KEYS / 8>(view, begin, 0, memory.words_of(step, TILE), memory.distances_of(step, TILE),
                                       [](int, int, int, float, float) {});
     }
     // Scores become p, not yet rounded. shrink: what the accumulators are to be multiplied by.
@@ -230,6 +235,7 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
         Statistics statistics[2] = {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}};
         float shrink[2];
         zero_sums(o);
+        if (group == 1) arrive_named(TURN, CONSUMERS * WARPGROUP);  // the first turn is the other's
         memory.wait_full(K_FULL, 0);
         if (memory.note(0).get(FIRST_KEY) >= 0) {
             issue_scores(memory, group, 0);
@@ -237,11 +243,10 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
             release(memory, K_EMPTY, 0);
             soften(memory, 0, seed, statistics, shrink);
             round_sums<T>(rounded, s);
-            if (group == 1) arrive_named(TURN, CONSUMERS * WARPGROUP);  // the first turn is the other's
+            memory.wait_full(K_FULL, 1);
             int step = 1;
 #pragma unroll 1
             for (;; step++) {
-                memory.wait_full(K_FULL, step);
                 if (memory.note(step).get(FIRST_KEY) < 0) break;
                 sync_named(TURN + group, CONSUMERS * WARPGROUP);
                 issue_scores(memory, group, step);
@@ -251,6 +256,9 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
                 wgmma_wait<1>(s[0]);
                 release(memory, K_EMPTY, step);
                 soften(memory, step, seed, statistics, shrink);
+                // Before the products are waited for, not after: within straight code ptxas has that wait as early as it can, before the softmax,
+                // and it does not move it over this one's branch.
+                memory.wait_full(K_FULL, step + 1);
                 wgmma_wait<0>(o[0]);
                 release(memory, V_EMPTY, step - 1);
                 this->shrink_sums(0, shrink);
@@ -291,10 +299,41 @@ struct Sm90Forward : ForwardBlock<T, DIM, 2 * 64, 1, EXTRAS ? KEYS : 2 * KEYS, E
     }
 };
 
+// The order of the blocks. Those that run at a time read the keys and values of few heads, or else L2 does not keep them for the next tile of queries
+// and every block reads them from memory: heads come in sections of `section` entries, whose keys and values L2 holds together. Within a section the
+// last tiles of queries come first, which under a causal mask have most keys.
+struct BlockPlace {
+    int entry, tile;
+};
+__host__ __device__ constexpr BlockPlace place_of(int block, int section, int entries, int q_tiles) {
+    const int first = block / (section * q_tiles) * section, within = block - first * q_tiles;
+    const int count = section < entries - first ? section : entries - first;
+    return {first + within % count, q_tiles - 1 - within / count};
+}
+constexpr bool places_differ(int section, int entries, int q_tiles) {
+    uint64_t met = 0;
+    for (int block = 0; block < entries * q_tiles; block++) {
+        const BlockPlace place = place_of(block, section, entries, q_tiles);
+        met |= uint64_t(1) << (place.entry * q_tiles + place.tile);
+    }
+    return met == ~uint64_t(0) >> (64 - entries * q_tiles);
+}
+static_assert(places_differ(3, 8, 5) && places_differ(8, 8, 5) && places_differ(1, 7, 9) && places_differ(4, 6, 1));
+
+constexpr int64_t L2_BYTES = 32 << 20;  // of 50 MiB: queries and out pass through too
+
+template <typename Call>
+int section_of(const Call &call) {
+    const int64_t bytes = call.len_k * (call.dim_qk + call.dim_v) * 2, heads = call.batch * call.heads_kv;
+    const int64_t held = bytes * heads > L2_BYTES ? (bytes < L2_BYTES ? L2_BYTES / bytes : 1) : heads;
+    return static_cast<int>(held * (call.heads_q / call.heads_kv));
+}
+
 template <typename T, int DIM, bool EXTRAS>
-__global__ void __launch_bounds__(Sm90Forward<T, DIM, EXTRAS>::THREADS, 1) attention_forward_sm90(const __grid_constant__ AttentionParams<T> p) {
-    const int entry = static_cast<int>(blockIdx.x) % p.entries, tile = p.q_tiles - 1 - static_cast<int>(blockIdx.x) / p.entries;
-    Sm90Forward<T, DIM, EXTRAS>(p, entry, tile).run();
+__global__ void __launch_bounds__(Sm90Forward<T, DIM, EXTRAS>::THREADS, 1)
+    attention_forward_sm90(const __grid_constant__ AttentionParams<T> p, int section) {
+    const BlockPlace place = place_of(static_cast<int>(blockIdx.x), section, p.entries, p.q_tiles);
+    Sm90Forward<T, DIM, EXTRAS>(p, place.entry, place.tile).run();
 }
 
 template <typename T, int DIM, bool EXTRAS>
@@ -304,5 +343,5 @@ cudaError_t launch_sm90_forward(const fastattn_cuda_attention &call) {
     const int64_t blocks = static_cast<int64_t>(p.q_tiles) * call.batch * call.heads_q;
     if (!fits(call, blocks)) return cudaErrorInvalidValue;
     const Launch how = {"attention_forward_sm90", dim3(static_cast<unsigned>(blocks)), dim3(Kernel::THREADS), Kernel::SHARED_BYTES, call.stream};
-    return launch<Kernel::THREADS>(how, attention_forward_sm90<T, DIM, EXTRAS>, p);
+    return launch<Kernel::THREADS>(how, attention_forward_sm90<T, DIM, EXTRAS>, p, section_of(call));
 }

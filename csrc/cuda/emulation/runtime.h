@@ -139,6 +139,7 @@ public:
 
     void prepare_barrier(const void *at, int arrivals, const Where &where);
     void arrive(const void *at, const Where &where);
+    bool is_phase_complete(const void *at, unsigned parity, const Where &where);
     void wait_phase(const void *at, unsigned parity, const Where &where);
 
     // Of the warp together, by the last of its lanes to arrive.

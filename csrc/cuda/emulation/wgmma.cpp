@@ -184,13 +184,17 @@ void Block::arrive(const void *at, const Where &where) {
     barrier.waiting.clear();
 }
 
+bool Block::is_phase_complete(const void *at, unsigned parity, const Where &where) {
+    const MemoryBarrier &barrier = memory_barrier(at, where);
+    if ((barrier.phase & 1) == parity) return false;
+    join(warp_of_current().clock, barrier.complete);
+    return true;
+}
+
 void Block::wait_phase(const void *at, unsigned parity, const Where &where) {
+    if (is_phase_complete(at, parity, where)) return;
     MemoryBarrier &barrier = memory_barrier(at, where);
     Thread &thread = current();
-    if ((barrier.phase & 1) != parity) {
-        join(warp_of_current().clock, barrier.complete);
-        return;
-    }
     thread.where = where;
     thread.barrier = static_cast<int>(static_cast<const unsigned char *>(at) - shared_.data());
     thread.state = State::at_memory_barrier;

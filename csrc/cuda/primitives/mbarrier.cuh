@@ -19,6 +19,15 @@ public:
     __device__ __forceinline__ void arrive(int barrier) const {
         asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(at_.address(barrier)) : "memory");
     }
+    // Whether the phase of this parity is complete, as wait() has it.
+    __device__ __forceinline__ bool is_complete(int barrier, unsigned parity) const {
+        unsigned complete;
+        asm volatile("{\n.reg .pred complete;\nmbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\nselp.u32 %0, 1, 0, complete;\n}"
+                     : "=r"(complete)
+                     : "r"(at_.address(barrier)), "r"(parity)
+                     : "memory");
+        return complete != 0;
+    }
     // Returns once the phase of this parity is complete. Of a barrier that is new the one before the first, of parity 1, counts as complete.
     __device__ __forceinline__ void wait(int barrier, unsigned parity) const {
         unsigned complete = 0;

@@ -22,9 +22,10 @@ struct SwizzledMatrix {
 
     template <typename T>
     __device__ __forceinline__ SwizzledMatrix(const Shared<T> &tile, int first, int panel_bytes)
-        : bits(static_cast<uint64_t>((tile.address(first) & 0x3FFFF) >> 4) |         // start
-               static_cast<uint64_t>(panel_bytes >> 4) << 16 |                       // leading dimension
-               static_cast<uint64_t>(1024 >> 4) << 32 | static_cast<uint64_t>(1) << 62) {}  // eight rows to the next eight; swizzled by 128 bytes
+        // The address is a multiple of 16 below 2^18 and so is its sum with the offset: one addition of constants per operand of a tile.
+        : bits(static_cast<uint64_t>(1024 >> 4 | 1 << 30) << 32 |  // eight rows to the next eight; swizzled by 128 bytes
+               (tile.address(0) / 16 + static_cast<uint32_t>(first) * sizeof(T) / 16 +  // start
+                (static_cast<uint32_t>(panel_bytes) / 16 << 16))) {}                    // leading dimension
 };
 
 // Registers that were written since come before the operations that follow.

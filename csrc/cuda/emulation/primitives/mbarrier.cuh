@@ -12,6 +12,9 @@ public:
         emulation::block().prepare_barrier(address(barrier, where), static_cast<int>(arrivals), where);
     }
     void arrive(int barrier, Where where = Where::current()) const { emulation::block().arrive(address(barrier, where), where); }
+    bool is_complete(int barrier, unsigned parity, Where where = Where::current()) const {
+        return emulation::block().is_phase_complete(address(barrier, where), parity, where);
+    }
     void wait(int barrier, unsigned parity, Where where = Where::current()) const {
         emulation::block().wait_phase(address(barrier, where), parity, where);
     }
