@@ -13,7 +13,7 @@ constexpr int THREADS = 2 * WARPGROUP, ROWS = 64, SIZE = 128;
 
 enum Fault {
     NONE, NO_SHARE, NO_WAIT, TOO_FEW_ARRIVALS, NO_FENCE, EARLY_CLAIM, UNDER_WAY, A_WARP_LESS, MISALIGNED, EARLY_RELEASE, NOT_PREPARED,
-    SMALL_ALIGNMENT
+    SMALL_ALIGNMENT, ANOTHER_PRODUCT, TOO_MANY_REGISTERS, ODD_REGISTERS
 };
 enum { FULL, EMPTY };
 
@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(THREADS) multiply(Global<const float16> a, Glo
     }
     sync_block();
     if (thread < WARPGROUP) {
+        if (fault != TOO_MANY_REGISTERS) lower_registers<232>();
         for (int i = thread; i < ROWS * SIZE; i += WARPGROUP) tile_a.set(place(ROWS, i / SIZE, i % SIZE), a.get(i));
         for (int i = thread; i < SIZE * SIZE; i += WARPGROUP) tile_b.set(place(SIZE, i / SIZE, i % SIZE), b.get(i));
         if (fault != NO_SHARE || thread / 2 != 38) wgmma_share();  // two threads write a word
@@ -44,6 +45,11 @@ __global__ void __launch_bounds__(THREADS) multiply(Global<const float16> a, Glo
         return;
     }
     const int lane = thread % WARP, warp = thread % WARPGROUP / WARP;
+    if (fault == ODD_REGISTERS) raise_registers<100>();
+    if (fault == TOO_MANY_REGISTERS)
+        raise_registers<256>();  // the first warpgroup keeps its own, as many as there are
+    else
+        raise_registers<240>();
     if (fault != NO_WAIT) barriers.wait(FULL, 0);
     if (fault == A_WARP_LESS && warp == 2) {
         if (lane == 0) barriers.arrive(EMPTY);
@@ -52,7 +58,7 @@ __global__ void __launch_bounds__(THREADS) multiply(Global<const float16> a, Glo
     float by_rows[16][4], by_columns[16][4] = {};
     if (fault != NO_FENCE) wgmma_fence();
     for (int d = 0; d < SIZE; d += 16) {
-        const int at = d % 64 + (fault == MISALIGNED ? 64 : 0);
+        const int at = (fault == ANOTHER_PRODUCT && warp == 3 ? 0 : d % 64) + (fault == MISALIGNED ? 64 : 0);
         wgmma_transposed<float16>(by_rows, SwizzledMatrix(tile_a, d / 64 * ROWS * 64 + at, ROWS * 128),
                                   SwizzledMatrix(tile_b, d / 64 * SIZE * 64 + d % 64, SIZE * 128), d > 0);
     }

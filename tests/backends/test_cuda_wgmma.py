@@ -14,7 +14,8 @@ SOURCE = Path(__file__).with_name("cuda_wgmma.cu")
 ROWS, SIZE = 64, 128
 FAULTS = [
     "none", "no share", "no wait", "too few arrivals", "no fence", "early claim", "under way", "a warp less",
-    "misaligned", "early release", "not prepared", "small alignment",
+    "misaligned", "early release", "not prepared", "small alignment", "another product", "too many registers",
+    "odd registers",
 ]  # fmt: skip
 
 
@@ -65,6 +66,12 @@ def test_operands_lie_where_the_ptx_manual_has_them(library: ctypes.CDLL) -> Non
         ("a warp less", "warp 6 took part in 0 products, and warp 4 of the same warpgroup in 16"),
         ("misaligned", "misaligned: an operand of a product at byte 128"),
         ("small alignment", "in memory aligned to 128"),
+        (
+            "another product",
+            r"product 1 of the warp is another than that of a warp of the same warpgroup, issued at line",
+        ),
+        ("too many registers", "its warps ask for 256 registers a thread on average, and were launched with 255"),
+        ("odd registers", "100 registers: a multiple of 8 from 24 to 256"),
         ("not prepared", r"byte \d+ of shared memory holds no barrier"),
     ],
 )

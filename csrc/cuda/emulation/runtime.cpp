@@ -66,6 +66,7 @@ bool Block::run(dim3 index_, uint64_t seed_) {
     lane_start_ = static_cast<int>(random_() % LANES);
     lane_step_ = static_cast<int>(random_() % (LANES / 2)) * 2 + 1;
     memory_barriers_.clear();
+    products_.assign((warps_.size() + 3) / 4, {});
     for (Barrier &barrier : barriers_) {
         barrier = Barrier();
         barrier.clock.assign(warps_.size(), 0);
@@ -78,7 +79,7 @@ bool Block::run(dim3 index_, uint64_t seed_) {
         warps_[w].open.clear();
         warps_[w].groups.clear();
         warps_[w].fenced = false;
-        warps_[w].products = 0;
+        warps_[w].products = warps_[w].registers = 0;
     }
     for (size_t n = 0; n < threads_.size(); n++) {
         Thread &thread = threads_[n];

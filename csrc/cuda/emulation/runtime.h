@@ -9,8 +9,8 @@
 //     keeps a vector clock), or that another lane of the same warp wrote since the warp last ran something together;
 //   - a product of a warpgroup that reads shared memory which its writer did not share with the asynchronous proxy, that begins without a fence of
 //     its registers, or whose accumulators are asked for before their group was waited for;
-//   - threads of one warp in different collectives, warps of one warpgroup with different products, threads that all wait (a deadlock, listed by
-//     barrier), and a return with copies or products under way.
+//   - threads of one warp in different collectives, warps of one warpgroup with different products, more registers than a block was launched with,
+//     threads that all wait (a deadlock, listed by barrier), and a return with copies or products under way.
 // A product of a warpgroup runs when it is issued or when its group is waited for, as the seed has it; until then its accumulators are NaN.
 #pragma once
 #include <cstdint>
@@ -56,6 +56,12 @@ struct Wgmma {
     bool add, float16, right_by_rows;  // right_by_rows: 16 rows of the right operand, else the rows of its transpose
     std::vector<float> saved;  // what the accumulators held; empty where an earlier product of them is under way
     Where where;
+
+    bool same_as(const Wgmma &other) const {
+        const bool same_left = (a[0] != nullptr) == (other.a[0] != nullptr) && left.first == other.left.first;
+        return same_left && right.first == other.right.first && right.panel_bytes == other.right.panel_bytes &&
+               column_tiles == other.column_tiles && add == other.add && right_by_rows == other.right_by_rows;
+    }
 };
 
 // A barrier in shared memory.
@@ -93,6 +99,7 @@ struct Warp {
     std::vector<std::vector<Wgmma>> groups;  // oldest first
     bool fenced = false;
     int products = 0;
+    int registers = 0;  // of a thread, since it asked for as many; 0: as at launch
 };
 
 struct Barrier {
@@ -147,6 +154,8 @@ public:
     void issue_product(Wgmma &&product);
     void commit_products();
     void wait_products(size_t left);
+    // Of the warp together.
+    void set_registers(int count, const Where &where);
     // By each lane: fails where a product of these accumulators is under way.
     void claim(const float *c, const Where &where);
     // 16 bytes of an operand of a product, at an offset into dynamic shared memory.
@@ -197,6 +206,7 @@ private:
     std::vector<Warp> warps_;
     Barrier barriers_[BARRIERS];
     std::map<int, MemoryBarrier> memory_barriers_;  // by their byte of shared memory
+    std::vector<std::vector<Wgmma>> products_;  // of each warpgroup, as the first of its warps to come issued them
     std::vector<unsigned char> shared_;  // dynamic shared memory, then static
     int dynamic_bytes_, shared_end_, alignment_ = 1;
     std::vector<std::pair<const void *, int>> statics_;

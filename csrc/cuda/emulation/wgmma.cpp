@@ -4,6 +4,7 @@
 namespace emulation {
 namespace {
 
+constexpr int REGISTERS_OF_A_BLOCK = 65536;
 constexpr int WARPS_OF_A_GROUP = 4, ROWS = 16, DEPTH = 16, GROUP_ROWS = WARPS_OF_A_GROUP * ROWS;
 
 // The chunks of 16 bytes of a row of 128 are exchanged by the number of the row, which is that of 128 bytes of shared memory.
@@ -93,7 +94,14 @@ void multiply(const Wgmma &product, int warp, Block &block) {
 void Block::issue_product(Wgmma &&product) {
     Warp &warp = warp_of_current();
     if (!warp.fenced) fail("a product without a fence of its registers since the last wait", product.where);
-    warp.products++;
+    std::vector<Wgmma> &of_group = products_[static_cast<size_t>(current().warp / WARPS_OF_A_GROUP)];
+    const auto number = static_cast<size_t>(warp.products++);
+    if (number == of_group.size())
+        of_group.push_back(product);
+    else if (!product.same_as(of_group[number]))
+        fail(text("product %zu of the warp is another than that of a warp of the same warpgroup, issued at line %u", number,
+                  of_group[number].where.line()),
+             product.where);
     if (warp.open.empty() && warp.groups.empty() && random_() % 2 == 0) {
         multiply(product, current().warp, *this);
         return;
@@ -140,8 +148,21 @@ void Block::claim(const float *c, const Where &where) {
     look(warp.open);
 }
 
+void Block::set_registers(int count, const Where &where) {
+    if (count % 8 != 0 || count < 24 || count > 256) fail(text("%d registers: a multiple of 8 from 24 to 256", count), where);
+    warp_of_current().registers = count;
+}
+
 void Block::check_finished() {
-    for (size_t w = 0; w < warps_.size(); w++) {
+    const int at_launch = std::min(REGISTERS_OF_A_BLOCK / static_cast<int>(threads_.size()) / 8 * 8, 255), warps = static_cast<int>(warps_.size());
+    int registers = 0;
+    for (const Warp &warp : warps_) registers += warp.registers > 0 ? warp.registers : at_launch;
+    if (registers > warps * at_launch) {
+        report_ = text("%s: its warps ask for %d registers a thread on average, and were launched with %d", kernel_, (registers + warps - 1) / warps,
+                       at_launch);
+        stopped_ = true;
+    }
+    for (size_t w = 0; w < warps_.size() && !stopped_; w++) {
         const size_t first = w / WARPS_OF_A_GROUP * WARPS_OF_A_GROUP;
         if (warps_[w].products == warps_[first].products) continue;
         report_ = text("%s: warp %zu took part in %d products, and warp %zu of the same warpgroup in %d", kernel_, w, warps_[w].products, first,

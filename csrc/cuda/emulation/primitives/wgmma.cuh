@@ -68,9 +68,14 @@ void wgmma_wait(float (&c)[N][4], emulation::Where where = emulation::Where::cur
 }
 
 template <int COUNT>
-void raise_registers() {}
+void raise_registers(emulation::Where where = emulation::Where::current()) {
+    emulation::block().collective<emulation::Nothing>("setmaxnreg", where, emulation::Nothing(),
+                                                      [&](const auto *, auto *) { emulation::block().set_registers(COUNT, where); });
+}
 template <int COUNT>
-void lower_registers() {}
+void lower_registers(emulation::Where where = emulation::Where::current()) {
+    raise_registers<COUNT>(where);
+}
 
 template <typename T, int N>
 void wgmma_transposed(float (&c)[N][4], const SwizzledMatrix &a, const SwizzledMatrix &b, bool add,
