@@ -76,7 +76,8 @@ class DecoderSelfAttention(_SelfAttention):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         note_call(self)
-        reason = _why_not_alone(encoder_hidden_states, cache, kwargs)
+        cache = kwargs.pop("past_key_values", cache)  # its name in transformers before 5.24
+        reason = _why_not_alone(encoder_hidden_states, cache)
         reason = reason or _why_not(self, hidden_states, output_attentions)
         if reason is not None:
             note_fallback(self, reason)
@@ -109,7 +110,8 @@ class RoFormerSelfAttention(_SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
-        reason = _why_not_alone(encoder_hidden_states, cache, kwargs)
+        cache = kwargs.pop("past_key_values", cache)  # its name in transformers before 5.24
+        reason = _why_not_alone(encoder_hidden_states, cache)
         reason = reason or _why_not(self, hidden_states, output_attentions)
         if reason is not None:
             note_fallback(self, reason)
@@ -163,11 +165,10 @@ def _why_not(module: _SelfAttention, x: Tensor, output_attentions: bool) -> str 
     )
 
 
-def _why_not_alone(encoder_states: Tensor | None, cache: object | None, kwargs: dict[str, Any]) -> str | None:
-    """transformers before 5.24 calls the cache past_key_values."""
+def _why_not_alone(encoder_states: Tensor | None, cache: object | None) -> str | None:
     if encoder_states is not None:
         return "it attends to the states of an encoder"
-    return "it has a cache" if cache is not None or kwargs.get("past_key_values") is not None else None
+    return None if cache is None else "it has a cache"
 
 
 # ---- which classes ---------------------------------------------------------------------------------------------------
