@@ -189,7 +189,8 @@ def _why_not_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     rows = tuple(query.shape[:-2])
     lead = _broadcast(rows, tuple(key.shape[:-2])) or rows  # grouped heads do not broadcast: the scores have query's
     scores = (*lead, query.shape[-2], key.shape[-2])
-    if mask.dim() > len(scores) or any(m not in (1, s) for m, s in zip(mask.shape[::-1], scores[::-1], strict=False)):
+    last = scores[len(scores) - mask.dim() :]
+    if mask.dim() > len(scores) or any(m not in (1, s) for m, s in zip(mask.shape, last, strict=True)):
         return f"attn_mask {tuple(mask.shape)} does not broadcast to the scores' {scores}"
     return None
 
