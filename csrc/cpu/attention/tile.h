@@ -45,7 +45,14 @@ static inline void add_bias(const fastattn_attention &p, const QueryTile &tile, 
         float *target = scores + row * tile.lanes() + v * kLanes;
         store(target, select((vint)(bias == -kInf), bias, load(target) + bias));  // hidden, whatever the score is
     };
-    if (t.stride[2] == 0 || t.stride[3] != 1) {
+    if (t.stride[2] == 0) {  // one number for all queries
+        for (int64_t row = 0; row < count; row++) {
+            const vfloat bias = broadcast(load_scalar(offset(t.data, p.bias_dtype, base + row * t.stride[3]), p.bias_dtype));
+            for (int64_t v = 0; v < tile.vectors; v++) add(row, v, bias);
+        }
+        return;
+    }
+    if (t.stride[3] != 1) {
         for (int64_t row = 0; row < count; row++)
             for (int64_t v = 0; v < tile.vectors; v++) {
                 vfloat bias = zero();
