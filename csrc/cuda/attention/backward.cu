@@ -6,7 +6,7 @@ namespace {
 
 template <typename T>
 cudaError_t backward(const fastattn_cuda_attention_gradient &from) {
-    const cudaError_t error = sm80_backward_queries<T>(from);
+    const cudaError_t error = takes_sm90(from.call) ? sm90_backward_queries<T>(from) : sm80_backward_queries<T>(from);
     return error != cudaSuccess || from.call.len_k == 0 ? error : sm80_backward_keys<T>(from);
 }
 
