@@ -15,6 +15,8 @@ cudaError_t sm90_backward_queries(const fastattn_cuda_attention_gradient &from);
 template <typename T>
 cudaError_t sm80_backward_keys(const fastattn_cuda_attention_gradient &from);
 template <typename T>
+cudaError_t sm90_backward_keys(const fastattn_cuda_attention_gradient &from);
+template <typename T>
 cudaError_t sm80_decode(const fastattn_cuda_decode &call);
 
 // The widest head of the wgmma kernels: one panel more, and their accumulators find no registers.

@@ -300,5 +300,5 @@ cudaError_t launch_sm90_backward_queries(const fastattn_cuda_attention_gradient 
     if (!fits(from.call, blocks)) return cudaErrorInvalidValue;
     const Launch how = {"attention_backward_queries_sm90", dim3(static_cast<unsigned>(blocks)), dim3(Kernel::THREADS), Kernel::SHARED_BYTES,
                         from.call.stream};
-    return launch<Kernel::THREADS>(how, attention_backward_queries_sm90<T, DIM, EXTRAS, TILES>, p, section_of(from.call));
+    return launch<Kernel::THREADS>(how, attention_backward_queries_sm90<T, DIM, EXTRAS, TILES>, p, section_of_queries(from.call));
 }

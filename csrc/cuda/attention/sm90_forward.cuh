@@ -225,5 +225,5 @@ cudaError_t launch_sm90_forward(const fastattn_cuda_attention &call) {
     const int64_t blocks = static_cast<int64_t>(p.q_tiles) * call.batch * call.heads_q;
     if (!fits(call, blocks)) return cudaErrorInvalidValue;
     const Launch how = {"attention_forward_sm90", dim3(static_cast<unsigned>(blocks)), dim3(Kernel::THREADS), Kernel::SHARED_BYTES, call.stream};
-    return launch<Kernel::THREADS>(how, attention_forward_sm90<T, DIM, EXTRAS>, p, section_of(call));
+    return launch<Kernel::THREADS>(how, attention_forward_sm90<T, DIM, EXTRAS>, p, section_of_queries(call));
 }
