@@ -52,7 +52,7 @@ class Kernel:
     hmma: int = 0
     hgmma: int = 0
     waits: int = 0
-    beside: int | None = None  # the fewest exponentials beside products; none where nothing runs beside them
+    beside: int | None = None  # the most exponentials beside products; none where nothing runs beside them
     local: int = 0
     narrow: int = 0
 
@@ -138,7 +138,7 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
             kernel = at(architecture, name)
             kernel.waits += 1
             if beside is not None:
-                kernel.beside = beside if kernel.beside is None else min(beside, kernel.beside)
+                kernel.beside = max(beside, kernel.beside or 0)
             beside = 0 if re.search(r"gsb0, 0x[1-9a-f]", line) else None
         elif beside is not None and "MUFU.EX2" in line:
             beside += 1
