@@ -62,13 +62,12 @@ def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path) -> 
 
 
 def test_the_kernels_for_hopper_equal_the_reference(emulated_cuda: Path) -> None:
-    """Forward is another kernel; tests of gradients, whose kernels are the same, are left out."""
     driver = Path(__file__).with_name("cuda_emulated_attention.py")
-    run_driver(driver, environment(emulated_cuda, seed=2, kernels="sm90"), "-k", "not gradient")
+    run_driver(driver, environment(emulated_cuda, seed=2, kernels="sm90"))
 
 
-def run_driver(driver: Path, own: dict[str, str], *options: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver), *options]
+def run_driver(driver: Path, own: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver)]
     run = subprocess.run(command, env=own, capture_output=True, text=True)
     folder = f"FASTATTN_CUDA_EMULATION={own['FASTATTN_CUDA_EMULATION']}"
     assert run.returncode == 0, f"{folder} pytest {driver}\n{run.stdout[-6000:]}"

@@ -24,8 +24,8 @@ from pathlib import Path
 
 REGISTERS_OF_A_BLOCK = 65536
 REGISTERS_OF_A_THREAD = 255
-# How the names of kernels begin, and the tensor-core instructions that they are to have.
-TENSOR_CORE_KERNELS = {"attention_forward_sm90": "HGMMA", "attention_": "HMMA"}
+# What the names of kernels match, and the tensor-core instructions that they are to have.
+TENSOR_CORE_KERNELS = {r"attention_\w+_sm90": "HGMMA", "attention_": "HMMA"}
 PRODUCTS_PER_WAIT = 4  # of wgmma, at least: where registers are not safe the compiler waits behind each
 # Between the wait for all products but the last ones and the wait for those: a softmax of 64 keys has 32 of a thread.
 EXPONENTIALS_BESIDE_PRODUCTS = 32
@@ -52,7 +52,7 @@ class Kernel:
     hmma: int = 0
     hgmma: int = 0
     waits: int = 0
-    beside: int | None = None  # the fewest exponentials beside products; none where nothing runs beside them
+    beside: int | None = None  # the most exponentials beside products; none where nothing runs beside them
     local: int = 0
     narrow: int = 0
 
@@ -67,7 +67,7 @@ class Kernel:
             found.append("has no launch bound")
         elif self.registers > REGISTERS_OF_A_THREAD or rounded * self.threads > REGISTERS_OF_A_BLOCK:
             found.append(f"has {self.registers} registers, too many for its launch bound of {self.threads} threads")
-        wanted = next((w for name, w in TENSOR_CORE_KERNELS.items() if self.plain_name().startswith(name)), "")
+        wanted = next((w for name, w in TENSOR_CORE_KERNELS.items() if re.match(name, self.plain_name())), "")
         if wanted and not (self.hgmma if wanted == "HGMMA" else self.hmma):
             found.append(f"has no {wanted} instruction")
         if self.waits * PRODUCTS_PER_WAIT > self.hgmma:
@@ -138,7 +138,7 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
             kernel = at(architecture, name)
             kernel.waits += 1
             if beside is not None:
-                kernel.beside = beside if kernel.beside is None else min(beside, kernel.beside)
+                kernel.beside = max(beside, kernel.beside or 0)
             beside = 0 if re.search(r"gsb0, 0x[1-9a-f]", line) else None
         elif beside is not None and "MUFU.EX2" in line:
             beside += 1

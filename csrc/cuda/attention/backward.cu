@@ -6,8 +6,10 @@ namespace {
 
 template <typename T>
 cudaError_t backward(const fastattn_cuda_attention_gradient &from) {
-    const cudaError_t error = sm80_backward_queries<T>(from);
-    return error != cudaSuccess || from.call.len_k == 0 ? error : sm80_backward_keys<T>(from);
+    const bool wgmma = takes_sm90(from.call);
+    const cudaError_t error = wgmma ? sm90_backward_queries<T>(from) : sm80_backward_queries<T>(from);
+    if (error != cudaSuccess || from.call.len_k == 0) return error;
+    return wgmma ? sm90_backward_keys<T>(from) : sm80_backward_keys<T>(from);
 }
 
 }  // namespace

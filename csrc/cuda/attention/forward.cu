@@ -6,7 +6,7 @@ namespace {
 
 template <typename T>
 cudaError_t forward(const fastattn_cuda_attention &call) {
-    return call.kernels == 90 && head_dim(call) <= SM90_DIM ? sm90_forward<T>(call) : sm80_forward<T>(call);
+    return takes_sm90(call) ? sm90_forward<T>(call) : sm80_forward<T>(call);
 }
 
 }  // namespace

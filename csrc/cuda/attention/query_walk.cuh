@@ -21,21 +21,26 @@ struct QueryTile {
     int block;  // form D: 0 full, else the bitmap
 };
 
-template <bool DENSE>
+// The threads of Team walk.
+template <bool DENSE, typename Team = WholeBlock>
 class QueryWalk : MaskRows {
 public:
     static constexpr int SCRATCH = 16;
 
-    // The tiles that see keys [begin, begin + 64) of batch entry b by one of the heads [head, heads_end). scratch: shared memory of SCRATCH integers.
-    __device__ __forceinline__ QueryWalk(const MaskParams &mask, const MaskTranspose &transpose, int b, int head, int heads_end, int begin,
-                                         const Sequence &sequence, const Shared<int> &scratch)
-        : MaskRows(mask, sequence), transpose_(transpose), b_(b), begin_(begin), scratch_(scratch) {
-        const Bounds bounds = bounds_of(b, sequence);
-        const uint64_t keys = keys_of<DENSE>(bounds, b, begin);
-        const int low = larger(begin, bounds.keys.low), high = smaller(begin + KEYS, bounds.keys.high);
+    // The tiles that see keys [begin, begin + 64) of batch entry b. scratch: shared memory of SCRATCH integers, which holds all that the walk needs
+    // between one call of it and the next.
+    __device__ __forceinline__ QueryWalk(const MaskParams &mask, const MaskTranspose &transpose, int b, int begin, const Sequence &sequence,
+                                         const Shared<int> &scratch)
+        : MaskRows(mask, sequence), transpose_(transpose), b_(b), begin_(begin), scratch_(scratch) {}
+
+    // Begins with the tiles of the first of the heads [head, heads_end). All threads of the team call this.
+    __device__ __forceinline__ void start(int head, int heads_end, const Sequence &sequence) {
+        const Bounds bounds = bounds_of(b_, sequence);
+        const uint64_t keys = keys_of<DENSE>(bounds, b_, begin_);
+        const int low = larger(begin_, bounds.keys.low), high = smaller(begin_ + KEYS, bounds.keys.high);
         int first = 0, end = keys != 0 ? len_q_ : 0;
-        if (mask.has_right) first = larger(first, low - bounds.band.high + 1);
-        if (mask.has_left) end = smaller(end, high - bounds.band.low);
+        if (mask_.has_right) first = larger(first, low - bounds.band.high + 1);
+        if (mask_.has_left) end = smaller(end, high - bounds.band.low);
         first /= MASK_BLOCK, end = end > 0 ? (end + MASK_BLOCK - 1) / MASK_BLOCK : 0;
         begin_head(head, first);
         if (threadIdx.x == 0) {
@@ -44,10 +49,10 @@ public:
             scratch_.store<2>(WORD, {{static_cast<int>(keys), static_cast<int>(keys >> 32)}});
         }
         settle();
-        sync_block();
+        Team::sync();
     }
 
-    // The next tile of which some query sees some key. All threads of the block call this, and settle() when all have.
+    // The next tile of which some query sees some key. All threads of the team call this, and settle() when all have.
     __device__ __forceinline__ QueryTile next() {
         const Pack<int, 4> state = scratch_.load<4>(STATE), ends = scratch_.load<4>(ENDS);
         head_ = state.at[0], next_ = state.at[1], entry_ = state.at[2], last_ = state.at[3];
@@ -62,7 +67,7 @@ public:
         }
         return {-1, -1, false, 0};
     }
-    // Keeps the place in shared memory until the next call of next(): between barriers of the block.
+    // Keeps the place in shared memory until the next call of next(): between barriers of the team.
     __device__ __forceinline__ void settle() const {
         if (threadIdx.x == 0) scratch_.store<4>(STATE, {{head_, next_, entry_, last_}});
     }
@@ -73,11 +78,11 @@ public:
         return static_cast<uint64_t>(static_cast<uint32_t>(word.at[1])) << 32 | static_cast<uint32_t>(word.at[0]);
     }
 
-    // What each of the tile's queries sees, into words of shared memory, by all threads of the block together.
+    // What each of the tile's queries sees, into words of shared memory, by all threads of the team together.
     __device__ __forceinline__ void fill_words(const Shared<uint64_t> &words, const QueryTile &tile) const {
         const uint64_t keys = this->keys();
         const Bounds bounds = load_bounds();
-        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        const int thread = static_cast<int>(threadIdx.x), threads = Team::threads();
         if (!has_dense_rows()) {
             for (int i = thread; i < MASK_BLOCK; i += threads) words.set(i, word_of(keys, bounds, tile.block, b_, tile.head, tile.begin + i, begin_));
             return;
@@ -166,7 +171,7 @@ private:
         }
         if (!has_dense_rows()) return true;
         tile.full = false;
-        return dense_tile_any<WholeBlock>(b_, tile.head, tile.begin, rows_end, begin_);
+        return dense_tile_any<Team>(b_, tile.head, tile.begin, rows_end, begin_);
     }
 
     const MaskTranspose &transpose_;

@@ -14,15 +14,16 @@
 #pragma once
 #include <primitives/launch.cuh>
 
-#include "gradient_params.cuh"
-#include "products.cuh"
-#include "scores.cuh"
+#include "key_block.cuh"
 
 template <typename T, int DIM, int STEP, bool DK, bool DV, bool EXTRAS>
-struct Sm80BackwardKeys {
+struct Sm80BackwardKeys : KeyBlock<T, DIM, STEP, DK, DV, EXTRAS> {
     static constexpr int WARPS = KEYS / 16, THREADS = WARPS * WARP;
-    static constexpr int S_TILES = STEP / 8, O_TILES = DIM / 8;
-    static constexpr int DISTANCES = EXTRAS ? KEYS + MASK_BLOCK : 0, KEEPS = EXTRAS ? MASK_BLOCK : 0;
+    using Base = KeyBlock<T, DIM, STEP, DK, DV, EXTRAS>;
+    using Base::b, Base::begin, Base::g, Base::grad_k, Base::grad_v, Base::grad_weights, Base::h_kv, Base::key, Base::p, Base::s, Base::sequence,
+        Base::warp_row;
+    using Base::S_TILES, Base::DISTANCES, Base::KEEPS;
+    using typename Base::Rows;
     using KTile = Tile<T, KEYS, DIM>;
     using QTile = Tile<T, STEP, DIM>;
     using Copy = TileCopy<T, DIM, THREADS>;
@@ -31,141 +32,18 @@ struct Sm80BackwardKeys {
                                         DISTANCES * 4;
     static_assert(SHARED_BYTES <= 99 * 1024, "what a block may have on devices of compute capability 8.6, 8.9 and 12.0");
 
-    // What the queries of a tile have, one after the other.
-    struct Rows {
-        Shared<uint64_t> words, keeps;      // which of the block's keys each sees, and which of them dropout keeps
-        Shared<float> base, norm, centre;   // as in Sm80BackwardQueries
-        Shared<float> distances;            // the bias of key j and query i, within their tiles, at j - i + 63
-    };
-
-    const AttentionGradientParams<T> &g;
-    const AttentionParams<T> &p;
-    int b, h_kv, begin;  // the block's first key
-    int warp_row;        // this warp's first key within the block
-    Sequence sequence;
-    float s[1][S_TILES][4], grad_weights[1][S_TILES][4];  // the latter dp
     uint32_t rounded[1][S_TILES / 2][4];
-    float grad_k[1][DK ? O_TILES : 1][4], grad_v[1][DV ? O_TILES : 1][4];
 
     __device__ __forceinline__ Sm80BackwardKeys(const AttentionGradientParams<T> &params, int entry, int tile)
-        : g(params),
-          p(params.call),
-          b(entry / (params.call.heads_q / params.call.group)),
-          h_kv(entry % (params.call.heads_q / params.call.group)),
-          begin(tile * KEYS),
-          warp_row(static_cast<int>(threadIdx.x) / WARP * 16),
-          sequence(sequence_of(params.call, b)) {}
-
-    // Key, within the block, of accumulator half `half`.
-    __device__ __forceinline__ int key(int half) const { return warp_row + 8 * half + static_cast<int>(threadIdx.x) % WARP / 4; }
+        : Base(params, entry, tile * KEYS, static_cast<int>(threadIdx.x) / WARP) {}
 
     // What the rows hold for a tile, by all threads of the block together.
     __device__ __forceinline__ void fill_rows(const Rows &rows, const Walk &walk, const QueryTile &tile, uint64_t seed) const {
         if (!tile.full || (EXTRAS && p.bias)) walk.fill_words(rows.words, tile);
-        for (int r = static_cast<int>(threadIdx.x); r < MASK_BLOCK; r += THREADS) {
-            const int i = tile.begin + r;
-            const int64_t at = lse_head(p, b, tile.head, sequence) + i;
-            const bool exists = i < sequence.len_q;
-            const float lse = exists ? p.lse.get(at) : -INFINITY;
-            rows.base.set(r, lse == -INFINITY ? INFINITY : EXTRAS ? lse : lse * LOG2E);  // infinity makes every e 0
-            rows.norm.set(r, exists ? g.norm.get(at) : 0.0f);
-            rows.centre.set(r, exists ? g.centre.get(at) : 0.0f);
-        }
+        for (int r = static_cast<int>(threadIdx.x); r < MASK_BLOCK; r += THREADS) this->fill_row(rows, r, this->load_row(tile, r, lse_head(p, b, tile.head, sequence)));
         if constexpr (EXTRAS) {
-            if (p.distance)
-                fill_distance_biases<KEYS + MASK_BLOCK - 1, THREADS>(rows.distances, p.distance, b, tile.head,
-                                                                     begin - tile.begin - (MASK_BLOCK - 1) - sequence.distance_shift);
-            if (p.dropout) fill_keeps(rows.keeps.template as<uint32_t>(), tile, seed);
-        }
-    }
-
-    // Which keys dropout keeps, 32 of a query by each thread: one call of the generator decides about eight of them.
-    __device__ __forceinline__ void fill_keeps(const Shared<uint32_t> &keeps, const QueryTile &tile, uint64_t seed) const {
-        for (int i = static_cast<int>(threadIdx.x); i < 2 * MASK_BLOCK; i += THREADS) {
-            uint32_t word = 0;
-            for (int pair = 0; pair < 4; pair++) {
-                const Random drawn = philox(seed, static_cast<uint32_t>(tile.begin + i / 2), static_cast<uint32_t>(4 * (begin / 32 + i % 2) + pair),
-                                            static_cast<uint32_t>(b * p.heads_q + tile.head));
-#pragma unroll
-                for (int w = 0; w < 4; w++) {
-                    word |= static_cast<uint32_t>((drawn.word[w] & 0xFFFF) >= p.dropout.threshold) << (8 * w + 2 * pair);
-                    word |= static_cast<uint32_t>((drawn.word[w] >> 16) >= p.dropout.threshold) << (8 * w + 2 * pair + 1);
-                }
-            }
-            keeps.set(i, word);
-        }
-    }
-
-    // Products of keys with queries [first, first + STEP) of a tile become scores, as QueryBlock::prepare makes them.
-    __device__ __forceinline__ void prepare(const QueryTile &tile, int first, const Rows &rows, uint32_t (&slopes)[S_TILES][2]) {
-        if constexpr (EXTRAS) {
-            const float factor = p.softcap != 0.0f ? p.scale / p.softcap : p.scale;
-#pragma unroll
-            for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float &low = s[0][n][2 * half], &high = s[0][n][2 * half + 1];
-                    low *= factor, high *= factor;
-                    if (p.softcap != 0.0f) {
-                        low = tanhf(low), high = tanhf(high);
-                        slopes[n][half] = pack_slopes(low, high);
-                        low *= p.softcap, high *= p.softcap;
-                    }
-                    if (p.distance) {
-                        const int at = key(half) - first - sum_column(n, 0) + MASK_BLOCK - 1;
-                        const float low_bias = rows.distances.get(at), high_bias = rows.distances.get(at - 1);
-                        low = sum_of(low, low_bias, low_bias), high = sum_of(high, high_bias, high_bias);
-                    }
-                }
-        }
-        if (tile.full && !(EXTRAS && p.bias)) return;
-#pragma unroll
-        for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int i = first + sum_column(n, e);
-                const uint64_t word = rows.words.get(i) >> key(0);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float &x = s[0][n][2 * half + e];
-                    const bool seen = word >> (8 * half) & 1;
-                    if (EXTRAS && seen && p.bias) {
-                        const float bias = dense_bias(p, b, tile.head, tile.begin + i, begin + key(half));
-                        x = sum_of(x, bias, bias);
-                    }
-                    if (!seen) x = -INFINITY;
-                }
-            }
-    }
-
-    // p in place of s, behind dropout, and ds in place of dp.
-    __device__ __forceinline__ void differentiate(int first, const Rows &rows, const uint32_t (&slopes)[S_TILES][2]) {
-        const float to_log2 = EXTRAS ? LOG2E : p.scale * LOG2E;
-#pragma unroll
-        for (int n = 0; n < S_TILES; n++) {
-            const int at = first + sum_column(n, 0);
-            const Pack<float, 2> base = rows.base.template load<2>(at), norm = rows.norm.template load<2>(at);
-            const Pack<float, 2> centre = rows.centre.template load<2>(at);
-            uint64_t kept[2] = {~uint64_t(0), ~uint64_t(0)};
-            if (EXTRAS && p.dropout) kept[0] = rows.keeps.get(at) >> key(0), kept[1] = rows.keeps.get(at + 1) >> key(0);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[0][n][2 * half + e], &dp = grad_weights[0][n][2 * half + e];
-                    // 2^(s - base); the difference first where scores may be so large that log2 e times them is not finite
-                    const float power = exp2_fast(EXTRAS ? (x - base.at[e]) * to_log2 : fmaf(x, to_log2, -base.at[e]));
-                    float factor = 1.0f;
-                    if (EXTRAS && p.dropout) factor = kept[e] >> (8 * half) & 1 ? p.dropout.keep_scale : 0.0f;
-                    x = power * norm.at[e];
-                    if (EXTRAS && p.dropout) x *= factor;
-                    if (!DK) continue;
-                    if (EXTRAS && p.dropout) dp *= factor;
-                    dp = power * fmaf(dp, norm.at[e], -centre.at[e]);
-                }
-                if (DK && EXTRAS && p.softcap != 0.0f)
-                    bend_gradients(grad_weights[0][n][2 * half], grad_weights[0][n][2 * half + 1], slopes[n][half]);
-            }
+            if (p.distance) this->template fill_distances<KEYS, THREADS>(rows.distances, tile);
+            if (p.dropout) this->template fill_keeps<THREADS>(rows.keeps, tile, begin, seed);
         }
     }
 
@@ -178,7 +56,8 @@ struct Sm80BackwardKeys {
         const Rows rows = {arena.take<uint64_t>(MASK_BLOCK), arena.take<uint64_t>(KEEPS),      arena.take<float>(MASK_BLOCK),
                            arena.take<float>(MASK_BLOCK),    arena.take<float>(MASK_BLOCK), arena.take<float>(DISTANCES)};
         const uint64_t seed = EXTRAS && p.dropout ? static_cast<uint64_t>(p.dropout.seed.get(0)) : 0;
-        Walk walk(p.mask, g.transpose, b, h_kv * p.group, (h_kv + 1) * p.group, begin, sequence, scratch);
+        Walk walk(p.mask, g.transpose, b, begin, sequence, scratch);
+        walk.start(h_kv * p.group, (h_kv + 1) * p.group, sequence);
         zero_sums(grad_k), zero_sums(grad_v);
         const Copy copy;
         copy.pad(k, p.dim_qk);
@@ -216,8 +95,8 @@ struct Sm80BackwardKeys {
                 if (last) walk.settle();
                 multiply_transposed<T, DIM>(s, k, warp_row, q);
                 uint32_t slopes[S_TILES][2];
-                prepare(tile, first, rows, slopes);
-                differentiate(first, rows, slopes);
+                this->prepare(tile, first, rows, slopes);
+                this->differentiate(first, rows, slopes);
                 if constexpr (DV) {
                     round_sums<T>(rounded, s);
                     accumulate<T>(grad_v, rounded, grad_out);

@@ -17,18 +17,17 @@
 #pragma once
 #include <primitives/launch.cuh>
 
-#include "gradient_params.cuh"
-#include "query_block.cuh"
+#include "gradient_block.cuh"
 
 constexpr int BACKWARD_ROWS = 64;  // queries of a block
 
 template <typename T, int DIM, int STEP, bool EXTRAS>
-struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> {
+struct Sm80BackwardQueries : GradientBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> {
     static constexpr int ROWS = BACKWARD_ROWS, M = 1;
-    using Base = QueryBlock<T, DIM, ROWS, M, STEP, EXTRAS>;
-    using Base::b, Base::h, Base::p, Base::row, Base::s, Base::sequence, Base::warp_row;
-    using Base::S_TILES, Base::O_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
-    using typename Base::Copy, typename Base::KTile, typename Base::QTile, typename Base::Walk;
+    using Base = GradientBlock<T, DIM, ROWS, M, STEP, EXTRAS>;
+    using Base::b, Base::g, Base::grad_weights, Base::gradient, Base::h, Base::p, Base::rounded, Base::row, Base::s, Base::sequence, Base::warp_row;
+    using Base::S_TILES, Base::THREADS, Base::WARPS, Base::DISTANCES;
+    using typename Base::Copy, typename Base::Gap, typename Base::KTile, typename Base::QTile, typename Base::Row, typename Base::Walk;
     static constexpr int BLOCKS = !EXTRAS && DIM <= 32 ? 3 : 1;  // on a multiprocessor, at least
     static constexpr int SHARED_BYTES = 2 * (QTile::SIZE + KTile::SIZE) * 2 + Walk::SCRATCH * 4 + 32 + ROWS * (8 + 24) + DISTANCES * 4 +
                                         2 * WARPS * 4;
@@ -36,16 +35,8 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
 
     enum { K_HEAD, V_HEAD, ROW_HEAD, GRAD_Q_HEAD };
 
-    const AttentionGradientParams<T> &g;
-    float grad_weights[M][S_TILES][4];  // dp
-    uint32_t rounded[M][S_TILES / 2][4];
-    float gradient[M][O_TILES][4];  // of q, so far
-
-    // Of a query, in shared memory between the steps, since the products need the registers: what e is relative to, norm and centre as far as they
-    // are known, and the sums over the keys of e, e dp and |ds|. The four lanes that share a row agree on it, and the first of them writes it.
-    struct Row {
-        float base, norm, centre, total, moment, size;
-    };
+    // In shared memory between the steps, since the products need the registers. The four lanes that share a row agree on it, sums over all of them
+    // and all, and the first of them writes it.
     struct Rows {
         Shared<float> known, sums;  // four of each row and two
 
@@ -65,114 +56,30 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
     };
 
     __device__ __forceinline__ Sm80BackwardQueries(const AttentionGradientParams<T> &params, int entry, int tile)
-        : Base(params.call, entry, tile, static_cast<int>(threadIdx.x) / WARP), g(params) {}
-
-    // Calls f(m, half) for each of this thread's rows.
-    template <typename F>
-    static __device__ __forceinline__ void each_row(const F &f) {
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) f(m, half);
-    }
-
-    // exp(sink - lse), and grad_lse, of a row; 0 where there is none, or nothing is seen.
-    __device__ __forceinline__ float sink_of(float lse) const {
-        return p.sinks && lse != -INFINITY ? exp2f((p.sinks.get(static_cast<unsigned>(h)) - lse) * LOG2E) : 0.0f;
-    }
-    __device__ __forceinline__ float grad_lse_of(int64_t row_head, int i, float lse) const {
-        return g.grad_lse && i < sequence.len_q && lse != -INFINITY ? g.grad_lse.get(row_head + i) : 0.0f;
-    }
-    __device__ __forceinline__ float lse_of(int64_t row_head, int i) const { return i < sequence.len_q ? p.lse.get(row_head + i) : -INFINITY; }
-
-    // sum(grad_out out) of a row: four lanes share it, by chunks of eight columns. The tile's rows end in zeros.
-    __device__ __forceinline__ float estimated_delta(const QTile &grad_out, int i) const {
-        float sum = 0.0f;
-        if (i < sequence.len_q) {
-            const int64_t at = p.out.at(b, h, sequence.first_q) + i * p.out.row;
-            for (int d = static_cast<int>(threadIdx.x) % 4 * 8; d < p.dim_v; d += 32) {
-                const Pack<T, 8> left = grad_out.data.template load<8>(QTile::at(i - row, d));
-                Pack<T, 8> right = {};
-                if (p.out_vectors) {
-                    right = p.out.data.template load<8>(at + d);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        if (d + j < p.dim_v) right.at[j] = p.out.data.get(at + d + j);
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum = fmaf(to_float(left.at[j]), to_float(right.at[j]), sum);
-            }
-        }
-        return over_lanes(sum);
-    }
-    // The sum over the four lanes that share a row.
-    static __device__ __forceinline__ float over_lanes(float x) {
-        x += shuffle_xor(x, 1);
-        return x + shuffle_xor(x, 2);
-    }
+        : Base(params, entry, tile, static_cast<int>(threadIdx.x) / WARP) {}
 
     // Scores become ds in their place, by the norm and centre that are known; the sums follow.
     __device__ __forceinline__ void differentiate(const Rows &rows, const uint32_t (&slopes)[M][S_TILES][2]) {
-        const float to_log2 = EXTRAS ? LOG2E : p.scale * LOG2E;
-        each_row([&](int m, int half) {
-            Row r = rows.get(this->query(m, half) - row);
-            float total = 0.0f, moment = 0.0f, size = 0.0f;
-            // 2^(s - base); the difference first where scores may be so large that log2 e times them is not finite
-            const float from = EXTRAS ? r.base : r.base * LOG2E;
-#pragma unroll
-            for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[m][n][2 * half + e];
-                    const float power = exp2_fast(EXTRAS ? (x - from) * to_log2 : fmaf(x, to_log2, -from));
-                    const float dp = grad_weights[m][n][2 * half + e];
-                    x = power * fmaf(dp, r.norm, -r.centre);
-                    total += power;
-                    moment = fmaf(power, dp, moment);
-                    size += fabsf(x);
-                }
-            r.total += over_lanes(total), r.moment += over_lanes(moment), r.size += over_lanes(size);
-            rows.set(this->query(m, half) - row, r);
-            if (EXTRAS && p.softcap != 0.0f) {
-#pragma unroll
-                for (int n = 0; n < S_TILES; n++) bend_gradients(s[m][n][2 * half], s[m][n][2 * half + 1], slopes[m][n][half]);
-            }
+        this->each_row([&](int m, int half) {
+            const int at = this->query(m, half) - row;
+            Row r = rows.get(at);
+            r.total += this->over_lanes(this->exponentiate_row(m, half, r.base));
+            const Pack<float, 2> sums = this->differentiate_row(m, half, r, slopes);
+            r.moment += this->over_lanes(sums.at[0]), r.size += this->over_lanes(sums.at[1]);
+            rows.set(at, r);
         });
     }
 
-    // Sums over the keys become the exact norm and centre; the gradient of the row follows the norm, and `size` too. False where the estimated
-    // centres of the block's rows were good enough, or exact already.
+    // Sums over the keys become the exact norm and centre; the gradient of the row follows the norm. False where the estimated centres of the block's
+    // rows were good enough, or exact already.
     __device__ __forceinline__ bool correct(const Rows &rows, const Shared<float> &gaps, int64_t row_head) {
-        float gap = 0.0f, greatest = 0.0f;
-        each_row([&](int m, int half) {
-            const int i = this->query(m, half);
-            const Row r = rows.get(i - row);
-            const float lse = lse_of(row_head, i);
-            const bool sees = r.total > 0.0f;
-            const float exact_norm = sees ? 1.0f / (r.total + sink_of(lse)) : 0.0f;
-            const float exact_centre = exact_norm * exact_norm * r.moment - (sees ? grad_lse_of(row_head, i, lse) / r.total : 0.0f);
-            const float factor = r.norm > 0.0f ? exact_norm / r.norm : 1.0f;
-            gap = fmaxf(gap, fabsf(exact_centre - factor * r.centre) * r.total);
-            greatest = fmaxf(greatest, r.size * factor);
-#pragma unroll
-            for (int n = 0; n < O_TILES; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) gradient[m][n][2 * half + e] *= factor;
-            rows.set(i - row, {r.base, exact_norm, exact_centre, 0.0f, r.moment, 0.0f});
+        Gap gap = {0.0f, 0.0f};
+        this->each_row([&](int m, int half) {
+            const int at = this->query(m, half) - row;
+            rows.set(at, this->correct_row(m, half, rows.get(at), row_head, gap));
         });
-#pragma unroll
-        for (int step = 4; step < WARP; step *= 2) gap = fmaxf(gap, shuffle_xor(gap, step)), greatest = fmaxf(greatest, shuffle_xor(greatest, step));
-        const int warp = static_cast<int>(threadIdx.x) / WARP;
-        if (threadIdx.x % WARP == 0) gaps.store<2>(2 * warp, {{gap, greatest}});
-        sync_block();
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            const Pack<float, 2> of = gaps.load<2>(2 * w);
-            gap = fmaxf(gap, of.at[0]), greatest = fmaxf(greatest, of.at[1]);
-        }
-        sync_block();
-        return gap > g.tolerance * greatest;
+        gap = this->template over_warps<WARPS>(gap, gaps, 0, static_cast<int>(threadIdx.x) / WARP, [] { sync_block(); });
+        return gap.gap > g.tolerance * gap.greatest;
     }
 
     // One walk over the keys, from a gradient and sums of zero.
@@ -180,7 +87,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
                                               const Shared<int> &scratch, const Shared<int64_t> &heads, const Shared<uint64_t> &words,
                                               const Shared<float> &distances, const Rows &rows, uint64_t seed) {
         zero_sums(gradient);
-        each_row([&](int m, int half) {
+        this->each_row([&](int m, int half) {
             const int at = this->query(m, half) - row;
             const Row r = rows.get(at);
             rows.set(at, {r.base, r.norm, r.centre, 0.0f, 0.0f, 0.0f});
@@ -219,15 +126,7 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
                 this->prepare(walk, tile.begin, first, words, distances, [&](int m, int n, int half, float low, float high) {
                     slopes[m][n][half] = pack_slopes(low, high);
                 });
-                if (EXTRAS && p.dropout) {
-                    this->drop_out(grad_weights, seed, tile.begin + first);
-#pragma unroll
-                    for (int m = 0; m < M; m++)
-#pragma unroll
-                        for (int n = 0; n < S_TILES; n++)
-#pragma unroll
-                            for (int e = 0; e < 4; e++) grad_weights[m][n][e] *= p.dropout.keep_scale;
-                }
+                if (EXTRAS && p.dropout) this->drop_gradients(seed, tile.begin + first);
                 differentiate(rows, slopes);
                 round_sums<T>(rounded, s);
                 accumulate<T>(gradient, rounded, k);
@@ -268,29 +167,16 @@ struct Sm80BackwardQueries : QueryBlock<T, DIM, BACKWARD_ROWS, 1, STEP, EXTRAS> 
         copy_async_commit();
         copy_async_wait<0>();
         sync_block();
-        each_row([&](int m, int half) {
+        this->each_row([&](int m, int half) {
             const int i = this->query(m, half);
-            const float lse = lse_of(row_head, i);
-            const float estimated_norm = 1.0f / (1.0f + sink_of(lse));
-            rows.set(i - row, {lse == -INFINITY ? INFINITY : lse,  // then every e is 0
-                               estimated_norm, estimated_norm * estimated_delta(grad_out, i) - grad_lse_of(row_head, i, lse), 0.0f, 0.0f, 0.0f});
+            rows.set(i - row, this->estimate_row(grad_out, row_head, i));
         });
 #pragma unroll 1
         for (int again = 0; again < 2; again++) {
             walk_keys(copy, q, grad_out, k, v, scratch, heads, words, distances, rows, seed);
             if (!correct(rows, gaps, heads.get(ROW_HEAD))) break;
         }
-        each_row([&](int m, int half) {
-            const int i = this->query(m, half);
-            if (threadIdx.x % 4 != 0 || i >= sequence.len_q) return;
-            const int64_t at = heads.get(ROW_HEAD) + i;
-            const Row r = rows.get(i - row);
-            g.norm.set(at, r.norm);
-            g.centre.set(at, r.centre);
-            if (!g.sink_terms) return;
-            const float lse = lse_of(heads.get(ROW_HEAD), i);
-            g.sink_terms.set(at, r.norm > 0.0f ? -sink_of(lse) * r.norm * r.norm * r.moment : 0.0f);
-        });
+        this->each_row([&](int m, int half) { this->write_row(m, half, rows.get(this->query(m, half) - row), heads.get(ROW_HEAD)); });
         store_sums(gradient, q, warp_row, g.grad_q, g.grad_q_vectors, heads.get(GRAD_Q_HEAD), row + warp_row, sequence.len_q, p.dim_qk,
                    [&](int, int, float sum) { return sum * p.scale; });
     }

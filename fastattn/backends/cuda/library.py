@@ -5,8 +5,8 @@ csrc/cuda/emulation; no wheel holds it. The backend then takes CPU tensors, wher
 never chooses it for them.
 
 FASTATTN_CUDA_KERNELS chooses between kernels for the same call: sm80, the default, multiplies by mma.sync on every
-device; sm90, on Hopper alone, by wgmma in the forward of attention with head dims up to 128. The latter were not run
-on a device yet, which is why they have to be asked for.
+device; sm90, on Hopper alone, by wgmma in attention with head dims up to 128, forward and backward. The latter were not
+run on a device yet, which is why they have to be asked for.
 """
 
 from __future__ import annotations

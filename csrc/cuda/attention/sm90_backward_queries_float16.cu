@@ -1,0 +1,3 @@
+#include "sm90_backward_dtype.cuh"
+
+template cudaError_t sm90_backward_queries<float16>(const fastattn_cuda_attention_gradient &from);
