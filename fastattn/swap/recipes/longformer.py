@@ -98,6 +98,8 @@ def _why_not(module: LongformerSelfAttention, hidden_states: Tensor, output_atte
         return "the attention weights are asked for (output_attentions=True)"
     if module.dropout > MAX_DROPOUT:
         return f"its dropout is {module.dropout}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace, which makes tensors of lengths, records it"
     return why_not_as_read(module) or why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
 
 

@@ -286,6 +286,15 @@ def test_half_precision_is_no_worse_than_the_original(tokens) -> None:
     assert float((found.float() - expected).abs().max()) <= 1.5 * theirs
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace.:DeprecationWarning")
+def test_it_is_traced_as_the_original() -> None:
+    model = longformer().requires_grad_(False)
+    swap(model)
+    ids, mask = inputs("none").values()
+    traced = torch.jit.trace(lambda *args: model(*args, return_dict=False)[0], (ids, mask), check_trace=False)
+    assert_close((traced(ids.flip(1), mask),), (model(ids.flip(1), mask).last_hidden_state,))
+
+
 def test_saved_and_copied_it_stays_swapped() -> None:
     model, given = longformer(), inputs()
     keys = list(model.state_dict())
