@@ -8,6 +8,7 @@ The biases of a key are the same for every query, so that they stay (B, H, 1, Sk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +27,14 @@ from fastattn.nn.checks import (
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.eager_mask import compact
 from fastattn.swap.recipes.linear import linear
 from fastattn.swap.swapped import Swapped
 
 
-class BloomAttention(Swapped):
+class BloomAttention(ReadMethods):
     """hidden_states (B, Sq, hidden) -> (residual + output (B, Sq, hidden), None).
 
     alibi: (B * H, 1, Skv), added to the scores of every query; attention_mask: None or (B, 1, Sq, Skv), added too.
@@ -94,7 +95,8 @@ def _why_not(module: BloomAttention, hidden_states: Tensor, output_attentions: b
     if module.beta != 1.0:
         return f"its beta is {module.beta}"
     return (
-        _why_not_whole(module)
+        why_not_as_read(module)
+        or _why_not_whole(module)
         or why_not_input(hidden_states)
         or child_reason("attention_dropout", why_not_dropout(module.attention_dropout))
         or why_not_head_dim(module.head_dim)
@@ -147,16 +149,17 @@ def _why_not_gelu(child: nn.Module) -> str | None:
 
 
 # As they are when this file is imported: another library may replace them later.
-_ATTENTION, _MLP, _GELU = (
-    module_class.forward
-    for module_class in (modeling_bloom.BloomAttention, modeling_bloom.BloomMLP, modeling_bloom.BloomGelu)
-)
+_METHODS: dict[str, Callable[..., Any]] = {
+    name: getattr(modeling_bloom.BloomAttention, name) for name in ("forward", "_reshape", "_merge_heads")
+}
+_MLP, _GELU = modeling_bloom.BloomMLP.forward, modeling_bloom.BloomGelu.forward
 
 
 def read(module_class: type[nn.Module]) -> Reading | None:
-    """The reading of a class whose forward is a copy of one of these."""
-    if is_copy(module_class.forward, _ATTENTION):
-        return Reading(BloomAttention, _attention_recipe)
+    """The reading of a class whose methods are copies of the attention's, or whose forward is one of the block's."""
+    methods = {name: getattr(module_class, name, None) for name in _METHODS}
+    if all(is_copy(methods[name], _METHODS[name]) for name in _METHODS):
+        return Reading(BloomAttention, _attention_recipe, {"fastattn_methods": methods})
     if is_copy(module_class.forward, _MLP):
         return Reading(BloomMLP, _mlp_recipe)
     return None

@@ -161,15 +161,20 @@ def _bias(
     scale: float,
 ) -> Tensor:
     """(B, H, S, S): each query with its distance to each key, and each key with its distance to each query."""
-    rows = embeddings[distances.first : distances.end]
     names = ("key_proj", "query_proj") if module.share_att_key else ("pos_key_proj", "pos_query_proj")
     bias: Tensor | None = None
     for kind, name, contents in (("c2p", names[0], query), ("p2c", names[1], key)):
         if kind not in module.pos_att_type:
             continue
-        projected = split_heads(linear(module, name, rows[None], "linears") * scale, module.attention_head_size)
-        scores = contents @ projected.transpose(2, 3)
         place = distances.forth if kind == "c2p" else distances.back
+        first, end = distances.first, distances.end
+        if why_not_linear(getattr(module, name)) is not None:
+            # It is called, and may look at all that it is given, as a hook does, or the range of a quantised linear's
+            # input: it gets what the original gives it.
+            first, end, place = 0, 2 * module.pos_ebd_size, place + first
+        projected = linear(module, name, embeddings[None, first:end], "linears") * scale
+        projected = split_heads(projected, module.attention_head_size)
+        scores = contents @ projected.transpose(2, 3)
         scores = scores.gather(3, place.expand(*scores.shape[:3], -1))
         scores = scores if kind == "c2p" else scores.transpose(2, 3)
         bias = scores if bias is None else bias + scores

@@ -1,4 +1,4 @@
-"""Masks as transformers gives them to attention that asks no interface: float and added to the scores, or bool."""
+"""Masks as attention that asks no interface takes them: added to the scores, or bool."""
 
 from __future__ import annotations
 
@@ -23,11 +23,18 @@ def compact(mask: Tensor) -> Tensor:
     A mask of nothing but 0 and the lowest number of its dtype, or -inf, becomes a bool mask, or, where there are
     several queries and each sees one run of keys, int32 key ranges (B, 1|H, Sq, 2). Any other is returned: it adds to
     scores. So is one that wants a gradient, or cannot be read: this reads the device, once for all layers.
+
+    Numbers of other dtypes, of a mask that someone passes whole, add to scores too: they are returned as float32. A
+    bool or an int32 mask would mean something else to `attention`.
     """
-    if not mask.is_floating_point() or mask.requires_grad or not can_be_read(mask):
-        return mask
-    found = _remembered.get("compact", (mask,), lambda: _compacted(mask))
-    return found[0] if found else mask
+    if not mask.is_floating_point():
+        return mask.float()
+    found: tuple[Tensor, ...] = ()
+    if not mask.requires_grad and can_be_read(mask):
+        found = _remembered.get("compact", (mask,), lambda: _compacted(mask))
+    if found:
+        return found[0]
+    return mask.float() if mask.dtype is torch.float64 else mask
 
 
 def compact_hidden(hidden: Tensor) -> Tensor:

@@ -100,9 +100,10 @@ def _mask(module: GPTNeoSelfAttention, added: Tensor | None, len_q: int, len_k: 
     mask = compact(added)
     if mask.dtype is torch.int32 and rule is not None:
         return _within(rule, mask, len_q, len_k)
-    if mask.dtype is torch.int32 or mask.is_floating_point():
-        return torch.where(own, added, torch.finfo(added.dtype).min)
-    return mask & own
+    if mask.dtype is torch.bool:
+        return mask & own
+    mask = added if mask.dtype is torch.int32 else mask
+    return torch.where(own, mask, torch.finfo(mask.dtype).min)
 
 
 def _within(rule: SlidingWindow, ranges: Tensor, len_q: int, len_k: int) -> Tensor:

@@ -78,5 +78,5 @@ def projection(linear: nn.Module) -> tuple[Any, Any]:
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B, S, H*D) -> (B, H, S, D), a view."""
-    return x.view(*x.shape[:-1], -1, head_dim).transpose(1, 2)
+    """(B, S, H*D) -> (B, H, S, D), a view. The heads are counted: of an empty batch torch cannot tell them."""
+    return x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim).transpose(1, 2)

@@ -98,6 +98,8 @@ def _why_not(module: LongformerSelfAttention, hidden_states: Tensor, output_atte
         return "the attention weights are asked for (output_attentions=True)"
     if module.dropout > MAX_DROPOUT:
         return f"its dropout is {module.dropout}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace, which makes tensors of lengths, records it"
     return why_not_as_read(module) or why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
 
 
@@ -112,7 +114,7 @@ def _from_every_token(
     module: LongformerSelfAttention, x: Tensor, is_local: Tensor, tokens: _GlobalTokens | None
 ) -> Tensor:
     """(B, S, hidden): each token attends to its window, as far as `is_local` (B, S) goes, and to the global tokens."""
-    q, k, v = (linear(module, name, x, "linears") for name in _LOCAL)
+    q, k, v = (_projected(module, name, x) for name in _LOCAL)
     window = module.one_sided_attn_window_size
     mask: Mask = SlidingWindow(window, window)
     if tokens is not None:
@@ -126,11 +128,19 @@ def _from_every_token(
 
 def _from_global_tokens(module: LongformerSelfAttention, x: Tensor, is_seen: Tensor, tokens: _GlobalTokens) -> Tensor:
     """(B, slots, hidden): each global token attends to everything that is seen (B, S)."""
-    q = linear(module, "query_global", _gathered(x, tokens), "linears")
+    q = _projected(module, "query_global", _gathered(x, tokens))
     if _can_absorb(module, tokens.slots):
         return _absorbed(module, q, x, is_seen)
-    k, v = (linear(module, name, x, "linears") for name in _GLOBAL[1:])
+    k, v = (_projected(module, name, x) for name in _GLOBAL[1:])
     return _attend(module, q, k, v, KeyMask(is_seen))
+
+
+def _projected(module: LongformerSelfAttention, name: str, x: Tensor) -> Tensor:
+    """The child applied to x (B, S, hidden). Where it is called, it gets the tokens before the batch, as the original
+    has them: its hooks may look."""
+    if "linears" in module.fastattn_off or why_not_linear(getattr(module, name)) is not None:
+        return linear(module, name, x.transpose(0, 1), "linears").transpose(0, 1)
+    return linear(module, name, x, "linears")
 
 
 def _can_absorb(module: LongformerSelfAttention, slots: int) -> bool:

@@ -109,12 +109,14 @@ class MptBlock(Swapped):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
+        # Another attention may stand in its place by now, which takes the original's arguments alone.
+        is_ours = isinstance(self.attn, MptAttention) and "forward" not in self.attn.__dict__
         attended, weights = self.attn(
             self.norm_1(hidden_states),
             position_bias=position_bias,
             attention_mask=attention_mask,
             cache=layer_past,
-            output_attentions=bool(output_attentions),
+            **({"output_attentions": bool(output_attentions)} if is_ours else {}),
         )
         hidden_states = self.resid_attn_dropout(attended) + hidden_states
         return self.ffn(self.norm_2(hidden_states), hidden_states), weights

@@ -196,6 +196,25 @@ def test_what_is_not_plain_runs_as_it_is(situation) -> None:
         assert reasons == {_REASONS[situation]}
 
 
+@pytest.mark.parametrize("on", ["a subclass", "the instance"])
+def test_methods_that_were_replaced_are_called(on) -> None:
+    model, given = bloom(), inputs("left")
+    attention = model.transformer.h[0].self_attention
+    original = type(attention)
+
+    def merge_heads(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * original._merge_heads(self, x)
+
+    if on == "a subclass":
+        own = {"_merge_heads": merge_heads, "__module__": original.__module__}
+        attention.__class__ = type("Doubled", (original,), own)
+    else:
+        attention._merge_heads = merge_heads.__get__(attention)
+    expected = logits(model, given)
+    swap(model)
+    assert_close(logits(model, given), expected)
+
+
 def test_a_mask_that_adds_to_scores_is_added() -> None:
     """Called with a mask of its own, the module hides and adds as the original does."""
     model = bloom()

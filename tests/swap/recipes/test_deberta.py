@@ -199,6 +199,18 @@ def test_what_is_not_plain_runs_as_it_is(change: Callable[[nn.Module], None], re
     assert [list(row.fallbacks) for row in attention_rows(report)] == [[reason], []]
 
 
+def test_a_linear_that_is_called_gets_every_distance() -> None:
+    """As in the original: a quantised one takes the range of all that it is given for its scale."""
+    model, given = deberta("far"), inputs()
+    given["attention_mask"].fill_(1)  # rows of padding differ
+    twin = copy.deepcopy(model)
+    swap(model)
+    for each in (model, twin):
+        for attention in attentions(each):
+            attention.query_proj.register_forward_hook(lambda module, args, out: out / args[0].abs().amax())
+    assert_close(states(model, given), states(twin, given))
+
+
 def test_distances_of_its_own_run_the_original() -> None:
     """A module that is called without distances makes them; of another shape they are its own affair."""
     model = deberta()

@@ -49,9 +49,17 @@ def test_a_mask_that_adds_something_else_stays(value) -> None:
     assert compact(mask) is mask
 
 
-def test_masks_that_are_no_float_ones_or_learned_stay() -> None:
-    for mask in (torch.ones(1, 1, 3, 4, dtype=torch.bool), torch.zeros(1, 1, 3, 4, requires_grad=True)):
-        assert compact(mask) is mask
+def test_a_learned_mask_stays() -> None:
+    mask = torch.zeros(1, 1, 3, 4, requires_grad=True)
+    assert compact(mask) is mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float64])
+def test_a_mask_of_other_numbers_adds_them(dtype) -> None:
+    seen = torch.ones(1, 1, 2, 2).tril()  # of int32 key ranges, these would be some
+    found = compact(seen.to(dtype))
+    assert found.dtype is torch.float32
+    assert torch.equal(found, seen)
 
 
 def test_under_inference_mode() -> None:

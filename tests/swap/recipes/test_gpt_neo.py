@@ -191,6 +191,24 @@ def test_what_is_not_plain_runs_as_it_is(situation) -> None:
     assert [list(row.fallbacks) for row in attention_rows(report)] == [[reason], []]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.float64])
+def test_a_whole_mask_of_any_numbers_adds_them(dtype) -> None:
+    model, given = gpt_neo(), inputs("none")
+    given["attention_mask"] = torch.randint(0, 2, (3, 1, 13, 13), generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.no_grad():
+        expected = model(**given).logits
+        swap(model)
+        assert_close(model(**given).logits, expected)
+
+
+def test_an_empty_batch() -> None:
+    model, given = gpt_neo(), inputs("left")
+    swap(model)
+    with torch.no_grad():
+        found = model(**{name: tensor[:0] for name, tensor in given.items()}).logits
+    assert found.shape == (0, 13, 64)
+
+
 def test_saved_and_copied_it_stays_swapped() -> None:
     model, given = gpt_neo(), inputs("left")
     swap(model)

@@ -286,6 +286,28 @@ def test_half_precision_is_no_worse_than_the_original(tokens) -> None:
     assert float((found.float() - expected).abs().max()) <= 1.5 * theirs
 
 
+@pytest.mark.parametrize("name", ["query", "value", "query_global", "key_global"])
+def test_a_hook_sees_what_it_sees_in_the_original(name) -> None:
+    model, given = longformer(), inputs()
+    twin = copy.deepcopy(model)
+    swap(model)
+    seen: list[Tensor] = []
+    for each in (model, twin):
+        child = getattr(each.encoder.layer[0].attention.self, name)
+        child.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+        states(each, given)
+    assert_close(seen[:1], seen[1:])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace.:DeprecationWarning")
+def test_it_is_traced_as_the_original() -> None:
+    model = longformer().requires_grad_(False)
+    swap(model)
+    ids, mask = inputs("none").values()
+    traced = torch.jit.trace(lambda *args: model(*args, return_dict=False)[0], (ids, mask), check_trace=False)
+    assert_close((traced(ids.flip(1), mask),), (model(ids.flip(1), mask).last_hidden_state,))
+
+
 def test_saved_and_copied_it_stays_swapped() -> None:
     model, given = longformer(), inputs()
     keys = list(model.state_dict())

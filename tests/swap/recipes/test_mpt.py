@@ -181,6 +181,31 @@ def test_a_hook_is_heard(child) -> None:
     assert next(iter(reasons)).startswith(child.split(".")[1])
 
 
+class Doubled(nn.Module):
+    """Another attention, of the original's arguments alone."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.call = attention.forward
+
+    def forward(self, hidden_states, position_bias, cache=None, attention_mask=None):
+        attended, weights = self.call(hidden_states, position_bias, cache, attention_mask)
+        return 2 * attended, weights
+
+
+@pytest.mark.parametrize("situation", ["module", "function"])
+def test_another_attention_is_called_as_the_original_calls_it(situation) -> None:
+    model, given = mpt(), inputs("left")
+    twin = copy.deepcopy(model)
+    swap(model)
+    for block in (model.transformer.blocks[0], twin.transformer.blocks[0]):
+        if situation == "module":
+            block.attn = Doubled(block.attn)
+        else:
+            block.attn.forward = Doubled(block.attn).forward
+    assert_close(logits(model, given), logits(twin, given))
+
+
 def test_saved_and_copied_it_stays_swapped() -> None:
     model, given = mpt(), inputs("left")
     swap(model)
