@@ -106,6 +106,7 @@ def test_more_tiles_than_a_ring_holds(dim: int, extras: bool) -> None:
         exact = LoweredMask(dense=visible), NO_BIAS, *rest
         truth = reference.attention_forward(q.double(), k.double(), v.double(), *exact)
         agree(cuda.attention_forward(q, k, v, mask, NO_BIAS, *rest), truth, v)
+        gradients_agree((q, k, v), (mask, NO_BIAS, *rest), exact)
 
 
 def blocks_of(visible: Tensor) -> Blocks:
@@ -374,13 +375,17 @@ def test_results_are_bitwise_repeatable_whatever_order_warps_run_in(monkeypatch:
             assert torch.equal(found, first)
 
 
+@pytest.mark.parametrize("dim", [64, 96])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_gradients_where_one_key_has_all_the_weight(dtype: torch.dtype) -> None:
+def test_gradients_where_one_key_has_all_the_weight(dtype: torch.dtype, extras: bool, dim: int) -> None:
     """There ds is less than what a rounded out moves its centre by: the tile is walked a second time."""
-    q, k, v = half_inputs(Attention(96, 96, 63, 2, dtype=dtype))
+    q, k, v = half_inputs(Attention(dim, dim, 63, 2, dtype=dtype))
     k[:, :, 1] = -k[:, :, 0]
-    q = (q - (q * k[:, :, :1]).sum(-1, True) / k[:, :, :1].square().sum(-1, True) * k[:, :, :1]).to(dtype)
-    bias = LoweredBias(dense=torch.tensor([0.0, -8.0]).view(1, 1, 1, 2))
+    # The scores are 0, and -8 by the bias; or 4 and -4.
+    wanted = 0.0 if extras else 4.0 / 0.1
+    q = (q - ((q * k[:, :, :1]).sum(-1, True) - wanted) / k[:, :, :1].square().sum(-1, True) * k[:, :, :1]).to(dtype)
+    bias = LoweredBias(dense=torch.tensor([0.0, -8.0]).view(1, 1, 1, 2)) if extras else NO_BIAS
     rest = LoweredMask(), bias, None, None, None, 0.1, 0.0, 0.0
     gradients_agree((q, k, v), rest, rest, of_lse=False)
 

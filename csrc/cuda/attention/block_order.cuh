@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-// Blocks that run at a time read what belongs to few heads, such as the keys and values of a tile of queries, or else L2 does not keep it for the next
-// tile and every block reads it from memory: heads come in sections of `section` entries, whose data L2 holds together. Within a section the last
-// tiles come first: of queries those have most keys under a causal mask.
+// Blocks that run at a time read what belongs to few heads, such as the keys and values of tiles of queries, or else L2 does not keep it for the
+// next tile and every block reads it from memory: heads come in sections of `section` entries, whose data L2 holds together. Within a section the
+// last tiles come first: of queries those have most keys under a causal mask.
 struct BlockPlace {
     int entry, tile;
 };

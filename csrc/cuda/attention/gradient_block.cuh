@@ -119,7 +119,7 @@ struct GradientBlock : QueryBlock<T, DIM, ROWS, M, STEP, EXTRAS> {
         return {r.base, exact_norm, exact_centre, 0.0f, r.moment, 0.0f};
     }
 
-    // The greatest over the queries of `warps` warps, COUNT from `first` on, of which this is one; all of them call this, and sync() is their barrier.
+    // The greatest over the queries of COUNT warps from `first` on, of which this is one; all of them call this, and sync() is their barrier.
     template <int COUNT, typename Sync>
     static __device__ __forceinline__ Gap over_warps(Gap found, const Shared<float> &gaps, int first, int warp, const Sync &sync) {
 #pragma unroll

@@ -63,13 +63,15 @@ struct KeyBlock {
                                                            begin - tile.begin - (MASK_BLOCK - 1) - sequence.distance_shift);
     }
 
-    // Which of 64 keys from first_key on dropout keeps, 32 of a query by each of the first TEAM threads: one call of the generator decides about eight.
+    // Which of 64 keys from first_key on dropout keeps, 32 of a query by each of the first TEAM threads: one call of the generator decides about
+    // eight.
     template <int TEAM>
     __device__ __forceinline__ void fill_keeps(const Shared<uint64_t> &keeps, const QueryTile &tile, int first_key, uint64_t seed) const {
         for (int i = static_cast<int>(threadIdx.x); i < 2 * MASK_BLOCK; i += TEAM) {
             uint32_t word = 0;
             for (int pair = 0; pair < 4; pair++) {
-                const Random drawn = philox(seed, static_cast<uint32_t>(tile.begin + i / 2), static_cast<uint32_t>(4 * (first_key / 32 + i % 2) + pair),
+                const Random drawn = philox(seed, static_cast<uint32_t>(tile.begin + i / 2),
+                                            static_cast<uint32_t>(4 * (first_key / 32 + i % 2) + pair),
                                             static_cast<uint32_t>(b * p.heads_q + tile.head));
 #pragma unroll
                 for (int w = 0; w < 4; w++) {

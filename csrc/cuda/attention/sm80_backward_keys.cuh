@@ -40,7 +40,8 @@ struct Sm80BackwardKeys : KeyBlock<T, DIM, STEP, DK, DV, EXTRAS> {
     // What the rows hold for a tile, by all threads of the block together.
     __device__ __forceinline__ void fill_rows(const Rows &rows, const Walk &walk, const QueryTile &tile, uint64_t seed) const {
         if (!tile.full || (EXTRAS && p.bias)) walk.fill_words(rows.words, tile);
-        for (int r = static_cast<int>(threadIdx.x); r < MASK_BLOCK; r += THREADS) this->fill_row(rows, r, this->load_row(tile, r, lse_head(p, b, tile.head, sequence)));
+        for (int r = static_cast<int>(threadIdx.x); r < MASK_BLOCK; r += THREADS)
+            this->fill_row(rows, r, this->load_row(tile, r, lse_head(p, b, tile.head, sequence)));
         if constexpr (EXTRAS) {
             if (p.distance) this->template fill_distances<KEYS, THREADS>(rows.distances, tile);
             if (p.dropout) this->template fill_keeps<THREADS>(rows.keeps, tile, begin, seed);

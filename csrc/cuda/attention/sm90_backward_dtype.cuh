@@ -24,9 +24,11 @@ template <typename T>
 cudaError_t sm90_backward_keys(const fastattn_cuda_attention_gradient &from) {
     const int64_t dim = head_dim(from.call);
     const bool extras = needs_extras(from.call);
-    if (dim <= 64) return extras ? launch_sm90_backward_keys<T, 64, true, true, true>(from) : launch_sm90_backward_keys<T, 64, true, true, false>(from);
     if (dim > 128) return cudaErrorInvalidValue;
+    if (dim <= 64 && !extras) return launch_sm90_backward_keys<T, 64, true, true, false>(from);
+    if (dim <= 64) return launch_sm90_backward_keys<T, 64, true, true, true>(from);
     if (!extras) return launch_sm90_backward_keys<T, 128, true, true, false>(from);
+    // Both gradients, one after the other.
     const cudaError_t error = launch_sm90_backward_keys<T, 128, false, true, true>(from);
     return error != cudaSuccess ? error : launch_sm90_backward_keys<T, 128, true, false, true>(from);
 }

