@@ -214,19 +214,6 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
 
     // --- The others: products, p and ds ---------------------------------------------------------------------------------------------------
 
-    // c = rows of the consumer's keys times the tile's, transposed.
-    static __device__ __forceinline__ void issue_transposed(float (&c)[S_TILES][4], const KTile &left, int group, const QTile &right) {
-        wgmma_fence();
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) wgmma_transposed<T>(c, left.columns(KEYS * group, d), right.columns(0, d), d > 0);
-    }
-    template <int O>
-    static __device__ __forceinline__ void issue_sums(float (&c)[O][4], const uint32_t (&left)[1][S_TILES / 2][4], const QTile &right) {
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < MASK_BLOCK / 16; i++) wgmma<T>(c, left[0][i], right.right_operand(16 * i));
-    }
-
     // What dropout multiplies p and dp of key half `half` and the query of bits `kept` by.
     __device__ __forceinline__ float dropout_factor(uint64_t kept, int half) const {
         return kept >> (8 * half) & 1 ? p.dropout.keep_scale : 0.0f;
@@ -299,13 +286,13 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
             const Rows rows = memory.rows(step, group);
             sync_named(TURN + group, CONSUMERS * WARPGROUP);
             if constexpr (DK) {
-                if (step > 0) issue_sums(grad_k[0], rounded, memory.q(step - 1));
+                if (step > 0) issue_sums(grad_k[0], rounded[0], memory.q(step - 1));
             }
-            issue_transposed(s[0], memory.k, group, q);
+            issue_transposed(s[0], memory.k, KEYS * group, q);
             wgmma_commit();
             memory.rings.wait_full(GRAD_OUT, step);
             if constexpr (DK) {
-                issue_transposed(grad_weights[0], memory.v, group, grad_out);
+                issue_transposed(grad_weights[0], memory.v, KEYS * group, grad_out);
                 wgmma_commit();
             }
             arrive_named(TURN + (group ^ 1), CONSUMERS * WARPGROUP);
@@ -315,7 +302,7 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
             this->prepare(tile_of(memory, step, group), 0, rows, slopes);
             exponentiate(rows, weights);
             if constexpr (DV) {
-                issue_sums(grad_v[0], weights, grad_out);
+                issue_sums(grad_v[0], weights[0], grad_out);
                 wgmma_commit();
             }
             if constexpr (DK) {
@@ -330,7 +317,7 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
         }
         if constexpr (DK) {
             if (step == 0) return;
-            issue_sums(grad_k[0], rounded, memory.q(step - 1));
+            issue_sums(grad_k[0], rounded[0], memory.q(step - 1));
             wgmma_commit();
             wgmma_wait<0>(grad_k[0]);
         }
@@ -343,9 +330,9 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
 #pragma unroll 1
         for (int step = 0; memory.exists(step); step++) {
             const QTile q = memory.q(step), grad_out = memory.grad_out(step);
-            issue_transposed(s[0], memory.k, group, q);
+            issue_transposed(s[0], memory.k, KEYS * group, q);
             memory.rings.wait_full(GRAD_OUT, step);
-            issue_transposed(grad_weights[0], memory.v, group, grad_out);
+            issue_transposed(grad_weights[0], memory.v, KEYS * group, grad_out);
             wgmma_commit();
             wgmma_wait<0>(s[0]);
             wgmma_wait<0>(grad_weights[0]);
@@ -355,8 +342,8 @@ struct Sm90BackwardKeys : KeyBlock<T, DIM, MASK_BLOCK, DK, DV, EXTRAS> {
             this->differentiate(0, rows, slopes);
             round_sums<T>(weights, s);
             round_sums<T>(rounded, grad_weights);
-            issue_sums(grad_v[0], weights, grad_out);
-            issue_sums(grad_k[0], rounded, q);
+            issue_sums(grad_v[0], weights[0], grad_out);
+            issue_sums(grad_k[0], rounded[0], q);
             wgmma_commit();
             memory.rings.wait_full(Q, step + 1);
             wgmma_wait<0>(grad_v[0]);

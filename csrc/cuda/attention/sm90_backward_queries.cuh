@@ -123,24 +123,12 @@ struct Sm90BackwardQueries : GradientSteps<T, DIM, EXTRAS, TILES> {
     // --- The others: products, ds and what follows from its sums --------------------------------------------------------------------------
 
     __device__ __forceinline__ void issue_scores(const Memory &memory, int group, int step) {
-        const KTile k = memory.k(step);
-        wgmma_fence();
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) wgmma_transposed<T>(s[0], memory.q.columns(64 * group, d), k.columns(0, d), d > 0);
+        issue_transposed(s[0], memory.q, 64 * group, memory.k(step));
         wgmma_commit();
     }
     __device__ __forceinline__ void issue_weights(const Memory &memory, int group, int step) {
-        const KTile v = memory.v(step);
-        wgmma_fence();
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) wgmma_transposed<T>(grad_weights[0], memory.grad_out.columns(64 * group, d), v.columns(0, d), d > 0);
+        issue_transposed(grad_weights[0], memory.grad_out, 64 * group, memory.v(step));
         wgmma_commit();
-    }
-    __device__ __forceinline__ void issue_gradient(const Memory &memory, int step) {
-        const KTile k = memory.k(step);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < TILES * KEYS / 16; i++) wgmma<T>(gradient[0], rounded[0][i], k.right_operand(16 * i));
     }
 
     // What is known of this thread's rows. The four lanes that share a row agree on it, and the first of them writes it.
@@ -204,7 +192,7 @@ struct Sm90BackwardQueries : GradientSteps<T, DIM, EXTRAS, TILES> {
         for (; memory.notes.exists(step); step++) {
             sync_named(TURN + group, CONSUMERS * WARPGROUP);
             issue_scores(memory, group, step);
-            if (step > first) issue_gradient(memory, step - 1);
+            if (step > first) issue_sums(gradient[0], rounded[0], memory.k(step - 1));
             memory.rings.wait_full(V, step);
             issue_weights(memory, group, step);
             arrive_named(TURN + (group ^ 1), CONSUMERS * WARPGROUP);
@@ -213,7 +201,7 @@ struct Sm90BackwardQueries : GradientSteps<T, DIM, EXTRAS, TILES> {
             if (step > first) memory.rings.release(K, step - 1);
         }
         if (step > first) {
-            issue_gradient(memory, step - 1);
+            issue_sums(gradient[0], rounded[0], memory.k(step - 1));
             wgmma_commit();
             wgmma_wait<0>(gradient[0]);
             memory.rings.release(K, step - 1);

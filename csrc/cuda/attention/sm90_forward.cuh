@@ -126,17 +126,11 @@ struct Sm90Forward : ForwardSteps<T, DIM, EXTRAS, EXTRAS ? 1 : 2> {
     // --- The others: products and softmax -------------------------------------------------------------------------------------------------
 
     __device__ __forceinline__ void issue_scores(const Memory &memory, int group, int step) {
-        const KTile k = memory.k(step);
-        wgmma_fence();
-#pragma unroll
-        for (int d = 0; d < DIM; d += 16) wgmma_transposed<T>(s[0], memory.q.columns(64 * group, d), k.columns(0, d), d > 0);
+        issue_transposed(s[0], memory.q, 64 * group, memory.k(step));
         wgmma_commit();
     }
-    __device__ __forceinline__ void issue_sums(const Memory &memory, int step) {
-        const KTile v = memory.v(step);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < STEP / 16; i++) wgmma<T>(o[0], rounded[0][i], v.right_operand(16 * i));
+    __device__ __forceinline__ void issue_out(const Memory &memory, int step) {
+        issue_sums(o[0], rounded[0], memory.v(step));
         wgmma_commit();
     }
 
@@ -170,7 +164,7 @@ struct Sm90Forward : ForwardSteps<T, DIM, EXTRAS, EXTRAS ? 1 : 2> {
                 sync_named(TURN + group, CONSUMERS * WARPGROUP);
                 issue_scores(memory, group, step);
                 memory.rings.wait_full(V, step - 1);
-                issue_sums(memory, step - 1);
+                issue_out(memory, step - 1);
                 arrive_named(TURN + (group ^ 1), CONSUMERS * WARPGROUP);
                 wgmma_wait<1>(s[0]);
                 memory.rings.release(K, step);
@@ -184,7 +178,7 @@ struct Sm90Forward : ForwardSteps<T, DIM, EXTRAS, EXTRAS ? 1 : 2> {
                 round_sums<T>(rounded, s);
             }
             memory.rings.wait_full(V, step - 1);
-            issue_sums(memory, step - 1);
+            issue_out(memory, step - 1);
             wgmma_wait<0>(o[0]);
         }
         sync_named(GROUP + group, WARPGROUP);  // products of all four warps are done with q, through which each writes its rows

@@ -1,4 +1,5 @@
-// Tiles of rows in shared memory as wgmma reads them: panels of 64 columns, a row of 128 bytes in each, its chunks exchanged by the row.
+// Tiles of rows in shared memory as wgmma reads them: panels of 64 columns, a row of 128 bytes in each, its chunks exchanged by the row. And their
+// products, as products.cuh has them for mma.sync, but that they are only issued here: commit and wait are the caller's.
 #pragma once
 #include <primitives/wgmma.cuh>
 
@@ -28,3 +29,20 @@ struct SwizzledTile {
     // Rows [row, row + 16) and all columns, a right operand of as many rows.
     __device__ __forceinline__ SwizzledMatrix right_operand(int row) const { return {data, row * 64, PANEL_BYTES}; }
 };
+
+// c = left right^T, for 64 rows of `left` from `row` on and all of `right`.
+template <typename T, int N, int ROWS, int RIGHT_ROWS, int DIM>
+__device__ __forceinline__ void issue_transposed(float (&c)[N][4], const SwizzledTile<T, ROWS, DIM> &left, int row,
+                                                 const SwizzledTile<T, RIGHT_ROWS, DIM> &right) {
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < DIM; d += 16) wgmma_transposed<T>(c, left.columns(row, d), right.columns(0, d), d > 0);
+}
+
+// c += left right, where right has 16 DEPTH rows.
+template <typename T, int N, int DEPTH, int DIM>
+__device__ __forceinline__ void issue_sums(float (&c)[N][4], const uint32_t (&left)[DEPTH][4], const SwizzledTile<T, 16 * DEPTH, DIM> &right) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < DEPTH; k++) wgmma<T>(c, left[k], right.right_operand(16 * k));
+}
