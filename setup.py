@@ -1,7 +1,7 @@
 """Builds the native libraries of fastattn with ninja; everything else is in pyproject.toml.
 
 csrc/cpu/**.cpp       -> fastattn/_lib/libfastattn_cpu.so    each kernel source once per instruction set
-csrc/bindings/cpu.cpp -> fastattn/_cpu.<abi>.so              a thin pybind11 module over it
+csrc/bindings/cpu*.cpp-> fastattn/_cpu.<abi>.so              a thin pybind11 module over it
 csrc/cuda/**.cu       -> fastattn/_lib/libfastattn_cuda.so   where nvcc is found; csrc/cuda/emulation is for tests
 csrc/bindings/cuda.cpp-> fastattn/_cuda.<abi>.so
 
@@ -293,12 +293,12 @@ def add_module(ninja: NinjaFile, backend: str, library: str) -> str:
         includes += ["-isystem", path]
     # pybind11 modules are thin: -O2 compiles them in half the time of -O3 and costs nothing.
     flags = [*COMMON_FLAGS, "-O2", *includes]
-    source = str(ROOT / "csrc" / "bindings" / f"{backend}.cpp")
-    compiled = ninja.build("cxx", f"{folder}/{backend}.o", [source], flags)
+    sources = sorted((ROOT / "csrc" / "bindings").glob(f"{backend}*.cpp"))
+    compiled = [ninja.build("cxx", f"{folder}/{source.stem}.o", [str(source)], flags) for source in sources]
     rpath = "-Wl,-rpath,@loader_path/_lib" if MACOS else "-Wl,-rpath,$ORIGIN/_lib"
     undefined = ["-undefined", "dynamic_lookup"] if MACOS else []
     out = f"{folder}/_{backend}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return ninja.build("link", out, [compiled, library], [rpath, *undefined])
+    return ninja.build("link", out, [*compiled, library], [rpath, *undefined])
 
 
 # --- setuptools commands ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastattn import dispatch
+from fastattn.functional import direct
 
 
 def pytest_configure() -> None:
@@ -34,3 +35,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return str(request.param)
+
+
+@pytest.fixture
+def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain calls on the CPU, too, pass checks, operators and dispatch (see fastattn.functional.direct)."""
+    monkeypatch.setattr(direct, "calls", lambda backend: None)

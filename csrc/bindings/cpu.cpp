@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../cpu/library.h"
+#include "direct.h"
 #include "views.h"
 
 namespace py = pybind11;
@@ -195,4 +196,5 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("norm_forward", norm_forward, release);
     module.def("norm_backward", norm_backward, release);
     module.def("encoder_layer_forward", encoder_layer_forward, release);
+    if (!add_direct(module.ptr())) throw py::error_already_set();
 }

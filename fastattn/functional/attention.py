@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastattn import biases, dispatch
 from fastattn.biases.lowered import NO_BIAS, LoweredBias
+from fastattn.functional import direct
 from fastattn.functional.checks import (
     HALVES,
     check_beside,
@@ -124,6 +125,10 @@ def attention(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
     """
+    if bias is softcap is sinks is dropout_seed is None and dropout_p == 0.0 and not return_lse:
+        calls = direct.calls(backend)
+        if calls is not None and (out := calls.direct_attention(q, k, v, mask, scale)) is not None:
+            return out
     out, lse = attend(
         *prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)
     )

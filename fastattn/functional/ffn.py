@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.functional import direct
 from fastattn.functional.checks import (
     check_activation,
     check_beside,
@@ -44,12 +45,15 @@ def linear_act(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call.
     """
+    calls = direct.calls(backend)
+    if calls is not None and (y := calls.direct_linear_act(x, weight, bias, activation)) is not None:
+        return y
     name = check_activation(activation)
     x, weight, bias = _prepare(x, ("weight", weight), ("bias", bias))
     _check_linear("weight", weight, "bias", bias, x.shape[-1], None)
     tracked = tracks_gradients(x, weight, bias)
     args = (x, weight, bias, name, tracked, resolve_backend(backend))
-    y: Tensor = (apply(LinearAct, *args) if tracked else invoke(linear_act_forward, *args))[0]
+    y = (apply(LinearAct, *args) if tracked else invoke(linear_act_forward, *args))[0]
     return y
 
 
@@ -75,6 +79,9 @@ def ffn(
 
     The dtypes, activations, autocast and errors are those of `linear_act`. Returns (..., N) in x's dtype.
     """
+    calls = direct.calls(backend) if _drops_nothing(dropout_p, dropout_seed) else None
+    if calls is not None and (y := calls.direct_ffn(x, w1, b1, w2, b2, activation)) is not None:
+        return y
     name = check_activation(activation)
     x, w1, b1, w2, b2 = _prepare(x, ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2))
     _check_linear("w1", w1, "b1", b1, x.shape[-1], None)
@@ -82,7 +89,7 @@ def ffn(
     tracked = tracks_gradients(x, w1, b1, w2, b2)
     seed = _seed(dropout_p, dropout_seed, x)
     args = (x, w1, b1, w2, b2, seed, name, dropout_p, tracked, resolve_backend(backend))
-    y: Tensor = (apply(Ffn, *args) if tracked else invoke(ffn_forward, *args))[0]
+    y = (apply(Ffn, *args) if tracked else invoke(ffn_forward, *args))[0]
     return y
 
 
@@ -108,6 +115,11 @@ def gated_ffn(
     The dtypes, activations, autocast and errors are those of `linear_act`, dropout is that of `ffn`. Returns (..., N)
     in x's dtype.
     """
+    calls = direct.calls(backend) if _drops_nothing(dropout_p, dropout_seed) else None
+    if calls is not None:
+        y = calls.direct_gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_down, activation)
+        if y is not None:
+            return y
     name = check_activation(activation)
     x, w_gate, b_gate, w_up, b_up, w_down, b_down = _prepare(
         x,
@@ -125,7 +137,7 @@ def gated_ffn(
     weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
     seed = _seed(dropout_p, dropout_seed, x)
     args = (x, *weights, seed, name, dropout_p, tracked, resolve_backend(backend))
-    y: Tensor = (apply(GatedFfn, *args) if tracked else invoke(gated_ffn_forward, *args))[0]
+    y = (apply(GatedFfn, *args) if tracked else invoke(gated_ffn_forward, *args))[0]
     return y
 
 
@@ -148,8 +160,12 @@ def _prepare(x: Tensor, *parameters: tuple[str, Tensor | None]) -> list[Any]:
     return tensors
 
 
+def _drops_nothing(dropout_p: float, dropout_seed: Tensor | None) -> bool:
+    return dropout_p == 0.0 and dropout_seed is None
+
+
 def _seed(dropout_p: float, dropout_seed: Tensor | None, x: Tensor) -> Tensor | None:
-    if dropout_p == 0.0 and dropout_seed is None:
+    if _drops_nothing(dropout_p, dropout_seed):
         return None
     return check_dropout(dropout_p, dropout_seed, "x", x)
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
+from fastattn.functional import direct
 from fastattn.functional.checks import (
     check_beside,
     check_dropout,
@@ -167,6 +168,11 @@ def _norm(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """y and z of either norm."""
+    calls = direct.calls(backend) if dropout_p == 0.0 and dropout_seed is None else None
+    if calls is not None:
+        found = calls.direct_norm(x, weight, bias, residual, kind == "rms", eps, offset)
+        if found is not None:
+            return (found, x) if residual is None else found
     check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x has no dimensions: pass (..., N), the norm runs over the last one")

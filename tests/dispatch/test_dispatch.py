@@ -19,6 +19,8 @@ from fastattn import dispatch
 from fastattn.backends import reference
 from fastattn.problems import AttentionProblem, DecodeProblem, NormProblem
 
+pytestmark = pytest.mark.usefixtures("long_way")
+
 X = torch.zeros(2, 8)
 
 

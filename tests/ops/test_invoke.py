@@ -59,7 +59,7 @@ def straight(monkeypatch):
     return names
 
 
-def test_plain_calls_skip_the_dispatcher(straight):
+def test_plain_calls_skip_the_dispatcher(straight, long_way):
     x = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
     for name, run in _calls(x).items():
         run()
@@ -109,7 +109,7 @@ def test_other_tensors_pass_the_dispatcher(straight):
     assert not straight
 
 
-def test_negative_views_are_resolved(straight):
+def test_negative_views_are_resolved(straight, long_way):
     x = torch.randn(2, 12, dtype=torch.complex64).conj().imag  # its sign is a bit that data_ptr knows nothing of
     assert x.is_neg()
     assert torch.equal(fastattn.layer_norm(x), fastattn.layer_norm(x.resolve_neg()))

@@ -25,7 +25,7 @@ from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
 
-_OFTEN = 256
+OFTEN = 256
 """Queries that read a row of keys or values, from which on a copy of scattered rows costs less than reading them does.
 Of 512 to 1,024 queries, heads side by side: 1.2 to 1.4 times as fast forward, copies included, with 128 queries equal,
 with 16 two thirds (float32, D 64 and 128, 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26)."""
@@ -111,7 +111,7 @@ def _gathered(k: Tensor, v: Tensor, q: Tensor, mask: LoweredMask, packed: Packed
     readers = q.shape[2] if packed is None else packed.max_len_q
     if mask.band_left is not None:
         readers = min(readers, mask.band_left + 1 + (readers if mask.band_right is None else mask.band_right))
-    if readers * (q.shape[1] // max(k.shape[1], 1)) < _OFTEN:
+    if readers * (q.shape[1] // max(k.shape[1], 1)) < OFTEN:
         return k, v
     return _side_by_side(k), _side_by_side(v)
 

@@ -1,0 +1,406 @@
+// The short way from tensors to a kernel: calls that need nothing but the kernel, checked and run by one C function.
+//
+// A small call spends its time in Python, on checks, on the choice of a backend and on reading tensors. Each function here does all of that for the plain
+// case: float tensors of a CPU in one dtype, as they lie in memory, shapes that fit, nothing that wants a gradient, and nobody who watches operators
+// (compilers, modes, transforms, tracers, profilers, autocast). It returns None for any other call, wrong ones too; the long way of fastattn.functional
+// runs then, which knows the rest and has the words for every error. So nothing here may answer what the long way refuses, or answer otherwise.
+//
+// Tensors are read through DLPack's exchange API, a table of C functions that torch offers from 2.10 on: no headers of torch, no libtorch.
+#include "direct.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../cpu/library.h"
+#include "dlpack.h"
+
+namespace {
+
+// ---- what Python hands over, once -------------------------------------------------------------------------------------------------------------------
+
+struct Torch {
+    PyTypeObject *tensor, *parameter;
+    ReadTensor read;
+    PyObject *watchers;  // a tuple of functions, each of which says false where nobody watches
+    PyObject *grad_enabled, *num_threads;
+    PyObject *activations;  // dict of their numbers
+    long few_queries;       // up to which attention is the kernel for decoding's
+    long often_read;        // queries of a key, from which on its rows have to lie side by side
+};
+Torch torch{};
+PyObject *kNewEmpty, *kNewEmptyStrided, *kIsNeg, *kRequiresGrad;  // names
+
+// For a call that goes the long way: None, and no error left behind.
+PyObject *long_way() {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+bool says_no(PyObject *answer) {
+    const bool no = answer == Py_False;
+    Py_XDECREF(answer);
+    return no;
+}
+
+// Whether a function without arguments says true; an error counts as that.
+bool says_true(PyObject *function) {
+    PyObject *answer = PyObject_CallNoArgs(function);
+    const bool truth = !answer || PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return truth;
+}
+
+bool is_watched() {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.watchers); i++)
+        if (says_true(PyTuple_GET_ITEM(torch.watchers, i))) return true;
+    return false;
+}
+
+int num_threads() {
+    PyObject *answer = PyObject_CallNoArgs(torch.num_threads);
+    const long n = answer ? PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    return n < 1 ? 1 : int(n);
+}
+
+// A Python float that float32 holds.
+bool read_number(PyObject *object, float &number) {
+    if (!PyFloat_CheckExact(object)) return false;
+    const double value = PyFloat_AS_DOUBLE(object);
+    number = float(value);
+    return std::fabs(value) <= FLT_MAX;
+}
+
+bool read_activation(PyObject *name, int &activation) {
+    activation = FASTATTN_ACT_NONE;
+    if (name == Py_None) return true;
+    PyObject *number = PyDict_GetItemWithError(torch.activations, name);
+    if (number) activation = int(PyLong_AsLong(number));
+    return number != nullptr;
+}
+
+// ---- tensors ----------------------------------------------------------------------------------------------------------------------------------------
+
+constexpr int kInt32 = 3;  // beside fastattn_dtype
+
+int dtype_of(const DLPackTensor &t) {
+    if (t.lanes != 1) return -1;
+    if (t.code == kDLPackFloat) return t.bits == 32 ? FASTATTN_FLOAT32 : t.bits == 16 ? FASTATTN_FLOAT16 : -1;
+    if (t.code == kDLPackBfloat) return t.bits == 16 ? FASTATTN_BFLOAT16 : -1;
+    return t.code == kDLPackInt && t.bits == 32 ? kInt32 : -1;
+}
+
+// A tensor that is not given has no data.
+struct Tensor {
+    void *data = nullptr;
+    int dtype = 0;
+    int dims = 0;
+    const int64_t *shape = nullptr, *strides = nullptr;
+
+    int64_t last() const { return shape[dims - 1]; }
+    int64_t rows() const {
+        int64_t product = 1;
+        for (int i = 0; i < dims - 1; i++) product *= shape[i];
+        return product;
+    }
+    bool is_contiguous() const {
+        int64_t step = 1;
+        for (int i = dims - 1; i >= 0; step *= shape[i--])
+            if (shape[i] != 1 && strides[i] != step) return false;
+        return true;
+    }
+    bool has_shape_of(const Tensor &other) const { return dims == other.dims && !std::memcmp(shape, other.shape, size_t(dims) * sizeof *shape); }
+};
+
+// Reads a plain tensor of a CPU that has elements, and whose elements are what its memory holds; false for any other.
+bool read(PyObject *object, Tensor &tensor) {
+    if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return false;
+    DLPackTensor t;
+    if (torch.read(object, &t) != 0) return false;
+    tensor = {static_cast<char *>(t.data) + t.byte_offset, dtype_of(t), t.dims, t.shape, t.strides};
+    if (t.device_type != kDLPackCpu || tensor.dtype < 0 || t.dims == 0 || !t.data || !t.shape || !t.strides) return false;
+    for (int i = 0; i < t.dims; i++)
+        if (t.shape[i] < 1) return false;
+    return says_no(PyObject_CallMethodNoArgs(object, kIsNeg));
+}
+
+// The tensors of one call. The names are those of the arguments that they are read from.
+class Call {
+  public:
+    // Any tensor, in the layout that it has.
+    bool any(PyObject *object, Tensor &tensor) const {
+        return read(object, tensor) && !(tracks_ && !says_no(PyObject_GetAttr(object, kRequiresGrad)));
+    }
+    // A float tensor whose elements follow one another.
+    bool dense(PyObject *object, Tensor &tensor) const { return any(object, tensor) && tensor.dtype != kInt32 && tensor.is_contiguous(); }
+    // One number per feature, or nothing.
+    bool features(PyObject *object, int64_t n, Tensor &tensor) const {
+        return object == Py_None || (dense(object, tensor) && tensor.dims == 1 && tensor.shape[0] == n);
+    }
+    // A weight (N, K) of x's dtype whose rows or columns do not overlap, and its bias (N).
+    bool linear(PyObject *weight_object, PyObject *bias_object, int dtype, int64_t in_features, Tensor &weight, Tensor &bias) const {
+        if (!any(weight_object, weight) || weight.dtype != dtype || weight.dims != 2 || weight.shape[1] != in_features) return false;
+        const int64_t down = weight.strides[0], across = weight.strides[1];
+        if (!(across == 1 && down >= weight.shape[1]) && !(down == 1 && across >= weight.shape[0])) return false;
+        return features(bias_object, weight.shape[0], bias) && (!bias.data || bias.dtype == dtype);
+    }
+
+  private:
+    bool tracks_ = says_true(torch.grad_enabled);
+};
+
+// A new reference, or null with an error set, as of all functions of Python.
+PyObject *tuple_of(const int64_t *numbers, int n) {
+    PyObject *tuple = PyTuple_New(n);
+    for (int i = 0; tuple && i < n; i++) PyTuple_SET_ITEM(tuple, i, PyLong_FromLongLong(numbers[i]));
+    return tuple;
+}
+
+// An empty tensor beside `like`, of its dtype: of the shape of `x` but `features` in the last dimension.
+PyObject *empty_like(PyObject *like, const Tensor &x, int64_t features, Tensor &result) {
+    std::vector<int64_t> shape(x.shape, x.shape + x.dims);
+    shape.back() = features;
+    PyObject *sizes = tuple_of(shape.data(), x.dims);
+    PyObject *made = sizes ? PyObject_CallMethodOneArg(like, kNewEmpty, sizes) : nullptr;
+    Py_XDECREF(sizes);
+    if (made && !read(made, result)) Py_CLEAR(made);
+    return made;
+}
+
+// Memory for what no one sees.
+class Scratch {
+  public:
+    Scratch(int64_t elements, int dtype) : data_(std::aligned_alloc(64, (size_t(elements) * (dtype == FASTATTN_FLOAT32 ? 4 : 2) + 63) / 64 * 64)) {}
+    ~Scratch() { std::free(data_); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    void *data() const { return data_; }
+
+  private:
+    void *data_;
+};
+
+// Runs a kernel, or several, without the interpreter's lock.
+template <class Kernels>
+bool run(const Kernels &kernels) {
+    PyThreadState *state = PyEval_SaveThread();
+    const int status = kernels();
+    PyEval_RestoreThread(state);
+    return status == FASTATTN_OK;
+}
+
+// ---- the calls --------------------------------------------------------------------------------------------------------------------------------------
+
+// norm(x, weight, bias, residual, is_rms, eps, offset): y, or with a residual y and z.
+PyObject *norm(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (n != 7 || !torch.read || is_watched()) return long_way();
+    const Call call;
+    Tensor x, weight, bias, residual, y, z;
+    fastattn_norm p{};
+    if (!call.dense(args[0], x) || !call.features(args[1], x.last(), weight) || !call.features(args[2], x.last(), bias)) return long_way();
+    if (args[3] != Py_None && !(call.dense(args[3], residual) && residual.has_shape_of(x))) return long_way();
+    for (const Tensor *other : {&weight, &bias, &residual})
+        if (other->data && other->dtype != x.dtype && other->dtype != FASTATTN_FLOAT32) return long_way();
+    p.is_rms = args[4] == Py_True;
+    p.eps = FLT_EPSILON;
+    if (args[5] != Py_None && !(read_number(args[5], p.eps) && p.eps >= 0)) return long_way();
+    if (!read_number(args[6], p.offset)) return long_way();
+    p.n_threads = num_threads();
+    p.rows = x.rows(), p.width = x.last();
+    p.x_dtype = x.dtype, p.residual_dtype = residual.dtype, p.weight_dtype = weight.dtype, p.bias_dtype = bias.dtype;
+    p.x = x.data, p.residual = residual.data, p.weight = weight.data, p.bias = bias.data;
+    // The sum's dtype holds both: that of the one in float32, if either is.
+    const bool residual_is_wider = residual.data && residual.dtype == FASTATTN_FLOAT32;
+    PyObject *y_object = empty_like(args[0], x, x.last(), y);
+    PyObject *z_object = y_object && residual.data ? empty_like(args[residual_is_wider ? 3 : 0], x, x.last(), z) : nullptr;
+    p.z_dtype = residual.data ? z.dtype : x.dtype;
+    p.y = y.data, p.z = z.data;
+    if (!y_object || (residual.data && !z_object) || !run([&] { return fastattn_cpu_norm_forward(&p); })) {
+        Py_XDECREF(y_object), Py_XDECREF(z_object);
+        return long_way();
+    }
+    return z_object ? Py_BuildValue("(NN)", y_object, z_object) : y_object;
+}
+
+fastattn_gemm product(int threads, const Tensor &x, int64_t rows, const Tensor &weight, const Tensor &bias, int activation, void *y) {
+    fastattn_gemm p{};
+    p.dtype = x.dtype, p.n_threads = threads;
+    p.m = rows, p.n = weight.shape[0], p.k = weight.shape[1];
+    p.a = {x.data, {p.k, 1}};
+    p.b = {weight.data, {weight.strides[1], weight.strides[0]}};
+    p.c = {y, {p.n}};
+    p.bias = bias.data, p.bias_dtype = bias.dtype, p.activation = activation;
+    return p;
+}
+
+// linear_act(x, weight, bias, activation): y.
+PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (n != 4 || !torch.read || is_watched()) return long_way();
+    const Call call;
+    Tensor x, weight, bias, y;
+    int activation;
+    if (!read_activation(args[3], activation) || !call.dense(args[0], x) || !call.linear(args[1], args[2], x.dtype, x.last(), weight, bias))
+        return long_way();
+    PyObject *made = empty_like(args[0], x, weight.shape[0], y);
+    if (!made) return long_way();
+    const fastattn_gemm p = product(num_threads(), x, x.rows(), weight, bias, activation, y.data);
+    if (run([&] { return fastattn_cpu_gemm(&p); })) return made;
+    Py_DECREF(made);
+    return long_way();
+}
+
+// ffn(x, w1, b1, w2, b2, activation): y. gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_down, activation): y.
+PyObject *feed_forward(PyObject *const *args, bool gated) {
+    if (!torch.read || is_watched()) return long_way();
+    const Call call;
+    Tensor x, w1, b1, w_up, b_up, w2, b2, y;
+    int activation;
+    PyObject *const *last = args + (gated ? 5 : 3);
+    if (!read_activation(last[2], activation) || !call.dense(args[0], x) || !call.linear(args[1], args[2], x.dtype, x.last(), w1, b1)) return long_way();
+    const int64_t rows = x.rows(), hidden = w1.shape[0];
+    if (gated && !(call.linear(args[3], args[4], x.dtype, x.last(), w_up, b_up) && w_up.shape[0] == hidden)) return long_way();
+    if (!call.linear(last[0], last[1], x.dtype, hidden, w2, b2)) return long_way();
+    const Scratch h(rows * hidden, x.dtype), up(gated ? rows * hidden : 0, x.dtype);
+    PyObject *made = h.data() && (up.data() || !gated) ? empty_like(args[0], x, w2.shape[0], y) : nullptr;
+    if (!made) return long_way();
+    const int threads = num_threads();
+    const bool done = run([&] {
+        fastattn_gemm first = product(threads, x, rows, w1, b1, activation, h.data());
+        if (gated) {
+            const fastattn_gemm multiplier = product(threads, x, rows, w_up, b_up, FASTATTN_ACT_NONE, up.data());
+            if (const int status = fastattn_cpu_gemm(&multiplier)) return status;
+            first.multiplier = {up.data(), {hidden}};
+        }
+        if (const int status = fastattn_cpu_gemm(&first)) return status;
+        Tensor between = x;
+        between.data = h.data();
+        const fastattn_gemm second = product(threads, between, rows, w2, b2, FASTATTN_ACT_NONE, y.data);
+        return fastattn_cpu_gemm(&second);
+    });
+    if (done) return made;
+    Py_DECREF(made);
+    return long_way();
+}
+
+PyObject *ffn(PyObject *, PyObject *const *args, Py_ssize_t n) { return n == 6 ? feed_forward(args, false) : long_way(); }
+PyObject *gated_ffn(PyObject *, PyObject *const *args, Py_ssize_t n) { return n == 8 ? feed_forward(args, true) : long_way(); }
+
+fastattn_tensor heads(const Tensor &t) { return {t.data, {t.strides[0], t.strides[1], t.strides[2]}}; }
+
+// Queries, keys or values (B, H, S, D) whose rows are contiguous.
+bool take_heads(const Call &call, PyObject *object, Tensor &t) {
+    return call.any(object, t) && t.dtype != kInt32 && t.dims == 4 && (t.strides[3] == 1 || t.shape[3] == 1) && t.shape[3] <= 256 &&
+           t.shape[2] < int64_t{1} << 30;
+}
+
+// An empty output (B, Hq, Sq, Dv), (B, Sq, Hq, Dv) in memory.
+PyObject *empty_out(PyObject *like, const Tensor &q, int64_t dim, Tensor &out) {
+    const int64_t row = q.shape[1] * dim, shape[] = {q.shape[0], q.shape[1], q.shape[2], dim}, strides[] = {q.shape[2] * row, dim, row, 1};
+    PyObject *args[] = {like, tuple_of(shape, 4), tuple_of(strides, 4)};
+    PyObject *made = args[1] && args[2] ? PyObject_VectorcallMethod(kNewEmptyStrided, args, 3, nullptr) : nullptr;
+    Py_XDECREF(args[1]), Py_XDECREF(args[2]);
+    if (made && !read(made, out)) Py_CLEAR(made);
+    return made;
+}
+
+// Whether rows that are read often lie far apart: they are copied then.
+bool wants_copy(const Tensor &t) { return t.strides[2] != t.shape[3] && t.shape[2] > 1; }
+
+// attention(q, k, v, mask, scale): out. The mask is None or int32 (1|B, 1|Hq, Sq, 2), a range of keys for each query.
+PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (n != 5 || !torch.read || is_watched()) return long_way();
+    const Call call;
+    Tensor q, k, v, ranges, out;
+    if (!take_heads(call, args[0], q) || !take_heads(call, args[1], k) || !take_heads(call, args[2], v)) return long_way();
+    if (q.dtype != k.dtype || q.dtype != v.dtype || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3]) return long_way();
+    if (std::memcmp(k.shape, v.shape, 3 * sizeof *k.shape) != 0 || q.shape[1] % k.shape[1]) return long_way();
+    float scale = float(1.0 / std::sqrt(double(q.shape[3])));
+    if (args[4] != Py_None && !read_number(args[4], scale)) return long_way();
+    const int64_t batch = q.shape[0], heads_q = q.shape[1], heads_kv = k.shape[1], len_q = q.shape[2], len_k = k.shape[2];
+    const bool decodes = len_q <= torch.few_queries && len_q <= len_k;
+    if (args[3] != Py_None) {
+        if (!decodes || !call.any(args[3], ranges) || ranges.dtype != kInt32 || ranges.dims != 4) return long_way();
+        if ((ranges.shape[0] != 1 && ranges.shape[0] != batch) || (ranges.shape[1] != 1 && ranges.shape[1] != heads_q)) return long_way();
+        if (ranges.shape[2] != len_q || ranges.shape[3] != 2 || ranges.strides[3] != 1) return long_way();
+    }
+    if (!decodes && len_q * (heads_q / heads_kv) >= torch.often_read && (wants_copy(k) || wants_copy(v))) return long_way();
+    const Scratch lse(batch * heads_q * len_q, FASTATTN_FLOAT32);
+    PyObject *made = lse.data() ? empty_out(args[0], q, v.shape[3], out) : nullptr;
+    if (!made) return long_way();
+    const int threads = num_threads();
+    const bool done = run([&] {
+        if (!decodes) {
+            fastattn_attention p{};
+            p.dtype = q.dtype, p.n_threads = threads;
+            p.batch = batch, p.heads_q = heads_q, p.heads_kv = heads_kv, p.len_q = len_q, p.len_k = len_k, p.dim_qk = q.shape[3], p.dim_v = v.shape[3];
+            p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out);
+            p.lse = static_cast<float *>(lse.data());
+            p.scale = scale;
+            p.dropout.keep_scale = 1;
+            return fastattn_cpu_attention_forward(&p);
+        }
+        fastattn_decode p{};
+        p.dtype = q.dtype, p.n_threads = threads;
+        p.batch = batch, p.heads_q = heads_q, p.heads_kv = heads_kv, p.len_q = len_q, p.dim_qk = q.shape[3], p.dim_v = v.shape[3];
+        p.max_length = len_k;
+        p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out);
+        p.lse = static_cast<float *>(lse.data());
+        p.scale = scale;
+        if (ranges.data) {
+            p.intervals = {ranges.data, {0, ranges.shape[0] == 1 ? 0 : ranges.strides[0], ranges.shape[1] == 1 ? 0 : ranges.strides[1], ranges.strides[2]}};
+            p.n_intervals = 1;
+        }
+        return fastattn_cpu_attention_decode(&p);
+    });
+    if (done) return made;
+    Py_DECREF(made);
+    return long_way();
+}
+
+// ---- the module -------------------------------------------------------------------------------------------------------------------------------------
+
+// open(Tensor, Parameter, exchange capsule, watchers, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether the calls above
+// can run from now on. They keep what they are given.
+PyObject *open(PyObject *, PyObject *args) {
+    Torch given{};
+    PyObject *exchange;
+    if (!PyArg_ParseTuple(args, "O!O!OO!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type, &given.watchers,
+                          &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations, &given.few_queries, &given.often_read))
+        return nullptr;
+    auto *api = static_cast<DLPackExchange *>(PyCapsule_GetPointer(exchange, kDLPackExchangeName));
+    if (!api) return nullptr;
+    while (api && api->major > kDLPackMajor) api = api->previous;
+    if (!api || api->major != kDLPackMajor || !api->read) Py_RETURN_FALSE;
+    for (PyObject *kept : {reinterpret_cast<PyObject *>(given.tensor), reinterpret_cast<PyObject *>(given.parameter), given.watchers, given.grad_enabled,
+                           given.num_threads, given.activations})
+        Py_INCREF(kept);
+    given.read = api->read;
+    torch = given;
+    Py_RETURN_TRUE;
+}
+
+template <PyObject *(*function)(PyObject *, PyObject *const *, Py_ssize_t)>
+PyMethodDef method(const char *name) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef kMethods[] = {
+    {"open_direct", open, METH_VARARGS, nullptr},
+    method<norm>("direct_norm"),
+    method<linear_act>("direct_linear_act"),
+    method<ffn>("direct_ffn"),
+    method<gated_ffn>("direct_gated_ffn"),
+    method<attention>("direct_attention"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+bool add_direct(PyObject *module) {
+    kNewEmpty = PyUnicode_InternFromString("new_empty"), kNewEmptyStrided = PyUnicode_InternFromString("new_empty_strided");
+    kIsNeg = PyUnicode_InternFromString("is_neg"), kRequiresGrad = PyUnicode_InternFromString("requires_grad");
+    return kNewEmpty && kNewEmptyStrided && kIsNeg && kRequiresGrad && PyModule_AddFunctions(module, kMethods) == 0;
+}

@@ -1,0 +1,6 @@
+// The short way from tensors to a kernel (cpu_direct.cpp).
+#pragma once
+#include <Python.h>
+
+// Adds open_direct, direct_norm, direct_linear_act, direct_ffn, direct_gated_ffn and direct_attention; false with a Python error set.
+bool add_direct(PyObject *module);

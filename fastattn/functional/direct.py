@@ -1,0 +1,68 @@
+"""The short way to the CPU's kernels, for small calls, whose time would go into Python (csrc/bindings/cpu_direct.cpp).
+
+    calls = direct.calls(backend)
+    if calls is not None and (y := calls.direct_linear_act(x, weight, bias, activation)) is not None:
+        return y
+
+Each of its functions runs a call that needs nothing but the kernel and gives None for any other, wrong ones too; the
+caller then goes the long way, through checks, operators and dispatch. It reads tensors by DLPack's exchange API, which
+torch offers from 2.10 on; before, every call goes the long way.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fastattn import dispatch
+from fastattn.backends import cpu
+from fastattn.backends.codes import ACTIVATIONS
+from fastattn.backends.cpu.attention import OFTEN
+from fastattn.backends.cpu.library import native
+from fastattn.backends.few import FEW
+
+
+def calls(backend: str | None) -> ModuleType | None:
+    """The module whose functions may run a call for which this backend was asked, None being the choice of dispatch."""
+    if torch.compiler.is_compiling() or (dispatch.forced if backend is None else backend) not in ("", "cpu"):
+        return None
+    return _opened()
+
+
+@functools.cache
+def _opened() -> ModuleType | None:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None or cpu.unavailable_reason() is not None:
+        return None
+    is_open = native().open_direct(
+        Tensor,
+        nn.Parameter,
+        exchange,
+        _WATCHERS,
+        torch.is_grad_enabled,
+        torch.get_num_threads,
+        ACTIVATIONS,
+        FEW,
+        OFTEN,
+    )
+    return native() if is_open else None
+
+
+def _has_tangents() -> bool:
+    return forward_ad._current_level >= 0
+
+
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch._C._autograd._profiler_enabled,
+    torch._C._is_any_autocast_enabled,
+    _has_tangents,
+)
+"""What would see an operator, or change a call: each gives something true where it is at work."""

@@ -1,0 +1,383 @@
+"""The short way to the CPU's kernels answers as the long way does, to the bit, or not at all."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+import fastattn
+from fastattn.backends import cpu
+from fastattn.functional import direct
+from fastattn.masks import Causal
+
+pytestmark = pytest.mark.skipif(
+    direct._opened() is None, reason="no native CPU library, or a torch older than 2.10, whose tensors it cannot read"
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2")
+Call = Callable[[], Any]
+
+
+class Taken:
+    """The module of the short way, which notes the calls that it answered."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.answered = module, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            result = getattr(self._module, name)(*args)
+            if result is not None:
+                self.answered.append(name.removeprefix("direct_"))
+            return result
+
+        return call
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the functions that answered; "" stands for none of them."""
+    module = Taken(direct._opened())
+    monkeypatch.setattr(direct, "_opened", lambda: module)
+    yield module.answered
+
+
+def both_ways(call: Call, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    short = call()
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "calls", lambda backend: None)
+        return short, call()
+
+
+def agree(short: Any, long: Any) -> None:
+    for a, b in zip(short, long, strict=True) if isinstance(short, tuple) else ((short, long),):
+        assert a.dtype is b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        assert a.requires_grad == b.requires_grad and a.is_inference() == b.is_inference()
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+# ---- the same answers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", cpu.available_isas() if cpu.unavailable_reason() is None else [])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(isa, dtype, taken, monkeypatch):
+    for shape in ((7,), (3, 16), (2, 1, 5, 33), (1, 1, 64)):
+        width = shape[-1]
+        for other in {dtype, torch.float32}:
+            x, weight, bias = randn(*shape, dtype=dtype), randn(width, dtype=other), randn(width, dtype=dtype)
+            residual = randn(*shape, dtype=other)
+            calls: list[Call] = [
+                lambda x=x: fastattn.rms_norm(x),
+                lambda x=x, w=weight: fastattn.rms_norm(x, w, 1e-6, offset=1.0),
+                lambda x=x, w=weight, b=bias: fastattn.layer_norm(x, w, b),
+                lambda x=x, b=bias, r=residual: fastattn.layer_norm(x, None, b, 1e-3, residual=r),
+                lambda x=x, w=weight, r=residual: fastattn.rms_norm(x, w, residual=r, return_residual=True),
+                lambda x=x, w=weight: fastattn.layer_norm(x, w, return_residual=True),
+            ]
+            with cpu.use_isa(isa):
+                for call in calls:
+                    agree(*both_ways(call, monkeypatch))
+            assert taken == ["norm"] * len(calls)
+            taken.clear()
+
+
+@pytest.mark.parametrize("isa", cpu.available_isas() if cpu.unavailable_reason() is None else [])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linears(isa, dtype, taken, monkeypatch):
+    w1, b1 = nn.Parameter(randn(48, 24, dtype=dtype), requires_grad=False), randn(48, dtype=dtype)
+    w2, b2 = randn(48, 40, dtype=dtype).t(), randn(40, dtype=dtype)  # (40, 48), kept transposed
+    for n, activation in enumerate(ACTIVATIONS):
+        x = randn(*((2, 3, 24), (1, 24), (40, 24), (24,))[n % 4], dtype=dtype)
+        calls: list[Call] = [
+            functools.partial(fastattn.linear_act, x, w1, None if n % 2 else b1, activation),
+            functools.partial(fastattn.ffn, x, w1, b1, w2, None if n % 2 else b2, activation),
+            functools.partial(fastattn.gated_ffn, x, w1, w1 * 2, w2, activation, None if n % 2 else b1, b1, None),
+        ]
+        with cpu.use_isa(isa):
+            for call in calls:
+                agree(*both_ways(call, monkeypatch))
+    assert taken == ["linear_act", "ffn", "gated_ffn"] * len(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("len_q", [1, 2, 8, 9, 40])
+def test_attention(dtype, len_q, taken, monkeypatch):
+    k, v = randn(2, 2, 40, 16, dtype=dtype), randn(2, 40, 2, 24, dtype=dtype).transpose(1, 2)
+    q = randn(2, len_q, 6, 16, dtype=dtype).transpose(1, 2)
+    agree(*both_ways(lambda: fastattn.attention(q, k, v), monkeypatch))
+    agree(*both_ways(lambda: fastattn.attention(q, k, k[..., :8], scale=0.3), monkeypatch))
+    assert taken == ["attention"] * 2
+    if len_q > 8:
+        return
+    start = torch.randint(0, 20, (2, 1, len_q, 1), dtype=torch.int32)
+    ranges = torch.cat([start, start + torch.randint(0, 30, start.shape, dtype=torch.int32)], -1).clamp(max=40)
+    for mask in (ranges, ranges[:1], ranges.expand(2, 6, len_q, 2)):
+        agree(*both_ways(lambda mask=mask: fastattn.attention(q, k, v, mask=mask), monkeypatch))
+    assert taken == ["attention"] * 5
+
+
+def test_more_queries_than_keys_and_rows_far_apart(taken, monkeypatch):
+    q, far = randn(1, 2, 300, 16), randn(1, 300, 2, 16).transpose(1, 2)
+    agree(*both_ways(lambda: fastattn.attention(q[:, :, :5], far[:, :, :3], far[:, :, :3]), monkeypatch))
+    assert taken == ["attention"]
+    agree(*both_ways(lambda: fastattn.attention(q, q, q), monkeypatch))
+    assert taken == ["attention"] * 2
+    agree(*both_ways(lambda: fastattn.attention(q, far, q), monkeypatch))  # the long way makes copies
+    assert taken == ["attention"] * 2
+
+
+def test_inference_mode_and_parameters_without_grad_mode(taken, monkeypatch):
+    norm, linear, x = nn.LayerNorm(16), nn.Linear(16, 8), randn(3, 16)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            agree(*both_ways(lambda: fastattn.layer_norm(x, norm.weight, norm.bias), monkeypatch))
+            agree(*both_ways(lambda: fastattn.linear_act(x, linear.weight, linear.bias), monkeypatch))
+    assert taken == ["norm", "linear_act"] * 2
+
+
+def test_a_backend_may_be_named(taken):
+    x = randn(2, 8)
+    fastattn.rms_norm(x, backend="cpu")
+    with fastattn.use_backend("cpu"):
+        fastattn.rms_norm(x)
+    assert taken == ["norm"] * 2
+    fastattn.rms_norm(x, backend="reference")
+    with fastattn.use_backend("reference"):
+        fastattn.rms_norm(x)
+    assert taken == ["norm"] * 2
+
+
+def test_several_threads(taken):
+    x, weight = randn(64, 64), randn(64, 64)
+    expected = fastattn.ffn(x, weight, None, weight, None)
+    wrong: list[int] = []
+
+    def work(thread: int) -> None:
+        for _ in range(50):
+            if not torch.equal(fastattn.ffn(x, weight, None, weight, None), expected):
+                wrong.append(thread)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(taken) == 201
+
+
+def test_nothing_is_leaked():
+    x, weight, bias = randn(2, 16), randn(16, 16), randn(16)
+    q, ranges = randn(1, 2, 1, 16), torch.tensor([[[[0, 1]]]], dtype=torch.int32)
+    module: Any = direct._opened()
+    calls: list[Call] = [
+        lambda: module.direct_norm(x, bias, bias, x, False, 1e-5, 0.0),
+        lambda: module.direct_norm(x, weight, bias, x, False, 1e-5, 0.0),
+        lambda: module.direct_linear_act(x, weight, bias, "gelu"),
+        lambda: module.direct_linear_act(x, weight, bias, []),
+        lambda: module.direct_gated_ffn(x, weight, bias, weight, None, weight, None, "silu"),
+        lambda: module.direct_attention(q, q, q, ranges, 0.5),
+        lambda: module.direct_attention(q, q, q, ranges, "0.5"),
+    ]
+    objects = (x, weight, bias, q, ranges, None, True, False)
+    for call in calls:
+        call()
+        gc.collect()
+        counts, blocks = [sys.getrefcount(each) for each in objects], sys.getallocatedblocks()
+        for _ in range(200):
+            call()
+        gc.collect()
+        assert all(abs(sys.getrefcount(each) - n) < 100 for each, n in zip(objects, counts, strict=True))
+        assert abs(sys.getallocatedblocks() - blocks) < 100
+
+
+# ---- no answer -------------------------------------------------------------------------------------------------------
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _freed(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+# What may not stand in the place of a plain tensor (2, 16).
+SPOILED: dict[str, Callable[[Tensor], Any]] = {
+    "requires grad": lambda x: x.clone().requires_grad_(),
+    "float64": lambda x: x.double(),
+    "integers": lambda x: x.int(),
+    "complex": lambda x: x.to(torch.complex64),
+    "bool": lambda x: x > 0,
+    "a subclass": lambda x: x.as_subclass(Subclass),
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor([x[0], x[1]]),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "negated": lambda x: torch._neg_view(x),
+    "without memory": lambda x: torch._efficientzerotensor(2, 16),
+    "freed": _freed,
+    "empty": lambda x: x[:0],
+    "scalar": lambda x: x[0, 0],
+    "expanded": lambda x: x[:1].expand(2, 16),
+    "strided": lambda x: torch.cat([x, x], 1)[:, ::2],
+    "a list": lambda x: x.tolist(),
+    "an array": lambda x: x.numpy(),
+    "None": lambda x: None,
+    "a number": lambda x: 1.0,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on making some of them
+@pytest.mark.parametrize("name", SPOILED)
+def test_only_plain_tensors_are_taken(name):
+    x = randn(2, 16)
+    bad, square, features, module = SPOILED[name](x), randn(16, 16), randn(16), direct._opened()
+    assert module is not None
+    assert module.direct_norm(bad, features, features, None, False, 1e-5, 0.0) is None
+    assert module.direct_linear_act(bad, square, features, "gelu") is None
+    assert module.direct_ffn(bad, square, features, square, None, "gelu") is None
+    assert module.direct_gated_ffn(bad, square, None, square, None, square, None, "silu") is None
+    assert module.direct_attention(bad, bad, bad, None, None) is None
+    if name != "None":
+        assert module.direct_norm(x, None, None, bad, False, 1e-5, 0.0) is None
+        assert module.direct_norm(x, bad, None, None, False, 1e-5, 0.0) is None
+        assert module.direct_linear_act(x, square, bad, "gelu") is None
+    if name != "strided":
+        assert module.direct_linear_act(x, bad, None, "gelu") is None or name == "expanded"
+
+
+@pytest.mark.parametrize("name", ["expanded", "strided"])
+def test_weights_are_taken_as_they_lie_or_not_at_all(name, monkeypatch):
+    x, weight = randn(3, 16), SPOILED[name](randn(2, 16))
+    agree(*both_ways(lambda: fastattn.linear_act(x, weight), monkeypatch))
+
+
+def test_arguments_that_do_not_fit():
+    x, square, features = randn(2, 16), randn(16, 16), randn(16)
+    half, other = x.bfloat16(), randn(16, 8)
+    module: Any = direct._opened()
+    for args in (
+        (x, other, None, None),
+        (x, square[0], None, None),
+        (x, square, randn(1), None),
+        (x, square, features.bfloat16(), None),
+        (half, square, None, None),
+        (x, square.bfloat16(), None, None),
+        (x, square, None, "swish"),
+        (x, square, None, 4),
+        (x, square, None),
+    ):
+        assert module.direct_linear_act(*args) is None
+    for args in (
+        (x, randn(8), None, None, True, 1e-5, 0.0),
+        (x, None, randn(1), None, True, 1e-5, 0.0),
+        (x, features.bfloat16(), None, None, True, 1e-5, 0.0),
+        (half, features.half(), None, None, True, 1e-5, 0.0),
+        (x, None, None, x[:1], True, 1e-5, 0.0),
+        (x, None, None, x[None], True, 1e-5, 0.0),
+        (x, None, None, None, True, -1e-5, 0.0),
+        (x, None, None, None, True, math.nan, 0.0),
+        (x, None, None, None, True, 1e39, 0.0),
+        (x, None, None, None, True, 1, 0.0),
+        (x, None, None, None, True, 1e-5, math.inf),
+        (x, None, None, None, True, 1e-5, torch.tensor(0.0)),
+    ):
+        assert module.direct_norm(*args) is None
+    assert module.direct_ffn(x, other.t(), None, square, None, "gelu") is None
+    assert module.direct_ffn(x, square, None, other, None, "gelu") is None
+    assert module.direct_gated_ffn(x, square, None, square[:8], None, square, None, "silu") is None
+    q, k = randn(2, 4, 1, 16), randn(2, 2, 6, 16)
+    ranges = torch.zeros(2, 1, 1, 2, dtype=torch.int32)
+    for args in (
+        (q[0], k, k, None, None),
+        (q, k[:1], k[:1], None, None),
+        (q, k, k[:, :1], None, None),
+        (q, k, k[:, :, :5], None, None),
+        (q, k[..., :8], k, None, None),
+        (q[:, :3], k, k, None, None),
+        (q, k.half(), k, None, None),
+        (q, k, k.half(), None, None),
+        (q, k, k, None, math.nan),
+        (q, k, k, None, 1),
+        (q, k, k, ranges.bool(), None),
+        (q, k, k, ranges.long(), None),
+        (q, k, k, ranges.float(), None),
+        (q, k, k, ranges[:, 0], None),
+        (q, k, k, ranges[..., :1], None),
+        (q, k, k, ranges.expand(2, 3, 1, 2), None),
+        (q, k, k, ranges.expand(2, 1, 2, 2), None),
+        (q, k, k, Causal(), None),
+        (randn(2, 4, 9, 16), randn(2, 2, 9, 16), randn(2, 2, 9, 16), ranges.expand(2, 1, 9, 2), None),
+        (randn(1, 1, 1, 257), randn(1, 1, 4, 257), randn(1, 1, 4, 257), None, None),
+    ):
+        assert module.direct_attention(*args) is None
+    assert module.direct_attention(q, k, k, ranges, None) is not None
+
+
+def test_nobody_may_watch(taken):
+    x, weight = randn(2, 16), randn(16)
+
+    def runs() -> bool:
+        taken.clear()
+        fastattn.layer_norm(x, weight)
+        return bool(taken)
+
+    assert runs()
+    with Mode():
+        assert not runs()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert not runs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs()
+    with forward_ad.dual_level():
+        assert not runs()
+    torch.jit.trace(lambda x: fastattn.layer_norm(x), (x,), check_trace=False)
+    torch.vmap(lambda x: fastattn.layer_norm(x))(x)
+    torch.func.grad(lambda x: fastattn.layer_norm(x).sum())(x)
+    torch.vmap(lambda _: fastattn.layer_norm(x))(x)  # of none of its tensors
+    assert not taken and runs()
+
+
+def test_a_weight_that_wants_a_gradient_gets_it(taken):
+    x, norm = randn(2, 16), nn.LayerNorm(16)
+    y = fastattn.layer_norm(x, norm.weight, norm.bias)
+    assert y.requires_grad and not taken
+
+
+def test_errors_are_those_of_the_long_way(taken):
+    x = randn(2, 16)
+    with pytest.raises(ValueError, match=r"weight has shape \(8,\)"):
+        fastattn.rms_norm(x, randn(8))
+    with pytest.raises(TypeError, match="weight has dtype"):
+        fastattn.linear_act(x, randn(16, 16).double())
+    with pytest.raises(ValueError, match="activation='swish' is unknown"):
+        fastattn.ffn(x, randn(16, 16), None, randn(16, 16), None, "swish")
+    with pytest.raises(ValueError, match="backend='gpu' is unknown"):
+        fastattn.rms_norm(x, backend="gpu")
+    assert not taken
