@@ -84,13 +84,14 @@ bool read_activation(PyObject *name, int &activation) {
 
 // ---- tensors ----------------------------------------------------------------------------------------------------------------------------------------
 
-constexpr int kInt32 = 3;  // beside fastattn_dtype
+constexpr int kInt32 = 3, kBool = 4;  // beside fastattn_dtype
 
 int dtype_of(const DLPackTensor &t) {
     if (t.lanes != 1) return -1;
     if (t.code == kDLPackFloat) return t.bits == 32 ? FASTATTN_FLOAT32 : t.bits == 16 ? FASTATTN_FLOAT16 : -1;
     if (t.code == kDLPackBfloat) return t.bits == 16 ? FASTATTN_BFLOAT16 : -1;
-    return t.code == kDLPackInt && t.bits == 32 ? kInt32 : -1;
+    if (t.code == kDLPackInt) return t.bits == 32 ? kInt32 : -1;
+    return t.code == kDLPackBool && t.bits == 8 ? kBool : -1;
 }
 
 // A tensor that is not given has no data.
@@ -100,6 +101,7 @@ struct Tensor {
     int dims = 0;
     const int64_t *shape = nullptr, *strides = nullptr;
 
+    bool is_float() const { return dtype < kInt32; }
     int64_t last() const { return shape[dims - 1]; }
     int64_t rows() const {
         int64_t product = 1;
@@ -135,7 +137,7 @@ class Call {
         return read(object, tensor) && !(tracks_ && !says_no(PyObject_GetAttr(object, kRequiresGrad)));
     }
     // A float tensor whose elements follow one another.
-    bool dense(PyObject *object, Tensor &tensor) const { return any(object, tensor) && tensor.dtype != kInt32 && tensor.is_contiguous(); }
+    bool dense(PyObject *object, Tensor &tensor) const { return any(object, tensor) && tensor.is_float() && tensor.is_contiguous(); }
     // One number per feature, or nothing.
     bool features(PyObject *object, int64_t n, Tensor &tensor) const {
         return object == Py_None || (dense(object, tensor) && tensor.dims == 1 && tensor.shape[0] == n);
@@ -292,7 +294,7 @@ fastattn_tensor heads(const Tensor &t) { return {t.data, {t.strides[0], t.stride
 
 // Queries, keys or values (B, H, S, D) whose rows are contiguous.
 bool take_heads(const Call &call, PyObject *object, Tensor &t) {
-    return call.any(object, t) && t.dtype != kInt32 && t.dims == 4 && (t.strides[3] == 1 || t.shape[3] == 1) && t.shape[3] <= 256 &&
+    return call.any(object, t) && t.is_float() && t.dims == 4 && (t.strides[3] == 1 || t.shape[3] == 1) && t.shape[3] <= 256 &&
            t.shape[2] < int64_t{1} << 30;
 }
 
@@ -309,53 +311,79 @@ PyObject *empty_out(PyObject *like, const Tensor &q, int64_t dim, Tensor &out) {
 // Whether rows that are read often lie far apart: they are copied then.
 bool wants_copy(const Tensor &t) { return t.strides[2] != t.shape[3] && t.shape[2] > 1; }
 
-// attention(q, k, v, mask, scale): out. The mask is None or int32 (1|B, 1|Hq, Sq, 2), a range of keys for each query.
+// The view of a tensor that broadcasts to `full`, with strides 0 where it does; false where it does not.
+bool broadcast(const Tensor &t, const int64_t (&full)[4], fastattn_tensor &view) {
+    const int lead = 4 - t.dims;
+    if (lead < 0) return false;
+    view = {t.data, {}};
+    for (int i = 0; i < t.dims; i++) {
+        if (t.shape[i] != 1 && t.shape[i] != full[lead + i]) return false;
+        view.stride[lead + i] = t.shape[i] == 1 ? 0 : t.strides[i];
+    }
+    return true;
+}
+
+// attention(q, k, v, mask, align, grouped, scale): out. mask: None, a bool tensor (True is visible) or a float one that is added, which broadcast to
+// (B, Hq, Sq, Skv), or int32 (1|B, 1|Hq, Sq, 2), a range of keys for each query. align: None, or causal from the "top-left" or the "bottom-right".
+// grouped: whether heads of keys may be fewer than of queries.
 PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 5 || !torch.read || is_watched()) return long_way();
+    if (n != 7 || !torch.read || is_watched()) return long_way();
     const Call call;
-    Tensor q, k, v, ranges, out;
+    Tensor q, k, v, mask, out;
     if (!take_heads(call, args[0], q) || !take_heads(call, args[1], k) || !take_heads(call, args[2], v)) return long_way();
     if (q.dtype != k.dtype || q.dtype != v.dtype || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3]) return long_way();
-    if (std::memcmp(k.shape, v.shape, 3 * sizeof *k.shape) != 0 || q.shape[1] % k.shape[1]) return long_way();
-    float scale = float(1.0 / std::sqrt(double(q.shape[3])));
-    if (args[4] != Py_None && !read_number(args[4], scale)) return long_way();
     const int64_t batch = q.shape[0], heads_q = q.shape[1], heads_kv = k.shape[1], len_q = q.shape[2], len_k = k.shape[2];
-    const bool decodes = len_q <= torch.few_queries && len_q <= len_k;
+    if (std::memcmp(k.shape, v.shape, 3 * sizeof *k.shape) != 0 || heads_q % heads_kv || (heads_q != heads_kv && args[5] != Py_True)) return long_way();
+    float scale = float(1.0 / std::sqrt(double(q.shape[3])));
+    if (args[6] != Py_None && !read_number(args[6], scale)) return long_way();
+    const bool is_causal = args[4] != Py_None;
+    if (is_causal && (args[3] != Py_None || !PyUnicode_Check(args[4]))) return long_way();
+    const int64_t from_end = len_k - len_q;
+    const int64_t offset = is_causal && PyUnicode_CompareWithASCIIString(args[4], "bottom-right") == 0 ? from_end : 0;
+    const bool decodes = len_q <= torch.few_queries && from_end >= 0 && (!is_causal || offset == from_end);
+    fastattn_tensor hidden{}, added{}, ranges{};
     if (args[3] != Py_None) {
-        if (!decodes || !call.any(args[3], ranges) || ranges.dtype != kInt32 || ranges.dims != 4) return long_way();
-        if ((ranges.shape[0] != 1 && ranges.shape[0] != batch) || (ranges.shape[1] != 1 && ranges.shape[1] != heads_q)) return long_way();
-        if (ranges.shape[2] != len_q || ranges.shape[3] != 2 || ranges.strides[3] != 1) return long_way();
+        if (!call.any(args[3], mask)) return long_way();
+        const int64_t scores[] = {batch, heads_q, len_q, len_k}, of_queries[] = {batch, heads_q, len_q, 2};
+        if (mask.dtype == kInt32) {
+            if (!decodes || mask.dims != 4 || mask.shape[2] != len_q || mask.shape[3] != 2 || mask.strides[3] != 1) return long_way();
+            if (!broadcast(mask, of_queries, ranges)) return long_way();
+        } else if (mask.dtype == kBool) {
+            if (decodes || !broadcast(mask, scores, hidden)) return long_way();
+        } else if ((mask.dtype != q.dtype && mask.dtype != FASTATTN_FLOAT32) || !broadcast(mask, scores, added)) {
+            return long_way();
+        }
     }
     if (!decodes && len_q * (heads_q / heads_kv) >= torch.often_read && (wants_copy(k) || wants_copy(v))) return long_way();
     const Scratch lse(batch * heads_q * len_q, FASTATTN_FLOAT32);
     PyObject *made = lse.data() ? empty_out(args[0], q, v.shape[3], out) : nullptr;
     if (!made) return long_way();
-    const int threads = num_threads();
-    const bool done = run([&] {
-        if (!decodes) {
-            fastattn_attention p{};
-            p.dtype = q.dtype, p.n_threads = threads;
-            p.batch = batch, p.heads_q = heads_q, p.heads_kv = heads_kv, p.len_q = len_q, p.len_k = len_k, p.dim_qk = q.shape[3], p.dim_v = v.shape[3];
-            p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out);
-            p.lse = static_cast<float *>(lse.data());
-            p.scale = scale;
-            p.dropout.keep_scale = 1;
-            return fastattn_cpu_attention_forward(&p);
-        }
-        fastattn_decode p{};
-        p.dtype = q.dtype, p.n_threads = threads;
+    // Both kernels' descriptions name these fields alike.
+    const auto describe = [&](auto &p) {
+        p.dtype = q.dtype, p.n_threads = num_threads();
         p.batch = batch, p.heads_q = heads_q, p.heads_kv = heads_kv, p.len_q = len_q, p.dim_qk = q.shape[3], p.dim_v = v.shape[3];
-        p.max_length = len_k;
         p.q = heads(q), p.k = heads(k), p.v = heads(v), p.out = heads(out);
         p.lse = static_cast<float *>(lse.data());
+        p.bias = added, p.bias_dtype = mask.dtype;
         p.scale = scale;
-        if (ranges.data) {
-            p.intervals = {ranges.data, {0, ranges.shape[0] == 1 ? 0 : ranges.strides[0], ranges.shape[1] == 1 ? 0 : ranges.strides[1], ranges.strides[2]}};
-            p.n_intervals = 1;
-        }
-        return fastattn_cpu_attention_decode(&p);
-    });
-    if (done) return made;
+    };
+    fastattn_decode few{};
+    fastattn_attention many{};
+    if (decodes) {
+        describe(few);
+        few.max_length = len_k;
+        few.band_has_right = is_causal;
+        // Four strides: of the one set of ranges, then those before the two bounds.
+        few.intervals = {ranges.data, {0, ranges.stride[0], ranges.stride[1], ranges.stride[2]}};
+        few.n_intervals = ranges.data ? 1 : 0;
+    } else {
+        describe(many);
+        many.len_k = len_k;
+        many.mask.band_offset = offset, many.mask.band_has_right = is_causal;
+        many.mask.dense = hidden;
+        many.dropout.keep_scale = 1;
+    }
+    if (run([&] { return decodes ? fastattn_cpu_attention_decode(&few) : fastattn_cpu_attention_forward(&many); })) return made;
     Py_DECREF(made);
     return long_way();
 }

@@ -13,7 +13,7 @@ struct DLPackTensor {
 };
 
 constexpr int32_t kDLPackCpu = 1;
-constexpr uint8_t kDLPackInt = 0, kDLPackFloat = 2, kDLPackBfloat = 4;
+constexpr uint8_t kDLPackInt = 0, kDLPackFloat = 2, kDLPackBfloat = 4, kDLPackBool = 6;
 
 // Type attribute __dlpack_c_exchange_api__, a capsule of this name; the functions that are not used here have no types.
 constexpr const char *kDLPackExchangeName = "dlpack_exchange_api";

@@ -126,8 +126,8 @@ def attention(
         NotSupported: the backend asked for does not run this call; the text says why.
     """
     if bias is softcap is sinks is dropout_seed is None and dropout_p == 0.0 and not return_lse:
-        calls = direct.calls(backend)
-        if calls is not None and (out := calls.direct_attention(q, k, v, mask, scale)) is not None:
+        out = direct.attention(q, k, v, mask, scale, backend)
+        if out is not None:
             return out
     out, lse = attend(
         *prepare(q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend)

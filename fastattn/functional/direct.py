@@ -24,6 +24,7 @@ from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.cpu.attention import OFTEN
 from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
+from fastattn.masks import Causal
 
 
 def calls(backend: str | None) -> ModuleType | None:
@@ -31,6 +32,18 @@ def calls(backend: str | None) -> ModuleType | None:
     if torch.compiler.is_compiling() or (dispatch.forced if backend is None else backend) not in ("", "cpu"):
         return None
     return _opened()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None, backend: str | None, grouped: bool = True
+) -> Tensor | None:
+    """The output of attention with no more than these. grouped: whether keys may have fewer heads than queries."""
+    module = calls(backend)
+    if module is None:
+        return None
+    if type(mask) is Causal:
+        return module.direct_attention(q, k, v, None, mask.align, grouped, scale)
+    return module.direct_attention(q, k, v, mask, None, grouped, scale)
 
 
 @functools.cache

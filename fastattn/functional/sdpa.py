@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn import dispatch
+from fastattn.functional import direct
 from fastattn.functional.attention import MAX_HEAD_DIM, attention
 from fastattn.functional.checks import FLOATS, HALVES, is_autocast
 from fastattn.masks import Causal, Dense, Mask
@@ -62,6 +63,9 @@ def scaled_dot_product_attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
+    out = directly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if out is not None:
+        return out
     reason = why_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         dispatch.forbid_fallback(_NAME, "torch", reason)
@@ -71,6 +75,30 @@ def scaled_dot_product_attention(
         dispatch.note_fallback(_NAME, "fastattn", "torch", reason)
         return out
     return on_kernels(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+def directly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str | None = None,
+) -> Tensor | None:
+    """The output of a plain call by the short way; None for any other."""
+    if dropout_p != 0.0:
+        return None
+    mask: object = attn_mask
+    if attn_mask is not None:
+        # Ranges of keys, as int32, the kernels take and torch does not.
+        if is_causal or not isinstance(attn_mask, Tensor) or attn_mask.dtype is torch.int32:
+            return None
+    elif is_causal:
+        mask = _TOP_LEFT
+    return direct.attention(query, key, value, mask, scale, backend, enable_gqa)
 
 
 def on_kernels(

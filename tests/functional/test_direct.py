@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import sys
 import threading
@@ -123,14 +122,57 @@ def test_attention(dtype, len_q, taken, monkeypatch):
     q = randn(2, len_q, 6, 16, dtype=dtype).transpose(1, 2)
     agree(*both_ways(lambda: fastattn.attention(q, k, v), monkeypatch))
     agree(*both_ways(lambda: fastattn.attention(q, k, k[..., :8], scale=0.3), monkeypatch))
-    assert taken == ["attention"] * 2
+    agree(*both_ways(lambda: fastattn.attention(q, k, v, mask=Causal()), monkeypatch))
+    agree(*both_ways(lambda: fastattn.attention(q, k, v, mask=Causal("top-left")), monkeypatch))
+    for shape in ((2, 6, len_q, 40), (2, 1, 1, 40), (1, 6, len_q, 1), (len_q, 40), (40,)):
+        for bias_dtype in {dtype, torch.float32}:
+            bias = randn(*shape, dtype=bias_dtype)
+            agree(*both_ways(lambda bias=bias: fastattn.attention(q, k, v, mask=bias), monkeypatch))
+            assert taken.pop() == "attention"
+        bias = torch.where(randn(*shape) > 0.5, -math.inf, randn(*shape))
+        agree(*both_ways(lambda bias=bias: fastattn.attention(q, k, v, mask=bias), monkeypatch))
+        assert taken.pop() == "attention"
+        agree(*both_ways(lambda bias=bias: fastattn.attention(q, k, v, mask=bias > 0), monkeypatch))
+        if len_q > 8:  # of fewer the long way makes a bias
+            assert taken.pop() == "attention"
+    assert taken == ["attention"] * 4
     if len_q > 8:
         return
     start = torch.randint(0, 20, (2, 1, len_q, 1), dtype=torch.int32)
     ranges = torch.cat([start, start + torch.randint(0, 30, start.shape, dtype=torch.int32)], -1).clamp(max=40)
     for mask in (ranges, ranges[:1], ranges.expand(2, 6, len_q, 2)):
         agree(*both_ways(lambda mask=mask: fastattn.attention(q, k, v, mask=mask), monkeypatch))
-    assert taken == ["attention"] * 5
+    assert taken == ["attention"] * 7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sdpa(dtype, taken, monkeypatch):
+    sdpa = fastattn.scaled_dot_product_attention
+    q, k = randn(2, 4, 20, 16, dtype=dtype), randn(2, 4, 20, 16, dtype=dtype)
+    for call in (
+        lambda: sdpa(q, k, k),
+        lambda: sdpa(q, k, k, is_causal=True, scale=0.5),
+        lambda: sdpa(q[:, :, :12], k, k, is_causal=True),
+        lambda: sdpa(q, k, k, torch.ones(20, 20, dtype=torch.bool).tril()),
+        lambda: sdpa(q, k, k, randn(4, 1, 20)),
+        lambda: sdpa(q, k[:, :2], k[:, :2], enable_gqa=True),
+    ):
+        short, long = both_ways(lambda call=call: (torch.manual_seed(0), call())[1], monkeypatch)
+        agree(short, long)
+        assert taken.pop() == "attention" and not taken
+    agree(*both_ways(lambda: sdpa(q, k[:, :1], k[:, :1]), monkeypatch))  # broadcast, not grouped
+    agree(*both_ways(lambda: sdpa(q[0], k[0], k[0]), monkeypatch))  # made one of four dimensions
+    assert taken == ["attention"] * 2
+    taken.clear()
+    for wrong in (
+        lambda: sdpa(q, k[:, :2], k[:, :2]),
+        lambda: sdpa(q, k, k, torch.zeros(2, 1, 20, 2, dtype=torch.int32)),
+        lambda: sdpa(q, k, k, [[True]]),
+        lambda: sdpa(q, k, k, scale="0.5"),
+    ):
+        with pytest.raises((RuntimeError, TypeError)):
+            wrong()
+    assert not taken
 
 
 def test_more_queries_than_keys_and_rows_far_apart(taken, monkeypatch):
@@ -192,17 +234,15 @@ def test_nothing_is_leaked():
         lambda: module.direct_linear_act(x, weight, bias, "gelu"),
         lambda: module.direct_linear_act(x, weight, bias, []),
         lambda: module.direct_gated_ffn(x, weight, bias, weight, None, weight, None, "silu"),
-        lambda: module.direct_attention(q, q, q, ranges, 0.5),
-        lambda: module.direct_attention(q, q, q, ranges, "0.5"),
+        lambda: module.direct_attention(q, q, q, ranges, None, True, 0.5),
+        lambda: module.direct_attention(q, q, q, ranges, None, True, "0.5"),
     ]
     objects = (x, weight, bias, q, ranges, None, True, False)
     for call in calls:
         call()
-        gc.collect()
         counts, blocks = [sys.getrefcount(each) for each in objects], sys.getallocatedblocks()
         for _ in range(200):
             call()
-        gc.collect()
         assert all(abs(sys.getrefcount(each) - n) < 100 for each, n in zip(objects, counts, strict=True))
         assert abs(sys.getallocatedblocks() - blocks) < 100
 
@@ -263,7 +303,7 @@ def test_only_plain_tensors_are_taken(name):
     assert module.direct_linear_act(bad, square, features, "gelu") is None
     assert module.direct_ffn(bad, square, features, square, None, "gelu") is None
     assert module.direct_gated_ffn(bad, square, None, square, None, square, None, "silu") is None
-    assert module.direct_attention(bad, bad, bad, None, None) is None
+    assert module.direct_attention(bad, bad, bad, None, None, True, None) is None
     if name != "None":
         assert module.direct_norm(x, None, None, bad, False, 1e-5, 0.0) is None
         assert module.direct_norm(x, bad, None, None, False, 1e-5, 0.0) is None
@@ -315,29 +355,35 @@ def test_arguments_that_do_not_fit():
     q, k = randn(2, 4, 1, 16), randn(2, 2, 6, 16)
     ranges = torch.zeros(2, 1, 1, 2, dtype=torch.int32)
     for args in (
-        (q[0], k, k, None, None),
-        (q, k[:1], k[:1], None, None),
-        (q, k, k[:, :1], None, None),
-        (q, k, k[:, :, :5], None, None),
-        (q, k[..., :8], k, None, None),
-        (q[:, :3], k, k, None, None),
-        (q, k.half(), k, None, None),
-        (q, k, k.half(), None, None),
-        (q, k, k, None, math.nan),
-        (q, k, k, None, 1),
-        (q, k, k, ranges.bool(), None),
-        (q, k, k, ranges.long(), None),
-        (q, k, k, ranges.float(), None),
-        (q, k, k, ranges[:, 0], None),
-        (q, k, k, ranges[..., :1], None),
-        (q, k, k, ranges.expand(2, 3, 1, 2), None),
-        (q, k, k, ranges.expand(2, 1, 2, 2), None),
-        (q, k, k, Causal(), None),
-        (randn(2, 4, 9, 16), randn(2, 2, 9, 16), randn(2, 2, 9, 16), ranges.expand(2, 1, 9, 2), None),
-        (randn(1, 1, 1, 257), randn(1, 1, 4, 257), randn(1, 1, 4, 257), None, None),
+        (q[0], k, k, None),
+        (q, k[:1], k[:1], None),
+        (q, k, k[:, :1], None),
+        (q, k, k[:, :, :5], None),
+        (q, k[..., :8], k, None),
+        (q[:, :3], k, k, None),
+        (q, k.half(), k, None),
+        (q, k, k.half(), None),
+        (q, k, k, ranges.bool()),
+        (q, k, k, ranges.long()),
+        (q, k, k, ranges.float()),
+        (q, k, k, ranges[:, 0]),
+        (q, k, k, ranges[..., :1]),
+        (q, k, k, ranges.expand(2, 3, 1, 2)),
+        (q, k, k, ranges.expand(2, 1, 2, 2)),
+        (q, k, k, Causal()),
+        (q, k, k, "top-left"),
+        (q, k, k, randn(3, 1, 1, 6)),
+        (q, k, k, randn(1, 2, 4, 1, 6)),
+        (q, k, k, randn(6).half()),
+        (q, k, k, torch.ones(6, dtype=torch.bool)),
+        (randn(2, 4, 9, 16), randn(2, 2, 9, 16), randn(2, 2, 9, 16), ranges.expand(2, 1, 9, 2)),
+        (randn(1, 1, 1, 257), randn(1, 1, 4, 257), randn(1, 1, 4, 257), None),
     ):
-        assert module.direct_attention(*args) is None
-    assert module.direct_attention(q, k, k, ranges, None) is not None
+        assert module.direct_attention(*args, None, True, None) is None
+    for rest in ((None, True, math.nan), (None, True, 1), (None, False, None), (0, True, None)):
+        assert module.direct_attention(q, k, k, None, *rest) is None
+    assert module.direct_attention(q, k, k, ranges, "top-left", True, None) is None
+    assert module.direct_attention(q, k, k, ranges, None, True, None) is not None
 
 
 def test_nobody_may_watch(taken):

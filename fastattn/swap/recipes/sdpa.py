@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fastattn.functional import scaled_dot_product_attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
-from fastattn.functional.sdpa import is_overridden, on_kernels, why_torch
+from fastattn.functional.sdpa import directly, is_overridden, on_kernels, why_torch
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
@@ -68,9 +68,12 @@ def _attend(
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    backend = module.fastattn_backend
+    out = directly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
+    if out is not None:
+        return out
     reason = why_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is None:
-        backend = module.fastattn_backend
         is_plain = attn_mask is None and dropout_p == 0.0 and query.dim() == key.dim() == value.dim() == 4
         if is_plain and torch_is_as_fast(query, key, value, is_causal, scale, backend):
             note_choice(module, AS_FAST)

@@ -259,7 +259,8 @@ def test_saved_whole_it_loads_swapped_in_a_fresh_process(tmp_path: Path) -> None
     )
     load = (
         "import sys, torch\nsys.path.insert(0, {0!r})\nm = torch.load({0!r} + '/m.pt', weights_only=False)\n"
-        "from fastattn import dispatch\nq = torch.ones(1, 2, 3, 8)\nassert torch.equal(m(q), q)\n"
+        "from fastattn import dispatch\nq = torch.ones(1, 2, 3, 8).requires_grad_()\n"
+        "assert torch.equal(m(q), q)\n"
         "print([choice.backend.__name__ for choice in dispatch._choices.values()])\n"
     )
     for text in (script, load):
@@ -279,7 +280,7 @@ class Nested(Attention):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_module_within_another_keeps_its_own_backend(compiled, monkeypatch) -> None:
+def test_a_module_within_another_keeps_its_own_backend(compiled, monkeypatch, long_way) -> None:
     asked: list[str | None] = []
     real = sdpa.on_kernels
 
