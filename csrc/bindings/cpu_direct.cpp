@@ -388,6 +388,54 @@ PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return long_way();
 }
 
+// A weight (N, K) by rows and its bias (N), all of one dtype.
+bool take_linear(const Call &call, PyObject *const *pair, int dtype, int64_t n, int64_t k, fastattn_linear &linear) {
+    Tensor weight, bias;
+    if (!call.dense(pair[0], weight) || weight.dtype != dtype || weight.dims != 2 || weight.shape[0] != n || weight.shape[1] != k) return false;
+    if (!call.features(pair[1], n, bias) || (bias.data && bias.dtype != dtype)) return false;
+    linear = {weight.data, bias.data};
+    return true;
+}
+
+bool take_norm(const Call &call, PyObject *const *pair, PyObject *eps, int dtype, int64_t width, fastattn_layer_norm &norm) {
+    Tensor weight, bias;
+    if (!call.features(pair[0], width, weight) || !call.features(pair[1], width, bias)) return false;
+    for (const Tensor *t : {&weight, &bias})
+        if (t->data && t->dtype != dtype && t->dtype != FASTATTN_FLOAT32) return false;
+    norm = {weight.data, bias.data, weight.dtype, bias.dtype, 0};
+    return read_number(eps, norm.eps) && norm.eps >= 0;
+}
+
+// encoder_layer(x, wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias, heads, activation, norm_first,
+// eps1, eps2, mask, scale): y. mask: None, or a bool tensor as in attention.
+PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
+    if (n != 24 || !torch.read || is_watched()) return long_way();
+    const Call call;
+    Tensor x, w1, mask, y;
+    if (!call.dense(args[0], x) || x.dims != 3 || !read(args[11], w1)) return long_way();
+    fastattn_encoder_layer p{};
+    const int64_t embed = x.last(), hidden = w1.shape[0];
+    const long heads = PyLong_CheckExact(args[17]) ? PyLong_AsLong(args[17]) : 0;
+    if (heads < 1 || embed % heads || embed / heads > 256 || x.shape[1] >= int64_t{1} << 30) return long_way();
+    p.scale = float(1.0 / std::sqrt(double(embed / heads)));
+    if (!read_activation(args[18], p.activation) || (args[23] != Py_None && !read_number(args[23], p.scale))) return long_way();
+    if (!take_linear(call, args + 1, x.dtype, embed, embed, p.q) || !take_linear(call, args + 3, x.dtype, embed, embed, p.k) ||
+        !take_linear(call, args + 5, x.dtype, embed, embed, p.v) || !take_linear(call, args + 7, x.dtype, embed, embed, p.out) ||
+        !take_linear(call, args + 11, x.dtype, hidden, embed, p.up) || !take_linear(call, args + 13, x.dtype, embed, hidden, p.down) ||
+        !take_norm(call, args + 9, args[20], x.dtype, embed, p.norm1) || !take_norm(call, args + 15, args[21], x.dtype, embed, p.norm2))
+        return long_way();
+    p.dtype = x.dtype, p.n_threads = num_threads(), p.norm_first = args[19] == Py_True;
+    p.batch = x.shape[0], p.len = x.shape[1], p.rows = x.rows(), p.heads = heads, p.embed = embed, p.hidden = hidden;
+    const int64_t scores[] = {p.batch, heads, p.len, p.len};
+    if (args[22] != Py_None && !(call.any(args[22], mask) && mask.dtype == kBool && broadcast(mask, scores, p.mask.dense))) return long_way();
+    PyObject *made = empty_like(args[0], x, embed, y);
+    if (!made) return long_way();
+    p.x = x.data, p.y = y.data;
+    if (run([&] { return fastattn_cpu_encoder_layer_forward(&p); })) return made;
+    Py_DECREF(made);
+    return long_way();
+}
+
 // ---- the module -------------------------------------------------------------------------------------------------------------------------------------
 
 // open(Tensor, Parameter, exchange capsule, watchers, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether the calls above
@@ -422,6 +470,7 @@ PyMethodDef kMethods[] = {
     method<ffn>("direct_ffn"),
     method<gated_ffn>("direct_gated_ffn"),
     method<attention>("direct_attention"),
+    method<encoder_layer>("direct_encoder_layer"),
     {nullptr, nullptr, 0, nullptr},
 };
 

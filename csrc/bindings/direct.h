@@ -2,5 +2,5 @@
 #pragma once
 #include <Python.h>
 
-// Adds open_direct, direct_norm, direct_linear_act, direct_ffn, direct_gated_ffn and direct_attention; false with a Python error set.
+// Adds open_direct, direct_norm, direct_linear_act, direct_ffn, direct_gated_ffn, direct_attention and direct_encoder_layer; false with a Python error set.
 bool add_direct(PyObject *module);

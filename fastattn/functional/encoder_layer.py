@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastattn.functional import direct
 from fastattn.functional.attention import MAX_HEAD_DIM, lower_mask_and_bias
 from fastattn.functional.checks import (
     check_activation,
@@ -87,6 +88,12 @@ def encoder_layer(
     There is no backward and no dropout: for training call the parts (`linear_act`, `attention`, `layer_norm`, `ffn`).
     Under autocast it runs in x's own dtype.
     """
+    weights = (wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias)
+    calls = direct.calls(backend) if cu_seqlens is None else None
+    if calls is not None:
+        y = calls.direct_encoder_layer(x, *weights, heads, activation, norm_first, eps1, eps2, mask, scale)
+        if y is not None:
+            return y
     name = check_activation(activation)
     check_tensor("x", x)
     if x.dim() != (3 if cu_seqlens is None else 2):
@@ -129,10 +136,9 @@ def encoder_layer(
         _check_cu_seqlens(cu_seqlens, mask, x)
     elif mask is not None:
         lowered = _lower(mask, x, heads)
-    weights = (wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias)
     if would_be_differentiated(x, *weights):
         _refuse_gradients()
-    y: Tensor = invoke(
+    y = invoke(
         encoder_layer_forward,
         x,
         *weights,

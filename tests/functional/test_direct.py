@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import fastattn
 from fastattn.backends import cpu
 from fastattn.functional import direct
-from fastattn.masks import Causal
+from fastattn.masks import Causal, KeyLengths
 
 pytestmark = pytest.mark.skipif(
     direct._opened() is None, reason="no native CPU library, or a torch older than 2.10, whose tensors it cannot read"
@@ -173,6 +173,58 @@ def test_sdpa(dtype, taken, monkeypatch):
         with pytest.raises((RuntimeError, TypeError)):
             wrong()
     assert not taken
+
+
+def _layer(dtype: torch.dtype, embed: int = 24, hidden: int = 40) -> list[Tensor]:
+    """The weights and biases of an encoder layer."""
+    square, features = (embed, embed), (embed,)
+    attention = [square, features] * 4
+    shapes = [*attention, features, features, (hidden, embed), (hidden,), (embed, hidden), *[features] * 3]
+    return [randn(*shape, dtype=dtype) / 4 for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encoder_layer(dtype, taken, monkeypatch):
+    x, weights = randn(2, 7, 24, dtype=dtype), _layer(dtype)
+    without = [None if t.dim() == 1 else t for t in weights]
+    mixed = [t.float() if i in (8, 15) else t for i, t in enumerate(weights)]
+    seen = randn(2, 1, 1, 7) > 0
+    options: list[dict[str, Any]] = [
+        {},
+        {"norm_first": True, "activation": "relu", "eps1": 1e-3, "scale": 0.3},
+        {"mask": seen},
+        {"mask": (randn(2, 3, 7, 7) > 0), "norm_first": True},
+    ]
+    for case in (weights, without, mixed):
+        for option in options:
+            call = functools.partial(fastattn.encoder_layer, x, *case, heads=3, **option)
+            agree(*both_ways(call, monkeypatch))
+            assert taken.pop() == "encoder_layer" and not taken
+    strided = [randn(2 * t.shape[0], *t.shape[1:], dtype=dtype)[::2] for t in weights]
+    for case, option in ((weights, {"mask": KeyLengths([7, 3])}), (weights, {"eps1": 0}), (strided, {})):
+        agree(*both_ways(functools.partial(fastattn.encoder_layer, x, *case, heads=3, **option), monkeypatch))
+        assert not taken
+    bounds = torch.tensor([0, 7, 14], dtype=torch.int32)
+    packed = fastattn.encoder_layer(x.flatten(0, 1), *weights, heads=3, cu_seqlens=bounds)
+    agree(packed.view_as(x), fastattn.encoder_layer(x, *weights, heads=3))
+    assert taken == ["encoder_layer"]
+
+
+def test_an_encoder_layer_that_does_not_fit():
+    x, weights, module = randn(2, 7, 24), _layer(torch.float32), direct._opened()
+    assert module is not None
+    last = (3, "gelu", False, 1e-5, 1e-5, None, None)
+    assert module.direct_encoder_layer(x, *weights, *last) is not None
+    for i, weight in enumerate(weights):
+        for wrong in (weight[1:], weight[None], weight.bfloat16(), weight.clone().requires_grad_(), weight.double()):
+            assert module.direct_encoder_layer(x, *weights[:i], wrong, *weights[i + 1 :], *last) is None
+    for i, wrong in enumerate((5, "swish", None, -1.0, math.nan, randn(7), "0.5")):
+        if i != 2:
+            assert module.direct_encoder_layer(x, *weights, *last[:i], wrong, *last[i + 1 :]) is None
+    for bad in (x[0], x[:, :, :20], x.transpose(0, 1), x.half(), x[:0]):
+        assert module.direct_encoder_layer(bad, *weights, *last) is None
+    with pytest.raises(RuntimeError, match="no backward"):
+        fastattn.encoder_layer(randn(2, 7, 24), *[t.requires_grad_() for t in weights], heads=3)
 
 
 def test_more_queries_than_keys_and_rows_far_apart(taken, monkeypatch):
