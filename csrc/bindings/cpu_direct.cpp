@@ -6,6 +6,13 @@
 // runs then, which knows the rest and has the words for every error. So nothing here may answer what the long way refuses, or answer otherwise.
 //
 // Tensors are read through DLPack's exchange API, a table of C functions that torch offers from 2.10 on: no headers of torch, no libtorch.
+//
+// us of processor time a call, of few elements, the long way, the short way, torch's own functions; one core of an AMD EPYC (Zen 5, VM), torch 2.13.0,
+// inference mode, 2026-11-27:
+//   rms_norm               8.4  3.4  7.1    ffn                    17.7  4.5  10.1    causal, 32 queries   29.0  6.5  10.8
+//   layer_norm             9.6  3.4  2.0    gated_ffn              19.9  5.0   6.6    bool mask            27.6  5.8  12.2
+//   linear_act            10.4  3.3  2.1    attention, one query   17.6  4.2   3.9    an encoder layer     89.3 53.9  69.8 (its module's checks: 35)
+// A Llama of 110 million parameters in bfloat16 takes 0.88 of the time it took for each token it generates, one of 10 million or one 0.77.
 #include "direct.h"
 
 #include <cfloat>
