@@ -73,6 +73,8 @@ class SpelledNorm(ReadForward):
             weight = weight.to(torch.float32)
             x = x.to(torch.promote_types(x.dtype, result_dtype))
         if names.centred:
+            if weight is not None and names.offset:
+                weight = weight.to(torch.float32) + names.offset  # which this kernel does not add
             y = layer_norm(x, weight, None, eps, backend=self.fastattn_backend)
         else:
             y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
