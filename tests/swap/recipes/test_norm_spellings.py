@@ -447,3 +447,27 @@ class Groups(Norm):
 )
 def test_what_only_looks_like_one_is_left(norm_class) -> None:
     assert not [row for row in plan(norm_class()).rows if row.action == "swap"]
+
+
+class Subclass(nn.LayerNorm):
+    """Whose forward is torch's, which calls the function."""
+
+
+class OfRMSNorm(nn.RMSNorm):
+    pass
+
+
+@pytest.mark.parametrize("norm", [Subclass(WIDTH), Subclass(WIDTH, bias=False), OfRMSNorm(WIDTH, eps=1e-6)])
+def test_subclasses_of_torchs_modules_with_the_same_forward(norm: nn.Module) -> None:
+    swapped, original = pair(norm.bfloat16())
+    x = torch.randn(4, WIDTH).bfloat16()
+    torch.testing.assert_close(swapped(x), original(x), atol=2e-2, rtol=2e-2)
+
+
+def test_a_forward_of_torchs_module_replaced_later_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = Subclass(WIDTH).bfloat16(), torch.randn(4, WIDTH).bfloat16()
+    report = swap(module)
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, input: input + 1)
+    with report.counting():
+        assert torch.equal(module(x), x + 1)
+    assert report.rows[0].fallbacks == {"its forward was replaced": 1}
