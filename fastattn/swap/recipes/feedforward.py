@@ -156,15 +156,21 @@ class _ReadBlock(ReadForward):
         note_call(self)
         (x,) = inputs
         block = _as_in(self, self.fastattn_block)
-        z = x
-        call: _Call | str | None = self.fastattn_reason(block)
-        if call is None and block.norm is not None:
+        z, call = x, self.fastattn_call(x) if block.norm is None else self.fastattn_reason(block)
+        if block.norm is not None and call is None:
             z = _child(self, block.norm)(x)
-        call = call or why_not_input(z) or _call(self, block, z)
-        if isinstance(call, str):
-            note_fallback(self, call)
+            call = why_not_input(z) or _call(self, block, z)
+        if not isinstance(call, _Call):
+            note_fallback(self, str(call))
             return super().forward(x)  # type: ignore[misc, no-any-return]
         return _drop(self, call.last, self.fastattn_run(z, call))
+
+    def fastattn_call(self, x: Tensor) -> _Call | str:
+        """The call of the operator that all of the block is for this input, or why it must not be one."""
+        block = _as_in(self, self.fastattn_block)
+        if block.norm is not None:
+            return f"{block.norm} stands before the block"
+        return self.fastattn_reason(block) or why_not_input(x) or _call(self, block, x)
 
     def fastattn_reason(self, block: Block) -> str | None:
         """Why the original must run, whatever the input is."""

@@ -175,6 +175,13 @@ def test_a_dropout_before_the_activation_runs_the_original_while_it_drops() -> N
     assert report.rows[0].fallbacks == {}
 
 
+def test_a_whole_layer_does_not_take_a_block_with_a_norm_for_one_without() -> None:
+    for make, whole in ((Evolla, False), (GatedAfterNorm, False), (Sam3, True)):
+        module = make().eval()
+        swap(module)
+        assert isinstance(module.fastattn_call(torch.randn(2, WIDTH)), str) != whole
+
+
 class BatchNormBefore(Evolla):
     def __init__(self) -> None:
         super().__init__()
