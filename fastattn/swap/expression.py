@@ -19,6 +19,7 @@ import dis
 import inspect
 import operator
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def _read(
     """One way through the forward. Raises _Undecided where it branches on a flag whose value is not given."""
     reader = _Reader(module_class, flags)
     try:
-        result = forward(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
+        result = _on_symbols(forward)(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
     except _Undecided:
         raise
     except Exception:
@@ -228,14 +229,29 @@ def _global(function: types.FunctionType, name: str) -> object:
 
 def _is_harmless(value: object, name: str) -> bool:
     """A dtype of torch, or a function of it under its own name: numbers may be bound anew, and what was read with them
-    would be stale."""
-    if isinstance(value, torch.dtype):
+    would be stale. Or transformers' table of activations."""
+    if isinstance(value, torch.dtype) or (name == _TABLE and _is_table(value)):
         return True
     return name in _FUNCTIONS and value in (getattr(torch, name, None), getattr(F, name, None))
 
 
 def _is_torchs(module_name: str) -> bool:
     return module_name == "torch" or module_name.startswith("torch.")
+
+
+_TABLE = "ACT2FN"
+
+
+def _is_table(value: object) -> bool:
+    activations = sys.modules.get("transformers.activations")
+    return activations is not None and value is activations.ACT2FN
+
+
+def _on_symbols(function: types.FunctionType) -> types.FunctionType:
+    """The function, with a table of activations that may be asked for what an attribute of the module names."""
+    if not _is_table(function.__globals__.get(_TABLE)) or _TABLE not in function.__code__.co_names:
+        return function
+    return types.FunctionType(function.__code__, {**function.__globals__, _TABLE: _Table()}, function.__name__)
 
 
 # ---- symbols ---------------------------------------------------------------------------------------------------------
@@ -290,7 +306,7 @@ class _Reader:
         if options or len(argument_names(method)) != len(inputs):
             raise _Unreadable(name)
         self.methods[name] = method
-        return method(_Module(self), *inputs)
+        return _on_symbols(method)(_Module(self), *inputs)
 
     def attribute(self, name: str) -> _Attribute:
         """self.name: a method may be called, a property could do anything."""
@@ -388,6 +404,16 @@ class _Method(_Symbol):
         result = self.__dict__["_reader"].operation(name, (base, *operands), options)
         pieces = operands[0] if name == "chunk" and operands else None
         return _Pieces(result, pieces) if type(pieces) is int else result
+
+
+class _Table:
+    """Stands for ACT2FN: ACT2FN[self.name](x) is Op("ACT2FN", (Own("name"), x))."""
+
+    def __getitem__(self, key: Any) -> Callable[[Any], Any]:
+        if type(key) is not _Attribute:
+            raise _Unreadable(_TABLE)
+        reader: _Reader = key.__dict__["_reader"]
+        return lambda x: reader.operation(_TABLE, (key, x), {})
 
 
 class _Pieces:

@@ -2,6 +2,7 @@
 
 SpelledNorm     weight * x / sqrt(mean(x^2) + eps), as Llama, Gemma and most decoders have it, or LayerNorm; in torch's
                 functions layer_norm and rms_norm, too
+GatedNorm       norm(x) * silu(gate), as Qwen3-Next has it
 ResidualNorm    norm(dropout(linear(x)) + residual), as BERT has it
 
 What a class's forward computes is read by `fastattn.swap.expression`; which expressions are norms is said in
@@ -10,9 +11,11 @@ What a class's forward computes is read by `fastattn.swap.expression`; which exp
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
@@ -24,39 +27,31 @@ from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling,
 from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.linear import linear
-from fastattn.swap.recipes.norm_spellings import NormNames, norm_names, orders, shape_of
+from fastattn.swap.recipes.norm_spellings import GatedNames, NormNames, gated_names, norm_names, orders, shape_of
 from fastattn.swap.swapped import Swapped
 
 
-class SpelledNorm(ReadForward):
+class _Norm(ReadForward):
     """(x - mean or x) / sqrt(variance + eps) * (weight + offset) + bias, x (..., N). Halves are rounded once, at the
     end."""
 
-    fastattn_norms: ClassVar[tuple[tuple[Spelling, NormNames], ...]]
-    """One for each value of the flags that the original branches on."""
-
-    def fastattn_forward(self, *inputs: Any) -> Tensor:
-        note_call(self)
-        (x,) = inputs
-        names = _names(self, self.fastattn_norms)
-        if names is None:
-            note_fallback(self, "its flags are those of another branch")
-            return super().forward(x)  # type: ignore[misc, no-any-return]
+    def fastattn_norm_of(self, x: Tensor, names: NormNames) -> Tensor | str:
+        """The norm, or why the original is to run."""
         weight = None if names.weight is None else getattr(self, names.weight)
         bias = None if names.bias is None else getattr(self, names.bias)
         eps = attribute(self, names.eps)
         reason = why_not_as_read(self) or _why_not(x, weight, bias, eps, names)
         if reason is None and names.function is not None:
             if names.centred and torch_is_as_fast(x, weight, bias, self.fastattn_backend):
-                note_choice(self, AS_FAST)  # what the function takes and refuses is its to say
-                return super().forward(x)  # type: ignore[misc, no-any-return]
+                return AS_FAST  # what the function takes and refuses is its to say
             reason = _why_not_for_torch(self, x, bias if weight is None else weight, names)
-        if reason is None and x.is_contiguous():
+        if reason is not None:
+            return reason
+        if x.is_contiguous():
             return self.fastattn_normalise(x, weight, bias, eps, names)
-        order = None if reason is not None else _order_in_memory(x)
+        order = _order_in_memory(x)
         if order is None:
-            note_fallback(self, reason or "its input does not lie in rows, its last dimension innermost")
-            return super().forward(x)  # type: ignore[misc, no-any-return]
+            return "its input does not lie in rows, its last dimension innermost"
         # The original's result lies in memory as its input does.
         y = self.fastattn_normalise(x.permute(order).contiguous(), weight, bias, eps, names)
         return y.permute(sorted(range(y.dim()), key=order.__getitem__))
@@ -79,6 +74,56 @@ class SpelledNorm(ReadForward):
         else:
             y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
         return y if y.dtype is result_dtype else y.to(result_dtype)
+
+
+class SpelledNorm(_Norm):
+    """A norm."""
+
+    fastattn_norms: ClassVar[tuple[tuple[Spelling, NormNames], ...]]
+    """One for each value of the flags that the original branches on."""
+
+    def fastattn_forward(self, *inputs: Any) -> Tensor:
+        note_call(self)
+        (x,) = inputs
+        names = _names(self, self.fastattn_norms)
+        y = "its flags are those of another branch" if names is None else self.fastattn_norm_of(x, names)
+        if isinstance(y, Tensor):
+            return y
+        if y == AS_FAST:
+            note_choice(self, y)
+        else:
+            note_fallback(self, y)
+        return super().forward(x)  # type: ignore[misc, no-any-return]
+
+
+class GatedNorm(_Norm):
+    """norm(x) * silu(gate), x (..., N): the product is torch's, in the dtypes of the original."""
+
+    fastattn_gated: ClassVar[GatedNames]
+
+    def fastattn_forward(self, *inputs: Any) -> Tensor:
+        note_call(self)
+        x, gate = inputs
+        names = self.fastattn_gated
+        reason = why_not_input(gate) or _why_not_silu(self, names.activation)
+        y = reason or self.fastattn_norm_of(x, names.norm)
+        if isinstance(y, str):
+            note_fallback(self, y)
+            return super().forward(x, gate)  # type: ignore[misc, no-any-return]
+        y = y * F.silu(gate.to(torch.float32) if names.widened else gate)
+        return y.to(x.dtype) if names.narrowed else y
+
+
+def _why_not_silu(module: nn.Module, name: str | None) -> str | None:
+    chosen = None if name is None else getattr(module, name)
+    return None if name is None or _is_silu(chosen) else f"its {name} is {chosen!r}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_silu(name: object) -> bool:
+    """Whether this is silu's name in the table of transformers, which others may write to."""
+    activations = sys.modules["transformers.activations"]
+    return name in ("silu", "swish") and dict.get(activations.ACT2FN, name) in (nn.SiLU, activations.SiLUActivation)
 
 
 def _names(module: nn.Module, norms: tuple[tuple[Spelling, NormNames], ...]) -> NormNames | None:
@@ -177,8 +222,13 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     if norms:
         return _spelled_norms(spellings, norms)
     spelling = spelling_of(module_class)
-    children = None if spelling is None else _residual_norm(spelling.expression)
-    return None if spelling is None or children is None else _residual(module_class, spelling, children)
+    if spelling is None or len(spelling.inputs) != 2:
+        return None
+    gated = gated_names(spelling.expression)
+    if gated is not None:
+        return _gated_norm(spelling, gated)
+    children = _residual_norm(spelling.expression)
+    return None if children is None else _residual(module_class, spelling, children)
 
 
 def spelled_norm(spelling: Spelling, names: NormNames) -> Reading:
@@ -187,19 +237,12 @@ def spelled_norm(spelling: Spelling, names: NormNames) -> Reading:
 
 
 def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling, NormNames], ...]) -> Reading:
-    kernels = {"layer_norm" if names.centred else "rms_norm" for _, names in norms}
+    kernels = {_kernel(names) for _, names in norms}
 
     def refuse(module: nn.Module) -> list[str]:
         names = _names(module, norms)
         assert names is not None
-        weight = None if names.weight is None else getattr(module, names.weight)
-        if isinstance(weight, Tensor) and weight.dim() != 1:
-            return [f"its weight has {weight.dim()} dimensions"]
-        shape = None if names.function is None else shape_of(names.shape, module, None)
-        if shape is not None and len(shape) != 1:
-            return [f"it normalises over {len(shape)} dimensions"]
-        reason = why_not_tensor("weight", weight) or _why_not_eps(attribute(module, names.eps))
-        return [] if reason is None else [reason]
+        return _refuse(module, names)
 
     attributes = spelled_as(norms[0][0])
     attributes["fastattn_methods"] = {name: each for one in spellings for name, each in one.methods.items()}
@@ -213,6 +256,33 @@ def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling,
         ),
         {"fastattn_norms": norms, **attributes},
     )
+
+
+def _gated_norm(spelling: Spelling, gated: GatedNames) -> Reading:
+    def refuse(module: nn.Module) -> list[str]:
+        reason = _why_not_silu(module, gated.activation)
+        return _refuse(module, gated.norm) if reason is None else [reason]
+
+    return Reading(
+        GatedNorm,
+        lambda swapped: Recipe(swapped, kernels={"norms": _kernel(gated.norm)}, refuse=refuse),
+        {"fastattn_gated": gated, **spelled_as(spelling)},
+    )
+
+
+def _kernel(names: NormNames) -> str:
+    return "layer_norm" if names.centred else "rms_norm"
+
+
+def _refuse(module: nn.Module, names: NormNames) -> list[str]:
+    weight = None if names.weight is None else getattr(module, names.weight)
+    if isinstance(weight, Tensor) and weight.dim() != 1:
+        return [f"its weight has {weight.dim()} dimensions"]
+    shape = None if names.function is None else shape_of(names.shape, module, None)
+    if shape is not None and len(shape) != 1:
+        return [f"it normalises over {len(shape)} dimensions"]
+    reason = why_not_tensor("weight", weight) or _why_not_eps(attribute(module, names.eps))
+    return [] if reason is None else [reason]
 
 
 def _residual(module_class: type[nn.Module], spelling: Spelling, children: tuple[str, str, str]) -> Reading:

@@ -45,6 +45,39 @@ def norm_names(expression: Expression) -> NormNames | None:
     return _function_of_torch(expression) or _spelled_out(expression)
 
 
+class GatedNames(NamedTuple):
+    """How a class spells norm(x) * silu(gate)."""
+
+    norm: NormNames
+    activation: str | None
+    """The attribute that names the activation in transformers' table; None where it is silu."""
+    widened: bool
+    """The gate is made float32 first."""
+    narrowed: bool
+    """The product is cast to the input's dtype."""
+
+
+def gated_names(expression: Expression) -> GatedNames | None:
+    """The product of a norm of Input(0) and silu of Input(1) that an expression spells, or None."""
+    inner, narrowed = _narrowed(expression)
+    match inner:
+        case Op("mul", operands, ()):
+            for factor, rest in orders(operands):
+                norm = norm_names(rest)
+                if norm is None or norm.function is not None:
+                    continue
+                match factor:
+                    case Op("silu", (gate,), ()):
+                        activation = None
+                    case Op("ACT2FN", (Own(activation), gate), ()):
+                        pass
+                    case _:
+                        continue
+                if gate == Input(1) or gate in _widenings(Input(1)):
+                    return GatedNames(norm, activation, gate != Input(1), narrowed)
+    return None
+
+
 def orders(operands: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
     """Both orders of the operands of a sum or a product; of anything else none."""
     if len(operands) == 2:
