@@ -57,14 +57,21 @@ class Experts(ReadForward):
         if not is_forced and not _is_faster(self, x, index):
             note_choice(self, free_linear.AS_FAST)
             return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
-        return self.fastattn_run(x, index, scale)
+        y = self.fastattn_run(x, index, scale)
+        if y is None:
+            note_fallback(self, "an index is none of an expert")
+            return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
+        return y
 
-    def fastattn_run(self, x: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-        """The rows sorted by expert, each expert's block, and the rows added up in their order, as `grouped_mm`."""
+    def fastattn_run(self, x: Tensor, index: Tensor, scale: Tensor) -> Tensor | None:
+        """The rows sorted by expert, each expert's block, and the rows added up in their order, as `grouped_mm`; None
+        where an index is none of an expert."""
         gate_up, down = (self._parameters[name] for name in _WEIGHTS)
         activation = activation_name(self.act_fn)
         assert gate_up is not None and down is not None and activation is not None
         experts, order = index.reshape(-1).sort()
+        if len(experts) and not 0 <= int(experts[0]) <= int(experts[-1]) < len(gate_up):
+            return None
         rows = x[order // index.shape[-1]]
         results, start = [], 0
         for expert, count in enumerate(torch.bincount(experts, minlength=len(gate_up)).tolist()):
@@ -73,6 +80,8 @@ class Experts(ReadForward):
                 row = rows[start : start + count]
                 results.append(gated_ffn(row, gate, up, down[expert], activation, backend=self.fastattn_backend))
                 start += count
+        if not results:
+            return x * 0.0
         y = torch.cat(results) * scale.reshape(-1)[order].unsqueeze(-1)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)

@@ -281,7 +281,9 @@ def _refuse(module: nn.Module, names: NormNames) -> list[str]:
     shape = None if names.function is None else shape_of(names.shape, module, None)
     if shape is not None and len(shape) != 1:
         return [f"it normalises over {len(shape)} dimensions"]
-    reason = why_not_tensor("weight", weight) or _why_not_eps(attribute(module, names.eps))
+    bias = None if names.bias is None else getattr(module, names.bias)
+    reason = why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
+    reason = reason or _why_not_eps(attribute(module, names.eps))
     return [] if reason is None else [reason]
 
 

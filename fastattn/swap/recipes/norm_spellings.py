@@ -289,11 +289,12 @@ def _mean(expression: Any) -> Any:
 
 def _variance(expression: Any) -> Any:
     """As `_mean`, of the variance that divides by the number of elements, not by one less."""
+    biased = ({"dim": -1, "keepdim": True, "unbiased": False}, {"dim": -1, "keepdim": True, "correction": 0})
     match expression:
-        case Op("var", (z, -1), options) | Op("var", (z,), (("dim", -1), *options)):
-            biased = (("unbiased", False),), (("correction", 0),)
-            rest = tuple(option for option in options if option != ("keepdim", True))
-            return z if len(rest) + 1 == len(options) and rest in biased else None
+        case Op("var", (z, -1), options) if "dim" not in dict(options):
+            return z if {"dim": -1, **dict(options)} in biased else None
+        case Op("var", (z,), options):
+            return z if dict(options) in biased else None
     return None
 
 

@@ -148,6 +148,30 @@ def test_many_rows_for_an_expert_are_left_to_torch_where_its_products_are_fast(m
 
 
 @torch.no_grad()
+def test_an_index_of_no_expert_is_the_originals() -> None:
+    module = drawn(implementation="eager")
+    x, index, scale = inputs()
+    index[2, 1] = COUNT  # which the eager forward leaves out
+    expected = module(x, index, scale)
+    report = swap(module)
+    with report.counting():
+        assert torch.equal(module(x, index, scale), expected)
+    assert report.rows[0].fallbacks == {"an index is none of an expert": 1}
+
+
+@torch.no_grad()
+def test_an_expert_twice_and_no_rows() -> None:
+    module = drawn(implementation="eager")
+    x, index, scale = inputs()
+    index[:] = 2
+    expected = module(x, index, scale)
+    empty = module(x[:0], index[:0], scale[:0])
+    swap(module, backend="reference")
+    torch.testing.assert_close(module(x, index, scale), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x[:0], index[:0], scale[:0]), empty)
+
+
+@torch.no_grad()
 def test_compiles_as_one_graph() -> None:
     module, given = drawn().bfloat16(), inputs(torch.bfloat16)
     expected = module(*given)

@@ -90,6 +90,12 @@ class Corrected(Norm):
         return (normed * self.weight.float() + self.bias.float()).to(x.dtype)
 
 
+class ByKeywords(Norm):
+    def forward(self, x):
+        variance = torch.var(x, dim=-1, correction=0, keepdim=True)
+        return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(variance + self.eps) * self.weight
+
+
 class NanoGPT(Norm):
     def forward(self, input):
         return F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
@@ -121,7 +127,18 @@ class FunctionOfFloat32(Norm):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
 
 
-SPELLED = (Gemma4, Gemma4WithoutScale, NegatedFlag, DeepseekV4, ImageGPT, WeightFirst, Deberta, ByHand, Corrected)
+SPELLED = (
+    Gemma4,
+    Gemma4WithoutScale,
+    NegatedFlag,
+    DeepseekV4,
+    ImageGPT,
+    WeightFirst,
+    Deberta,
+    ByHand,
+    Corrected,
+    ByKeywords,
+)
 FUNCTIONS = (NanoGPT, Nemotron, OLMo, Float32, FunctionOfRMS, FunctionOfFloat32)
 LAYER_NORMS = (NanoGPT, Nemotron, OLMo, Float32)
 
@@ -287,6 +304,22 @@ class UnbiasedVariance(Norm):
         return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + self.eps) * self.weight
 
 
+class VarianceWithoutDim(Norm):
+    def forward(self, x):
+        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False) + self.eps) * self.weight
+
+
+class CorrectedByTwo(Norm):
+    def forward(self, x):
+        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True, correction=2) + self.eps)
+
+
+class MeanOfAnotherAxis(Norm):
+    def forward(self, x):
+        z = x - x.mean(0, keepdim=True)
+        return z / torch.sqrt(z.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
 class VarianceOfAnother(Norm):
     def forward(self, x):
         z = x - x.mean(-1, keepdim=True)
@@ -419,6 +452,9 @@ class Groups(Norm):
     "norm_class",
     [
         UnbiasedVariance,
+        VarianceWithoutDim,
+        CorrectedByTwo,
+        MeanOfAnotherAxis,
         VarianceOfAnother,
         VarianceNotCentred,
         StandardDeviation,
