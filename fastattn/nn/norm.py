@@ -31,14 +31,8 @@ class LayerNorm(Fused, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         note_call(self)
         weight, bias = self.weight, self.bias
-        if (
-            type(input) is Tensor
-            and input.is_cpu
-            and input.dtype is torch.float32
-            and not resolve_backend(self.fastattn_backend)
-            and not tracks_gradients(input, weight, bias)
-            and not (input.numel() >= _FROM_ELEMENTS and _has_avx512())
-        ):  # first of all: whatever the parameters are, they are torch's to read
+        if torch_is_as_fast(input, weight, bias, self.fastattn_backend):
+            # First of all: whatever the parameters are, they are torch's to read.
             note_choice(self, AS_FAST)
             return super().forward(input)
         reason = (
@@ -73,6 +67,18 @@ class RMSNorm(Fused, nn.RMSNorm):
             return super().forward(x)
         flat, flat_weight, _ = _as_one_dim(self.normalized_shape, x, weight, None)
         return rms_norm(flat, flat_weight, self.eps, backend=self.fastattn_backend).reshape(x.shape)
+
+
+def torch_is_as_fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str | None) -> bool:
+    """Whether to leave a LayerNorm that no residual is fused into to torch's kernel."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and not resolve_backend(backend)
+        and not tracks_gradients(x, weight, bias)
+        and not (x.numel() >= _FROM_ELEMENTS and _has_avx512())
+    )
 
 
 @torch.compiler.assume_constant_result

@@ -7,8 +7,9 @@
 
 Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
 block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
-takes a fixed number of tensors, has no branch, no loop, no code within it and no assignment to an attribute or a
-global, uses no global but torch, and every operation that it does is part of what it returns. Any other is not read.
+takes a fixed number of tensors, has no loop, no code within it and no assignment to an attribute or a global, uses no
+global but torch, branches on nothing but flags of the module, and every operation that it does is part of what it
+returns. Any other is not read. A forward with flags (`if self.with_scale:`) has a spelling for each of their values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import builtins
 import dis
 import inspect
 import operator
+import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from torch import nn
 
 MAX_INPUTS = 2
 _MAX_INSTRUCTIONS = 120
+_MAX_FLAGS = 2
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,50 @@ class Spelling:
     """The names of the tensors that the forward takes."""
     methods: dict[str, types.FunctionType]
     """The methods that were read through: `forward` and its helpers."""
+    flags: tuple[tuple[str, bool], ...] = ()
+    """The attributes that the forward branches on, and the values with which it is this expression."""
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Whether the module's flags have these values, as bools: anything else may change what it is."""
+        return all(getattr(module, name, None) is value for name, value in self.flags)
 
 
 def spelling_of(module_class: type[nn.Module]) -> Spelling | None:
-    """What `module_class.forward` returns, as an expression; None where it cannot be read."""
+    """What `module_class.forward` returns, as an expression; None where it cannot be read, or branches."""
+    found = spellings_of(module_class)
+    return found[0] if len(found) == 1 and not found[0].flags else None
+
+
+def spellings_of(module_class: type[nn.Module]) -> tuple[Spelling, ...]:
+    """What `module_class.forward` returns, for each value of its flags with which it can be read."""
     forward = inspect.getattr_static(module_class, "forward", None)
     names = argument_names(forward)
     if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward):
-        return None
-    reader = _Reader(module_class)
+        return ()
+    found: list[Spelling] = []
+    open_cases: list[dict[str, bool]] = [{}]
+    while open_cases:
+        flags = open_cases.pop()
+        try:
+            spelling = _read(module_class, forward, names, flags)
+        except _Undecided as question:
+            if len(flags) < _MAX_FLAGS:
+                open_cases += [{**flags, question.flag: value} for value in (False, True)]
+            continue
+        if spelling is not None:
+            found.append(spelling)
+    return tuple(found)
+
+
+def _read(
+    module_class: type[nn.Module], forward: types.FunctionType, names: tuple[str, ...], flags: dict[str, bool]
+) -> Spelling | None:
+    """One way through the forward. Raises _Undecided where it branches on a flag whose value is not given."""
+    reader = _Reader(module_class, flags)
     try:
-        result = forward(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
+        result = _on_symbols(forward)(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
+    except _Undecided:
+        raise
     except Exception:
         # Whatever a forward does that symbols cannot follow means the same: it is not one that can be read.
         return None
@@ -93,7 +130,7 @@ def spelling_of(module_class: type[nn.Module]) -> Spelling | None:
     found = set(parts(expression))
     if not reader.done <= found or not {Input(index) for index in range(len(names))} <= found:
         return None
-    return Spelling(expression, names, {"forward": forward, **reader.methods})
+    return Spelling(expression, names, {"forward": forward, **reader.methods}, tuple(sorted(flags.items())))
 
 
 def argument_names(method: object) -> tuple[str, ...]:
@@ -116,6 +153,8 @@ def parts(expression: Any) -> Iterator[Any]:
         inner = expression.inputs
     elif isinstance(expression, Op):
         inner = (*expression.operands, *(value for _, value in expression.options))
+    elif isinstance(expression, tuple):
+        inner = expression
     for part in inner:
         yield from parts(part)
 
@@ -138,18 +177,23 @@ _EFFECTS = [
     "MAKE_FUNCTION",
     "LOAD_BUILD_CLASS",
     "PUSH_EXC_INFO",
+    "IS_OP",  # of a symbol no object is ever the same
 ]
+_REFUSED = {dis.opmap[name] for name in _EFFECTS if name in dis.opmap}  # each Python has some of them
 _JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
-_REFUSED = _JUMPS | {dis.opmap[name] for name in _EFFECTS if name in dis.opmap}  # each Python has some of them
+_BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_POP)?")  # on what bool() says
 _FUNCTIONS = frozenset(
-    ["add", "div", "dropout", "gelu", "mean", "mul", "multiply", "pow", "relu", "rsqrt", "silu", "sqrt", "square"]
+    (
+        *("add", "div", "dropout", "gelu", "layer_norm", "mean", "mul", "multiply", "pow", "relu", "rms_norm", "rsqrt"),
+        *("silu", "sqrt", "square", "sub", "var"),
+    )
 )  # of torch and torch.nn.functional: without effect but their result
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def _is_plain(function: types.FunctionType) -> bool:
-    """No branch, no store outside its own variables, no code within, and no global but torch, of which only known parts
-    are touched, one attribute after the other."""
+    """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and no
+    global but torch, of which only known parts are touched, one attribute after the other."""
     code = function.__code__
     instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
     if len(instructions) > _MAX_INSTRUCTIONS or code.co_freevars or getattr(code, "co_exceptiontable", False):
@@ -158,6 +202,8 @@ def _is_plain(function: types.FunctionType) -> bool:
     for instruction in instructions:
         is_load = instruction.opname in _LOADS
         if instruction.opcode in _REFUSED or (module is not None and not is_load):
+            return False
+        if instruction.opcode in _JUMPS and not _is_branch(instruction):
             return False
         if module is not None:
             found = getattr(module, instruction.argval, None)
@@ -173,20 +219,39 @@ def _is_plain(function: types.FunctionType) -> bool:
     return module is None
 
 
+def _is_branch(instruction: dis.Instruction) -> bool:
+    return _BRANCHES.fullmatch(instruction.opname) is not None and instruction.argval > instruction.offset
+
+
 def _global(function: types.FunctionType, name: str) -> object:
     return function.__globals__[name] if name in function.__globals__ else getattr(builtins, name, None)
 
 
 def _is_harmless(value: object, name: str) -> bool:
     """A dtype of torch, or a function of it under its own name: numbers may be bound anew, and what was read with them
-    would be stale."""
-    if isinstance(value, torch.dtype):
+    would be stale. Or transformers' table of activations."""
+    if isinstance(value, torch.dtype) or (name == _TABLE and _is_table(value)):
         return True
     return name in _FUNCTIONS and value in (getattr(torch, name, None), getattr(F, name, None))
 
 
 def _is_torchs(module_name: str) -> bool:
     return module_name == "torch" or module_name.startswith("torch.")
+
+
+_TABLE = "ACT2FN"
+
+
+def _is_table(value: object) -> bool:
+    activations = sys.modules.get("transformers.activations")
+    return activations is not None and value is activations.ACT2FN
+
+
+def _on_symbols(function: types.FunctionType) -> types.FunctionType:
+    """The function, with a table of activations that may be asked for what an attribute of the module names."""
+    if not _is_table(function.__globals__.get(_TABLE)) or _TABLE not in function.__code__.co_names:
+        return function
+    return types.FunctionType(function.__code__, {**function.__globals__, _TABLE: _Table()}, function.__name__)
 
 
 # ---- symbols ---------------------------------------------------------------------------------------------------------
@@ -196,11 +261,20 @@ class _Unreadable(Exception):
     """Raised where a forward asks a symbol for what only a tensor could say."""
 
 
+class _Undecided(Exception):
+    """Raised where a forward branches on a flag whose value this reading does not know."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__(flag)
+        self.flag = flag
+
+
 class _Reader:
     """One reading: makes symbols, and remembers every operation done on them."""
 
-    def __init__(self, module_class: type[nn.Module]) -> None:
+    def __init__(self, module_class: type[nn.Module], flags: dict[str, bool]) -> None:
         self.module_class = module_class
+        self.flags = flags
         self.done: set[Expression] = set()
         self.methods: dict[str, types.FunctionType] = {}
 
@@ -211,6 +285,8 @@ class _Reader:
         if options.get("out") is not None:
             raise _Unreadable("out")
         kept = {key: value for key, value in options.items() if not (key == "inplace" and value is False)}
+        if "axis" in kept:  # another name that torch has for it
+            kept["dim"] = kept.pop("axis")
         pairs = tuple(sorted((key, _expression(value)) for key, value in kept.items()))
         op = Op(name, tuple(_expression(operand) for operand in operands), pairs)
         self.done.add(op)
@@ -230,7 +306,7 @@ class _Reader:
         if options or len(argument_names(method)) != len(inputs):
             raise _Unreadable(name)
         self.methods[name] = method
-        return method(_Module(self), *inputs)
+        return _on_symbols(method)(_Module(self), *inputs)
 
     def attribute(self, name: str) -> _Attribute:
         """self.name: a method may be called, a property could do anything."""
@@ -287,10 +363,6 @@ class _Symbol:
     def __setattr__(self, name: str, value: object) -> None:
         raise _Unreadable(name)
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance asks for it: what depends on the answer is a branch
-        raise _Unreadable("isinstance")
-
     def __bool__(self) -> bool:
         raise _Unreadable("bool")
 
@@ -313,6 +385,12 @@ class _Attribute(_Symbol):
         reader, own = self.__dict__["_reader"], self.__dict__["_expression"]
         return reader.call_of(own.name, inputs, options)
 
+    def __bool__(self) -> bool:
+        reader, own = self.__dict__["_reader"], self.__dict__["_expression"]
+        if own.name not in reader.flags:
+            raise _Undecided(own.name)
+        return bool(reader.flags[own.name])
+
 
 class _Method(_Symbol):
     """x.name: an operation when called, else the attribute (x.dtype)."""
@@ -326,6 +404,16 @@ class _Method(_Symbol):
         result = self.__dict__["_reader"].operation(name, (base, *operands), options)
         pieces = operands[0] if name == "chunk" and operands else None
         return _Pieces(result, pieces) if type(pieces) is int else result
+
+
+class _Table:
+    """Stands for ACT2FN: ACT2FN[self.name](x) is Op("ACT2FN", (Own("name"), x))."""
+
+    def __getitem__(self, key: Any) -> Callable[[Any], Any]:
+        if type(key) is not _Attribute:
+            raise _Unreadable(_TABLE)
+        reader: _Reader = key.__dict__["_reader"]
+        return lambda x: reader.operation(_TABLE, (key, x), {})
 
 
 class _Pieces:
@@ -342,8 +430,7 @@ class _Pieces:
 
 
 def _is_symbol(value: object) -> bool:
-    """isinstance would ask the symbol for its class."""
-    return issubclass(type(value), _Symbol)
+    return isinstance(value, _Symbol)
 
 
 def _expression(value: Any) -> Any:

@@ -71,9 +71,11 @@ def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Read
 
 
 def _is_of_transformers(original: type[nn.Module]) -> bool:
-    """A class of transformers, or one that asks its attention interface: model code that comes with a checkpoint."""
-    code = getattr(inspect.unwrap(original.forward), "__code__", None)
-    return original.__module__.startswith("transformers.") or (code is not None and "get_interface" in code.co_names)
+    """A class of transformers, or one that asks its interfaces for attention or experts: model code that comes with a
+    checkpoint."""
+    codes = [getattr(forward, "__code__", None) for forward in (original.forward, inspect.unwrap(original.forward))]
+    asks = any(code is not None and "get_interface" in code.co_names for code in codes)
+    return asks or original.__module__.startswith("transformers.")
 
 
 def _can_be_derived_from(original: type[nn.Module]) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.swap.expression import Call, Expression, Input, Op, Own, spelling_of
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, spelling_of, spellings_of
 
 CALLS: list[object] = []
 NUMBER = 2.0
@@ -314,3 +314,125 @@ def test_what_cannot_be_read_is_not_run_either(module_class, capsys: pytest.Capt
     assert not CALLS
     assert capsys.readouterr().out == ""
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Flag(nn.Module):
+    def forward(self, x):
+        y = self.a(x)
+        if self.gated:
+            y = y * self.b(x)
+        return y if not self.negated else -y
+
+
+def test_a_branch_on_flags_has_a_spelling_for_each_of_their_values() -> None:
+    a, b = Call(Own("a"), (Input(0),)), Call(Own("b"), (Input(0),))
+    product = Op("mul", (a, b))
+    expected = {
+        (("gated", False), ("negated", False)): a,
+        (("gated", False), ("negated", True)): Op("neg", (a,)),
+        (("gated", True), ("negated", False)): product,
+        (("gated", True), ("negated", True)): Op("neg", (product,)),
+    }
+    assert {found.flags: found.expression for found in spellings_of(Flag)} == expected
+    assert spelling_of(Flag) is None
+
+
+def test_flags_hold_as_bools_only() -> None:
+    module = Flag()
+    module.gated, module.negated = True, False
+    assert [dict(found.flags) for found in spellings_of(Flag) if found.holds_for(module)] == [
+        {"gated": True, "negated": False}
+    ]
+    for value in (1, "yes", None, torch.tensor(True), nn.Linear(2, 2)):
+        module.__dict__["gated"] = value
+        assert not [found for found in spellings_of(Flag) if found.holds_for(module)]
+
+
+class FlagOfAnInput(nn.Module):
+    def forward(self, x, y):
+        return self.a(x * y) if y else x
+
+
+class FlagOfAValue(nn.Module):
+    def forward(self, x):
+        return self.a(x) if self.scale + 1 else x
+
+
+class ComparesAnAttribute(nn.Module):
+    def forward(self, x):
+        return self.a(x) if self.kind == "a" else x
+
+
+class WhileFlag(nn.Module):
+    def forward(self, x):
+        while self.again:
+            x = self.a(x)
+        return x
+
+
+class IsNone(nn.Module):
+    def forward(self, x):
+        return self.a(x) * (self.weight is None)
+
+
+class NoneOfAnInput(nn.Module):
+    def forward(self, x, y):
+        return self.a(x) * y if y is not None else self.a(x)
+
+
+class ThreeFlags(nn.Module):
+    def forward(self, x):
+        return self.a(x) if self.one and self.two and self.three else x
+
+
+class FlagHidesAnEffect(nn.Module):
+    def forward(self, x):
+        if self.counted:
+            CALLS.append(x)
+        return self.a(x)
+
+
+class Asserts(nn.Module):
+    def forward(self, x):
+        assert x
+        return self.a(x)
+
+
+@pytest.mark.parametrize(
+    "module_class",
+    [
+        FlagOfAnInput,
+        FlagOfAValue,
+        ComparesAnAttribute,
+        WhileFlag,
+        IsNone,
+        NoneOfAnInput,
+        FlagHidesAnEffect,
+        Asserts,
+    ],
+)
+def test_other_branches_are_not_read(module_class) -> None:
+    CALLS.clear()
+    assert spellings_of(module_class) == ()
+    assert not CALLS
+
+
+def test_more_flags_than_two_are_not_read() -> None:
+    assert {found.expression for found in spellings_of(ThreeFlags)} == {Input(0)}
+
+
+def test_a_flag_under_which_the_forward_cannot_be_read() -> None:
+    class Module(nn.Module):
+        def forward(self, x):
+            return x.reshape(*x.shape, 1) if self.wide else self.a(x)
+
+    (found,) = spellings_of(Module)
+    assert found.flags == (("wide", False),)
+
+
+def test_axis_is_dim() -> None:
+    class Axis(nn.Module):
+        def forward(self, x):
+            return torch.mean(x, axis=-1, keepdim=True)
+
+    assert expression_of(Axis) == Op("mean", (Input(0),), (("dim", -1), ("keepdim", True)))

@@ -11,7 +11,8 @@ from fastattn.swap import plan
 
 
 class MyLayerNorm(nn.LayerNorm):
-    pass
+    def forward(self, input):
+        return super().forward(input)
 
 
 class SwiGLUFeedForward(nn.Module):

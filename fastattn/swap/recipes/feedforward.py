@@ -4,14 +4,15 @@ LinearAct            act(linear(x)), the first half of BERT's block
 FeedForward          linear(act(linear(x)))
 GatedFeedForward     linear(act(linear(x)) * linear(x)), the two inner linears apart (Llama) or one, cut in halves (GLM)
 
-with dropout, as a child or a function, before and behind the last linear or not at all. What a class's forward computes
-is read by `fastattn.swap.expression`; the functions below say which expressions these kernels stand for.
+with dropout, as a child or a function, before and behind the last linear or not at all, or, while it drops nothing,
+before the activation; and with a LayerNorm or RMSNorm of torch, which is called, before all. What a class's forward
+computes is read by `fastattn.swap.expression`; the functions below say which expressions these kernels stand for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from fastattn.functional import ffn, gated_ffn, linear_act
 from fastattn.nn.activations import shown
-from fastattn.nn.checks import MAX_DROPOUT, why_not_dropout, why_not_input
+from fastattn.nn.checks import MAX_DROPOUT, full_name, why_not_dropout, why_not_input, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
+from fastattn.nn.fused import original_class
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
 from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
@@ -66,10 +68,35 @@ class Block:
     halves: str | None = None
     """One linear, `up`, does both, its output is cut in halves, and this one ("first" or "second") is under the
     activation."""
+    norm: str | None = None
+    """The norm of the input, if there is one."""
+    early: Named | None = None
+    """A dropout between the first linear and the activation."""
 
     @property
     def is_gated(self) -> bool:
         return self.gate is not None or self.halves is not None
+
+
+def _as_in(module: nn.Module, block: Block) -> Block:
+    """The block in this module: which of the names in a chain of children is the norm, and which a dropout, is told by
+    the children."""
+    step = block.activation
+    if not isinstance(step, Named) or block.is_gated or not block.tail or isinstance(block.tail[0], Dropped):
+        return block
+    if block.norm is None and _is_norm(_child(module, block.up)):
+        return _as_in(
+            module, replace(block, norm=block.up, up=step.name, activation=block.tail[0], tail=block.tail[1:])
+        )
+    if block.early is None and isinstance(_child(module, step.name), nn.Dropout):
+        return replace(block, early=step, activation=block.tail[0], tail=block.tail[1:])
+    return block
+
+
+def _is_norm(child: object) -> bool:
+    """Whether the child is exactly torch's LayerNorm or RMSNorm, or stands for it: calling it twice is as calling it
+    once."""
+    return original_class(child) in (nn.LayerNorm, nn.RMSNorm)
 
 
 class _Tail(NamedTuple):
@@ -128,15 +155,26 @@ class _ReadBlock(ReadForward):
     def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
-        call = self.fastattn_call(x)
-        if isinstance(call, str):
-            note_fallback(self, call)
+        block = _as_in(self, self.fastattn_block)
+        z, call = x, self.fastattn_call(x) if block.norm is None else self.fastattn_reason(block)
+        if block.norm is not None and call is None:
+            z = _child(self, block.norm)(x)
+            call = why_not_input(z) or _call(self, block, z)
+        if not isinstance(call, _Call):
+            note_fallback(self, str(call))
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        return _drop(self, call.last, self.fastattn_run(x, call))
+        return _drop(self, call.last, self.fastattn_run(z, call))
 
     def fastattn_call(self, x: Tensor) -> _Call | str:
-        """The call of the operator that the block is for this input, or why it must not be one."""
-        return why_not_as_read(self) or why_not_input(x) or _call(self, self.fastattn_block, x)
+        """The call of the operator that all of the block is for this input, or why it must not be one."""
+        block = _as_in(self, self.fastattn_block)
+        if block.norm is not None:
+            return f"{block.norm} stands before the block"
+        return self.fastattn_reason(block) or why_not_input(x) or _call(self, block, x)
+
+    def fastattn_reason(self, block: Block) -> str | None:
+        """Why the original must run, whatever the input is."""
+        return why_not_as_read(self) or _why_not_norm(self, block)
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         """The block without its last dropout."""
@@ -208,6 +246,14 @@ def _drop(module: nn.Module, step: Step | None, y: Tensor) -> Tensor:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _why_not_norm(module: nn.Module, block: Block) -> str | None:
+    if block.norm is None:
+        return None
+    child = _child(module, block.norm)
+    reason = why_not_unwatched(child) if _is_norm(child) else f"is a {full_name(child)}"
+    return None if reason is None else f"{block.norm} {reason}"
+
+
 def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     """The call that the block is, or why it must not be one; asked every time."""
     tail = _tail(module, block.tail)
@@ -232,6 +278,10 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     dropout_p = dropout_rate(module, None if tail is None else tail.hidden)
     if isinstance(dropout_p, str):
         return dropout_p
+    if block.early is not None:
+        early_p = dropout_rate(module, block.early)
+        if early_p != 0.0:
+            return early_p if isinstance(early_p, str) else f"{block.early.name} drops before the activation"
     return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
 
 
@@ -272,6 +322,7 @@ def _linears(block: Block, tail: _Tail | None) -> tuple[str, ...]:
 
 def _children(module: nn.Module, block: Block) -> Iterable[Child]:
     """The children that the operator stands for."""
+    block = _as_in(module, block)
     tail = _tail(module, block.tail)
     for name in _linears(block, tail):
         yield name, "ffns", why_not_projection
@@ -281,10 +332,13 @@ def _children(module: nn.Module, block: Block) -> Iterable[Child]:
         yield tail.hidden.name, "ffns", why_not_dropout
 
 
-def _applies(module: nn.Module, block: Block) -> bool:
+def _applies(module: nn.Module, as_read: Block) -> bool:
     """Whether the children are what the names stand for: linears, adapted or quantised ones too, and an activation."""
+    block = _as_in(module, as_read)
+    if block.norm is not None and not _is_norm(getattr(module, block.norm)):
+        return False
     tail = _tail(module, block.tail)
-    if tail is None and (block.tail or isinstance(module, nn.Sequential)):
+    if tail is None and (as_read.tail or isinstance(module, nn.Sequential)):
         return False
     if not all(_is_linear(getattr(module, name)) for name in _linears(block, tail)):
         return False
@@ -302,6 +356,7 @@ def _is_linear(child: object) -> bool:
 
 
 def _refuse(module: nn.Module, block: Block) -> list[str]:
+    block = _as_in(module, block)
     if isinstance(block.activation, Activated):
         return []
     function = getattr(module, block.activation.name)
@@ -331,9 +386,9 @@ def read(module_class: type[nn.Module]) -> Reading | None:
 _SEQUENCE_FORWARD: Any = nn.Sequential.forward
 
 
-def feed_forward(spelling: Spelling, block: Block) -> Reading:
-    """The reading of a class whose forward is known to be this block."""
-    mixin, kernel = (GatedFeedForward, "gated_ffn") if block.is_gated else (FeedForward, "ffn")
+def feed_forward(spelling: Spelling, block: Block, plain: type[FeedForward] = FeedForward) -> Reading:
+    """The reading of a class whose forward is known to be this block; `plain` stands for one that is not gated."""
+    mixin, kernel = (GatedFeedForward, "gated_ffn") if block.is_gated else (plain, "ffn")
     if not block.tail:
         mixin, kernel = LinearAct, "linear_act"
 
@@ -394,8 +449,24 @@ def _plain(expression: Any, tail: tuple[Step, ...]) -> Block | None:
     if step is None or isinstance(step[0], Dropped):
         return None
     match step[1]:
-        case Call(Own(up), (Input(0),)):
-            return Block(up, step[0], tail)
+        case Call(Own(up), (z,)):
+            # In a chain of children the norm cannot be told from the others yet.
+            norm = _normed(z) if isinstance(step[0], Activated) or z == Input(0) else None
+            return None if norm is None else Block(up, step[0], tail, norm=norm.child)
+    return None
+
+
+class _Normed(NamedTuple):
+    child: str | None
+
+
+def _normed(z: Any) -> _Normed | None:
+    """The child that makes z of the input, or none where z is the input; None for any other z."""
+    match z:
+        case Input(0):
+            return _Normed(None)
+        case Call(Own(norm), (Input(0),)):
+            return _Normed(norm)
     return None
 
 
@@ -408,22 +479,24 @@ def _gated(expression: Any, tail: tuple[Step, ...]) -> Block | None:
                 if step is None or isinstance(step[0], Dropped):
                     continue
                 match step[1], beside:
-                    case Call(Own(gate), (Input(0),)), Call(Own(up), (Input(0),)):
-                        return Block(up, step[0], tail, gate)
+                    case Call(Own(gate), (z,)), Call(Own(up), (other,)) if z == other:
+                        norm = _normed(z)
+                        if norm is not None:
+                            return Block(up, step[0], tail, gate, norm=norm.child)
                     case Op("getitem", (whole, int(i))), Op("getitem", (other, int(j))) if whole == other:
-                        name = _halved(whole)
-                        if name is not None and {i, j} == {0, 1}:
-                            return Block(name, step[0], tail, halves="second" if i else "first")
+                        halved = _halved(whole)
+                        norm = None if halved is None else _normed(halved[1])
+                        if halved is not None and norm is not None and {i, j} == {0, 1}:
+                            half = "second" if i else "first"
+                            return Block(halved[0], step[0], tail, halves=half, norm=norm.child)
     return None
 
 
-def _halved(expression: Any) -> str | None:
-    """The linear whose output is cut in halves along its features."""
+def _halved(expression: Any) -> tuple[str, Any] | None:
+    """The linear whose output is cut in halves along its features, and its input."""
     match expression:
-        case Op("chunk", (Call(Own(name), (Input(0),)), 2), (("dim", -1),)) | Op(
-            "chunk", (Call(Own(name), (Input(0),)), 2, -1), ()
-        ):
-            return name
+        case Op("chunk", (Call(Own(name), (z,)), 2), (("dim", -1),)) | Op("chunk", (Call(Own(name), (z,)), 2, -1), ()):
+            return name, z
     return None
 
 

@@ -1,82 +1,137 @@
 """Norms that a class spells out in torch operations, and the residual block dropout-add-LayerNorm.
 
-SpelledNorm     weight * x / sqrt(mean(x^2) + eps), as Llama, Gemma and most decoders have it, or LayerNorm without bias
+SpelledNorm     weight * x / sqrt(mean(x^2) + eps), as Llama, Gemma and most decoders have it, or LayerNorm; in torch's
+                functions layer_norm and rms_norm, too
+GatedNorm       norm(x) * silu(gate), as Qwen3-Next has it
 ResidualNorm    norm(dropout(linear(x)) + residual), as BERT has it
 
-What a class's forward computes is read by `fastattn.swap.expression`; the functions below say which expressions these
-kernels stand for.
+What a class's forward computes is read by `fastattn.swap.expression`; which expressions are norms is said in
+`norm_spellings`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+import sys
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.nn.checks import FLOATS, why_not_dropout, why_not_input, why_not_linear, why_not_tensor
-from fastattn.nn.counting import note_call, note_fallback
-from fastattn.nn.norm import why_not_layer_norm
+from fastattn.nn.counting import note_call, note_choice, note_fallback
+from fastattn.nn.norm import AS_FAST, torch_is_as_fast, why_not_layer_norm
 from fastattn.nn.sublayers import add_and_normalise
-from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, parts, spelling_of
+from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of, spellings_of
 from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.linear import linear
+from fastattn.swap.recipes.norm_spellings import GatedNames, NormNames, gated_names, norm_names, orders, shape_of
 from fastattn.swap.swapped import Swapped
 
 
-class NormNames(NamedTuple):
-    """How a class spells its norm."""
+class _Norm(ReadForward):
+    """(x - mean or x) / sqrt(variance + eps) * (weight + offset) + bias, x (..., N). Halves are rounded once, at the
+    end."""
 
-    eps: str | float
-    weight: str | None
-    offset: float
-    """What is added to the weight."""
-    dtype: str
-    """Of the result: the "input"'s, the "weight"'s, or the one that holds both ("wide")."""
-    centred: bool = False
-    """The mean is subtracted first: LayerNorm."""
-    widened: bool = True
-    """The statistics are of the input in float32."""
+    def fastattn_norm_of(self, x: Tensor, names: NormNames) -> Tensor | str:
+        """The norm, or why the original is to run."""
+        weight = None if names.weight is None else getattr(self, names.weight)
+        bias = None if names.bias is None else getattr(self, names.bias)
+        eps = attribute(self, names.eps)
+        reason = why_not_as_read(self) or _why_not(x, weight, bias, eps, names)
+        if reason is None and names.function is not None:
+            if names.centred and torch_is_as_fast(x, weight, bias, self.fastattn_backend):
+                return AS_FAST  # what the function takes and refuses is its to say
+            reason = _why_not_for_torch(self, x, bias if weight is None else weight, names)
+        if reason is not None:
+            return reason
+        if x.is_contiguous():
+            return self.fastattn_normalise(x, weight, bias, eps, names)
+        order = _order_in_memory(x)
+        if order is None:
+            return "its input does not lie in rows, its last dimension innermost"
+        # The original's result lies in memory as its input does.
+        y = self.fastattn_normalise(x.permute(order).contiguous(), weight, bias, eps, names)
+        return y.permute(sorted(range(y.dim()), key=order.__getitem__))
+
+    def fastattn_normalise(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, names: NormNames
+    ) -> Tensor:
+        """The norm of a contiguous tensor."""
+        result_dtype = x.dtype
+        if weight is not None and weight.dtype is not x.dtype:
+            wide = torch.promote_types(x.dtype, weight.dtype)
+            result_dtype = {"input": x.dtype, "weight": weight.dtype, "wide": wide}[names.dtype]
+            weight = weight.to(torch.float32)
+            bias = None if bias is None else bias.to(torch.float32)
+            x = x.to(torch.promote_types(x.dtype, result_dtype))
+        if names.centred:
+            if weight is not None and names.offset:
+                weight = weight.to(torch.float32) + names.offset  # which this kernel does not add
+            y = layer_norm(x, weight, bias, eps, backend=self.fastattn_backend)
+        else:
+            y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
+        return y if y.dtype is result_dtype else y.to(result_dtype)
 
 
-class SpelledNorm(ReadForward):
-    """(weight + offset) * x / sqrt(mean(x^2) + eps), x (..., N). Halves are rounded once, at the end."""
+class SpelledNorm(_Norm):
+    """A norm."""
 
-    fastattn_norm: ClassVar[NormNames]
+    fastattn_norms: ClassVar[tuple[tuple[Spelling, NormNames], ...]]
+    """One for each value of the flags that the original branches on."""
 
     def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
-        names = self.fastattn_norm
-        weight, eps = (None if names.weight is None else getattr(self, names.weight)), attribute(self, names.eps)
-        reason = why_not_as_read(self) or _why_not(x, weight, eps, names)
-        if reason is None and x.is_contiguous():
-            return self.fastattn_normalise(x, weight, eps)
-        order = None if reason is not None else _order_in_memory(x)
-        if order is None:
-            note_fallback(self, reason or "its input does not lie in rows, its last dimension innermost")
-            return super().forward(x)  # type: ignore[misc, no-any-return]
-        # The original's result lies in memory as its input does.
-        y = self.fastattn_normalise(x.permute(order).contiguous(), weight, eps)
-        return y.permute(sorted(range(y.dim()), key=order.__getitem__))
-
-    def fastattn_normalise(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        """The norm of a contiguous tensor."""
-        names = self.fastattn_norm
-        result_dtype = dtype = x.dtype
-        if weight is not None and weight.dtype is not dtype:
-            wide = torch.promote_types(x.dtype, weight.dtype)
-            result_dtype = {"input": x.dtype, "weight": weight.dtype, "wide": wide}[names.dtype]
-            weight = weight.to(torch.float32)
-            x = x.to(torch.promote_types(x.dtype, result_dtype))
-        if names.centred:
-            y = layer_norm(x, weight, None, eps, backend=self.fastattn_backend)
+        names = _names(self, self.fastattn_norms)
+        y = "its flags are those of another branch" if names is None else self.fastattn_norm_of(x, names)
+        if isinstance(y, Tensor):
+            return y
+        if y == AS_FAST:
+            note_choice(self, y)
         else:
-            y = rms_norm(x, weight, eps, offset=names.offset, backend=self.fastattn_backend)
-        return y if result_dtype is dtype else y.to(result_dtype)
+            note_fallback(self, y)
+        return super().forward(x)  # type: ignore[misc, no-any-return]
+
+
+class GatedNorm(_Norm):
+    """norm(x) * silu(gate), x (..., N): the product is torch's, in the dtypes of the original."""
+
+    fastattn_gated: ClassVar[GatedNames]
+
+    def fastattn_forward(self, *inputs: Any) -> Tensor:
+        note_call(self)
+        x, gate = inputs
+        names = self.fastattn_gated
+        reason = why_not_input(gate) or _why_not_silu(self, names.activation)
+        y = reason or self.fastattn_norm_of(x, names.norm)
+        if isinstance(y, str):
+            note_fallback(self, y)
+            return super().forward(x, gate)  # type: ignore[misc, no-any-return]
+        y = y * F.silu(gate.to(torch.float32) if names.widened else gate)
+        return y.to(x.dtype) if names.narrowed else y
+
+
+def _why_not_silu(module: nn.Module, name: str | None) -> str | None:
+    chosen = None if name is None else getattr(module, name)
+    return None if name is None or _is_silu(chosen) else f"its {name} is {chosen!r}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_silu(name: object) -> bool:
+    """Whether this is silu's name in the table of transformers, which others may write to."""
+    activations = sys.modules["transformers.activations"]
+    return name in ("silu", "swish") and dict.get(activations.ACT2FN, name) in (nn.SiLU, activations.SiLUActivation)
+
+
+def _names(module: nn.Module, norms: tuple[tuple[Spelling, NormNames], ...]) -> NormNames | None:
+    """How the module spells its norm with the flags that it has now."""
+    for spelling, names in norms:
+        if spelling.holds_for(module):
+            return names
+    return None
 
 
 def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
@@ -95,19 +150,37 @@ def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
     return order
 
 
-def _why_not(x: Any, weight: Any, eps: object, names: NormNames) -> str | None:
-    reason = why_not_input(x) or why_not_tensor("weight", weight) or _why_not_eps(eps)
+def _why_not(x: Any, weight: Any, bias: Any, eps: object, names: NormNames) -> str | None:
+    reason = why_not_input(x) or why_not_tensor("weight", weight) or why_not_tensor("bias", bias) or _why_not_eps(eps)
     if reason is not None:
         return reason
     if x.dim() == 0:
         return "the input has no dimension"
     if not names.widened and x.is_cuda and torch.is_autocast_enabled("cuda"):
         return "autocast widens its statistics, and with them the result"
-    if weight is None:
-        return None if names.weight is None else "its weight is None"
-    if weight.dtype not in FLOATS:
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    return None if weight.shape == x.shape[-1:] else "its weight does not lie along the last dimension"
+    for name, own, tensor in (("weight", names.weight, weight), ("bias", names.bias, bias)):
+        if tensor is None:
+            if own is not None and (names.function is None or names.offset or names.widened_weight):
+                return f"its {name} is None"
+        elif tensor.dtype not in FLOATS:
+            return f"its {name} is {str(tensor.dtype).removeprefix('torch.')}"
+        elif tensor.shape != x.shape[-1:]:
+            return f"its {name} does not lie along the last dimension"
+    if weight is not None and bias is not None and weight.dtype is not bias.dtype:
+        return "its bias is of another dtype than its weight"
+    return None
+
+
+def _why_not_for_torch(module: nn.Module, x: Tensor, given: Tensor | None, names: NormNames) -> str | None:
+    """The function of torch normalises over more, or refuses the dtype that weight and bias have, or promotes it."""
+    if shape_of(names.shape, module, x) != tuple(x.shape[-1:]):
+        return "it does not normalise over the last dimension alone"
+    if given is None or names.widened_weight:
+        return None
+    mixes = names.of_float32 or names.function == "layer_norm"
+    if (given.dtype is x.dtype and not names.of_float32) or (given.dtype is torch.float32 and mixes):
+        return None
+    return f"its weight is {str(given.dtype).removeprefix('torch.')}, which torch does not take here"
 
 
 def _why_not_eps(eps: object) -> str | None:
@@ -140,32 +213,78 @@ class ResidualNorm(ReadForward):
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is one of these."""
+    spellings = spellings_of(module_class)
+    norms = tuple(
+        (spelling, names)
+        for spelling in spellings
+        if len(spelling.inputs) == 1 and (names := norm_names(spelling.expression)) is not None
+    )
+    if norms:
+        return _spelled_norms(spellings, norms)
     spelling = spelling_of(module_class)
-    if spelling is None:
+    if spelling is None or len(spelling.inputs) != 2:
         return None
-    if len(spelling.inputs) == 1:
-        names = _spelled_norm(spelling.expression)
-        return None if names is None else spelled_norm(spelling, names)
+    gated = gated_names(spelling.expression)
+    if gated is not None:
+        return _gated_norm(spelling, gated)
     children = _residual_norm(spelling.expression)
     return None if children is None else _residual(module_class, spelling, children)
 
 
 def spelled_norm(spelling: Spelling, names: NormNames) -> Reading:
     """The reading of a class whose forward is known to be this norm."""
-    kernel = "layer_norm" if names.centred else "rms_norm"
+    return _spelled_norms((spelling,), ((spelling, names),))
+
+
+def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling, NormNames], ...]) -> Reading:
+    kernels = {_kernel(names) for _, names in norms}
 
     def refuse(module: nn.Module) -> list[str]:
-        weight = None if names.weight is None else getattr(module, names.weight, None)
-        if isinstance(weight, Tensor) and weight.dim() != 1:
-            return [f"its weight has {weight.dim()} dimensions"]
-        reason = _why_not_eps(attribute(module, names.eps))
-        return [] if reason is None else [reason]
+        names = _names(module, norms)
+        assert names is not None
+        return _refuse(module, names)
 
+    attributes = spelled_as(norms[0][0])
+    attributes["fastattn_methods"] = {name: each for one in spellings for name, each in one.methods.items()}
     return Reading(
         SpelledNorm,
-        lambda swapped: Recipe(swapped, kernels={"norms": kernel}, refuse=refuse),
-        {"fastattn_norm": names, **spelled_as(spelling)},
+        lambda swapped: Recipe(
+            swapped,
+            kernels={"norms": " or ".join(sorted(kernels))},
+            applies=lambda module: _names(module, norms) is not None,
+            refuse=refuse,
+        ),
+        {"fastattn_norms": norms, **attributes},
     )
+
+
+def _gated_norm(spelling: Spelling, gated: GatedNames) -> Reading:
+    def refuse(module: nn.Module) -> list[str]:
+        reason = _why_not_silu(module, gated.activation)
+        return _refuse(module, gated.norm) if reason is None else [reason]
+
+    return Reading(
+        GatedNorm,
+        lambda swapped: Recipe(swapped, kernels={"norms": _kernel(gated.norm)}, refuse=refuse),
+        {"fastattn_gated": gated, **spelled_as(spelling)},
+    )
+
+
+def _kernel(names: NormNames) -> str:
+    return "layer_norm" if names.centred else "rms_norm"
+
+
+def _refuse(module: nn.Module, names: NormNames) -> list[str]:
+    weight = None if names.weight is None else getattr(module, names.weight)
+    if isinstance(weight, Tensor) and weight.dim() != 1:
+        return [f"its weight has {weight.dim()} dimensions"]
+    shape = None if names.function is None else shape_of(names.shape, module, None)
+    if shape is not None and len(shape) != 1:
+        return [f"it normalises over {len(shape)} dimensions"]
+    bias = None if names.bias is None else getattr(module, names.bias)
+    reason = why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
+    reason = reason or _why_not_eps(attribute(module, names.eps))
+    return [] if reason is None else [reason]
 
 
 def _residual(module_class: type[nn.Module], spelling: Spelling, children: tuple[str, str, str]) -> Reading:
@@ -189,143 +308,12 @@ def _residual(module_class: type[nn.Module], spelling: Spelling, children: tuple
     return Reading(ResidualNorm, recipe, attributes)
 
 
-# ---- which expressions -----------------------------------------------------------------------------------------------
-
-
 def _residual_norm(expression: Expression) -> tuple[str, str, str] | None:
     """Call(norm, Call(dropout, Call(dense, x)) + residual)."""
     match expression:
         case Call(Own(norm), (Op("add", operands, ()),)):
-            for first, second in _orders(operands):
+            for first, second in orders(operands):
                 match first:
                     case Call(Own(dropout), (Call(Own(dense), (Input(0),)),)) if second == Input(1):
                         return dense, dropout, norm
     return None
-
-
-def _spelled_norm(expression: Expression) -> NormNames | None:
-    inner, narrowed = _narrowed(expression)
-    match inner:
-        case Op("mul", operands, ()):
-            for factor, rest in _orders(operands):
-                scale = _scale(factor)
-                if scale is None:
-                    continue
-                weight, offset, widened = scale
-                rest, narrowed_before = _narrowed(rest)
-                found = _normalised(rest)
-                # Not narrowed at the end, the result has the dtype that holds both: if no factor is widened.
-                same = not widened and (narrowed_before or not _is_widened(rest))
-                if found is not None and (narrowed or same):
-                    eps, centred = found
-                    dtype = "input" if narrowed else "wide"
-                    return NormNames(eps, weight, offset, dtype, centred, _is_widened(expression))
-    found = _normalised(inner) if narrowed or not _is_widened(inner) else None
-    return None if found is None else NormNames(found[0], None, 0.0, "input", found[1], _is_widened(expression))
-
-
-def _normalised(expression: Any) -> tuple[str | float, bool] | None:
-    """(eps, centred) where the expression is z / sqrt(mean(z^2) + eps), z the input, or the input less its mean."""
-    match expression:
-        case Op("mul" | "div" as name, operands, ()):
-            for z, divisor in _orders(operands) if name == "mul" else ((operands[0], operands[1]),):
-                variance = _under_the_root(divisor, inverse=name == "mul")
-                match variance:
-                    case Op("add", terms, ()):
-                        for mean, eps in _orders(terms):
-                            constant = eps.name if isinstance(eps, Own) else eps
-                            if isinstance(eps, (Own, float)) and _mean(mean) in _squares(z):
-                                centred = _centred(z)
-                                return None if centred is None else (constant, centred)
-    return None
-
-
-def _under_the_root(expression: Any, inverse: bool) -> Any:
-    """v of sqrt(v), or, `inverse`, of 1 / sqrt(v) in any form."""
-    match expression:
-        case Op("sqrt", (v,), ()) if not inverse:
-            return v
-        case Op("rsqrt", (v,), ()) | Op("div", (1 | 1.0, Op("sqrt", (v,), ())), ()) | Op("pow", (v, -0.5), ()) if (
-            inverse
-        ):
-            return v
-    return None
-
-
-def _mean(expression: Any) -> Any:
-    """What the expression is the mean of, over the last dimension, which is kept."""
-    match expression:
-        case (
-            Op("mean", (z, -1), (("keepdim", True),))
-            | Op("mean", (z, -1, True), ())
-            | Op("mean", (z,), (("dim", -1), ("keepdim", True)))
-        ):
-            return z
-    return None
-
-
-def _squares(z: Any) -> tuple[Any, ...]:
-    """The spellings of z^2. The square may be of the widened input where z is the input as it came."""
-    forms: list[Any] = []
-    for base in (z, *_widenings(z)):
-        forms += [Op("pow", (base, 2)), Op("pow", (base, 2.0)), Op("square", (base,)), Op("mul", (base, base))]
-    return tuple(forms)
-
-
-def _centred(z: Any) -> bool | None:
-    """False where z is the input, widened or not; True where it is that less its mean; None for anything else."""
-    if _is_input(z):
-        return False
-    match z:
-        case Op("sub", (base, mean), ()) if _is_input(base) and _mean(mean) == base:
-            return True
-    return None
-
-
-def _is_widened(expression: Any) -> bool:
-    """Whether the input is widened anywhere in the expression."""
-    return any(part in _widenings(Input(0)) for part in parts(expression))
-
-
-def _is_input(z: Any) -> bool:
-    return z == Input(0) or z in _widenings(Input(0))
-
-
-def _widenings(base: Any) -> tuple[Any, ...]:
-    wide = torch.float32
-    return Op("float", (base,)), Op("to", (base, wide)), Op("to", (base,), (("dtype", wide),)), Op("type", (base, wide))
-
-
-def _narrowed(expression: Any) -> tuple[Any, bool]:
-    """The expression without a cast to the input's dtype, and whether there was one."""
-    dtype = Op("getattr", (Input(0), "dtype"))
-    match expression:
-        case Op("to" | "type", (inner, target), ()) if target in (dtype, Input(0)):
-            return inner, True
-        case Op("to", (inner,), (("dtype", target),)) if target == dtype:
-            return inner, True
-        case Op("type_as", (inner, Input(0)), ()):
-            return inner, True
-    return expression, False
-
-
-def _scale(factor: Any) -> tuple[str, float, bool] | None:
-    """(weight, offset, widened) where a factor is the weight, or 1 + the weight."""
-    match factor:
-        case Own(name):
-            return name, 0.0, False
-        case Op("add", operands, ()):
-            for one, weight in _orders(operands):
-                found = _scale(weight) if one == 1 and not isinstance(one, bool) else None
-                if found is not None:
-                    return found[0], 1.0, found[2]
-        case Op(_, (Own(name), *_)) if factor in _widenings(Own(name)):
-            return name, 0.0, True
-    return None
-
-
-def _orders(operands: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
-    """Both orders of the operands of a sum or a product; of anything else none."""
-    if len(operands) == 2:
-        yield operands[0], operands[1]
-        yield operands[1], operands[0]

@@ -2,6 +2,8 @@
 
 InterfaceAttention   any attention whose forward asks the attention interface for its function
 bert, t5             modules whose forwards branch, known in the original and its copies (RoBERTa, Electra, mT5, ...)
+distilbert           its feed-forward block
+experts              experts of mixtures
 pre_norm             layers of CLIP, SigLIP, ViT and their copies as one call
 eager_bert, eager_bart, mpnet, bloom, mpt, gpt_neo, longformer, deberta
                      attention that asks no interface, in the original and its copies
@@ -27,8 +29,10 @@ from fastattn.swap.recipes import (
     bert,
     bloom,
     deberta,
+    distilbert,
     eager_bart,
     eager_bert,
+    experts,
     free_linear,
     gpt_neo,
     longformer,
@@ -40,6 +44,22 @@ from fastattn.swap.recipes import (
 from fastattn.swap.recipes.interface import note_interface
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
+
+_RECIPES: tuple[Any, ...] = (
+    bert,
+    eager_bert,
+    eager_bart,
+    t5,
+    mpnet,
+    bloom,
+    mpt,
+    gpt_neo,
+    longformer,
+    deberta,
+    pre_norm,
+    distilbert,
+    experts,
+)
 
 interface.register()
 
@@ -57,7 +77,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class that is one of these."""
     if conv1d(module_class):
         return Reading(free_linear.Conv1D, free_linear.recipe)
-    for recipes in (bert, eager_bert, eager_bart, t5, mpnet, bloom, mpt, gpt_neo, longformer, deberta, pre_norm):
+    for recipes in _RECIPES:
         reading = recipes.read(module_class)
         if reading is not None:
             return reading

@@ -74,7 +74,15 @@ class Cohere(Norm):
         return (self.weight.to(torch.float32) * hidden_states).to(dtype)
 
 
-SPELLINGS = (Llama, WeightInside, Gemma, LitGPT, Unwidened, NoWeight, Cohere)
+class CentredGemma(Norm):
+    def forward(self, x):
+        centred = x.float() - x.float().mean(-1, keepdim=True)
+        return (
+            centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight.float())
+        ).to(x.dtype)
+
+
+SPELLINGS = (Llama, WeightInside, Gemma, LitGPT, Unwidened, NoWeight, Cohere, CentredGemma)
 spellings = pytest.mark.parametrize("norm_class", SPELLINGS)
 
 
