@@ -126,9 +126,9 @@ def _is_faster(module: Any, x: Tensor, index: Tensor) -> bool:
     gate_up, down = (module._parameters[name] for name in _WEIGHTS)
     if not x.is_cpu or _is_traced() or torch.is_autocast_enabled("cpu") or tracks_gradients(x, gate_up, down):
         return False
-    if not index.numel() or not free_linear._is_measured(x.dtype) or not _is_large(gate_up):
+    if not index.numel() or not free_linear.is_measured(x.dtype) or not _is_large(gate_up):
         return False
-    return index.numel() <= _FEW_ROWS * gate_up.shape[0] or free_linear._has_slow_products(x.dtype)
+    return index.numel() <= _FEW_ROWS * gate_up.shape[0] or free_linear.has_slow_products(x.dtype)
 
 
 def _is_large(gate_up: Tensor) -> bool:
@@ -191,7 +191,7 @@ def _applies(module: nn.Module) -> bool:
     is_here = gate_up is not None and gate_up.is_cpu and gate_up.dim() == 3
     return (
         is_here
-        and free_linear._is_measured(gate_up.dtype)
+        and free_linear.is_measured(gate_up.dtype)
         and _is_large(gate_up)
         and activation_name(module.act_fn) is not None
     )

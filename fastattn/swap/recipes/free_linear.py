@@ -103,12 +103,12 @@ def _applies(module: nn.Module) -> bool:
     if why_not_own_tensors(module) is not None or why_not_replaced(type(module)) is not None:
         return False
     weight: Any = module._parameters["weight"]
-    if not weight.is_cpu or not _is_measured(weight.dtype):
+    if not weight.is_cpu or not is_measured(weight.dtype):
         return False
     if _is_large(weight):
         return True
     is_not_small = min(weight.shape) >= _FROM_FEATURES_BESIDE_SLOW
-    return is_not_small and weight.dtype in _FROM_PRODUCTS and _has_slow_products(weight.dtype)
+    return is_not_small and weight.dtype in _FROM_PRODUCTS and has_slow_products(weight.dtype)
 
 
 def _is_large(weight: Tensor) -> bool:
@@ -118,7 +118,7 @@ def _is_large(weight: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_measured(dtype: torch.dtype) -> bool:
+def is_measured(dtype: torch.dtype) -> bool:
     """Whether this machine has the kernel, and an instruction set on which it was found faster in this dtype."""
     if cpu.unavailable_reason() is not None:
         return False  # a model that was saved elsewhere
@@ -131,16 +131,16 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     agree = x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.dtype is weight.dtype
     if not agree or (bias is not None and bias.dtype is not x.dtype):
         return False  # torch has the words for it
-    if not _is_measured(x.dtype):
+    if not is_measured(x.dtype):
         return False
     if not _is_large(weight) or tracks_gradients(x, weight, bias):
-        return _has_slow_products(x.dtype) and x.numel() * weight.shape[0] >= _FROM_PRODUCTS[x.dtype]
+        return has_slow_products(x.dtype) and x.numel() * weight.shape[0] >= _FROM_PRODUCTS[x.dtype]
     has_few_rows = x.numel() <= _FEW_ROWS * weight.shape[1]
-    return has_few_rows or _has_slow_products(x.dtype)
+    return has_few_rows or has_slow_products(x.dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_slow_products(dtype: torch.dtype) -> bool:
+def has_slow_products(dtype: torch.dtype) -> bool:
     """Whether torch's products of many rows are known to be slow: where this processor cannot multiply halves, and
     MKL's of float32 on AMD's AVX-512, of which they use the half."""
     if dtype is torch.float16:

@@ -26,7 +26,7 @@ WIDTH, HIDDEN, COUNT, CHOSEN, TOKENS = 16, 24, 5, 2, 7
 def small_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if these experts were large, on a machine where that pays."""
     monkeypatch.setattr(recipe, "_FROM_ELEMENTS", dict.fromkeys(recipe._FROM_ELEMENTS, 1))
-    monkeypatch.setattr(free_linear, "_is_measured", lambda dtype: True)
+    monkeypatch.setattr(free_linear, "is_measured", lambda dtype: True)
 
 
 def config(implementation: str = "grouped_mm"):
@@ -134,14 +134,14 @@ def test_with_a_backend_forced_there_are_gradients_all_the_same() -> None:
 
 @torch.no_grad()
 def test_many_rows_for_an_expert_are_left_to_torch_where_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free_linear, "_has_slow_products", lambda dtype: False)
+    monkeypatch.setattr(free_linear, "has_slow_products", lambda dtype: False)
     module = drawn()
     report = swap(module)
     for tokens, choices in ((80, {}), (81, {free_linear.AS_FAST: 1}), (0, {free_linear.AS_FAST: 1})):
         with report.counting():
             module(*inputs(tokens=tokens)) if tokens else None
         assert report.rows[0].choices == (choices if tokens else {})
-    monkeypatch.setattr(free_linear, "_has_slow_products", lambda dtype: True)
+    monkeypatch.setattr(free_linear, "has_slow_products", lambda dtype: True)
     with report.counting():
         module(*inputs(tokens=81))
     assert report.rows[0].choices == {}

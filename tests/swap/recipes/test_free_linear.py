@@ -83,7 +83,7 @@ def test_halves_err_no_more_than_the_original(kernel_calls, dtype) -> None:
 @pytest.fixture
 def with_slow_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's products are slow here, in every dtype."""
-    monkeypatch.setattr(free_linear, "_has_slow_products", lambda dtype: True)
+    monkeypatch.setattr(free_linear, "has_slow_products", lambda dtype: True)
 
 
 def test_the_original_runs_where_it_is_as_fast(kernel_calls, monkeypatch) -> None:
@@ -133,7 +133,7 @@ def test_many_rows_run_on_the_kernel_where_torch_leaves_half_of_the_processor(
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("weight", "bias")])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_trains_on_the_kernel(kernel_calls, monkeypatch, dtype, frozen) -> None:
-    monkeypatch.setattr(free_linear, "_is_measured", lambda dtype: True)
+    monkeypatch.setattr(free_linear, "is_measured", lambda dtype: True)
     model, x = large(dtype), torch.randn(2, 35, 1024).to(dtype).requires_grad_()
     for name in frozen:
         getattr(model[0], name).requires_grad_(False)
