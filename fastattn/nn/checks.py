@@ -33,7 +33,7 @@ def own_forward(kind: type[nn.Module]) -> object:
 
 # What the kernels stand for; other libraries replace forwards of torch's own classes.
 _FORWARDS: dict[type[nn.Module], object] = {
-    kind: own_forward(kind) for kind in (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU)
+    kind: own_forward(kind) for kind in (nn.Linear, nn.Dropout, nn.Identity, nn.LayerNorm, nn.GELU, nn.ReLU, nn.SiLU)
 }
 
 

@@ -8,8 +8,9 @@
 Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
 block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
 takes a fixed number of tensors, has no loop, no code within it and no assignment to an attribute or a global, uses no
-global but torch, branches on nothing but flags of the module, and every operation that it does is part of what it
-returns. Any other is not read. A forward with flags (`if self.with_scale:`) has a spelling for each of their values.
+global but torch on its way, branches on nothing but flags of the module, and every operation that it does is part of
+what it returns. Any other is not read. A forward with flags (`if self.with_scale:`) has a spelling for each of their
+values with which it can be read.
 """
 
 from __future__ import annotations
@@ -185,15 +186,16 @@ _BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_
 _FUNCTIONS = frozenset(
     (
         *("add", "div", "dropout", "gelu", "layer_norm", "mean", "mul", "multiply", "pow", "relu", "rms_norm", "rsqrt"),
-        *("silu", "sqrt", "square", "sub", "var"),
+        *("sigmoid", "silu", "sqrt", "square", "sub", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
 def _is_plain(function: types.FunctionType) -> bool:
-    """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and no
-    global but torch, of which only known parts are touched, one attribute after the other."""
+    """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and of
+    torch only known parts touched, one attribute after the other. Other globals are unknown to symbols (_on_symbols).
+    """
     code = function.__code__
     instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
     if len(instructions) > _MAX_INSTRUCTIONS or code.co_freevars or getattr(code, "co_exceptiontable", False):
@@ -207,16 +209,18 @@ def _is_plain(function: types.FunctionType) -> bool:
             return False
         if module is not None:
             found = getattr(module, instruction.argval, None)
-        elif instruction.opname == "LOAD_GLOBAL":
-            found = _global(function, instruction.argval)
-        else:
-            if is_load and instruction.argval.startswith("__"):
+            module = _torchs_module(found)
+            if module is None and not _is_harmless(found, instruction.argval):
                 return False
-            continue
-        module = found if isinstance(found, types.ModuleType) and _is_torchs(found.__name__) else None
-        if module is None and not _is_harmless(found, instruction.argval):
+        elif instruction.opname == "LOAD_GLOBAL":
+            module = _torchs_module(_global(function, instruction.argval))
+        elif is_load and instruction.argval.startswith("__"):
             return False
     return module is None
+
+
+def _torchs_module(value: object) -> types.ModuleType | None:
+    return value if isinstance(value, types.ModuleType) and _is_torchs(value.__name__) else None
 
 
 def _is_branch(instruction: dis.Instruction) -> bool:
@@ -248,10 +252,19 @@ def _is_table(value: object) -> bool:
 
 
 def _on_symbols(function: types.FunctionType) -> types.FunctionType:
-    """The function, with a table of activations that may be asked for what an attribute of the module names."""
-    if not _is_table(function.__globals__.get(_TABLE)) or _TABLE not in function.__code__.co_names:
+    """The function, with globals that only a way through it may touch that is not read, and with a table of
+    activations that may be asked for what an attribute of the module names."""
+    scope: dict[str, Any] = {}
+    for instruction in dis.get_instructions(function):
+        if instruction.opname == "LOAD_GLOBAL":
+            name, value = instruction.argval, _global(function, instruction.argval)
+            if name == _TABLE and _is_table(value):
+                scope[name] = _Table()
+            elif _torchs_module(value) is None and not _is_harmless(value, name):
+                scope[name] = _Unknown()
+    if not scope:
         return function
-    return types.FunctionType(function.__code__, {**function.__globals__, _TABLE: _Table()}, function.__name__)
+    return types.FunctionType(function.__code__, {**function.__globals__, **scope}, function.__name__)
 
 
 # ---- symbols ---------------------------------------------------------------------------------------------------------
@@ -259,6 +272,18 @@ def _on_symbols(function: types.FunctionType) -> types.FunctionType:
 
 class _Unreadable(Exception):
     """Raised where a forward asks a symbol for what only a tensor could say."""
+
+
+class _Unknown:
+    """Stands for a global that is not torch's: nothing can be done with it."""
+
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise _Unreadable("a global")
+
+    __call__ = __getattr__ = __getitem__ = __bool__ = __iter__ = __len__ = __index__ = __float__ = __int__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
+    __hash__ = object.__hash__
 
 
 class _Undecided(Exception):

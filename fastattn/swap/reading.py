@@ -71,6 +71,14 @@ def why_not_as_read(module: ReadMethods) -> str | None:
     return None
 
 
+def calls_forward_as_it_is(original: type[nn.Module]) -> bool:
+    """Whether calling a module of the class does its forward and nothing more."""
+    plain = all(
+        getattr(original, name) is getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__")
+    )
+    return plain and original.__getattribute__ is object.__getattribute__
+
+
 def classes_beside(module_class: type[nn.Module]) -> list[type[nn.Module]]:
     """The classes of modules in the file of this class."""
     found = vars(sys.modules[module_class.__module__]).values()

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.integrations import why_not_transformers
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import Reading, calls_forward_as_it_is
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import feedforward, norm, sdpa
 
@@ -63,7 +63,7 @@ def _read(original: type[nn.Module]) -> _Remembered:
 
 def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Reading | None]]:
     readers: list[Callable[[type[nn.Module]], Reading | None]] = []
-    if _calls_forward_as_it_is(original):
+    if calls_forward_as_it_is(original):
         readers += [norm.read, feedforward.read]
     if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
@@ -88,14 +88,6 @@ def _can_be_derived_from(original: type[nn.Module]) -> bool:
         return False
     watching = [base for base in original.__mro__[:-1] if "__init_subclass__" in vars(base)]
     return type(original) is type and all(base.__module__.startswith("transformers.") for base in watching)
-
-
-def _calls_forward_as_it_is(original: type[nn.Module]) -> bool:
-    """Whether calling a module of the class does its forward and nothing more."""
-    plain = all(
-        getattr(original, name) is getattr(nn.Module, name) for name in ("__call__", "_call_impl", "__getattr__")
-    )
-    return plain and original.__getattribute__ is object.__getattribute__
 
 
 def _swapped_class(reading: Reading, original: type[nn.Module]) -> Any:

@@ -407,7 +407,6 @@ class Asserts(nn.Module):
         WhileFlag,
         IsNone,
         NoneOfAnInput,
-        FlagHidesAnEffect,
         Asserts,
     ],
 )
@@ -415,6 +414,35 @@ def test_other_branches_are_not_read(module_class) -> None:
     CALLS.clear()
     assert spellings_of(module_class) == ()
     assert not CALLS
+
+
+def test_what_a_way_not_taken_touches_is_not_touched() -> None:
+    (found,) = spellings_of(FlagHidesAnEffect)
+    assert found.flags == (("counted", False),) and found.expression == Call(Own("a"), (Input(0),))
+    assert not CALLS
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "CALLS(x)",
+        "x + CALLS",
+        "CALLS * x",
+        "CALLS[0](x)",
+        "self.a(x) if CALLS else x",
+        "self.a(x, CALLS)",
+        "x.pow(CALLS)",
+        "self.a(x) if len(x) else x",
+        "max(self.a(x), 0)",
+        "torch.pow(x, CALLS)",
+        "CALLS",
+        "(x, CALLS)",
+    ],
+)
+def test_globals_are_unknown(use: str) -> None:
+    scope = {"nn": nn, "torch": torch, "CALLS": [], "__name__": __name__}
+    exec(f"class Module(nn.Module):\n    def forward(self, x):\n        return {use}\n", scope)
+    assert spellings_of(scope["Module"]) == ()
 
 
 def test_more_flags_than_two_are_not_read() -> None:

@@ -1,14 +1,18 @@
-"""Activation modules of torch and of transformers, by the names that the kernels have for them."""
+"""Activation modules of torch, of transformers, and of any class that spells one out, by the names that the kernels
+have for them."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastattn.nn import activations as torch_activations
 from fastattn.nn.checks import why_not_unwatched
+from fastattn.swap.expression import Expression, Input, Op, spelling_of
+from fastattn.swap.reading import calls_forward_as_it_is
 
 _TRANSFORMERS = "transformers.activations"
 _MODULES = {
@@ -22,7 +26,10 @@ _MODULES = {
 def activation_name(function: object) -> str | None:
     """The kernel's name of an activation; None where no kernel computes exactly it, or a hook watches it."""
     if type(function).__module__ != _TRANSFORMERS:
-        return torch_activations.activation_name(function)
+        name = torch_activations.activation_name(function)
+        if name is None and isinstance(function, nn.Module) and why_not_unwatched(function) is None:
+            name = _name_by_forward(type(function))
+        return name
     if not isinstance(function, nn.Module) or why_not_unwatched(function) is not None:
         return None
     kind = type(function).__name__
@@ -39,6 +46,43 @@ def _is_gelu_tanh(function: Any) -> bool:
     if isinstance(act, functools.partial):
         return act.func is nn.functional.gelu and not act.args and act.keywords == {"approximate": "tanh"}
     return act == function._gelu_tanh_python
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_by_forward(kind: type[nn.Module]) -> str | None:
+    """The name of what a class's forward spells out; where it was replaced since it was read, it is read again."""
+    if kind.__module__.startswith("torch."):
+        return None
+    forward, name = _read.get(kind, (None, None))
+    if forward is not kind.forward:
+        forward = kind.forward
+        spelling = spelling_of(kind) if calls_forward_as_it_is(kind) else None
+        name = None if spelling is None or len(spelling.methods) > 1 else spelled_activation(spelling.expression)
+        _read[kind] = forward, name
+    return name
+
+
+_read: dict[type[nn.Module], tuple[object, str | None]] = {}
+
+
+def spelled_activation(expression: Expression) -> str | None:
+    """The activation of the input that this expression is."""
+    x = Input(0)
+    match expression:
+        case Op("relu" | "silu" as name, (operand,), ()) if operand == x:
+            return str(name)
+        case Op("gelu", (operand,), () | (("approximate", "none"),)) if operand == x:
+            return "gelu"
+        case Op("gelu", (operand,), (("approximate", "tanh"),)) if operand == x:
+            return "gelu_tanh"
+        case Op("mul", (Input(0), Op("sigmoid", (inner,), ())) | (Op("sigmoid", (inner,), ()), Input(0)), ()):
+            factors = (Op("mul", (x, 1.702)), Op("mul", (1.702, x)))
+            return "silu" if inner == x else "quick_gelu" if inner in factors else None
+        case Op("square", (Op("relu", (operand,), ()),), ()) | Op("pow", (Op("relu", (operand,), ()), 2), ()) if (
+            operand == x
+        ):
+            return "relu2"
+    return None
 
 
 def why_not_activation(function: object) -> str | None:

@@ -108,12 +108,16 @@ class _Tail(NamedTuple):
 
 
 def _tail(module: nn.Module, steps: tuple[Step, ...]) -> _Tail | None:
-    """Which step is which, by the class of the module's children; None where the steps are others."""
+    """Which step is which, by the class of the module's children; None where the steps are others. An nn.Identity, as
+    timm puts it where a norm may stand, is none."""
     hidden: Step | None = None
     last: Step | None = None
     down: str | None = None
     for step in steps:
-        if isinstance(step, Dropped) or (isinstance(step, Named) and isinstance(_child(module, step.name), nn.Dropout)):
+        child = _child(module, step.name) if isinstance(step, Named) else None
+        if type(child) is nn.Identity and why_not_unwatched(child) is None:
+            continue
+        if isinstance(step, Dropped) or isinstance(child, nn.Dropout):
             if (hidden if down is None else last) is not None:
                 return None
             if down is None:
