@@ -61,30 +61,28 @@ def test_kernels_in_the_interpreter(name: str) -> None:
 VERIFY = """
 import sys
 from fastattn.parity.run import verify
-op, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-report = verify(op, "triton", seed=2, only=range(first, last))
+ops, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+report = verify(ops, "triton", seed=2, only=range(first, last))
 refused = sum(n for (_, reason), n in report.refusals.items() if "dropout" not in reason)
 print(report.checked + report.refused, refused, *report.failures, sep="\\n")
 """
 
 
-RANDOM = ("attention", "attention_decode", "norm", "linear_act", "ffn", "gated_ffn")
-
-
-def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
-    """Ranges of 50 cases: pieces of work for several processes."""
-    return [(op, start, start + 50) for start in range(first, cases, 50)]
+RANDOM = ("attention", "attention_decode,norm", "linear_act,ffn,gated_ffn")  # the operations of each process
 
 
 @pytest.mark.parametrize(
-    ("op", "first", "last"),
+    ("ops", "first", "last"),
     [
-        *(part for op in RANDOM for part in parts(op, 150)),
-        *(pytest.param(*part, marks=pytest.mark.slow) for op in RANDOM for part in parts(op, 600, first=150)),
+        ("attention", 0, 75),
+        ("attention", 75, 150),
+        *((ops, 0, 150) for ops in RANDOM[1:]),
+        *(pytest.param(ops, n, n + 75, marks=pytest.mark.slow) for ops in RANDOM for n in range(150, 600, 75)),
     ],
 )
-def test_random_cases(op: str, first: int, last: int) -> None:
-    assert interpreted("-W", "ignore", "-c", VERIFY, op, str(first), str(last)) == f"{last - first}\n0\n"
+def test_random_cases(ops: str, first: int, last: int) -> None:
+    cases = (last - first) * len(ops.split(","))
+    assert interpreted("-W", "ignore", "-c", VERIFY, ops, str(first), str(last)) == f"{cases}\n0\n"
 
 
 @pytest.mark.parametrize("entries", [1, 7, 64, 1000])
