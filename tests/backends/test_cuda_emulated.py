@@ -74,14 +74,13 @@ def run_driver(driver: Path, own: dict[str, str], *options: str) -> None:
     assert run.returncode == 0, f"{folder} pytest {driver}\n{run.stdout[-6000:]}"
 
 
-def test_unknown_kernels_are_named() -> None:
+def test_unknown_kernels_are_named(fresh_process) -> None:
     script = "from fastattn.backends import cuda; print(cuda.unavailable_reason())"
-    own = {**os.environ, "FASTATTN_CUDA_KERNELS": "sm70"}
-    run = subprocess.run([sys.executable, "-c", script], env=own, capture_output=True, text=True, check=True)
+    run = fresh_process(script, FASTATTN_CUDA_KERNELS="sm70")
     assert "FASTATTN_CUDA_KERNELS='sm70' is unknown: set it to sm80 or sm90, or leave it unset" in run.stdout
 
 
-def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:
+def test_dispatch_does_not_choose_the_emulation(fresh_process, emulated_cuda: Path) -> None:
     script = (
         "import torch, fastattn\n"
         "from fastattn import dispatch\n"
@@ -90,12 +89,11 @@ def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:
         "found = dispatch.explain_problem(NormProblem('cpu', torch.float32, 'layer', 4, 8))\n"
         "assert found.reasons['cuda'] == ['it is never chosen for cpu tensors'] and found.chosen != 'cuda', found\n"
     )
-    subprocess.run([sys.executable, "-c", script], env=environment(emulated_cuda), check=True)
+    run = fresh_process(script, **environment(emulated_cuda))
+    assert run.returncode == 0, run.stderr
 
 
-def test_a_folder_without_the_module_is_named() -> None:
+def test_a_folder_without_the_module_is_named(fresh_process) -> None:
     script = "from fastattn.backends import cuda; print(cuda.unavailable_reason())"
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment(Path("/nowhere")), capture_output=True, text=True, check=True
-    )
+    run = fresh_process(script, **environment(Path("/nowhere")))
     assert "FASTATTN_CUDA_EMULATION='/nowhere' holds no _cuda module" in run.stdout

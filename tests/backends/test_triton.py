@@ -172,11 +172,11 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
         assert "TRITON_INTERPRET=1" in (backend.unavailable_reason() or "")
 
 
-def test_without_triton_the_reason_names_the_remedy() -> None:
+def test_without_triton_the_reason_names_the_remedy(fresh_process) -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "from fastattn.backends import triton\n"
         "print(triton.unavailable_reason())"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = fresh_process(script)
     assert "pip install 'fastattn[triton]'" in run.stdout
