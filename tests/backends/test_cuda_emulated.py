@@ -32,11 +32,12 @@ def environment(folder: Path, seed: int = 0, kernels: str = "") -> dict[str, str
     ],
 )
 def test_verify_runs_in_the_emulation(
-    emulated_cuda: Path, op: str, cases: int, checked: int, forward_only: int, kernels: str
+    fresh_process, emulated_cuda: Path, op: str, cases: int, checked: int, forward_only: int, kernels: str
 ) -> None:
-    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--json", "--op", op]
-    command += ["--cases", str(cases), "--seed", "0" if op == "all" else "8"]
-    run = subprocess.run(command, env=environment(emulated_cuda, kernels=kernels), capture_output=True, text=True)
+    script = "from fastattn.cli import main; main()"
+    asked = ("verify", "--backend", "cuda", "--json", "--op", op, "--cases", str(cases))
+    seed = "0" if op == "all" else "8"
+    run = fresh_process(script, *asked, "--seed", seed, **environment(emulated_cuda, kernels=kernels))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     report = json.loads(run.stdout)
     assert report["failures"] == []

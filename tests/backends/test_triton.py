@@ -24,16 +24,9 @@ ATTENTION = AttentionProblem("cuda", torch.bfloat16, 2, 4, 2, 100, 100, 64, 64)
 LINEAR = LinearProblem("ffn", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 4, 8, 16, 8)
 
 
-def interpreted(*command: str) -> str:
-    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported. On one
-    thread, as the interpreter does: torch's would wait for tests beside it."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, (
-        f"TRITON_INTERPRET=1 python {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
-    )
-    return run.stdout
+# Of a process of its own: whether Triton interprets is decided when it is first imported. On one thread, as the
+# interpreter does: torch's would wait for tests beside it.
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 def test_rows_that_begin_anywhere_are_copied_to_multiples_of_16_bytes() -> None:
@@ -54,13 +47,17 @@ def test_rows_that_begin_anywhere_are_copied_to_multiples_of_16_bytes() -> None:
 )
 def test_kernels_in_the_interpreter(name: str) -> None:
     """Attention's take longer; in `make test` the drawn cases below stand for them."""
-    interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name)))
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]
+    run = subprocess.run(command, env={**os.environ, **INTERPRETED}, capture_output=True, text=True)
+    assert run.returncode == 0, f"TRITON_INTERPRET=1 {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
 
 
 # Prints the cases drawn, those refused, and the failures.
 VERIFY = """
-import sys
+import sys, warnings
 from fastattn.parity.run import verify
+warnings.simplefilter("ignore")
 ops, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 report = verify(ops, "triton", seed=2, only=range(first, last))
 refused = sum(n for (_, reason), n in report.refusals.items() if "dropout" not in reason)
@@ -80,9 +77,11 @@ RANDOM = ("attention", "attention_decode,norm", "linear_act,ffn,gated_ffn")  # t
         *(pytest.param(ops, n, n + 75, marks=pytest.mark.slow) for ops in RANDOM for n in range(150, 600, 75)),
     ],
 )
-def test_random_cases(ops: str, first: int, last: int) -> None:
+def test_random_cases(fresh_process, ops: str, first: int, last: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    run = fresh_process(VERIFY, ops, str(first), str(last), **INTERPRETED)
     cases = (last - first) * len(ops.split(","))
-    assert interpreted("-W", "ignore", "-c", VERIFY, ops, str(first), str(last)) == f"{cases}\n0\n"
+    assert run.stdout == f"{cases}\n0\n", run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("entries", [1, 7, 64, 1000])
