@@ -88,6 +88,7 @@ class Family:
     generations: tuple[dict[str, object], ...] = ()
     compilation: dict[str, object] = field(default_factory=lambda: {"fullgraph": True, "backend": "aot_eager"})
     compiled: tuple[str, ...] = ("all",)  # kinds of inputs
+    fewer_layers: tuple[str, ...] = ()  # settings that are 1 where it is compiled: whose layers are all of one kind
     since_5_24: bool = False  # before, the cache has another name, and the attention is left alone
 
     def build(self, **options: object) -> nn.Module:
@@ -206,7 +207,12 @@ def bart(config: str, model: str, attention: str, settings: dict[str, object], *
         {**BART, **settings},
         {attention: "attention + linear (q, k, v, out)"},
         hooked="v_proj",
-        **{"attentions": 4, "weights": ("decoder_attentions", "cross_attentions"), **more},
+        **{
+            "attentions": 4,
+            "weights": ("decoder_attentions", "cross_attentions"),
+            "fewer_layers": ("encoder_layers", "decoder_layers"),
+            **more,
+        },
         generations=DECODER["generations"],
         compiled=("left",),
         std=0.2,
@@ -229,6 +235,7 @@ def bert(name: str, attention: str = "", **settings: object) -> Family:
         answer="last_hidden_state",
         rows_of_padding=True,
         half=2.0,
+        fewer_layers=("num_hidden_layers",),
         tolerance=2e-5,
         least_gradient=0.1,
     )
@@ -249,6 +256,7 @@ def deberta(**settings: object) -> Family:
         {"DisentangledSelfAttention": "attention + linear (q, k, v, distances)"},
         hooked="key_proj",
         answer="last_hidden_state",
+        fewer_layers=("num_hidden_layers",),
         tolerance=2e-5,
         gradients=1e-4,
         least_gradient=0.1,
@@ -273,6 +281,7 @@ FAMILIES = {
         hooked="Wqkv",
         dropout="attn_dropout_p",
         since_5_24=True,
+        fewer_layers=("n_layers",),
         **DECODER,
     ),
     "gpt_neo": Family(
@@ -302,6 +311,7 @@ FAMILIES = {
         dropout="attention_dropout",
         generations=(*DECODER["generations"], {"cache_implementation": "static"}),
         compiled=DECODER["compiled"],
+        fewer_layers=("n_layer",),
     ),
     "trocr": bart("TrOCRConfig", "VisionEncoderDecoderModel", "TrOCRAttention", {}, inputs=images, kinds=("none",)),
     "xglm": bart(
@@ -311,6 +321,7 @@ FAMILIES = {
         {"num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 48},
         attentions=2,
         weights=("attentions",),
+        fewer_layers=("num_layers",),
     ),
     "mvp": bart(
         "MvpConfig",
@@ -327,6 +338,7 @@ FAMILIES = {
         {"attention_window": 4, "max_encoder_position_embeddings": 48, "max_decoder_position_embeddings": 48},
         inputs=padded_with_decoder,
         compilation={"backend": "eager"},
+        fewer_layers=("decoder_layers",),
     ),
     "megatron_bert": bert("MegatronBert"),
     "rembert": bert("RemBert"),
