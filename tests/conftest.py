@@ -32,15 +32,6 @@ def _seeded(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """The backends that take CPU tensors; a missing one skips with its reason."""
-    reason = dispatch.backends()[request.param]
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return str(request.param)
-
-
 # Imports torch once, and forks for each script, which then runs as `python -c` runs it: nothing but torch is loaded,
 # and of torch alone an import takes seconds.
 _FORKS = """
@@ -112,3 +103,12 @@ def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshPro
     process = FreshProcess(tmp_path_factory.mktemp("fresh"))
     yield process
     process.close()
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backends that take CPU tensors; a missing one skips with its reason."""
+    reason = dispatch.backends()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return str(request.param)

@@ -150,6 +150,11 @@ class Family:
         queries = 1 if self.rows_of_padding else 2
         return [self.valid(each.transpose(1, queries), given) for each in weights]
 
+    def drawn(self, model: nn.Module, given: Inputs, seed: int = 0) -> list[Tensor]:
+        """The answers with what dropout draws from a seed."""
+        torch.manual_seed(seed)
+        return self.run(model, given)
+
     def assert_close(self, found: list[Tensor], expected: list[Tensor], tolerance: float | None = None) -> None:
         for one, other in zip(found, expected, strict=True):
             bound = (tolerance or self.tolerance) * float(other.abs().max())
