@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
+
+import pytest
 
 OPTIONAL = ("triton", "transformers", "rich", "typer", "matplotlib", "fastattn._cpu", "fastattn._cuda")
 
 
-def run(script: str, *options: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FASTATTN_", "TRITON_"))}
-    done = subprocess.run([sys.executable, *options, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
-    return done.stdout
+@pytest.fixture
+def run(fresh_process, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """run(script) -> what it prints, without fastattn's environment variables."""
+    for name in os.environ:
+        if name.startswith(("FASTATTN_", "TRITON_")):
+            monkeypatch.delenv(name)
+
+    def output(script: str) -> str:
+        done = fresh_process(script)
+        assert done.returncode == 0, f"{script}\n{done.stderr[-4000:]}"
+        return str(done.stdout)
+
+    return output
 
 
 def blocked(*names: str) -> str:
     return f"import sys\nfor name in {names!r}: sys.modules[name] = None\n"
 
 
-def test_import_without_any_optional_part() -> None:
+def test_import_without_any_optional_part(run) -> None:
     script = blocked(*OPTIONAL) + "import fastattn; print(fastattn.__version__, sorted(fastattn.backends()))"
     assert "['cpu', 'cuda', 'reference', 'triton']" in run(script)
 
 
-def test_missing_parts_are_sentences() -> None:
+def test_missing_parts_are_sentences(run) -> None:
     script = blocked(*OPTIONAL) + "import fastattn\nfor item in fastattn.backends().items(): print(*item, sep=': ')"
     lines = dict(line.split(": ", 1) for line in run(script).splitlines())
     assert lines.pop("reference") == "None"
     assert all(" " in reason and "Traceback" not in reason for reason in lines.values()), lines
 
 
-def test_without_native_libraries_the_reference_answers() -> None:
+def test_without_native_libraries_the_reference_answers(run) -> None:
     script = (
         blocked(*OPTIONAL)
         + "import warnings, torch, fastattn\n"
@@ -44,7 +53,7 @@ def test_without_native_libraries_the_reference_answers() -> None:
     assert run(script) == "True\n"
 
 
-def test_swap_needs_no_transformers() -> None:
+def test_swap_needs_no_transformers(run) -> None:
     script = (
         blocked(*OPTIONAL)
         + "import torch, fastattn\n"
@@ -55,18 +64,19 @@ def test_swap_needs_no_transformers() -> None:
     assert run(script) == "False\nTrue\n"
 
 
-def test_the_command_without_its_extra_says_what_to_install() -> None:
+def test_the_command_without_its_extra_says_what_to_install(fresh_process) -> None:
     script = blocked("rich", "typer") + "from fastattn import cli\ncli.main()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = fresh_process(script)
     assert done.returncode != 0
     assert "fastattn[cli]" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_importing_changes_nothing() -> None:
+def test_importing_changes_nothing(run) -> None:
     script = """
 import os, sys, threading, warnings
 import torch
+warnings.filterwarnings("error", category=UserWarning, module="fastattn")
 def state():
     return (
         dict(os.environ), threading.active_count(), torch.get_num_threads(), torch.get_default_dtype(),
@@ -79,4 +89,4 @@ import fastattn
 new = set(sys.modules) - loaded
 print(before == state(), sorted(new & {"transformers", "triton", "rich", "fastattn._cpu", "fastattn.swap"}))
 """
-    assert run(script, "-W", "error::UserWarning:fastattn") == "True []\n"
+    assert run(script) == "True []\n"

@@ -70,14 +70,13 @@ def test_the_instruction_set_is_chosen_and_restored() -> None:
 
 
 @pytest.mark.parametrize("name", [*ISAS[-1:], "sse9"])
-def test_the_environment_overrides_the_instruction_set(name: str) -> None:
+def test_the_environment_overrides_the_instruction_set(fresh_process, name: str) -> None:
     script = (
         "from fastattn.backends import cpu\n"
         "reason = cpu.unavailable_reason()\n"
         "print(reason if reason else 'runs ' + cpu.isa())"
     )
-    environment = {**os.environ, "FASTATTN_CPU_ISA": name}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    run = fresh_process(script, FASTATTN_CPU_ISA=name)
     expected = f"runs {name}" if name in ISAS else "FASTATTN_CPU_ISA='sse9' is not one of the available"
     assert run.stdout.startswith(expected), run.stdout
 

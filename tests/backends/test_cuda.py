@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -36,13 +34,13 @@ def test_it_says_why_it_is_unavailable() -> None:
     assert any(word in reason for word in words), reason
 
 
-def test_without_the_library_the_reason_names_the_remedy() -> None:
+def test_without_the_library_the_reason_names_the_remedy(fresh_process) -> None:
     script = (
         "import sys; sys.modules['fastattn._cuda'] = None\n"
         "from fastattn.backends import cuda\n"
         "print(cuda.unavailable_reason(), cuda.architectures())"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = fresh_process(script)
     assert "FASTATTN_CUDA=1" in run.stdout
     assert run.stdout.strip().endswith("[]")
 

@@ -32,11 +32,12 @@ def environment(folder: Path, seed: int = 0, kernels: str = "") -> dict[str, str
     ],
 )
 def test_verify_runs_in_the_emulation(
-    emulated_cuda: Path, op: str, cases: int, checked: int, forward_only: int, kernels: str
+    fresh_process, emulated_cuda: Path, op: str, cases: int, checked: int, forward_only: int, kernels: str
 ) -> None:
-    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--json", "--op", op]
-    command += ["--cases", str(cases), "--seed", "0" if op == "all" else "8"]
-    run = subprocess.run(command, env=environment(emulated_cuda, kernels=kernels), capture_output=True, text=True)
+    script = "from fastattn.cli import main; main()"
+    asked = ("verify", "--backend", "cuda", "--json", "--op", op, "--cases", str(cases))
+    seed = "0" if op == "all" else "8"
+    run = fresh_process(script, *asked, "--seed", seed, **environment(emulated_cuda, kernels=kernels))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     report = json.loads(run.stdout)
     assert report["failures"] == []
@@ -74,14 +75,13 @@ def run_driver(driver: Path, own: dict[str, str], *options: str) -> None:
     assert run.returncode == 0, f"{folder} pytest {driver}\n{run.stdout[-6000:]}"
 
 
-def test_unknown_kernels_are_named() -> None:
+def test_unknown_kernels_are_named(fresh_process) -> None:
     script = "from fastattn.backends import cuda; print(cuda.unavailable_reason())"
-    own = {**os.environ, "FASTATTN_CUDA_KERNELS": "sm70"}
-    run = subprocess.run([sys.executable, "-c", script], env=own, capture_output=True, text=True, check=True)
+    run = fresh_process(script, FASTATTN_CUDA_KERNELS="sm70")
     assert "FASTATTN_CUDA_KERNELS='sm70' is unknown: set it to sm80 or sm90, or leave it unset" in run.stdout
 
 
-def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:
+def test_dispatch_does_not_choose_the_emulation(fresh_process, emulated_cuda: Path) -> None:
     script = (
         "import torch, fastattn\n"
         "from fastattn import dispatch\n"
@@ -90,12 +90,11 @@ def test_dispatch_does_not_choose_the_emulation(emulated_cuda: Path) -> None:
         "found = dispatch.explain_problem(NormProblem('cpu', torch.float32, 'layer', 4, 8))\n"
         "assert found.reasons['cuda'] == ['it is never chosen for cpu tensors'] and found.chosen != 'cuda', found\n"
     )
-    subprocess.run([sys.executable, "-c", script], env=environment(emulated_cuda), check=True)
+    run = fresh_process(script, **environment(emulated_cuda))
+    assert run.returncode == 0, run.stderr
 
 
-def test_a_folder_without_the_module_is_named() -> None:
+def test_a_folder_without_the_module_is_named(fresh_process) -> None:
     script = "from fastattn.backends import cuda; print(cuda.unavailable_reason())"
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment(Path("/nowhere")), capture_output=True, text=True, check=True
-    )
+    run = fresh_process(script, **environment(Path("/nowhere")))
     assert "FASTATTN_CUDA_EMULATION='/nowhere' holds no _cuda module" in run.stdout

@@ -24,16 +24,9 @@ ATTENTION = AttentionProblem("cuda", torch.bfloat16, 2, 4, 2, 100, 100, 64, 64)
 LINEAR = LinearProblem("ffn", "cuda", torch.bfloat16, torch.bfloat16, "gelu", 4, 8, 16, 8)
 
 
-def interpreted(*command: str) -> str:
-    """Runs python with TRITON_INTERPRET=1; whether Triton interprets is decided when it is first imported. On one
-    thread, as the interpreter does: torch's would wait for tests beside it."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, (
-        f"TRITON_INTERPRET=1 python {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
-    )
-    return run.stdout
+# Of a process of its own: whether Triton interprets is decided when it is first imported. On one thread, as the
+# interpreter does: torch's would wait for tests beside it.
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 def test_rows_that_begin_anywhere_are_copied_to_multiples_of_16_bytes() -> None:
@@ -54,37 +47,41 @@ def test_rows_that_begin_anywhere_are_copied_to_multiples_of_16_bytes() -> None:
 )
 def test_kernels_in_the_interpreter(name: str) -> None:
     """Attention's take longer; in `make test` the drawn cases below stand for them."""
-    interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name)))
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]
+    run = subprocess.run(command, env={**os.environ, **INTERPRETED}, capture_output=True, text=True)
+    assert run.returncode == 0, f"TRITON_INTERPRET=1 {' '.join(command)}\n{run.stdout[-6000:]}{run.stderr[-2000:]}"
 
 
 # Prints the cases drawn, those refused, and the failures.
 VERIFY = """
-import sys
+import sys, warnings
 from fastattn.parity.run import verify
-op, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-report = verify(op, "triton", seed=2, only=range(first, last))
+warnings.simplefilter("ignore")
+ops, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+report = verify(ops, "triton", seed=2, only=range(first, last))
 refused = sum(n for (_, reason), n in report.refusals.items() if "dropout" not in reason)
 print(report.checked + report.refused, refused, *report.failures, sep="\\n")
 """
 
 
-RANDOM = ("attention", "attention_decode", "norm", "linear_act", "ffn", "gated_ffn")
-
-
-def parts(op: str, cases: int, first: int = 0) -> list[tuple[str, int, int]]:
-    """Ranges of 50 cases: pieces of work for several processes."""
-    return [(op, start, start + 50) for start in range(first, cases, 50)]
+RANDOM = ("attention", "attention_decode,norm", "linear_act,ffn,gated_ffn")  # the operations of each process
 
 
 @pytest.mark.parametrize(
-    ("op", "first", "last"),
+    ("ops", "first", "last"),
     [
-        *(part for op in RANDOM for part in parts(op, 150)),
-        *(pytest.param(*part, marks=pytest.mark.slow) for op in RANDOM for part in parts(op, 600, first=150)),
+        ("attention", 0, 75),
+        ("attention", 75, 150),
+        *((ops, 0, 150) for ops in RANDOM[1:]),
+        *(pytest.param(ops, n, n + 75, marks=pytest.mark.slow) for ops in RANDOM for n in range(150, 600, 75)),
     ],
 )
-def test_random_cases(op: str, first: int, last: int) -> None:
-    assert interpreted("-W", "ignore", "-c", VERIFY, op, str(first), str(last)) == f"{last - first}\n0\n"
+def test_random_cases(fresh_process, ops: str, first: int, last: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    run = fresh_process(VERIFY, ops, str(first), str(last), **INTERPRETED)
+    cases = (last - first) * len(ops.split(","))
+    assert run.stdout == f"{cases}\n0\n", run.stdout[-6000:] + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("entries", [1, 7, 64, 1000])
@@ -174,11 +171,11 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
         assert "TRITON_INTERPRET=1" in (backend.unavailable_reason() or "")
 
 
-def test_without_triton_the_reason_names_the_remedy() -> None:
+def test_without_triton_the_reason_names_the_remedy(fresh_process) -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "from fastattn.backends import triton\n"
         "print(triton.unavailable_reason())"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = fresh_process(script)
     assert "pip install 'fastattn[triton]'" in run.stdout

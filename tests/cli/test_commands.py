@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -174,14 +172,14 @@ def test_square_brackets_in_a_reason_are_printed_as_they_are(monkeypatch):
     assert BRACKETS in _run("verify", "--op", "norm", "--backend", "reference")
 
 
-def test_without_typer_or_rich_the_command_says_what_to_install():
+def test_without_typer_or_rich_the_command_says_what_to_install(fresh_process):
     script = (
         "import sys\nsys.modules['typer'] = sys.modules['rich'] = None\n"
         "import importlib.util as u\nreal = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n in ('typer', 'rich') else real(n, *a)\n"
         "from fastattn.cli import main\nmain()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = fresh_process(script)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip() == "The fastattn command needs typer and rich: pip install 'fastattn[cli]'"
 

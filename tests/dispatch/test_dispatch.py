@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import pickle
-import subprocess
 import sys
 import types
 import warnings
@@ -245,21 +243,15 @@ def test_backends_lists_every_name():
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in found.values())
 
 
-def run_python(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
-    return result.returncode, result.stdout.strip(), result.stderr
-
-
-def test_the_environment_variable_forces_a_backend():
+def test_the_environment_variable_forces_a_backend(fresh_process):
     code = (
         "import fastattn, torch; from fastattn import dispatch; "
         "print(dispatch.forced, fastattn.layer_norm(torch.ones(1, 2)).tolist())"
     )
-    assert run_python(code, FASTATTN_BACKEND="reference")[:2] == (0, "reference [[0.0, 0.0]]")
-    status, _, errors = run_python(code, FASTATTN_BACKEND="abacus")
-    assert status != 0 and "FASTATTN_BACKEND='abacus' is unknown: pass one of 'cuda', 'cpu'" in errors
+    run = fresh_process(code, FASTATTN_BACKEND="reference")
+    assert (run.returncode, run.stdout) == (0, "reference [[0.0, 0.0]]\n")
+    run = fresh_process(code, FASTATTN_BACKEND="abacus")
+    assert run.returncode != 0 and "FASTATTN_BACKEND='abacus' is unknown: pass one of 'cuda', 'cpu'" in run.stderr
 
 
 @pytest.mark.parametrize(("major", "expected"), [(8, "cuda"), (9, "triton"), (0, "cuda")])
@@ -272,10 +264,10 @@ def test_an_order_that_was_measured_faster_goes_by_operation_and_device(monkeypa
     assert dispatch.order(dataclasses.replace(attention, device_type="cpu")) == dispatch.ORDER["cpu"]
 
 
-def test_triton_takes_cpu_tensors_only_when_interpreted():
+def test_triton_takes_cpu_tensors_only_when_interpreted(fresh_process):
     code = "from fastattn import dispatch; print(dispatch.ORDER['cpu'])"
-    assert run_python(code, TRITON_INTERPRET="1")[1] == "('cpu', 'triton', 'reference')"
-    assert run_python(code, TRITON_INTERPRET="0")[1] == "('cpu', 'reference')"
+    assert fresh_process(code, TRITON_INTERPRET="1").stdout == "('cpu', 'triton', 'reference')\n"
+    assert fresh_process(code, TRITON_INTERPRET="0").stdout == "('cpu', 'reference')\n"
 
 
 def test_blocks_of_threads_that_end_out_of_order_leave_nothing_behind(monkeypatch):

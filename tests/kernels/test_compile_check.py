@@ -40,8 +40,9 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_the_rules(tmp_path: Path) -> None:
-    found = run("-c", RULES, folder=tmp_path)
+def test_the_rules(fresh_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = fresh_process(RULES, TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
     fine, shared, slow, wide, spilled, allowed, grown, unknown = json.loads(found.stdout)
     assert fine == wide == allowed == []
@@ -71,7 +72,8 @@ def test_a_short_selection(tmp_path: Path) -> None:
     assert found.stdout.splitlines()[-1] == "11 kernels compiled, 0 failed"
 
 
-def test_drawn_cases_launch_without_a_gpu(tmp_path: Path) -> None:
+def test_drawn_cases_launch_without_a_gpu(fresh_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     script = (
         "from fastattn.kernels import compile_check as check\n"
         "for op, kernels in (('attention_decode', {'attention_decode_kernel'}), ('norm', {'norm_forward_kernel'})):\n"
@@ -79,7 +81,7 @@ def test_drawn_cases_launch_without_a_gpu(tmp_path: Path) -> None:
         "    found = {check.drawn_launches(*job[:2], 90)[job[2]].kernel.__name__ for job in jobs}\n"
         "    assert len(jobs) >= 2 and found >= kernels, (op, jobs, found)\n"
     )
-    found = run("-c", script, folder=tmp_path)
+    found = fresh_process(script, TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,11 +47,9 @@ compile_all(8192, full=True)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_ahead_of_time_compilation(capability: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, str(capability)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_ahead_of_time_compilation(fresh_process, capability: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = fresh_process(COMPILE, str(capability), TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr[-4000:]
     kernels = "norm_forward_kernel", "norm_backward_kernel", "norm_column_sums_kernel"
     variants = "512 True", "512 False", "8192 True"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -113,7 +112,7 @@ def test_a_pickle_of_torch_1_1_loads() -> None:
     assert_same(old(x, x, x), ours(x, x, x), atol=0, rtol=0)
 
 
-def test_deepcopy_pickle_and_save(tmp_path: Path) -> None:
+def test_deepcopy_pickle_and_save(fresh_process, tmp_path: Path) -> None:
     ours, _ = pair()
     x = torch.randn(2, 5, 24)
     expected = ours(x, x, x)
@@ -129,10 +128,7 @@ def test_deepcopy_pickle_and_save(tmp_path: Path) -> None:
         "assert torch.allclose(m(x, x, x)[0], y, atol=1e-6); print(type(m).__module__)"
     )
     path = [str(Path(sys.modules["fastattn"].__file__).parents[1])]
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}; {code}"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    run = fresh_process(f"import sys; sys.path[:0] = {path}; {code}", cwd=tmp_path)
     assert run.stdout.strip() == "fastattn.nn.attention", run.stderr
 
 

@@ -149,15 +149,14 @@ print("equal")
 """
 
 
-def test_saved_whole_and_loaded_in_a_fresh_process(tmp_path: Path) -> None:
+def test_saved_whole_and_loaded_in_a_fresh_process(fresh_process, tmp_path: Path) -> None:
     model = transformer().eval()
     swap(model, strict=True)
     with torch.no_grad():
         expected = model(**batch())
     torch.save(model, tmp_path / "model.pt")
     torch.save((batch(), expected), tmp_path / "batch.pt")
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "model.pt"), str(tmp_path / "batch.pt")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = fresh_process(LOAD, str(tmp_path / "model.pt"), str(tmp_path / "batch.pt"))
     assert run.stdout == "equal\n", run.stderr[-3000:]
     plain = transformer()
     plain.load_state_dict(model.state_dict())  # the keys are torch's

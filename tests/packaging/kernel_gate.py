@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ REGISTERS_OF_A_BLOCK = 65536
 REGISTERS_OF_A_THREAD = 255
 # What the names of kernels match, and the tensor-core instructions that they are to have.
 TENSOR_CORE_KERNELS = {r"attention_\w+_sm90": "HGMMA", "attention_": "HMMA"}
+INSTRUCTIONS = r"Function : |HMMA\.|HGMMA\.|WARPGROUP\.DEPBAR|MUFU\.EX2|LDL|STL|STG"  # of machine code, all that count
 PRODUCTS_PER_WAIT = 4  # of wgmma, at least: where registers are not safe the compiler waits behind each
 # Between the wait for all products but the last ones and the wait for those: a softmax of 64 keys has 32 of a thread.
 EXPONENTIALS_BESIDE_PRODUCTS = 32
@@ -102,14 +104,22 @@ def cuobjdump() -> str | None:
     return found
 
 
-def lines_of(program: str, option: str, library: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a dump, each with the architecture that it belongs to."""
-    run = subprocess.run([program, option, str(library)], capture_output=True, text=True, check=True)
-    architecture = ""
-    for line in run.stdout.splitlines():
-        if line.startswith("arch = "):
-            architecture = line.removeprefix("arch = ")
-        yield architecture, line
+def lines_of(program: str, option: str, library: Path, words: str) -> Iterator[tuple[str, str]]:
+    """The lines of a dump with one of `words`, between bars, and the architecture that each belongs to.
+
+    A dump has hundreds of megabytes, nearly all of which nobody asks for: grep drops it where it is here.
+    """
+    dump = subprocess.Popen([program, option, str(library)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = ["grep", "-aE", f"^arch = |{words}"] if shutil.which("grep") else ["cat"]
+    fast = {**os.environ, "LC_ALL": "C"}
+    with dump, subprocess.Popen(command, stdin=dump.stdout, stdout=subprocess.PIPE, text=True, env=fast) as found:
+        architecture = ""
+        for line in found.stdout or ():
+            if line.startswith("arch = "):
+                architecture = line.removeprefix("arch = ").rstrip()
+            yield architecture, line
+    if dump.returncode:
+        raise subprocess.CalledProcessError(dump.returncode, dump.args)
 
 
 def read_kernels(program: str, library: Path) -> list[Kernel]:
@@ -120,14 +130,14 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
         return kernels.setdefault((architecture, name), Kernel(architecture, name))
 
     name = ""
-    for architecture, line in lines_of(program, "--dump-resource-usage", library):
+    for architecture, line in lines_of(program, "--dump-resource-usage", library, " Function |REG:"):
         if function := re.match(r" Function (\S+):", line):
             name = function[1]
         elif usage := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             kernel = at(architecture, name)
             kernel.registers, kernel.stack, kernel.shared = map(int, usage.groups())
     beside: int | None = None
-    for architecture, line in lines_of(program, "--dump-sass", library):
+    for architecture, line in lines_of(program, "--dump-sass", library, INSTRUCTIONS):
         if function := re.match(r"\s*Function : (\S+)", line):
             name, beside = function[1], None
         elif re.search(r"\bHMMA\.", line):
@@ -147,7 +157,7 @@ def read_kernels(program: str, library: Path) -> list[Kernel]:
         elif re.search(r"\bSTG\b", line) and not re.search(r"\bSTG\.\S*128\b", line):
             at(architecture, name).narrow += 1
     bound = False
-    for architecture, line in lines_of(program, "-elf", library):
+    for architecture, line in lines_of(program, "-elf", library, "^\\.nv\\.info\\.|Attribute:|Value:"):
         if section := re.match(r"\.nv\.info\.(\S+)$", line):
             name = section[1]
         elif "Attribute:" in line:

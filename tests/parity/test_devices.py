@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,7 @@ SCRIPT = Path(__file__).with_name("elsewhere.py")
     reason="this torch cannot be given a device in Python",
 )
 @pytest.mark.parametrize("op", ["attention", "attention_decode", "encoder_layer"])
-def test_a_case_is_drawn_and_checked_on_its_device_alone(op: str) -> None:
-    command = [sys.executable, str(SCRIPT), op, "0", "12"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, f"{' '.join(command)}: {ran.stderr[-3000:]}"
+def test_a_case_is_drawn_and_checked_on_its_device_alone(fresh_process, op: str) -> None:
+    ran = fresh_process(SCRIPT.read_text(), op, "0", "12")
+    assert ran.returncode == 0, f"{SCRIPT} {op} 0 12: {ran.stderr[-3000:]}"
     assert f"{op}: " in ran.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import subprocess
 import sys
 from pathlib import Path
 
@@ -331,7 +330,7 @@ def test_deepcopy_keeps_the_swap_and_owns_its_weights(tiny_bert, batch) -> None:
     assert output(model, batch).abs().max() > 0
 
 
-def test_saved_whole_it_stays_swapped_in_a_fresh_process(tiny_bert, batch, tmp_path: Path) -> None:
+def test_saved_whole_it_stays_swapped_in_a_fresh_process(fresh_process, tiny_bert, batch, tmp_path: Path) -> None:
     model = tiny_bert()
     swap(model, linears=False)
     torch.save({"model": model, "batch": batch, "expected": output(model, batch)}, tmp_path / "model.pt")
@@ -348,8 +347,8 @@ assert model.config._attn_implementation == "fastattn"
 import fastattn
 assert fastattn.swap(torch.nn.LayerNorm(4)).rows[0].action == "swapped"
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "model.pt")]
-    subprocess.run(command, check=True, timeout=120)
+    run = fresh_process(script, str(tmp_path / "model.pt"))
+    assert run.returncode == 0, run.stderr
 
 
 def test_hooks_of_the_swapped_module_still_fire(tiny_bert, batch) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,7 +126,7 @@ def test_lengths_may_be_left_open() -> None:
         torch.testing.assert_close(exported(y), model(y), atol=5e-6, rtol=1e-5)
 
 
-def test_a_saved_program_loads_in_a_fresh_process(tmp_path: Path) -> None:
+def test_a_saved_program_loads_in_a_fresh_process(fresh_process, tmp_path: Path) -> None:
     model, args, kwargs, _ = encoder()
     fastattn.swap(model.eval())
     program = torch.export.export(model, args, kwargs, strict=False)
@@ -140,7 +138,8 @@ def test_a_saved_program_loads_in_a_fresh_process(tmp_path: Path) -> None:
         "module = torch.export.load(sys.argv[1] + '/model.pt2').module()\n"
         "torch.testing.assert_close(module(*args, **kwargs), out)\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    run = fresh_process(script, str(tmp_path))
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,11 +43,9 @@ class MLP(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", *command], cwd=folder, capture_output=True, text=True, check=False)
-
-
-def test_a_class_of_the_user_is_found_again_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_of_the_user_is_found_again_in_another_process(
+    fresh_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "users_blocks.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
     import users_blocks
@@ -57,10 +53,10 @@ def test_a_class_of_the_user_is_found_again_in_another_process(tmp_path: Path, m
     module, x = users_blocks.Outer.MLP().eval(), torch.randn(3, 8)
     swap(module, strict=True)
     torch.save((module, x, module(x)), tmp_path / "module.pt")
-    done = run(tmp_path, LOAD, "module.pt")
+    done = fresh_process(LOAD, "module.pt", cwd=tmp_path)
     assert done.stdout.split() == ["fastattn.swap.recognised", "MLP"], done.stderr
     (tmp_path / "users_blocks.py").write_text(SOURCE.replace("self.down(self", "1 + self.down(self"))
-    done = run(tmp_path, LOAD, "module.pt")
+    done = fresh_process(LOAD, "module.pt", cwd=tmp_path)
     assert "install the version it was saved with" in done.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -306,7 +304,7 @@ def test_compiles_as_one_graph(dtype, without_half_instructions) -> None:
             assert torch.equal(compiled(x), model(x))
 
 
-def test_a_saved_model_runs_where_nothing_was_swapped(tmp_path) -> None:
+def test_a_saved_model_runs_where_nothing_was_swapped(fresh_process, tmp_path) -> None:
     model = large()
     swap(model)
     torch.save(model, tmp_path / "model.pt")
@@ -314,8 +312,8 @@ def test_a_saved_model_runs_where_nothing_was_swapped(tmp_path) -> None:
         "import torch; model = torch.load('model.pt', weights_only=False)\n"
         "with torch.no_grad(): print(type(model[0]).__module__, tuple(model(torch.ones(1, 1024)).shape))"
     )
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["fastattn.swap.recipes.free_linear", "(1,", "640)"]
+    run = fresh_process(script, cwd=tmp_path)
+    assert run.stdout.split() == ["fastattn.swap.recipes.free_linear", "(1,", "640)"], run.stderr
 
 
 @pytest.mark.usefixtures("without_half_instructions")

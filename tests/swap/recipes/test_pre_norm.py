@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from fastattn.errors import NotSupported  # noqa: E402
 from fastattn.swap import swap  # noqa: E402
-from fastattn.swap.recipes import recipe_for, whole_layer  # noqa: E402
+from fastattn.swap.recipes import recipe_for  # noqa: E402
 
 SIZES = {
     "hidden_size": 32,
@@ -57,32 +57,12 @@ def run(model: nn.Module, **more: object) -> Tensor:
     return states[given["attention_mask"].bool()] if "attention_mask" in given else states
 
 
-def eager(model: nn.Module) -> nn.Module:
-    other = copy.deepcopy(model)
-    other.set_attn_implementation("eager")
-    return other
-
-
 def layers(model: nn.Module) -> list[nn.Module]:
     return list(model.layers if hasattr(model, "layers") else model.encoder.layers)
 
 
-@pytest.fixture
-def one_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The masks that reached the operator for whole layers."""
-    masks: list[object] = []
-    real = whole_layer.encoder_layer
-
-    def noted(x: Tensor, *weights: Tensor, **options: object) -> Tensor:
-        masks.append(options["mask"])
-        return real(x, *weights, **options)
-
-    monkeypatch.setattr(whole_layer, "encoder_layer", noted)
-    return masks
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_a_layer_is_one_call_that_counts_for_its_children(name, one_calls) -> None:
+def test_a_layer_is_one_call_that_counts_for_its_children(eager, name, one_calls) -> None:
     model = build(name)
     expected, original = run(eager(model)), run(model)
     report = swap(model)
@@ -120,7 +100,7 @@ _IN_INFERENCE = ["autocast", "attentions", "other_attention", "float_mask", "rep
 
 
 @pytest.mark.parametrize("situation", ["training", "gradients", *_IN_INFERENCE])
-def test_where_the_children_are_called_as_expected(situation, one_calls) -> None:
+def test_where_the_children_are_called_as_expected(eager, situation, one_calls) -> None:
     model = build(TEXT)
     twin = eager(model)
     swap(model)
@@ -230,7 +210,7 @@ def test_is_causal_is_handed_on_where_the_attention_reads_it(one_calls) -> None:
 
 
 @pytest.mark.parametrize("name", [TEXT, IMAGES])
-def test_compiles_without_a_graph_break(name) -> None:
+def test_compiles_without_a_graph_break(eager, name) -> None:
     model = build(name)
     expected = run(eager(model))
     swap(model)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -247,7 +245,7 @@ def test_copies_and_threads() -> None:
         torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_saved_whole_it_loads_swapped_in_a_fresh_process(tmp_path: Path) -> None:
+def test_saved_whole_it_loads_swapped_in_a_fresh_process(fresh_process, tmp_path: Path) -> None:
     (tmp_path / "theirs.py").write_text(
         "import torch.nn.functional as F\nfrom torch import nn\n\n\n"
         "class Attention(nn.Module):\n"
@@ -264,7 +262,7 @@ def test_saved_whole_it_loads_swapped_in_a_fresh_process(tmp_path: Path) -> None
         "print([choice.backend.__name__ for choice in dispatch._choices.values()])\n"
     )
     for text in (script, load):
-        run = subprocess.run([sys.executable, "-c", text.format(str(tmp_path))], capture_output=True, text=True)
+        run = fresh_process(text.format(str(tmp_path)))
         assert run.returncode == 0, run.stderr
     assert "fastattn.backends" in run.stdout
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -270,7 +268,7 @@ def test_a_subclass_of_attention_is_left() -> None:
 
 
 def test_swapped_attention_in_copies_and_in_another_process(
-    classifier: tuple[nn.Module, tuple[Tensor, ...]], tmp_path: Path
+    fresh_process, classifier: tuple[nn.Module, tuple[Tensor, ...]], tmp_path: Path
 ) -> None:
     model, (x, _, _) = classifier
     swap(model)
@@ -284,7 +282,7 @@ def test_swapped_attention_in_copies_and_in_another_process(
         "m, x, y = torch.load('module.pt', weights_only=False); "
         "assert torch.allclose(m(x, x, x, need_weights=False)[0], y, atol=1e-6); print(type(m).__module__)"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = fresh_process(code, cwd=tmp_path)
     assert run.stdout.strip() == "fastattn.swap.recipes.torch_nn", run.stderr
 
 

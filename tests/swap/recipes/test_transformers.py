@@ -55,14 +55,8 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).logits
 
 
-def eager(model: nn.Module) -> nn.Module:
-    other = copy.deepcopy(model)
-    other.set_attn_implementation("eager")
-    return other
-
-
 @families
-def test_equals_eager_on_valid_tokens(family, batch, valid_difference) -> None:
+def test_equals_eager_on_valid_tokens(eager, family, batch, valid_difference) -> None:
     model = tiny(family)
     expected, original, keys = logits(eager(model), batch), logits(model, batch), list(model.state_dict())
     report = swap(model)
@@ -78,7 +72,7 @@ def test_equals_eager_on_valid_tokens(family, batch, valid_difference) -> None:
 
 
 @families
-def test_generates_what_eager_generates(family) -> None:
+def test_generates_what_eager_generates(eager, family) -> None:
     """Prompts padded on the left, then one token at a time over the cache, past the window where there is one."""
     model = tiny(family)
     ids = torch.randint(2, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
@@ -90,7 +84,7 @@ def test_generates_what_eager_generates(family) -> None:
 
 
 @families
-def test_trains_as_the_original(family) -> None:
+def test_trains_as_the_original(eager, family) -> None:
     settings = {"attention_dropout": 0.0} if family != "gpt2" else dict.fromkeys(("attn_pdrop", "resid_pdrop"), 0.0)
     model = tiny(family, **settings, **({"embd_pdrop": 0.0} if family == "gpt2" else {})).train()
     twin = eager(model)
@@ -105,7 +99,7 @@ def test_trains_as_the_original(family) -> None:
 
 @families
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_dtypes_err_as_little_as_the_original(family, dtype, batch, valid_difference) -> None:
+def test_half_dtypes_err_as_little_as_the_original(eager, family, dtype, batch, valid_difference) -> None:
     model = tiny(family)
     exact = logits(eager(model), batch)
     half = model.to(dtype)
@@ -217,7 +211,7 @@ class _Adapted(nn.Linear):
 
 
 @pytest.mark.parametrize("change", ["adapter", "hook"])
-def test_changed_projections_are_called_and_counted(change, batch, valid_difference) -> None:
+def test_changed_projections_are_called_and_counted(eager, change, batch, valid_difference) -> None:
     model = tiny("llama")
     mlp = model.model.layers[0].mlp
     report = swap(model)
@@ -321,7 +315,7 @@ def states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @encoders
-def test_an_encoder_equals_eager(family) -> None:
+def test_an_encoder_equals_eager(eager, family) -> None:
     model, inputs = encoder(family)
     expected, original = states(eager(model), inputs), states(model, inputs)
     report = swap(model)
@@ -338,7 +332,7 @@ def test_an_encoder_equals_eager(family) -> None:
 
 
 @pytest.mark.parametrize("family", ["roberta", "modernbert", "mpnet", "vit", "flan-t5", "bart"])
-def test_an_encoder_trains_as_the_original(family) -> None:
+def test_an_encoder_trains_as_the_original(eager, family) -> None:
     model, inputs = encoder(family)
     twin = eager(model)
     swap(model)
@@ -354,7 +348,7 @@ def test_an_encoder_trains_as_the_original(family) -> None:
         torch.testing.assert_close(parameter.grad, other.grad, atol=3e-5 * scale + 1e-7, rtol=0, msg=name)
 
 
-def test_mpnet_forms_attention_weights_where_asked() -> None:
+def test_mpnet_forms_attention_weights_where_asked(eager) -> None:
     model, inputs = encoder("mpnet")
     twin = eager(model)
     report = swap(model)
@@ -366,7 +360,7 @@ def test_mpnet_forms_attention_weights_where_asked() -> None:
     assert reasons == {"the attention weights are asked for (output_attentions=True)"}
 
 
-def test_t5_generates_what_eager_generates() -> None:
+def test_t5_generates_what_eager_generates(eager) -> None:
     torch.manual_seed(0)
     config = transformers.T5Config(**_T5, pad_token_id=0, eos_token_id=None, decoder_start_token_id=0)
     model = transformers.T5ForConditionalGeneration(config).eval()
@@ -378,7 +372,7 @@ def test_t5_generates_what_eager_generates() -> None:
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_a_half_checkpoint_of_t5_keeps_its_float32_linear() -> None:
+def test_a_half_checkpoint_of_t5_keeps_its_float32_linear(eager) -> None:
     """transformers loads `wo` in float32 beside half weights: the original block runs, and is counted."""
     model, inputs = encoder("flan-t5")
     model.to(torch.bfloat16)
