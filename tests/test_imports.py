@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 
 import pytest
+import torch
+
+from fastattn.graphs import constant
 
 OPTIONAL = ("triton", "transformers", "rich", "typer", "matplotlib", "fastattn._cpu", "fastattn._cuda")
 
@@ -90,3 +93,29 @@ new = set(sys.modules) - loaded
 print(before == state(), sorted(new & {"transformers", "triton", "rich", "fastattn._cpu", "fastattn.swap"}))
 """
     assert run(script) == "True []\n"
+
+
+def test_dynamo_is_imported_for_graphs_alone(run) -> None:
+    """It takes most of a second."""
+    script = """
+import sys
+import torch, fastattn
+from fastattn.masks import BigBird, Causal
+q = torch.randn(1, 1, 200, 8)
+fastattn.attention(q, q, q, mask=Causal() & BigBird(block=64))
+layer = torch.nn.TransformerEncoderLayer(8, 1, 16, batch_first=True).eval()
+fastattn.swap(layer)
+layer(q[0])
+print("torch._dynamo" in sys.modules)
+"""
+    assert run(script) == "False\n"
+
+
+def test_what_graphs_hold_is_marked_as_torch_marks_it() -> None:
+    def ours() -> int:
+        return 0
+
+    def theirs() -> int:
+        return 0
+
+    assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))

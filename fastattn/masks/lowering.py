@@ -128,14 +128,11 @@ def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: t
             "the mask outside of the transform"
         )
     if torch.compiler.is_compiling():
-        return _build_outside_the_graph(mask, size, device, within)
+        from fastattn.masks.outside import build_blocks_outside
+
+        return build_blocks_outside(mask, size, device, within)
     identity = (mask.identity(), None if within is None else within.identity())
     return _remember("blocks", identity, mask.holds(), size, device, lambda: build_blocks(mask, size, device, within))
-
-
-@torch.compiler.disable
-def _build_outside_the_graph(mask: Mask, size: Size, device: torch.device, within: Mask | None) -> Blocks:
-    return build_blocks(mask, size, device, within)
 
 
 def _remember(

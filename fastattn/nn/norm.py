@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastattn.backends import cpu
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.functional.checks import resolve_backend
+from fastattn.graphs import constant
 from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused, stands_for
@@ -81,7 +82,7 @@ def torch_is_as_fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, back
     )
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _has_avx512() -> bool:
     return cpu.has_avx512()
 

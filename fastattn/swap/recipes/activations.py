@@ -6,9 +6,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastattn.graphs import constant
 from fastattn.nn import activations as torch_activations
 from fastattn.nn.checks import why_not_unwatched
 from fastattn.swap.expression import Expression, Input, Op, spelling_of
@@ -48,7 +48,7 @@ def _is_gelu_tanh(function: Any) -> bool:
     return act == function._gelu_tanh_python
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _name_by_forward(kind: type[nn.Module]) -> str | None:
     """The name of what a class's forward spells out; where it was replaced since it was read, it is read again."""
     if kind.__module__.startswith("torch."):

@@ -32,6 +32,7 @@ from fastattn.backends import cpu
 from fastattn.environment import cpu_name
 from fastattn.functional import linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
+from fastattn.graphs import constant
 from fastattn.nn.checks import why_not_input
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.ops.library import is_recorded, tracks_gradients
@@ -117,7 +118,7 @@ def _is_large(weight: Tensor) -> bool:
     return least is not None and weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def is_measured(dtype: torch.dtype) -> bool:
     """Whether this machine has the kernel, and an instruction set on which it was found faster in this dtype."""
     if cpu.unavailable_reason() is not None:
@@ -139,7 +140,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return has_few_rows or has_slow_products(x.dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def has_slow_products(dtype: torch.dtype) -> bool:
     """Whether torch's products of many rows are known to be slow: where this processor cannot multiply halves, and
     MKL's of float32 on AMD's AVX-512, of which they use the half."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
+from fastattn.graphs import constant
 from fastattn.nn.checks import FLOATS, why_not_dropout, why_not_input, why_not_linear, why_not_tensor
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.norm import AS_FAST, torch_is_as_fast, why_not_layer_norm
@@ -119,7 +120,7 @@ def _why_not_silu(module: nn.Module, name: str | None) -> str | None:
     return None if name is None or _is_silu(chosen) else f"its {name} is {chosen!r}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _is_silu(name: object) -> bool:
     """Whether this is silu's name in the table of transformers, which others may write to."""
     activations = sys.modules["transformers.activations"]

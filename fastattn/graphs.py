@@ -1,0 +1,14 @@
+"""What torch.compile is told of functions, without Dynamo being imported for it: that takes most of a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant(function: Function) -> Function:
+    """As torch.compiler.assume_constant_result: a graph holds what the function gives while it is traced."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
