@@ -146,8 +146,8 @@ bool read(PyObject *object, Tensor &tensor) {
     tensor.data = static_cast<char *>(t.data) + t.byte_offset, tensor.dtype = dtype_of(t), tensor.dims = t.dims;
     if (t.device_type != kDLPackCpu || tensor.dtype < 0 || t.dims < 1 || t.dims > kMostDims || !t.data || !t.shape || !t.strides) return false;
     for (int i = 0; i < t.dims; i++) {
-        if (t.shape[i] < 1) return false;
         tensor.shape[i] = t.shape[i], tensor.strides[i] = t.strides[i];
+        if (tensor.shape[i] < 1) return false;
     }
     return says_no(PyObject_CallMethodNoArgs(object, kIsNeg));
 }
