@@ -19,7 +19,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <vector>
+#include <initializer_list>
 
 #include "../cpu/library.h"
 #include "dlpack.h"
@@ -31,16 +31,18 @@ namespace {
 struct Torch {
     PyTypeObject *tensor, *parameter;
     ReadTensor read;
-    PyObject *watchers;  // a tuple of functions, each of which says false where nobody watches
+    PyObject *watchers;    // a tuple of functions, each of which says false where nobody watches
+    PyObject *forward_ad;  // dict of torch.autograd.forward_ad
     PyObject *grad_enabled, *num_threads;
     PyObject *activations;  // dict of their numbers
     long few_queries;       // up to which attention is the kernel for decoding's
     long often_read;        // queries of a key, from which on its rows have to lie side by side
 };
 Torch torch{};
-PyObject *kNewEmpty, *kNewEmptyStrided, *kIsNeg, *kRequiresGrad;  // names
+PyObject *kNewEmpty, *kNewEmptyStrided, *kIsNeg, *kRequiresGrad, *kCurrentLevel;  // names
 
-// For a call that goes the long way: None, and no error left behind.
+// For a call that goes the long way: None, and no error left behind. So nothing here may call a function written in Python: what a handler of signals
+// raises, as for Ctrl-C, would be raised within it, and lost.
 PyObject *long_way() {
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -60,7 +62,14 @@ bool says_true(PyObject *function) {
     return truth;
 }
 
+// Whether forward-mode derivatives are taken, by any thread.
+bool has_tangents() {
+    PyObject *level = PyDict_GetItemWithError(torch.forward_ad, kCurrentLevel);
+    return !level || !PyLong_Check(level) || PyLong_AsLong(level) != -1;
+}
+
 bool is_watched() {
+    if (has_tangents()) return true;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.watchers); i++)
         if (says_true(PyTuple_GET_ITEM(torch.watchers, i))) return true;
     return false;
@@ -70,6 +79,7 @@ int num_threads() {
     PyObject *answer = PyObject_CallNoArgs(torch.num_threads);
     const long n = answer ? PyLong_AsLong(answer) : -1;
     Py_XDECREF(answer);
+    if (n < 1) PyErr_Clear();
     return n < 1 ? 1 : int(n);
 }
 
@@ -84,6 +94,7 @@ bool read_number(PyObject *object, float &number) {
 bool read_activation(PyObject *name, int &activation) {
     activation = FASTATTN_ACT_NONE;
     if (name == Py_None) return true;
+    if (!PyUnicode_CheckExact(name)) return false;  // others may have their own idea of what they are equal to
     PyObject *number = PyDict_GetItemWithError(torch.activations, name);
     if (number) activation = int(PyLong_AsLong(number));
     return number != nullptr;
@@ -101,18 +112,28 @@ int dtype_of(const DLPackTensor &t) {
     return t.code == kDLPackBool && t.bits == 8 ? kBool : -1;
 }
 
-// A tensor that is not given has no data.
+constexpr int kMostDims = 8;
+constexpr int64_t kMostElements = int64_t{1} << 50;  // further sizes and strides that are made of so many do not overflow
+
+// The product of two sizes that are not negative; beyond kMostElements it may be any number beyond.
+int64_t times(int64_t a, int64_t b) {
+    int64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
+// A tensor that is not given has no data. Shape and strides are copies: what runs while a result is made, another thread or a finaliser that the garbage
+// collector calls, may give the tensor others, and the memory that the result gets has to be that which the kernel fills.
 struct Tensor {
     void *data = nullptr;
     int dtype = 0;
     int dims = 0;
-    const int64_t *shape = nullptr, *strides = nullptr;
+    int64_t shape[kMostDims], strides[kMostDims];
 
     bool is_float() const { return dtype < kInt32; }
     int64_t last() const { return shape[dims - 1]; }
     int64_t rows() const {
         int64_t product = 1;
-        for (int i = 0; i < dims - 1; i++) product *= shape[i];
+        for (int i = 0; i < dims - 1; i++) product = times(product, shape[i]);
         return product;
     }
     bool is_contiguous() const {
@@ -129,10 +150,12 @@ bool read(PyObject *object, Tensor &tensor) {
     if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return false;
     DLPackTensor t;
     if (torch.read(object, &t) != 0) return false;
-    tensor = {static_cast<char *>(t.data) + t.byte_offset, dtype_of(t), t.dims, t.shape, t.strides};
-    if (t.device_type != kDLPackCpu || tensor.dtype < 0 || t.dims == 0 || !t.data || !t.shape || !t.strides) return false;
-    for (int i = 0; i < t.dims; i++)
-        if (t.shape[i] < 1) return false;
+    tensor.data = static_cast<char *>(t.data) + t.byte_offset, tensor.dtype = dtype_of(t), tensor.dims = t.dims;
+    if (t.device_type != kDLPackCpu || tensor.dtype < 0 || t.dims < 1 || t.dims > kMostDims || !t.data || !t.shape || !t.strides) return false;
+    for (int i = 0; i < t.dims; i++) {
+        tensor.shape[i] = t.shape[i], tensor.strides[i] = t.strides[i];
+        if (tensor.shape[i] < 1) return false;
+    }
     return says_no(PyObject_CallMethodNoArgs(object, kIsNeg));
 }
 
@@ -164,25 +187,35 @@ class Call {
 // A new reference, or null with an error set, as of all functions of Python.
 PyObject *tuple_of(const int64_t *numbers, int n) {
     PyObject *tuple = PyTuple_New(n);
-    for (int i = 0; tuple && i < n; i++) PyTuple_SET_ITEM(tuple, i, PyLong_FromLongLong(numbers[i]));
+    for (int i = 0; tuple && i < n; i++) {
+        PyObject *number = PyLong_FromLongLong(numbers[i]);
+        if (number)
+            PyTuple_SET_ITEM(tuple, i, number);
+        else
+            Py_CLEAR(tuple);
+    }
     return tuple;
 }
 
 // An empty tensor beside `like`, of its dtype: of the shape of `x` but `features` in the last dimension.
 PyObject *empty_like(PyObject *like, const Tensor &x, int64_t features, Tensor &result) {
-    std::vector<int64_t> shape(x.shape, x.shape + x.dims);
-    shape.back() = features;
-    PyObject *sizes = tuple_of(shape.data(), x.dims);
+    int64_t shape[kMostDims];
+    std::memcpy(shape, x.shape, sizeof shape);
+    shape[x.dims - 1] = features;
+    PyObject *sizes = tuple_of(shape, x.dims);
     PyObject *made = sizes ? PyObject_CallMethodOneArg(like, kNewEmpty, sizes) : nullptr;
     Py_XDECREF(sizes);
     if (made && !read(made, result)) Py_CLEAR(made);
     return made;
 }
 
-// Memory for what no one sees.
+// Memory for what no one sees; null where there is none, or no such amount.
 class Scratch {
   public:
-    Scratch(int64_t elements, int dtype) : data_(std::aligned_alloc(64, (size_t(elements) * (dtype == FASTATTN_FLOAT32 ? 4 : 2) + 63) / 64 * 64)) {}
+    Scratch(int64_t elements, int dtype)
+        : data_(elements < 1 || elements > kMostElements
+                    ? nullptr
+                    : std::aligned_alloc(64, (size_t(elements) * (dtype == FASTATTN_FLOAT32 ? 4 : 2) + 63) / 64 * 64)) {}
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
@@ -234,11 +267,12 @@ PyObject *norm(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return z_object ? Py_BuildValue("(NN)", y_object, z_object) : y_object;
 }
 
-fastattn_gemm product(int threads, const Tensor &x, int64_t rows, const Tensor &weight, const Tensor &bias, int activation, void *y) {
+// act(x weight^T + bias) of rows in the weight's dtype that follow one another.
+fastattn_gemm product(int threads, void *x, int64_t rows, const Tensor &weight, const Tensor &bias, int activation, void *y) {
     fastattn_gemm p{};
-    p.dtype = x.dtype, p.n_threads = threads;
+    p.dtype = weight.dtype, p.n_threads = threads;
     p.m = rows, p.n = weight.shape[0], p.k = weight.shape[1];
-    p.a = {x.data, {p.k, 1}};
+    p.a = {x, {p.k, 1}};
     p.b = {weight.data, {weight.strides[1], weight.strides[0]}};
     p.c = {y, {p.n}};
     p.bias = bias.data, p.bias_dtype = bias.dtype, p.activation = activation;
@@ -255,7 +289,7 @@ PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
         return long_way();
     PyObject *made = empty_like(args[0], x, weight.shape[0], y);
     if (!made) return long_way();
-    const fastattn_gemm p = product(num_threads(), x, x.rows(), weight, bias, activation, y.data);
+    const fastattn_gemm p = product(num_threads(), x.data, x.rows(), weight, bias, activation, y.data);
     if (run([&] { return fastattn_cpu_gemm(&p); })) return made;
     Py_DECREF(made);
     return long_way();
@@ -272,22 +306,20 @@ PyObject *feed_forward(PyObject *const *args, bool gated) {
     const int64_t rows = x.rows(), hidden = w1.shape[0];
     if (gated && !(call.linear(args[3], args[4], x.dtype, x.last(), w_up, b_up) && w_up.shape[0] == hidden)) return long_way();
     if (!call.linear(last[0], last[1], x.dtype, hidden, w2, b2)) return long_way();
-    const Scratch h(rows * hidden, x.dtype), up(gated ? rows * hidden : 0, x.dtype);
+    const Scratch h(times(rows, hidden), x.dtype), up(gated ? times(rows, hidden) : 0, x.dtype);
     PyObject *made = h.data() && (up.data() || !gated) ? empty_like(args[0], x, w2.shape[0], y) : nullptr;
     if (!made) return long_way();
     const int threads = num_threads();
+    fastattn_gemm first = product(threads, x.data, rows, w1, b1, activation, h.data()), multiplier{};
+    const fastattn_gemm second = product(threads, h.data(), rows, w2, b2, FASTATTN_ACT_NONE, y.data);
+    if (gated) {
+        multiplier = product(threads, x.data, rows, w_up, b_up, FASTATTN_ACT_NONE, up.data());
+        first.multiplier = {up.data(), {hidden}};
+    }
     const bool done = run([&] {
-        fastattn_gemm first = product(threads, x, rows, w1, b1, activation, h.data());
-        if (gated) {
-            const fastattn_gemm multiplier = product(threads, x, rows, w_up, b_up, FASTATTN_ACT_NONE, up.data());
-            if (const int status = fastattn_cpu_gemm(&multiplier)) return status;
-            first.multiplier = {up.data(), {hidden}};
-        }
-        if (const int status = fastattn_cpu_gemm(&first)) return status;
-        Tensor between = x;
-        between.data = h.data();
-        const fastattn_gemm second = product(threads, between, rows, w2, b2, FASTATTN_ACT_NONE, y.data);
-        return fastattn_cpu_gemm(&second);
+        int status = gated ? fastattn_cpu_gemm(&multiplier) : FASTATTN_OK;
+        if (status == FASTATTN_OK) status = fastattn_cpu_gemm(&first);
+        return status == FASTATTN_OK ? fastattn_cpu_gemm(&second) : status;
     });
     if (done) return made;
     Py_DECREF(made);
@@ -339,8 +371,9 @@ PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
     Tensor q, k, v, mask, out;
     if (!take_heads(call, args[0], q) || !take_heads(call, args[1], k) || !take_heads(call, args[2], v)) return long_way();
     if (q.dtype != k.dtype || q.dtype != v.dtype || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3]) return long_way();
-    const int64_t batch = q.shape[0], heads_q = q.shape[1], heads_kv = k.shape[1], len_q = q.shape[2], len_k = k.shape[2];
+    const int64_t rows = q.rows(), batch = q.shape[0], heads_q = q.shape[1], heads_kv = k.shape[1], len_q = q.shape[2], len_k = k.shape[2];
     if (std::memcmp(k.shape, v.shape, 3 * sizeof *k.shape) != 0 || heads_q % heads_kv || (heads_q != heads_kv && args[5] != Py_True)) return long_way();
+    if (rows > kMostElements) return long_way();  // views may pretend to that many
     float scale = float(1.0 / std::sqrt(double(q.shape[3])));
     if (args[6] != Py_None && !read_number(args[6], scale)) return long_way();
     const bool is_causal = args[4] != Py_None;
@@ -362,7 +395,7 @@ PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
         }
     }
     if (!decodes && len_q * (heads_q / heads_kv) >= torch.often_read && (wants_copy(k) || wants_copy(v))) return long_way();
-    const Scratch lse(batch * heads_q * len_q, FASTATTN_FLOAT32);
+    const Scratch lse(rows, FASTATTN_FLOAT32);
     PyObject *made = lse.data() ? empty_out(args[0], q, v.shape[3], out) : nullptr;
     if (!made) return long_way();
     // Both kernels' descriptions name these fields alike.
@@ -424,6 +457,7 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
     const int64_t embed = x.last(), hidden = w1.shape[0];
     const long heads = PyLong_CheckExact(args[17]) ? PyLong_AsLong(args[17]) : 0;
     if (heads < 1 || embed % heads || embed / heads > 256 || x.shape[1] >= int64_t{1} << 30) return long_way();
+    if (args[19] != Py_True && args[19] != Py_False) return long_way();
     p.scale = float(1.0 / std::sqrt(double(embed / heads)));
     if (!read_activation(args[18], p.activation) || (args[23] != Py_None && !read_number(args[23], p.scale))) return long_way();
     if (!take_linear(call, args + 1, x.dtype, embed, embed, p.q) || !take_linear(call, args + 3, x.dtype, embed, embed, p.k) ||
@@ -445,20 +479,21 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 // ---- the module -------------------------------------------------------------------------------------------------------------------------------------
 
-// open(Tensor, Parameter, exchange capsule, watchers, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether the calls above
-// can run from now on. They keep what they are given.
+// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether the
+// calls above can run from now on, which they cannot with an exchange of another kind. They keep what they are given.
 PyObject *open(PyObject *, PyObject *args) {
     Torch given{};
     PyObject *exchange;
-    if (!PyArg_ParseTuple(args, "O!O!OO!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type, &given.watchers,
-                          &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations, &given.few_queries, &given.often_read))
+    if (!PyArg_ParseTuple(args, "O!O!OO!O!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type,
+                          &given.watchers, &PyDict_Type, &given.forward_ad, &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations,
+                          &given.few_queries, &given.often_read))
         return nullptr;
+    if (!PyCapsule_IsValid(exchange, kDLPackExchangeName)) Py_RETURN_FALSE;
     auto *api = static_cast<DLPackExchange *>(PyCapsule_GetPointer(exchange, kDLPackExchangeName));
-    if (!api) return nullptr;
     while (api && api->major > kDLPackMajor) api = api->previous;
     if (!api || api->major != kDLPackMajor || !api->read) Py_RETURN_FALSE;
-    for (PyObject *kept : {reinterpret_cast<PyObject *>(given.tensor), reinterpret_cast<PyObject *>(given.parameter), given.watchers, given.grad_enabled,
-                           given.num_threads, given.activations})
+    for (PyObject *kept : {reinterpret_cast<PyObject *>(given.tensor), reinterpret_cast<PyObject *>(given.parameter), given.watchers,
+                           given.forward_ad, given.grad_enabled, given.num_threads, given.activations})
         Py_INCREF(kept);
     given.read = api->read;
     torch = given;
@@ -486,5 +521,6 @@ PyMethodDef kMethods[] = {
 bool add_direct(PyObject *module) {
     kNewEmpty = PyUnicode_InternFromString("new_empty"), kNewEmptyStrided = PyUnicode_InternFromString("new_empty_strided");
     kIsNeg = PyUnicode_InternFromString("is_neg"), kRequiresGrad = PyUnicode_InternFromString("requires_grad");
-    return kNewEmpty && kNewEmptyStrided && kIsNeg && kRequiresGrad && PyModule_AddFunctions(module, kMethods) == 0;
+    kCurrentLevel = PyUnicode_InternFromString("_current_level");
+    return kNewEmpty && kNewEmptyStrided && kIsNeg && kRequiresGrad && kCurrentLevel && PyModule_AddFunctions(module, kMethods) == 0;
 }

@@ -125,7 +125,8 @@ def attention(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
     """
-    if bias is softcap is sinks is dropout_seed is None and dropout_p == 0.0 and not return_lse:
+    drops_nothing = dropout_p == 0.0 and dropout_seed is None and type(dropout_p) in direct.NUMBERS
+    if drops_nothing and bias is softcap is sinks is None and not return_lse:
         out = direct.attention(q, k, v, mask, scale, backend)
         if out is not None:
             return out

@@ -26,6 +26,9 @@ from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
 from fastattn.masks import Causal
 
+NUMBERS = frozenset({float, int, bool})
+"""The types of a dropout_p of 0 that may go the short way: others, a complex number say, the long way may refuse."""
+
 
 def calls(backend: str | None) -> ModuleType | None:
     """The module whose functions may run a call for which this backend was asked, None being the choice of dispatch."""
@@ -56,6 +59,7 @@ def _opened() -> ModuleType | None:
         nn.Parameter,
         exchange,
         _WATCHERS,
+        vars(forward_ad),
         torch.is_grad_enabled,
         torch.get_num_threads,
         ACTIVATIONS,
@@ -65,10 +69,6 @@ def _opened() -> ModuleType | None:
     return native() if is_open else None
 
 
-def _has_tangents() -> bool:
-    return forward_ad._current_level >= 0
-
-
 _WATCHERS = (
     torch._C._len_torch_dispatch_stack,
     torch._C._is_torch_function_mode_enabled,
@@ -76,6 +76,7 @@ _WATCHERS = (
     torch._C._get_tracing_state,
     torch._C._autograd._profiler_enabled,
     torch._C._is_any_autocast_enabled,
-    _has_tangents,
 )
-"""What would see an operator, or change a call: each gives something true where it is at work."""
+"""What would see an operator, or change a call: each gives something true where it is at work. None of them may be
+written in Python: what a handler of signals raises within it would be lost. That of forward-mode derivatives is, so its
+number is read from its module."""

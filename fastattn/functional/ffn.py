@@ -161,11 +161,11 @@ def _prepare(x: Tensor, *parameters: tuple[str, Tensor | None]) -> list[Any]:
 
 
 def _drops_nothing(dropout_p: float, dropout_seed: Tensor | None) -> bool:
-    return dropout_p == 0.0 and dropout_seed is None
+    return dropout_p == 0.0 and dropout_seed is None and type(dropout_p) in direct.NUMBERS
 
 
 def _seed(dropout_p: float, dropout_seed: Tensor | None, x: Tensor) -> Tensor | None:
-    if _drops_nothing(dropout_p, dropout_seed):
+    if dropout_p == 0.0 and dropout_seed is None:
         return None
     return check_dropout(dropout_p, dropout_seed, "x", x)
 

@@ -168,7 +168,8 @@ def _norm(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """y and z of either norm."""
-    calls = direct.calls(backend) if dropout_p == 0.0 and dropout_seed is None else None
+    drops_nothing = dropout_p == 0.0 and dropout_seed is None and type(dropout_p) in direct.NUMBERS
+    calls = direct.calls(backend) if drops_nothing else None
     if calls is not None:
         found = calls.direct_norm(x, weight, bias, residual, kind == "rms", eps, offset)
         if found is not None:

@@ -89,12 +89,12 @@ def directly(
     backend: str | None = None,
 ) -> Tensor | None:
     """The output of a plain call by the short way; None for any other."""
-    if dropout_p != 0.0:
+    if dropout_p != 0.0 or type(dropout_p) not in direct.NUMBERS:
         return None
     mask: object = attn_mask
     if attn_mask is not None:
-        # Ranges of keys, as int32, the kernels take and torch does not.
-        if is_causal or not isinstance(attn_mask, Tensor) or attn_mask.dtype is torch.int32:
+        # Ranges of keys, as int32, and masks of one dimension the kernels take and torch does not.
+        if is_causal or not isinstance(attn_mask, Tensor) or attn_mask.dtype is torch.int32 or attn_mask.dim() < 2:
             return None
     elif is_causal:
         mask = _TOP_LEFT

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -169,8 +171,10 @@ def test_sdpa(dtype, taken, monkeypatch):
         lambda: sdpa(q, k, k, torch.zeros(2, 1, 20, 2, dtype=torch.int32)),
         lambda: sdpa(q, k, k, [[True]]),
         lambda: sdpa(q, k, k, scale="0.5"),
+        lambda: sdpa(q, k, k, torch.ones(20, dtype=torch.bool)),
+        lambda: sdpa(q, k, k, randn(20, dtype=dtype)),
     ):
-        with pytest.raises((RuntimeError, TypeError)):
+        with pytest.raises((RuntimeError, TypeError, IndexError)):
             wrong()
     assert not taken
 
@@ -219,12 +223,36 @@ def test_an_encoder_layer_that_does_not_fit():
         for wrong in (weight[1:], weight[None], weight.bfloat16(), weight.clone().requires_grad_(), weight.double()):
             assert module.direct_encoder_layer(x, *weights[:i], wrong, *weights[i + 1 :], *last) is None
     for i, wrong in enumerate((5, "swish", None, -1.0, math.nan, randn(7), "0.5")):
-        if i != 2:
-            assert module.direct_encoder_layer(x, *weights, *last[:i], wrong, *last[i + 1 :]) is None
+        assert module.direct_encoder_layer(x, *weights, *last[:i], wrong, *last[i + 1 :]) is None
     for bad in (x[0], x[:, :, :20], x.transpose(0, 1), x.half(), x[:0]):
         assert module.direct_encoder_layer(bad, *weights, *last) is None
     with pytest.raises(RuntimeError, match="no backward"):
         fastattn.encoder_layer(randn(2, 7, 24), *[t.requires_grad_() for t in weights], heads=3)
+
+
+@pytest.mark.parametrize("norm_first", [1, None, torch.tensor(True), "no"])
+def test_an_encoder_layer_whose_norm_first_is_no_bool(norm_first, taken, monkeypatch):
+    x, weights = randn(2, 7, 24), _layer(torch.float32)
+    call = functools.partial(fastattn.encoder_layer, x, *weights, heads=3, norm_first=norm_first)
+    if norm_first == "no":
+        with pytest.raises(TypeError):
+            call()
+    else:
+        agree(*both_ways(call, monkeypatch))
+    assert not taken
+
+
+def test_dimensions_of_one_element_may_have_any_stride(taken, monkeypatch):
+    x, weights = randn(1, 5, 24)[:, -1:], _layer(torch.float32)  # the last of several tokens
+    assert x.is_contiguous() and x.stride() == (120, 24, 1)
+    for call in (
+        lambda: fastattn.rms_norm(x),
+        lambda: fastattn.layer_norm(x, residual=x, return_residual=True),
+        lambda: fastattn.ffn(x, weights[0], None, weights[2], None),
+        lambda: fastattn.encoder_layer(x, *weights, heads=3),
+    ):
+        agree(*both_ways(call, monkeypatch))
+    assert taken == ["norm", "norm", "ffn", "encoder_layer"]
 
 
 def test_more_queries_than_keys_and_rows_far_apart(taken, monkeypatch):
@@ -299,11 +327,73 @@ def test_nothing_is_leaked():
         assert abs(sys.getallocatedblocks() - blocks) < 100
 
 
+class AnAlarm(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers")
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_what_a_handler_of_signals_raises_is_not_lost():
+    x, rung = randn(1, 16), False
+
+    def ring(*_: Any) -> None:
+        nonlocal rung
+        rung = True
+        raise AnAlarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for _ in range(100):
+            rung = False
+            with pytest.raises(AnAlarm):
+                signal.setitimer(signal.ITIMER_REAL, 1e-4)
+                while not rung:
+                    fastattn.layer_norm(x)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_tensor_may_be_resized_while_the_result_is_made():
+    x, weight, module = randn(2, 16), torch.eye(16), direct._opened()
+    values, larger, ran = x.clone(), randn(64, 256), []
+    assert module is not None
+
+    def resize(phase: str, _: Any) -> None:
+        if phase == "start" and not ran:
+            ran.append(x.untyped_storage())  # which the kernel may go on to read
+            x.set_(larger)  # type: ignore[call-overload]
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(resize)
+    gc.set_threshold(1)
+    try:
+        y = module.direct_linear_act(x, weight, None, None)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(resize)
+    if y is not None:  # it was read before, if it was resized at all
+        assert torch.equal(y, values)
+
+
 # ---- no answer -------------------------------------------------------------------------------------------------------
 
 
 class Subclass(Tensor):
     pass
+
+
+class Equal:
+    """Equal to a value, and no other in anything."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return self.value == other
+
+    def __hash__(self) -> int:
+        return hash(self.value)
 
 
 class Mode(TorchFunctionMode):
@@ -383,7 +473,9 @@ def test_arguments_that_do_not_fit():
         (x, square.bfloat16(), None, None),
         (x, square, None, "swish"),
         (x, square, None, 4),
+        (x, square, None, Equal("gelu")),
         (x, square, None),
+        (x.view(2, *[1] * 7, 16), square, None, None),
     ):
         assert module.direct_linear_act(*args) is None
     for args in (
@@ -460,6 +552,31 @@ def test_nobody_may_watch(taken):
     torch.func.grad(lambda x: fastattn.layer_norm(x).sum())(x)
     torch.vmap(lambda _: fastattn.layer_norm(x))(x)  # of none of its tensors
     assert not taken and runs()
+
+
+def test_a_dropout_of_zero_is_a_number(taken):
+    q, square, sdpa = randn(1, 2, 9, 16), randn(16, 16), fastattn.scaled_dot_product_attention
+    for wrong in (
+        lambda: fastattn.layer_norm(q, dropout_p=0j),  # type: ignore[arg-type]
+        lambda: fastattn.ffn(q, square, None, square, None, dropout_p=0j),  # type: ignore[arg-type]
+        lambda: fastattn.gated_ffn(q, square, square, square, dropout_p=0j),  # type: ignore[arg-type]
+        lambda: fastattn.attention(q, q, q, dropout_p=0j),  # type: ignore[call-overload]
+        lambda: sdpa(q, q, q, dropout_p=0j),  # type: ignore[arg-type]
+    ):
+        with pytest.raises((TypeError, RuntimeError)):
+            wrong()
+    assert not taken
+    fastattn.attention(q, q, q, dropout_p=0)
+    assert taken == ["attention"]
+
+
+def test_an_exchange_of_another_kind_leaves_the_long_way(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "__dlpack_c_exchange_api__", object())
+        direct._opened.cache_clear()
+        assert direct._opened() is None
+    direct._opened.cache_clear()
+    assert direct._opened() is not None
 
 
 def test_a_weight_that_wants_a_gradient_gets_it(taken):

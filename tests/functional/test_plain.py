@@ -101,7 +101,7 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, q, q, attn_mask=mask, is_causal=is_causal)
 
 
-def test_classes_that_call_torchs_function_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_that_call_torchs_function_do_too(monkeypatch: pytest.MonkeyPatch, long_way: None) -> None:
     model = nn.ModuleList([Attention()]).eval()
     q = torch.randn(2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(9, 9, generator=torch.Generator().manual_seed(1)) > 0.3

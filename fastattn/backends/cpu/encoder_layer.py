@@ -45,7 +45,7 @@ def encoder_layer_forward(
     else:
         batch, rows = cu_seqlens.shape[0] - 1, x.shape[0]
         length = max((cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), default=0)
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)  # whose strides are those of its shape, as x's need not be in dimensions of one element
     native().encoder_layer_forward(
         DTYPES[x.dtype],
         torch.get_num_threads(),

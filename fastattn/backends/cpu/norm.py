@@ -26,7 +26,7 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *lead, width = x.shape
     rows = math.prod(lead)
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)  # whose strides are those of its shape, as x's need not be in dimensions of one element
     has_z = residual is not None or dropout_p > 0.0
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     z, mean, rstd = NOTHING[z_dtype], NOTHING[torch.float32], NOTHING[torch.float32]
