@@ -102,7 +102,7 @@ import sys
 import torch, fastattn
 from fastattn.masks import BigBird, Causal
 q = torch.randn(1, 1, 200, 8)
-fastattn.attention(q, q, q, mask=Causal() & BigBird(block=64))
+fastattn.attention(q, q, q, mask=Causal() & BigBird(64, 1, 1, 1, 0))
 layer = torch.nn.TransformerEncoderLayer(8, 1, 16, batch_first=True).eval()
 fastattn.swap(layer)
 layer(q[0])

@@ -1,14 +1,15 @@
 // The short way from tensors to a kernel: calls that need nothing but the kernel, checked and run by one C function.
 //
-// A small call spends its time in Python, on checks, on the choice of a backend and on reading tensors. Each function here does all of that for the plain
-// case: float tensors of a CPU in one dtype, as they lie in memory, shapes that fit, nothing that wants a gradient, and nobody who watches operators
-// (compilers, modes, transforms, tracers, profilers, autocast). It returns None for any other call, wrong ones too; the long way of fastattn.functional
-// runs then, which knows the rest and has the words for every error. So nothing here may answer what the long way refuses, or answer otherwise.
+// A small call spends its time in Python, on checks, on the choice of a backend and on reading tensors. Each function here does all of that for the
+// plain case: float tensors of a CPU in one dtype, as they lie in memory, shapes that fit, nothing that wants a gradient, and nobody who watches
+// operators (compilers, modes, transforms, tracers, profilers, autocast). It returns None for any other call, wrong ones too; the long way of
+// fastattn.functional runs then, which knows the rest and has the words for every error. So nothing here may answer what the long way refuses, or
+// answer otherwise.
 //
 // Tensors are read through DLPack's exchange API, a table of C functions that torch offers from 2.10 on: no headers of torch, no libtorch.
 //
-// us of processor time a call, of few elements, the long way, the short way, torch's own functions; one core of an AMD EPYC (Zen 5, VM), torch 2.13.0,
-// inference mode, 2026-11-27:
+// us of processor time a call, of few elements, the long way, the short way, torch's own functions; one core of an AMD EPYC (Zen 5, VM), torch
+// 2.13.0, inference mode, 2026-11-27:
 //   rms_norm               8.4  3.4  7.1    ffn                    17.7  4.5  10.1    causal, 32 queries   29.0  6.5  10.8
 //   layer_norm             9.6  3.4  2.0    gated_ffn              19.9  5.0   6.6    bool mask            27.6  5.8  12.2
 //   linear_act            10.4  3.3  2.1    attention, one query   17.6  4.2   3.9    an encoder layer     89.3 53.9  69.8 (its module's checks: 35)
@@ -26,7 +27,7 @@
 
 namespace {
 
-// ---- what Python hands over, once -------------------------------------------------------------------------------------------------------------------
+// ---- what Python hands over, once -----------------------------------------------------------------------------------------------------------------
 
 struct Torch {
     PyTypeObject *tensor, *parameter;
@@ -39,13 +40,19 @@ struct Torch {
     long often_read;        // queries of a key, from which on its rows have to lie side by side
 };
 Torch torch{};
-PyObject *kNewEmpty, *kNewEmptyStrided, *kIsNeg, *kRequiresGrad, *kCurrentLevel;  // names
+PyObject *kNewEmpty, *kNewEmptyStrided, *kIsCpu, *kIsNeg, *kRequiresGrad, *kCurrentLevel;  // names
 
 // For a call that goes the long way: None, and no error left behind. So nothing here may call a function written in Python: what a handler of signals
 // raises, as for Ctrl-C, would be raised within it, and lost.
 PyObject *long_way() {
     PyErr_Clear();
     Py_RETURN_NONE;
+}
+
+bool says_yes(PyObject *answer) {
+    const bool yes = answer == Py_True;
+    Py_XDECREF(answer);
+    return yes;
 }
 
 bool says_no(PyObject *answer) {
@@ -75,6 +82,13 @@ bool is_watched() {
     return false;
 }
 
+// Whether a call that has this first tensor may run here. With one of a GPU nothing else is asked. One that a transform wraps is not read: that would
+// raise an error of C++, which takes half a millisecond.
+bool may_run(PyObject *first) {
+    if (!torch.read || (Py_TYPE(first) != torch.tensor && Py_TYPE(first) != torch.parameter)) return false;
+    return says_yes(PyObject_GetAttr(first, kIsCpu)) && !is_watched();
+}
+
 int num_threads() {
     PyObject *answer = PyObject_CallNoArgs(torch.num_threads);
     const long n = answer ? PyLong_AsLong(answer) : -1;
@@ -100,7 +114,7 @@ bool read_activation(PyObject *name, int &activation) {
     return number != nullptr;
 }
 
-// ---- tensors ----------------------------------------------------------------------------------------------------------------------------------------
+// ---- tensors --------------------------------------------------------------------------------------------------------------------------------------
 
 constexpr int kInt32 = 3, kBool = 4;  // beside fastattn_dtype
 
@@ -121,8 +135,8 @@ int64_t times(int64_t a, int64_t b) {
     return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
 }
 
-// A tensor that is not given has no data. Shape and strides are copies: what runs while a result is made, another thread or a finaliser that the garbage
-// collector calls, may give the tensor others, and the memory that the result gets has to be that which the kernel fills.
+// A tensor that is not given has no data. Shape and strides are copies: what runs while a result is made, another thread or a finaliser that the
+// garbage collector calls, may give the tensor others, and the memory that the result gets has to be that which the kernel fills.
 struct Tensor {
     void *data = nullptr;
     int dtype = 0;
@@ -234,15 +248,16 @@ bool run(const Kernels &kernels) {
     return status == FASTATTN_OK;
 }
 
-// ---- the calls --------------------------------------------------------------------------------------------------------------------------------------
+// ---- the calls ------------------------------------------------------------------------------------------------------------------------------------
 
 // norm(x, weight, bias, residual, is_rms, eps, offset): y, or with a residual y and z.
 PyObject *norm(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 7 || !torch.read || is_watched()) return long_way();
+    if (n != 7 || !may_run(args[0])) return long_way();
     const Call call;
     Tensor x, weight, bias, residual, y, z;
     fastattn_norm p{};
-    if (!call.dense(args[0], x) || !call.features(args[1], x.last(), weight) || !call.features(args[2], x.last(), bias)) return long_way();
+    if (!call.dense(args[0], x)) return long_way();
+    if (!call.features(args[1], x.last(), weight) || !call.features(args[2], x.last(), bias)) return long_way();
     if (args[3] != Py_None && !(call.dense(args[3], residual) && residual.has_shape_of(x))) return long_way();
     for (const Tensor *other : {&weight, &bias, &residual})
         if (other->data && other->dtype != x.dtype && other->dtype != FASTATTN_FLOAT32) return long_way();
@@ -281,12 +296,12 @@ fastattn_gemm product(int threads, void *x, int64_t rows, const Tensor &weight, 
 
 // linear_act(x, weight, bias, activation): y.
 PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 4 || !torch.read || is_watched()) return long_way();
+    if (n != 4 || !may_run(args[0])) return long_way();
     const Call call;
     Tensor x, weight, bias, y;
     int activation;
-    if (!read_activation(args[3], activation) || !call.dense(args[0], x) || !call.linear(args[1], args[2], x.dtype, x.last(), weight, bias))
-        return long_way();
+    if (!call.dense(args[0], x) || !read_activation(args[3], activation)) return long_way();
+    if (!call.linear(args[1], args[2], x.dtype, x.last(), weight, bias)) return long_way();
     PyObject *made = empty_like(args[0], x, weight.shape[0], y);
     if (!made) return long_way();
     const fastattn_gemm p = product(num_threads(), x.data, x.rows(), weight, bias, activation, y.data);
@@ -297,12 +312,13 @@ PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 // ffn(x, w1, b1, w2, b2, activation): y. gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_down, activation): y.
 PyObject *feed_forward(PyObject *const *args, bool gated) {
-    if (!torch.read || is_watched()) return long_way();
+    if (!may_run(args[0])) return long_way();
     const Call call;
     Tensor x, w1, b1, w_up, b_up, w2, b2, y;
     int activation;
     PyObject *const *last = args + (gated ? 5 : 3);
-    if (!read_activation(last[2], activation) || !call.dense(args[0], x) || !call.linear(args[1], args[2], x.dtype, x.last(), w1, b1)) return long_way();
+    if (!call.dense(args[0], x) || !read_activation(last[2], activation)) return long_way();
+    if (!call.linear(args[1], args[2], x.dtype, x.last(), w1, b1)) return long_way();
     const int64_t rows = x.rows(), hidden = w1.shape[0];
     if (gated && !(call.linear(args[3], args[4], x.dtype, x.last(), w_up, b_up) && w_up.shape[0] == hidden)) return long_way();
     if (!call.linear(last[0], last[1], x.dtype, hidden, w2, b2)) return long_way();
@@ -366,13 +382,14 @@ bool broadcast(const Tensor &t, const int64_t (&full)[4], fastattn_tensor &view)
 // (B, Hq, Sq, Skv), or int32 (1|B, 1|Hq, Sq, 2), a range of keys for each query. align: None, or causal from the "top-left" or the "bottom-right".
 // grouped: whether heads of keys may be fewer than of queries.
 PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 7 || !torch.read || is_watched()) return long_way();
+    if (n != 7 || !may_run(args[0])) return long_way();
     const Call call;
     Tensor q, k, v, mask, out;
     if (!take_heads(call, args[0], q) || !take_heads(call, args[1], k) || !take_heads(call, args[2], v)) return long_way();
     if (q.dtype != k.dtype || q.dtype != v.dtype || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3]) return long_way();
     const int64_t rows = q.rows(), batch = q.shape[0], heads_q = q.shape[1], heads_kv = k.shape[1], len_q = q.shape[2], len_k = k.shape[2];
-    if (std::memcmp(k.shape, v.shape, 3 * sizeof *k.shape) != 0 || heads_q % heads_kv || (heads_q != heads_kv && args[5] != Py_True)) return long_way();
+    if (std::memcmp(k.shape, v.shape, 3 * sizeof *k.shape) != 0 || heads_q % heads_kv) return long_way();
+    if (heads_q != heads_kv && args[5] != Py_True) return long_way();
     if (rows > kMostElements) return long_way();  // views may pretend to that many
     float scale = float(1.0 / std::sqrt(double(q.shape[3])));
     if (args[6] != Py_None && !read_number(args[6], scale)) return long_way();
@@ -449,7 +466,7 @@ bool take_norm(const Call &call, PyObject *const *pair, PyObject *eps, int dtype
 // encoder_layer(x, wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias, heads, activation, norm_first,
 // eps1, eps2, mask, scale): y. mask: None, or a bool tensor as in attention.
 PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 24 || !torch.read || is_watched()) return long_way();
+    if (n != 24 || !may_run(args[0])) return long_way();
     const Call call;
     Tensor x, w1, mask, y;
     if (!call.dense(args[0], x) || x.dims != 3 || !read(args[11], w1)) return long_way();
@@ -477,10 +494,10 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
     return long_way();
 }
 
-// ---- the module -------------------------------------------------------------------------------------------------------------------------------------
+// ---- the module -----------------------------------------------------------------------------------------------------------------------------------
 
-// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether the
-// calls above can run from now on, which they cannot with an exchange of another kind. They keep what they are given.
+// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether
+// the calls above can run from now on, which they cannot with an exchange of another kind. They keep what they are given.
 PyObject *open(PyObject *, PyObject *args) {
     Torch given{};
     PyObject *exchange;
@@ -519,8 +536,7 @@ PyMethodDef kMethods[] = {
 }  // namespace
 
 bool add_direct(PyObject *module) {
-    kNewEmpty = PyUnicode_InternFromString("new_empty"), kNewEmptyStrided = PyUnicode_InternFromString("new_empty_strided");
-    kIsNeg = PyUnicode_InternFromString("is_neg"), kRequiresGrad = PyUnicode_InternFromString("requires_grad");
-    kCurrentLevel = PyUnicode_InternFromString("_current_level");
-    return kNewEmpty && kNewEmptyStrided && kIsNeg && kRequiresGrad && kCurrentLevel && PyModule_AddFunctions(module, kMethods) == 0;
+    const auto name = [](PyObject *&interned, const char *text) { return (interned = PyUnicode_InternFromString(text)) != nullptr; };
+    return name(kNewEmpty, "new_empty") && name(kNewEmptyStrided, "new_empty_strided") && name(kIsCpu, "is_cpu") && name(kIsNeg, "is_neg") &&
+           name(kRequiresGrad, "requires_grad") && name(kCurrentLevel, "_current_level") && PyModule_AddFunctions(module, kMethods) == 0;
 }
