@@ -154,17 +154,15 @@ def _is_last_size(size: Any) -> bool:
 def shape_of(shape: Any, module: nn.Module, x: Tensor | None) -> tuple[Any, ...] | None:
     """The value of a normalized_shape. None where torch would not take it, and where it asks for an x that is not
     given."""
-    match shape:
-        case Own(name):
-            value = getattr(module, name)
-            return tuple(value) if isinstance(value, (tuple, list)) else None
-        case (Own(name),):
-            return (getattr(module, name),)
-        case (int(size),):
-            return (size,)
-        case Op("getattr", (Own(name), "shape")):
-            value = getattr(module, name)
-            return tuple(value.shape) if isinstance(value, Tensor) else None
+    # Without match, which Dynamo of torch 2.7 does not trace.
+    if isinstance(shape, Own):
+        value = getattr(module, shape.name)
+        return tuple(value) if isinstance(value, (tuple, list)) else None
+    if isinstance(shape, Op) and shape.name == "getattr" and isinstance(shape.operands[0], Own):
+        value = getattr(module, shape.operands[0].name)
+        return tuple(value.shape) if isinstance(value, Tensor) else None
+    if isinstance(shape, tuple) and isinstance(shape[0], (Own, int)):
+        return (getattr(module, shape[0].name) if isinstance(shape[0], Own) else shape[0],)
     return None if x is None else tuple(x.shape[-1:])
 
 

@@ -171,6 +171,7 @@ def test_an_expert_twice_and_no_rows() -> None:
     torch.testing.assert_close(module(x[:0], index[:0], scale[:0]), empty)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="transformers' own grouped products are not traced")
 @torch.no_grad()
 def test_compiles_as_one_graph() -> None:
     module, given = drawn().bfloat16(), inputs(torch.bfloat16)
