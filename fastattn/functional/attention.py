@@ -125,9 +125,8 @@ def attention(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call; the text says why.
     """
-    drops_nothing = dropout_p == 0.0 and dropout_seed is None and type(dropout_p) in direct.NUMBERS
-    if drops_nothing and bias is softcap is sinks is None and not return_lse:
-        out = direct.attention(q, k, v, mask, scale, backend)
+    if bias is softcap is sinks is None and not return_lse:
+        out = direct.attention(q, k, v, mask, scale, backend, dropout_p, dropout_seed)
         if out is not None:
             return out
     out, lse = attend(

@@ -26,22 +26,33 @@ from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
 from fastattn.masks import Causal
 
-NUMBERS = frozenset({float, int, bool})
+_NUMBERS = frozenset({float, int, bool})
 """The types of a dropout_p of 0 that may go the short way: others, a complex number say, the long way may refuse."""
 
 
-def calls(backend: str | None) -> ModuleType | None:
-    """The module whose functions may run a call for which this backend was asked, None being the choice of dispatch."""
+def calls(backend: str | None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None) -> ModuleType | None:
+    """The module whose functions may run a call without dropout for which this backend was asked, None being the choice
+    of dispatch."""
     if torch.compiler.is_compiling() or (dispatch.forced if backend is None else backend) not in ("", "cpu"):
+        return None
+    if dropout_p != 0.0 or dropout_seed is not None or type(dropout_p) not in _NUMBERS:
         return None
     return _opened()
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: object, scale: float | None, backend: str | None, grouped: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: object,
+    scale: float | None,
+    backend: str | None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    grouped: bool = True,
 ) -> Tensor | None:
     """The output of attention with no more than these. grouped: whether keys may have fewer heads than queries."""
-    module = calls(backend)
+    module = calls(backend, dropout_p, dropout_seed)
     if module is None:
         return None
     if type(mask) is Causal:

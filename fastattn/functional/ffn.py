@@ -79,7 +79,7 @@ def ffn(
 
     The dtypes, activations, autocast and errors are those of `linear_act`. Returns (..., N) in x's dtype.
     """
-    calls = direct.calls(backend) if _drops_nothing(dropout_p, dropout_seed) else None
+    calls = direct.calls(backend, dropout_p, dropout_seed)
     if calls is not None and (y := calls.direct_ffn(x, w1, b1, w2, b2, activation)) is not None:
         return y
     name = check_activation(activation)
@@ -115,7 +115,7 @@ def gated_ffn(
     The dtypes, activations, autocast and errors are those of `linear_act`, dropout is that of `ffn`. Returns (..., N)
     in x's dtype.
     """
-    calls = direct.calls(backend) if _drops_nothing(dropout_p, dropout_seed) else None
+    calls = direct.calls(backend, dropout_p, dropout_seed)
     if calls is not None:
         y = calls.direct_gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_down, activation)
         if y is not None:
@@ -158,10 +158,6 @@ def _prepare(x: Tensor, *parameters: tuple[str, Tensor | None]) -> list[Any]:
             check_beside(name, value, "x", x, float32_too=False)
         tensors.append(value)
     return tensors
-
-
-def _drops_nothing(dropout_p: float, dropout_seed: Tensor | None) -> bool:
-    return dropout_p == 0.0 and dropout_seed is None and type(dropout_p) in direct.NUMBERS
 
 
 def _seed(dropout_p: float, dropout_seed: Tensor | None, x: Tensor) -> Tensor | None:

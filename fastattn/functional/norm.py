@@ -168,8 +168,7 @@ def _norm(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """y and z of either norm."""
-    drops_nothing = dropout_p == 0.0 and dropout_seed is None and type(dropout_p) in direct.NUMBERS
-    calls = direct.calls(backend) if drops_nothing else None
+    calls = direct.calls(backend, dropout_p, dropout_seed)
     if calls is not None:
         found = calls.direct_norm(x, weight, bias, residual, kind == "rms", eps, offset)
         if found is not None:

@@ -89,8 +89,6 @@ def directly(
     backend: str | None = None,
 ) -> Tensor | None:
     """The output of a plain call by the short way; None for any other."""
-    if dropout_p != 0.0 or type(dropout_p) not in direct.NUMBERS:
-        return None
     mask: object = attn_mask
     if attn_mask is not None:
         # Ranges of keys, as int32, and masks of one dimension the kernels take and torch does not.
@@ -98,7 +96,7 @@ def directly(
             return None
     elif is_causal:
         mask = _TOP_LEFT
-    return direct.attention(query, key, value, mask, scale, backend, enable_gqa)
+    return direct.attention(query, key, value, mask, scale, backend, dropout_p, grouped=enable_gqa)
 
 
 def on_kernels(
