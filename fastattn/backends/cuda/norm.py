@@ -51,7 +51,7 @@ def norm_forward(
     has_z = residual is not None or dropout_p > 0.0
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     z = x.new_empty(x.shape if has_z else (0,), dtype=z_dtype)
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     mean = x.new_empty(rows if kind == "layer" and save_statistics else 0, dtype=torch.float32)
     rstd = x.new_empty(rows if save_statistics else 0, dtype=torch.float32)
     load().norm_forward(

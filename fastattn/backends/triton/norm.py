@@ -53,8 +53,8 @@ def norm_forward(
     rows, width = _rows(x)
     z = x.new_empty(0)
     if residual is not None or dropout_p > 0.0:
-        z = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
-    y = torch.empty_like(x)
+        z = x.new_empty(x.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    y = x.new_empty(x.shape)
     mean = x.new_empty(0 if kind == "rms" else rows, dtype=torch.float32)
     rstd = x.new_empty(rows, dtype=torch.float32)
     threshold, scale = dropout_threshold(dropout_p), dropout_scale(dropout_p)
