@@ -24,6 +24,7 @@ from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.cpu.attention import OFTEN
 from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
+from fastattn.functional.modes import has_function_mode
 from fastattn.masks import Causal
 
 
@@ -71,7 +72,7 @@ def _has_tangents() -> bool:
 
 _WATCHERS = (
     torch._C._len_torch_dispatch_stack,
-    torch._C._is_torch_function_mode_enabled,
+    has_function_mode,
     torch._C._are_functorch_transforms_active,
     torch._C._get_tracing_state,
     torch._C._autograd._profiler_enabled,
