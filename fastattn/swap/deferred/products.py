@@ -127,7 +127,7 @@ def weighted(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     weights, values = args
     if not _are_plain(values) or values.dim() < 2:
         return NotImplemented
-    if function in _BMMS and (values.dim() != 3 or values.shape[0] != weights.shape[0]):
+    if function in _BMMS and (values.dim() != 3 or values.shape[0] != weights.size(0)):
         return NotImplemented
     return _attend(weights, values)
 
@@ -146,16 +146,16 @@ def weighted_einsum(function: Function, args: tuple[Any, ...], kwargs: dict[str,
     if plan is None:
         return NotImplemented
     out = _attend(weights, plan.second(values))
-    return out if out is NotImplemented else plan.result(out)
+    return out if out is NotImplemented else plan.result(out)  # einsum's results may lie in any way
 
 
 def _attend(weights: Deferred, values: Tensor) -> Any:
     node, deferral = weights.node, running.deferral
     if node.is_made or not node.scores.is_softmaxed or node.tracks != torch.is_grad_enabled():
         return NotImplemented
-    if deferral is None or weights.dtype != node.scores.q.dtype:
+    if deferral is None or node.dtype != node.scores.q.dtype:
         return NotImplemented
-    if values.shape[-2] != weights.shape[-1]:
+    if values.shape[-2] != node.scores.k.shape[-2]:
         return NotImplemented  # and an error
     node.check()
     try:
@@ -164,7 +164,7 @@ def _attend(weights: Deferred, values: Tensor) -> Any:
         deferral.reason = deferral.reason or str(why)
         return NotImplemented
     deferral.attended += 1
-    return out
+    return deferral.keep(out)
 
 
 # ---- einsum ----------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Plan(NamedTuple):
         return _arranged(t, self.of_second, self.new_in_second)
 
     def result(self, t: Tensor) -> Tensor:
-        return t if self.of_result == tuple(range(t.dim())) else t.permute(self.of_result).contiguous()
+        return t if self.of_result == tuple(range(t.dim())) else t.permute(self.of_result)
 
 
 def _arranged(t: Tensor, order: tuple[int, ...], new: tuple[int, ...]) -> Tensor:

@@ -63,7 +63,7 @@ class CannotAttend(Exception):
 
 
 def attend(scores: Scores, values: Tensor, backend: str | None) -> Tensor:
-    """The product of weights and values, contiguous as the original's is. Raises CannotAttend."""
+    """The product of weights and values, which may not be contiguous. Raises CannotAttend."""
     q, k, lead = scores.q, scores.k, scores.leads[-1]
     _check(scores, values)
     wide = max(scores.leads, key=len)
@@ -93,8 +93,8 @@ def attend(scores: Scores, values: Tensor, backend: str | None) -> Tensor:
         (seeds,) = scores.seeds
         seed = seeds[0] if seeds else torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
         seeds[:] = [seed]
-    # Outputs lie as (B, Sq, H, Dv) in memory: with one of B and H of one entry that is what the original's are.
-    turn = q.shape[0] == 1 and q.shape[1] == k.shape[1]
+    # Outputs lie as (B, Sq, H, Dv) in memory: with one of B and H of one entry that is contiguous either way.
+    turn = q.shape[0] == 1 and q.shape[1] == k.shape[1] and q.shape[1] > 1 and len(lead) != 2
     if turn:
         q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         bias = None if bias is None else bias.transpose(0, 1)
@@ -102,8 +102,8 @@ def attend(scores: Scores, values: Tensor, backend: str | None) -> Tensor:
     out = attention(
         q, k, v, mask=mask, bias=bias, scale=scores.scale, dropout_p=scores.dropout_p, dropout_seed=seed, backend=backend
     )
-    out = (out.transpose(0, 1) if turn else out).contiguous()
-    return out if out.shape[:-2] == lead else out.view(*lead, *out.shape[-2:])
+    out = out.transpose(0, 1) if turn else out
+    return out if out.shape[:-2] == lead else out.reshape(*lead, *out.shape[-2:])
 
 
 def drawn_weights(scores: Scores, backend: str | None) -> Tensor:

@@ -35,14 +35,25 @@ def _known_as(*functions: Any) -> Callable[[Any], Any]:
 
 
 def _gives(scores: Scores, target: Deferred, function: Function, args: Args, kwargs: Kwargs, dtype: Any = None) -> Any:
-    """The result of a step; of one in place, by its name, the target."""
-    dtype = dtype or target.dtype
-    if not function.__name__.endswith("_") or function.__name__.endswith("__"):
+    """The result of a step; of one in place the target."""
+    dtype = dtype or target.node.dtype
+    apart = _IN_PLACE.get(function)
+    if apart is None:
         return deferred(scores, function, args, kwargs, dtype)
-    if target.node.is_view or target.node.is_used or dtype != target.dtype:
+    if target is not args[0] or target.node.is_view or target.node.is_used or dtype != target.node.dtype:
         return NotImplemented
-    write(target, deferred(scores, function, args, kwargs, dtype))
+    write(target, deferred(scores, apart, args, kwargs, dtype))
     return target
+
+
+_IN_PLACE = {
+    Tensor.mul_: Tensor.mul,
+    Tensor.div_: Tensor.div,
+    Tensor.add_: Tensor.add,
+    Tensor.sub_: Tensor.sub,
+    Tensor.masked_fill_: Tensor.masked_fill,
+}
+"""Operations in place, and what gives the same: nobody else holds what they would write to."""
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -95,7 +106,7 @@ def _scaled(function: Function, target: Any, factor: Any, args: Args, *, divides
 
 def _scaled_by_tensor(function: Function, target: Deferred, scores: Scores, factor: Any, args: Args, *, divides: bool) -> Any:
     """By a number for each head or query, which the queries take over: a learned temperature."""
-    if scores.terms or scores.hidden or not can_be_added(factor, scores.q.shape, target.dtype):
+    if scores.terms or scores.hidden or not can_be_added(factor, scores.q.shape, target.node.dtype):
         return NotImplemented
     if factor.dtype != scores.q.dtype and factor.dim():
         return NotImplemented
@@ -138,9 +149,9 @@ def _added(function: Function, args: Args, kwargs: Kwargs, sign: float) -> Any:
             return NotImplemented
         added = made(added)
         args = (target, added) if target is args[0] else (added, target)
-    if type(added) not in PLAIN or not can_be_added(added, scores.shape, target.dtype):
+    if type(added) not in PLAIN or not can_be_added(added, scores.shape, target.node.dtype):
         return NotImplemented
-    dtype = target.dtype
+    dtype = target.node.dtype
     if added.dim() and added.dtype != dtype:
         dtype = torch.float32
     part = Part(added, scores.leads[-1], sign * float(alpha))
@@ -179,7 +190,7 @@ def _hidden(function: Function, args: Args, target: Any, mask: Any, value: Any, 
     shape = scores.shape
     if mask.dim() > len(shape) or any(n not in (1, m) for n, m in zip(mask.shape[::-1], shape[::-1], strict=False)):
         return NotImplemented
-    if not torch.finfo(target.dtype).min <= number and number != -math.inf:
+    if not torch.finfo(target.node.dtype).min <= number and number != -math.inf:
         return NotImplemented  # and an error
     if scores.is_softmaxed:
         return _without_lonely(function, args, target, scores, mask, number, flip)
@@ -213,11 +224,11 @@ def _softmax(function: Function, args: Args, kwargs: Kwargs) -> Any:
     scores = _open(target)
     if scores is None or scores.is_softmaxed or not set(named) <= set(names) or len(args) > len(names):
         return NotImplemented
-    if dim not in (-1, len(scores.shape) - 1) or dtype not in (None, *FLOATS):
+    if dim not in (-1, len(scores.leads[-1]) + 1) or dtype not in (None, *FLOATS):
         return NotImplemented
     assert isinstance(target, Deferred)
     keywords = {name: value for name, value in named.items() if name in ("dim", "dtype")}
-    return deferred(scores._replace(is_softmaxed=True), function, (target,), keywords, dtype or target.dtype)
+    return deferred(scores._replace(is_softmaxed=True), function, (target,), keywords, dtype or target.node.dtype)
 
 
 @_known_as(F.dropout, torch.dropout)
@@ -233,7 +244,7 @@ def _dropout(function: Function, args: Args, kwargs: Kwargs) -> Any:
     if not scores.is_softmaxed or scores.dropout_p or rate > MAX_DROPOUT or named["inplace"]:
         return NotImplemented
     dropped = scores._replace(dropout_p=float(rate), seeds=([],))
-    return deferred(dropped, function, args, kwargs, target.dtype)  # type: ignore[union-attr]
+    return deferred(dropped, function, args, kwargs, target.node.dtype)  # type: ignore[union-attr]
 
 
 @_known_as(Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16)
@@ -251,7 +262,7 @@ def _cast(function: Function, args: Args, kwargs: Kwargs) -> Any:
             dtype = wanted
     if dtype not in FLOATS:
         return NotImplemented
-    if dtype == target.dtype:
+    if dtype == target.node.dtype:
         return target
     if scores.fill is not None and scores.fill != -math.inf and not scores.is_softmaxed:
         return NotImplemented  # the fill may become -inf
@@ -298,7 +309,7 @@ def _view(function: Function, args: Args, kwargs: Kwargs) -> Any:
     if len(shape) < 3 or shape[-2:] != scores.shape[-2:]:
         return NotImplemented
     viewed = scores._replace(leads=(*scores.leads, shape[:-2]))
-    result = deferred(viewed, function, args, kwargs, target.dtype)
+    result = deferred(viewed, function, args, kwargs, target.node.dtype)
     result.node.is_view = True
     return result
 
@@ -336,8 +347,7 @@ def _asked(function: Function, args: Args, kwargs: Kwargs) -> Any:
 def _new(function: Function, args: Args, kwargs: Kwargs) -> Any:
     if not isinstance(args[0], Deferred) or any(isinstance(value, Deferred) for value in args[1:]):
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
-        like = torch.empty(0, dtype=args[0].dtype)
+    like = torch.empty(0, dtype=args[0].node.dtype)
     return function(like, *args[1:], **kwargs)
 
 

@@ -25,20 +25,45 @@ PLAIN = (Tensor, nn.Parameter)
 class Node:
     """Deferred scores: what they are, and the step that makes them, in whose arguments nodes stand for tensors."""
 
-    __slots__ = ("__weakref__", "_args", "_function", "_kwargs", "_made", "_versions", "is_used", "is_view", "scores", "tracks")
+    __slots__ = (
+        "__weakref__",
+        "_args",
+        "_function",
+        "_kwargs",
+        "_made",
+        "_versions",
+        "dtype",
+        "is_made",
+        "is_used",
+        "is_view",
+        "requires_grad",
+        "scores",
+        "tracks",
+    )
 
-    def __init__(self, scores: Scores, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.scores = scores
-        self.is_view = self.is_used = False
+    def __init__(
+        self, scores: Scores, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+    ) -> None:
+        self.scores, self.dtype = scores, dtype
+        self.is_view = self.is_used = self.is_made = False
         self.tracks = torch.is_grad_enabled()
+        self.requires_grad = False
         self._function, self._kwargs = function, kwargs
-        self._args = tuple(_as_argument(value) for value in args)
         self._made: Tensor | None = None
-        self._versions = [(t, t._version) for t in args if type(t) in PLAIN and not t.is_inference()]
-
-    @property
-    def is_made(self) -> bool:
-        return self._made is not None
+        self._versions: list[tuple[Tensor, int]] = []
+        stored: list[Any] = []
+        for value in args:
+            kind = type(value)
+            if kind is Deferred:
+                value.node.is_used = True
+                self.requires_grad = self.requires_grad or (self.tracks and value.node.requires_grad)
+                value = value.node
+            elif kind is Tensor or kind is nn.Parameter:
+                self.requires_grad = self.requires_grad or (self.tracks and value.requires_grad)
+                if not value.is_inference():
+                    self._versions.append((value, value._version))
+            stored.append(value)
+        self._args: tuple[Any, ...] = tuple(stored)
 
     def sources(self) -> list[Tensor]:
         """The tensors that it is made of, beside other nodes."""
@@ -55,19 +80,20 @@ class Node:
         """The tensor."""
         if self._made is None:
             self.check()
-            with torch.set_grad_enabled(self.tracks):
+            with torch._C.DisableTorchFunction(), torch.set_grad_enabled(self.tracks):
                 if self.scores.seeds and self.scores.seeds[0]:
                     self._made = drawn_weights(self.scores, running.deferral.backend if running.deferral else None)
                 else:
                     args = [value.make() if isinstance(value, Node) else value for value in self._args]
                     self._made = self._function(*args, **self._kwargs)
+            self.is_made = True
             self._args, self._kwargs, self._versions = (), {}, []
             self.scores = None  # type: ignore[assignment]
         return self._made
 
     def become(self, tensor: Tensor) -> None:
         """Stands for a tensor from now on."""
-        self._made = tensor
+        self._made, self.is_made = tensor, True
 
 
 def check_versions(versions: list[tuple[Tensor, int]]) -> None:
@@ -77,13 +103,6 @@ def check_versions(versions: list[tuple[Tensor, int]]) -> None:
             "fastattn: queries, keys or a mask were written to in place, by code that torch functions do not show, "
             "before attention was computed: leave this module out of the swap"
         )
-
-
-def _as_argument(value: Any) -> Any:
-    if isinstance(value, Deferred):
-        value.node.is_used = True
-        return value.node
-    return value
 
 
 class Deferred(Tensor):
@@ -116,14 +135,14 @@ def deferred(
     scores: Scores, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
 ) -> Deferred:
     """A tensor that stands for function(*args, **kwargs)."""
-    node = Node(scores, function, args, kwargs)
-    tensors = [value for value in args if isinstance(value, Tensor)]
-    with torch._C.DisableTorchFunctionSubclass():
-        if node.tracks and any(tensor.requires_grad for tensor in tensors):
+    node = Node(scores, function, args, kwargs, dtype)
+    if node.requires_grad:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        with torch._C.DisableTorchFunctionSubclass():
             tensor: Deferred = _Link.apply(node, scores.shape, dtype, *tensors)
-        else:
-            tensor = _empty(scores.shape, dtype)
-        tensor.node = node
+    else:
+        tensor = _empty(scores.shape, dtype)
+    tensor.node = node
     deferral = running.deferral
     if deferral is not None:
         deferral.live.append(weakref.ref(node))
@@ -188,10 +207,9 @@ def write(target: Deferred, new: Tensor) -> None:
         target.node = new.node
     else:
         target.node.become(new)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (target.node.requires_grad if isinstance(new, Deferred) else new.requires_grad):
         with torch._C.DisableTorchFunctionSubclass():
-            if new.requires_grad:
-                _Relink.apply(target, new)
+            _Relink.apply(target, new)
 
 
 # ---- what is done to them --------------------------------------------------------------------------------------------
@@ -223,8 +241,10 @@ def _tensors(values: Any) -> Any:
 
 def _run_in_place(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Everything that could see the write is made before."""
-    if running.deferral is not None:
-        running.deferral.make_all()
+    deferral = running.deferral
+    while deferral is not None:
+        deferral.make_all()
+        deferral = deferral._outer
     written = [value for value in (*args, *kwargs.values()) if isinstance(value, Deferred)]
     before = [(target, target.node.make()) for target in written]
     versions = [None if tensor.is_inference() else tensor._version for _, tensor in before]
@@ -288,6 +308,8 @@ class Deferral(Transparent):
         self.reason: str | None = None
         self.is_small = False
         self.live: list[weakref.ref[Node]] = []
+        self.outputs: dict[int, object] = {}
+        self._apart: set[int] = set()
         self._products = products
         self._outer: Deferral | None = None
         self.tracks = torch.is_grad_enabled()
@@ -304,16 +326,23 @@ class Deferral(Transparent):
             result = product(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        elif self.live and may_write(func, args, kwargs):
-            self._make_what_is_written(args, kwargs)
+        elif self.outputs and func in _STRIDES:
+            return self._of_strides(func, args, kwargs)
+        elif (self.live or self._apart or self._outer is not None) and may_write(func, args, kwargs):
+            self._before_write(args, kwargs)
         return func(*args, **kwargs)
+
+    def keep(self, output: Tensor) -> Tensor:
+        """An output of attention, which lies in memory as no product does: (B, Sq, H, Dv) for (B, H, Sq, Dv)."""
+        if not output.is_contiguous():
+            self.outputs[storage_of(output)] = output.untyped_storage()  # held: numbers are used again
+        return output
 
     def __enter__(self) -> Deferral:
         outer = running.deferral
         self._outer = outer
         if outer is not None:  # which would be asked, too
             torch._C._pop_torch_function_stack()
-            self.live = outer.live
         running.deferral = self
         torch._C._push_on_torch_function_stack(self)
         return self
@@ -336,22 +365,54 @@ class Deferral(Transparent):
 
     def make_all(self) -> None:
         """Makes what is deferred still."""
-        for reference in self.live:
-            node = reference()
-            if node is not None and not node.is_made:
-                node.make()
+        for node in self.deferred_still():
+            node.make()
         self.live.clear()
 
-    def _make_what_is_written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Makes all before one of the tensors that they are made of is written to."""
-        written = {_storage(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
-        nodes = [node for reference in self.live if (node := reference()) is not None and not node.is_made]
-        if any(_storage(source) in written for node in nodes for source in node.sources()):
-            self.make_all()
+    def deferred_still(self) -> list[Node]:
+        """What this mode has deferred, and is not made."""
+        return [node for reference in self.live if (node := reference()) is not None and not node.is_made]
+
+    def _before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes all that is deferred before one of the tensors that it is made of is written to."""
+        written = {storage_of(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        if not self._apart.isdisjoint(written):
+            raise RuntimeError(
+                "fastattn: an output of attention, or a view of it, is written to after it was viewed in another "
+                "shape: leave this module out of the swap"
+            )
+        each: Deferral | None = self
+        while each is not None:
+            if any(storage_of(source) in written for node in each.deferred_still() for source in node.sources()):
+                each.reason = each.reason or "queries, keys or masks are written to in place after their product"
+                each.make_all()
+            each = each._outer
+
+    def _of_strides(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What depends on the strides of a tensor: those of an output of attention become a product's where need be.
+
+        What is made of it then shares no memory with the output any more, and neither may be written to.
+        """
+        target = args[0] if args else None
+        if type(target) not in PLAIN or storage_of(target) not in self.outputs or target.is_contiguous():
+            return function(*args, **kwargs)
+        if function is Tensor.view:
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError:  # it may have been fine for a product
+                pass
+        copy = target.contiguous()
+        result = function(copy, *args[1:], **kwargs)
+        self.outputs[storage_of(copy)] = copy.untyped_storage()
+        self._apart |= {storage_of(target), storage_of(copy)}
+        return result
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata if type(tensor) in PLAIN and tensor.layout is torch.strided else 0
+
+
+_STRIDES = frozenset({Tensor.view, torch.as_strided, Tensor.as_strided})
 
 
 def _saving_hooks() -> object:

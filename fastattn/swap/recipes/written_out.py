@@ -25,13 +25,13 @@ from fastattn.functional.checks import resolve_backend
 from fastattn.functional.modes import has_function_mode
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.deferred.steps import deferral
-from fastattn.swap.deferred.tensor import PLAIN, Deferral, Deferred, made
+from fastattn.swap.deferred.tensor import PLAIN, Deferral, Deferred, made, storage_of
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa import reached_methods
 from fastattn.swap.swapped import Swapped
 
-SMALLEST = {False: 1, True: 1}
+SMALLEST = {False: 80_000, True: 160_000}
 """Scores that are computed as they were, because there are fewer of them: in inference, and where gradients are kept."""
 
 AS_FAST = "torch is as fast with so few scores"
@@ -51,12 +51,17 @@ class WritesOut(Swapped):
 _in_vain: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 """How many calls in a row did not come to attention, and why."""
 
+_too_small: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
+"""The shapes of calls that had too few scores, and how many calls there were since one was looked at."""
+
+_REMEMBERED = 256
+
 
 def read(original: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward, with what it calls, names a product and a softmax, or calls children of
     which one may be a softmax."""
     methods = reached_methods(original)
-    if not methods or not any(_multiplies(code) for code in _all_codes(methods)):
+    if not methods or not any(_multiplies(code) for code in _all_codes(original)):
         return None
     attributes = {"forward": _deferring(methods["forward"]), "fastattn_methods": methods}
     return Reading(WritesOut, _recipe, attributes)
@@ -70,8 +75,7 @@ def _applies(module: nn.Module) -> bool:
     """There is a softmax, by code or by a child, and no attention of its own in a child."""
     from fastattn.swap.recipes import recipe_for
 
-    methods = reached_methods(type(module))
-    has_softmax = any("softmax" in code.co_names for code in _all_codes(methods))
+    has_softmax = any("softmax" in code.co_names for code in _all_codes(type(module)))
     if not has_softmax and not any(isinstance(child, nn.Softmax) for child in module.children()):
         return False
     for inner in module.modules():
@@ -104,12 +108,19 @@ def _deferring(forward: Callable[..., Any]) -> Callable[..., Any]:
             _in_vain[self] = calls + 1, why
             note_fallback(self, why)
             return forward(self, *args, **kwargs)
-        mode = deferral(self.fastattn_backend, _smallest(self))
+        smallest = _smallest(self)
+        key = _shapes(args, kwargs) if smallest else ()
+        if smallest and self in _too_small and _is_small(_too_small[self], key):
+            note_choice(self, AS_FAST)
+            return forward(self, *args, **kwargs)
+        mode = deferral(self.fastattn_backend, smallest)
         with mode:
             result = forward(self, *args, **kwargs)
-        if mode.live and any((node := reference()) is not None and not node.is_made for reference in mode.live):
+        if mode.live and mode.deferred_still():
             result = _with_nothing_deferred(self, mode, result)
-        _note(self, mode, calls)
+        if mode.outputs:
+            result = _as_products_lie(mode, result)
+        _note(self, mode, calls, key)
         return result
 
     return run
@@ -120,16 +131,34 @@ def _smallest(module: WritesOut) -> int:
     return 0 if resolve_backend(module.fastattn_backend) else SMALLEST[torch.is_grad_enabled()]
 
 
-def _note(module: WritesOut, mode: Deferral, calls: int) -> None:
+def _note(module: WritesOut, mode: Deferral, calls: int, key: tuple[Any, ...]) -> None:
     if mode.attended and mode.reason is None:
         if calls:
             del _in_vain[module]
     elif mode.is_small and mode.reason is None:
         note_choice(module, AS_FAST)
+        known = _too_small.setdefault(module, {})
+        if len(known) < _REMEMBERED:
+            known[key] = 0
     else:
         reason = mode.reason or "its forward computed no attention that is known"
         _in_vain[module] = calls + 1, reason
         note_fallback(module, reason)
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the size of a module's scores depends on, but for what it holds itself."""
+    values = (*args, *kwargs.values()) if kwargs else args
+    return (torch.is_grad_enabled(), *(value.shape if isinstance(value, Tensor) else None for value in values))
+
+
+def _is_small(known: dict[tuple[Any, ...], int], key: tuple[Any, ...]) -> bool:
+    """Whether calls of these shapes had few scores; each _RETRY-th is looked at again."""
+    calls = known.get(key)
+    if calls is None:
+        return False
+    known[key] = calls + 1
+    return (calls + 1) % _RETRY != 0
 
 
 def _with_nothing_deferred(module: WritesOut, mode: Deferral, result: Any) -> Any:
@@ -156,6 +185,16 @@ def _with_nothing_deferred(module: WritesOut, mode: Deferral, result: Any) -> An
         mode.reason = mode.reason or "its attention scores or weights are kept"
     mode.make_all()
     return result
+
+
+def _as_products_lie(mode: Deferral, result: Any) -> Any:
+    """Outputs of attention that are returned: whoever takes them may view them in another shape."""
+
+    def lie(value: Any) -> Any:
+        is_one = type(value) is Tensor and not value.is_contiguous() and storage_of(value) in mode.outputs
+        return value.contiguous() if is_one else value
+
+    return lie(result) if type(result) is Tensor else tree_map(lie, result)
 
 
 def _why_not(module: WritesOut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -219,22 +258,33 @@ def _multiplies(code: CodeType) -> bool:
     )
 
 
-def _all_codes(methods: dict[str, Callable[..., Any]]) -> Iterator[CodeType]:
-    """The code of the methods, of the functions of the same package that they call, and of functions inside of them."""
+def _all_codes(original: type[nn.Module]) -> Iterator[CodeType]:
+    """The code of forward, of all that it calls of the class by name, of functions of the same package that these call,
+    and of functions inside of them."""
     seen: set[int] = set()
-    waiting: list[Any] = list(methods.values())
+    waiting: list[Any] = list(_defined(original, "forward"))
     while waiting:
         function = waiting.pop()
-        if id(function) in seen or not isinstance(function, FunctionType):
+        if id(function) in seen:
             continue
         seen.add(id(function))
-        package = function.__module__.partition(".")[0] if function.__module__ else ""
+        package = (function.__module__ or "").partition(".")[0]
         codes = [function.__code__]
         while codes:
             code = codes.pop()
             yield code
             codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
             for name in code.co_names:
+                waiting += _defined(original, name)
                 other = function.__globals__.get(name)
                 if isinstance(other, FunctionType) and (other.__module__ or "").partition(".")[0] == package:
                     waiting.append(other)
+
+
+def _defined(original: type[nn.Module], name: str) -> Iterator[FunctionType]:
+    """The functions under this name in the class and its bases, which super() reaches."""
+    for base in original.__mro__[: original.__mro__.index(nn.Module)]:
+        found = vars(base).get(name)
+        found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+        if isinstance(found, FunctionType):
+            yield found
