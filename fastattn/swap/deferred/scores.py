@@ -100,7 +100,15 @@ def attend(scores: Scores, values: Tensor, backend: str | None) -> Tensor:
         bias = None if bias is None else bias.transpose(0, 1)
         mask = mask.transpose(0, 1) if isinstance(mask, Tensor) else mask
     out = attention(
-        q, k, v, mask=mask, bias=bias, scale=scores.scale, dropout_p=scores.dropout_p, dropout_seed=seed, backend=backend
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        scale=scores.scale,
+        dropout_p=scores.dropout_p,
+        dropout_seed=seed,
+        backend=backend,
     )
     out = out.transpose(0, 1) if turn else out
     return out if out.shape[:-2] == lead else out.reshape(*lead, *out.shape[-2:])
@@ -160,7 +168,9 @@ def _sum(terms: list[tuple[Tensor, float]], dtype: torch.dtype) -> Tensor | None
     """All that is added to the scores. Several halves are added in float32."""
     total = None
     for term, factor in terms:
-        part = term if len(terms) == 1 and factor == 1.0 else term.to(torch.promote_types(dtype, torch.float32)) * factor
+        part = (
+            term if len(terms) == 1 and factor == 1.0 else term.to(torch.promote_types(dtype, torch.float32)) * factor
+        )
         total = part if total is None else total + part
     return total if total is None or total.dtype in (dtype, torch.float32) else total.to(dtype)
 
@@ -193,7 +203,7 @@ def _largest(t: Tensor) -> float:
 
 
 def _is_causal(t: Tensor, q: Tensor, k: Tensor, outside: bool | float) -> bool:
-    """Whether t is `outside`, a number that hides a key, above the diagonal that ends in the last corner, and 0 else."""
+    """Whether t is `outside`, which hides a key, above the diagonal that ends in the last corner, and 0 elsewhere."""
     rows, columns = q.shape[2], k.shape[2]
     if t.shape != (1, 1, rows, columns) or not 1 < rows <= columns or rows * columns > _ENTRIES_OF_CAUSAL:
         return False

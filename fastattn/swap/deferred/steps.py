@@ -46,7 +46,7 @@ def _gives(scores: Scores, target: Deferred, function: Function, args: Args, kwa
     return target
 
 
-_IN_PLACE = {
+_IN_PLACE: dict[Any, Any] = {
     Tensor.mul_: Tensor.mul,
     Tensor.div_: Tensor.div,
     Tensor.add_: Tensor.add,
@@ -104,7 +104,9 @@ def _scaled(function: Function, target: Any, factor: Any, args: Args, *, divides
     return _gives(scaled, target, function, args, {})
 
 
-def _scaled_by_tensor(function: Function, target: Deferred, scores: Scores, factor: Any, args: Args, *, divides: bool) -> Any:
+def _scaled_by_tensor(
+    function: Function, target: Deferred, scores: Scores, factor: Any, args: Args, *, divides: bool
+) -> Any:
     """By a number for each head or query, which the queries take over: a learned temperature."""
     if scores.terms or scores.hidden or not can_be_added(factor, scores.q.shape, target.node.dtype):
         return NotImplemented
@@ -234,7 +236,9 @@ def _softmax(function: Function, args: Args, kwargs: Kwargs) -> Any:
 @_known_as(F.dropout, torch.dropout)
 def _dropout(function: Function, args: Args, kwargs: Kwargs) -> Any:
     names = ("input", "p", "training", "inplace") if function is F.dropout else ("input", "p", "train")
-    named = {"p": 0.5, "training": True, "train": True, "inplace": False} | dict(zip(names, args, strict=False)) | kwargs
+    named = (
+        {"p": 0.5, "training": True, "train": True, "inplace": False} | dict(zip(names, args, strict=False)) | kwargs
+    )
     target, rate, training = named.get("input"), named["p"], named["training" if function is F.dropout else "train"]
     scores = _open(target)
     if scores is None or not is_number(rate) or not 0.0 <= rate <= 1.0:
@@ -317,6 +321,12 @@ def _view(function: Function, args: Args, kwargs: Kwargs) -> Any:
 # ---- questions -------------------------------------------------------------------------------------------------------
 
 
+_ATTRIBUTES = (
+    *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf"),
+    *("is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_nested", "is_quantized"),
+)
+
+
 @_known_as(
     Tensor.size,
     Tensor.dim,
@@ -329,12 +339,7 @@ def _view(function: Function, args: Args, kwargs: Kwargs) -> Any:
     torch.numel,
     torch.is_floating_point,
     torch.is_tensor,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "is_cpu", "layout", "is_leaf")
-        + ("is_sparse", "is_mkldnn", "is_quantized", "is_meta", "is_nested", "is_mps", "is_xpu", "names")
-        if hasattr(getattr(Tensor, name, 0), "__get__")
-    ),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
 )
 def _asked(function: Function, args: Args, kwargs: Kwargs) -> Any:
     if not isinstance(args[0], Deferred) or args[0].node.is_made:

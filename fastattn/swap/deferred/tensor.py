@@ -117,7 +117,7 @@ class Deferred(Tensor):
         return run(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Reached from C++ alone, which has its own way with gradients: those of _Link."""
@@ -150,7 +150,7 @@ def deferred(
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Deferred:
-    return Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype)  # type: ignore[attr-defined, no-any-return]
+    return Tensor._make_wrapper_subclass(Deferred, shape, dtype=dtype)
 
 
 class _Link(torch.autograd.Function):
@@ -275,7 +275,22 @@ def may_write(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 _AUGMENTED = frozenset(
-    "iadd isub imul idiv itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+    f"i{name}"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
 )
 
 
@@ -393,7 +408,7 @@ class Deferral(Transparent):
 
         What is made of it then shares no memory with the output any more, and neither may be written to.
         """
-        target = args[0] if args else None
+        target: Any = args[0] if args else None
         if type(target) not in PLAIN or storage_of(target) not in self.outputs or target.is_contiguous():
             return function(*args, **kwargs)
         if function is Tensor.view:

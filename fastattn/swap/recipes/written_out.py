@@ -1,9 +1,10 @@
 """Attention that a class writes out itself: a product of queries and keys, a softmax, a product with values.
 
-Research code spells it in a hundred ways, over methods, functions and children, so nothing of it is copied or rewritten:
-the original forward runs under a function mode in which scores are not computed until something other than attention is
-done to them (fastattn/swap/deferred). What the forward turns out to do differently, it does as before, at the cost of
-some microseconds.
+Research code spells it in a hundred ways, over methods, functions and children, so nothing of it is copied or
+rewritten: the original forward runs under a function mode in which scores are not computed until something other than
+attention is done to them (fastattn/swap/deferred). What the forward turns out to do differently, it does as before.
+
+FIGURES
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastattn.swap.recipes.sdpa import reached_methods
 from fastattn.swap.swapped import Swapped
 
 SMALLEST = {False: 80_000, True: 160_000}
-"""Scores that are computed as they were, because there are fewer of them: in inference, and where gradients are kept."""
+"""Where there are fewer scores they are computed as they were: in inference, and where gradients are kept."""
 
 AS_FAST = "torch is as fast with so few scores"
 
@@ -89,7 +90,9 @@ def _applies(module: nn.Module) -> bool:
 
 def _refuse(module: nn.Module) -> list[str]:
     lying = {parameter.device.type for parameter in module.parameters()} - {"cpu"}
-    return [f"attention that a class writes out is taken over on CPUs, and it lies on {', '.join(lying)}"] if lying else []
+    return (
+        [f"attention that a class writes out is taken over on CPUs, and it lies on {', '.join(lying)}"] if lying else []
+    )
 
 
 # ---- the swapped forward ---------------------------------------------------------------------------------------------
