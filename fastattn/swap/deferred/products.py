@@ -129,7 +129,8 @@ def weighted(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return NotImplemented
     if function in _BMMS and (values.dim() != 3 or values.shape[0] != weights.size(0)):
         return NotImplemented
-    return _attend(weights, values)
+    out = _attend(weights, values)
+    return function(weights.node.make(), values) if out is None else out
 
 
 def weighted_einsum(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,10 +147,13 @@ def weighted_einsum(function: Function, args: tuple[Any, ...], kwargs: dict[str,
     if plan is None:
         return NotImplemented
     out = _attend(weights, plan.second(values))
+    if out is None:
+        return function(args[0], weights.node.make(), values)
     return out if out is NotImplemented else plan.result(out)  # einsum's results may lie in any way
 
 
 def _attend(weights: Deferred, values: Tensor) -> Any:
+    """The product by attention; None where torch's own is as fast."""
     node, deferral = weights.node, running.deferral
     if node.is_made or not node.scores.is_softmaxed or node.tracks != torch.is_grad_enabled():
         return NotImplemented
@@ -157,6 +161,9 @@ def _attend(weights: Deferred, values: Tensor) -> Any:
         return NotImplemented
     if values.shape[-2] != node.scores.k.shape[-2]:
         return NotImplemented  # and an error
+    if node.tracks and deferral.smallest and _has_small_learned_bias(node.scores):
+        deferral.is_small = True
+        return None
     node.check()
     try:
         out = attend(node.scores, values, deferral.backend)
@@ -165,6 +172,14 @@ def _attend(weights: Deferred, values: Tensor) -> Any:
         return NotImplemented
     deferral.attended += 1
     return deferral.keep(out)
+
+
+_FEW_KEYS = 64
+
+
+def _has_small_learned_bias(scores: Scores) -> bool:
+    """Gradients of a bias, summed over the batch, take with so few keys what is gained else: windows of Swin."""
+    return scores.k.shape[-2] < _FEW_KEYS and any(part.tensor.requires_grad for part in scores.terms)
 
 
 # ---- einsum ----------------------------------------------------------------------------------------------------------

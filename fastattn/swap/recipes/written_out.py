@@ -4,7 +4,20 @@ Research code spells it in a hundred ways, over methods, functions and children,
 rewritten: the original forward runs under a function mode in which scores are not computed until something other than
 attention is done to them (fastattn/swap/deferred). What the forward turns out to do differently, it does as before.
 
-FIGURES
+Time of the original over that of the swapped module, one thread, float32, alternating in one process, median; one core
+of an AMD EPYC (Zen 5, AVX-512), a virtual machine, torch 2.13.0, 2026-11-27. Linears and norms are torch's in both:
+                                                        inference   training step
+    minGPT's, 6 heads of 64, 4 x 128 tokens                  1.15            1.13
+                             2 x 512                         2.28            2.08
+                             1 x 1,024                       3.25            2.75
+    fair-esm's, 20 heads of 16, 2 x 200, no weights asked    1.36            1.37
+    vit_pytorch's, 6 heads of 64, 8 x 128                    1.25            1.11
+                                  8 x 64                     1.08            1.02
+                                  1 x 128                    1.01            1.00
+    torchvision's Swin, 128 windows of 49, 3 heads of 32     1.13            left: 0.95
+    ViT, SimpleViT of vit_pytorch whole, 2 x 197 tokens      1.02, 1.03      1.09, 1.02
+The mode and the deferred tensors take about 85 us a call, 230 in training: calls with few scores are left to the
+original, at 6 us a call from the second of the same shapes on (0.92 with 16 tokens of 64 features, 0.98 with 384).
 """
 
 from __future__ import annotations

@@ -249,6 +249,23 @@ def test_a_forced_backend_runs_calls_of_any_size(module: Attention, monkeypatch:
     assert len(calls) == 2
 
 
+def test_a_learned_bias_on_few_keys_is_trained_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Biased(Attention):
+        def attend(self, q, k, v):
+            return self.softmax(q @ k.mT + self.bias) @ v
+
+    monkeypatch.setattr(written_out, "SMALLEST", {False: 1, True: 1})
+    module = Biased()
+    report = swap(module, linears=False)
+    with report.counting(), torch.no_grad():
+        module(X)
+    assert row_of(report).choices == {}
+    with report.counting():
+        module(X)
+        module(X)
+    assert row_of(report).choices == {written_out.AS_FAST: 2} and row_of(report).fallbacks == {}
+
+
 def under_vmap(module: nn.Module) -> Tensor:
     return torch.vmap(module)(X[None])[0]
 
