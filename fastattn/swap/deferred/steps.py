@@ -145,6 +145,8 @@ def _added(function: Function, args: Args, kwargs: Kwargs, sign: float) -> Any:
         return NotImplemented
     if scores.fill is not None and scores.fill != -math.inf:
         return NotImplemented
+    if is_number(added) and added == 0:  # of a sum that starts so
+        return _gives(scores, target, function, args, kwargs)
     if isinstance(added, Deferred):
         # Content and position, say: the second product becomes a bias.
         if added is target or added.node.tracks != torch.is_grad_enabled():

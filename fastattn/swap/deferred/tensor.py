@@ -312,7 +312,8 @@ class Deferral(Transparent):
 
     backend: that of attention.
     attended: how many products of weights and values ran on attention.
-    reason: why the first scores that attention did not run for did not.
+    reason: why the first scores were computed that were. They may have been a bias: of positions, say.
+    lost: why weights were computed.
     """
 
     def __init__(self, products: dict[Any, Step], backend: str | None, smallest: int) -> None:
@@ -321,6 +322,7 @@ class Deferral(Transparent):
         self.smallest = smallest
         self.attended = 0
         self.reason: str | None = None
+        self.lost: str | None = None
         self.is_small = False
         self.live: list[weakref.ref[Node]] = []
         self.outputs: dict[int, object] = {}
@@ -375,8 +377,12 @@ class Deferral(Transparent):
 
     def note_made(self, function: Function, args: tuple[Any, ...]) -> None:
         """A reason for a module's fallback."""
+        nodes = [value.node for value in args if isinstance(value, Deferred) and not value.node.is_made]
+        name = getattr(function, "__name__", "a function")
+        if self.lost is None and any(node.scores.is_softmaxed for node in nodes):
+            self.lost = f"its attention weights are used by {name}"
         if self.reason is None:
-            self.reason = f"its attention scores are used by {getattr(function, '__name__', 'a function')}"
+            self.reason = f"its attention scores are used by {name}"
 
     def make_all(self) -> None:
         """Makes what is deferred still."""

@@ -148,16 +148,17 @@ def _smallest(module: WritesOut) -> int:
 
 
 def _note(module: WritesOut, mode: Deferral, calls: int, key: tuple[Any, ...]) -> None:
-    if mode.attended and mode.reason is None:
+    reason = mode.lost or mode.reason
+    if mode.attended and mode.lost is None:
         if calls:
             del _in_vain[module]
-    elif mode.is_small and mode.reason is None:
+    elif mode.is_small and reason is None:
         note_choice(module, AS_FAST)
         known = _too_small.setdefault(module, {})
         if len(known) < _REMEMBERED:
             known[key] = 0
     else:
-        reason = mode.reason or "its forward computed no attention that is known"
+        reason = reason or "its forward computed no attention that is known"
         _in_vain[module] = calls + 1, reason
         note_fallback(module, reason)
 
@@ -198,7 +199,7 @@ def _with_nothing_deferred(module: WritesOut, mode: Deferral, result: Any) -> An
                     if kept:
                         holder[name] = found
     if kept:
-        mode.reason = mode.reason or "its attention scores or weights are kept"
+        mode.lost = mode.lost or "its attention scores or weights are kept"
     mode.make_all()
     return result
 

@@ -212,6 +212,16 @@ def TwoProducts(self, q, k, v):
 
 
 @fused
+def RelativeShift(self, q, k, v):
+    """As Transformer-XL has it: scores of positions are computed, and become a bias."""
+    position = torch.einsum("bhid,bhjd->bhij", q, k.cos())
+    shape = position.shape
+    position = position.reshape(*shape[:2], shape[3], shape[2])[:, :, 1:].reshape(*shape[:2], shape[2], shape[3] - 1)
+    position = F.pad(position, (0, 1))
+    return self.softmax((torch.einsum("bhid,bhjd->bhij", q, k) + position + 0) * self.scale) @ v
+
+
+@fused
 def Windows(self, q, k, v):
     """As Swin has them: windows of a batch, with a mask for each."""
     batch, size = q.shape[0], q.shape[2]
@@ -322,7 +332,7 @@ def Shifted(self, q, k, v):
     return dots.softmax(-1) @ v
 
 
-@left("its attention scores are used by softmax")
+@left("its attention weights are used by softmax")
 def SoftmaxTwice(self, q, k, v):
     return (q @ k.mT).softmax(-1).softmax(-1) @ v
 
