@@ -3,6 +3,7 @@
 Research code spells it in a hundred ways, over methods, functions and children, so nothing of it is copied or
 rewritten: the original forward runs under a function mode in which scores are not computed until something other than
 attention is done to them (fastattn/swap/deferred). What the forward turns out to do differently, it does as before.
+A query all of whose keys are hidden by -inf gets 0, where the original gives NaN; hidden by a number, what it got.
 
 Time of the original over that of the swapped module, one thread, float32, alternating in one process, median; one core
 of an AMD EPYC (Zen 5, AVX-512), a virtual machine, torch 2.13.0, 2026-11-27. Linears and norms are torch's in both:
@@ -72,10 +73,11 @@ _REMEMBERED = 256
 
 
 def read(original: type[nn.Module]) -> Reading | None:
-    """The reading of a class whose forward, with what it calls, names a product and a softmax, or calls children of
-    which one may be a softmax."""
+    """The reading of a class whose forward, or what that calls, names a product; and no attention of torch's, which is
+    another recipe's. Whether there is a softmax is seen of a module: it may be a child."""
     methods = reached_methods(original)
-    if not methods or not any(_multiplies(code) for code in _all_codes(original)):
+    codes = list(_all_codes(original)) if methods else []
+    if not any(map(_multiplies, codes)) or any("scaled_dot_product_attention" in code.co_names for code in codes):
         return None
     attributes = {"forward": _deferring(methods["forward"]), "fastattn_methods": methods}
     return Reading(WritesOut, _recipe, attributes)
@@ -151,7 +153,7 @@ def _note(module: WritesOut, mode: Deferral, calls: int, key: tuple[Any, ...]) -
     reason = mode.lost or mode.reason
     if mode.attended and mode.lost is None:
         if calls:
-            del _in_vain[module]
+            _in_vain.pop(module, None)
     elif mode.is_small and reason is None:
         note_choice(module, AS_FAST)
         known = _too_small.setdefault(module, {})
@@ -279,7 +281,7 @@ def _all_codes(original: type[nn.Module]) -> Iterator[CodeType]:
     """The code of forward, of all that it calls of the class by name, of functions of the same package that these call,
     and of functions inside of them."""
     seen: set[int] = set()
-    waiting: list[Any] = list(_defined(original, "forward"))
+    waiting: list[Any] = _defined(original, "forward")[:1]
     while waiting:
         function = waiting.pop()
         if id(function) in seen:
@@ -292,16 +294,18 @@ def _all_codes(original: type[nn.Module]) -> Iterator[CodeType]:
             yield code
             codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
             for name in code.co_names:
-                waiting += _defined(original, name)
+                waiting += _defined(original, name)[: None if "super" in code.co_names else 1]
                 other = function.__globals__.get(name)
                 if isinstance(other, FunctionType) and (other.__module__ or "").partition(".")[0] == package:
                     waiting.append(other)
 
 
-def _defined(original: type[nn.Module], name: str) -> Iterator[FunctionType]:
+def _defined(original: type[nn.Module], name: str) -> list[FunctionType]:
     """The functions under this name in the class and its bases, which super() reaches."""
+    found: list[FunctionType] = []
     for base in original.__mro__[: original.__mro__.index(nn.Module)]:
-        found = vars(base).get(name)
-        found = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
-        if isinstance(found, FunctionType):
-            yield found
+        each = vars(base).get(name)
+        each = each.fget if isinstance(each, property) else getattr(each, "__func__", each)
+        if isinstance(each, FunctionType):
+            found.append(each)
+    return found
