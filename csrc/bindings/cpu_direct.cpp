@@ -34,6 +34,9 @@ struct Torch {
     ReadTensor read;
     PyObject *watchers;    // a tuple of functions, each of which says false where nobody watches
     PyObject *forward_ad;  // dict of torch.autograd.forward_ad
+    // Functions about the stack of function modes, and the class of those that may be lifted.
+    PyObject *has_mode, *pop_mode, *push_mode;
+    PyTypeObject *transparent;
     PyObject *grad_enabled, *num_threads;
     PyObject *activations;  // dict of their numbers
     long few_queries;       // up to which attention is the kernel for decoding's
@@ -80,13 +83,6 @@ bool is_watched() {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.watchers); i++)
         if (says_true(PyTuple_GET_ITEM(torch.watchers, i))) return true;
     return false;
-}
-
-// Whether a call that has this first tensor may run here. With one of a GPU nothing else is asked. One that a transform wraps is not read: that would
-// raise an error of C++, which takes half a millisecond.
-bool may_run(PyObject *first) {
-    if (!torch.read || (Py_TYPE(first) != torch.tensor && Py_TYPE(first) != torch.parameter)) return false;
-    return says_yes(PyObject_GetAttr(first, kIsCpu)) && !is_watched();
 }
 
 int num_threads() {
@@ -173,9 +169,25 @@ bool read(PyObject *object, Tensor &tensor) {
     return says_no(PyObject_CallMethodNoArgs(object, kIsNeg));
 }
 
-// The tensors of one call. The names are those of the arguments that they are read from.
+// One call: whether it may run here, and its tensors. While there is one, the function mode that it found is lifted.
 class Call {
   public:
+    // With a first tensor of a GPU nothing else is asked. One that a transform wraps is not read: that would raise an error of C++, which takes half
+    // a millisecond.
+    explicit Call(PyObject *first) {
+        if (!torch.read || (Py_TYPE(first) != torch.tensor && Py_TYPE(first) != torch.parameter) || !lift_mode()) return;
+        runs_ = says_yes(PyObject_GetAttr(first, kIsCpu)) && !is_watched();
+        tracks_ = runs_ && says_true(torch.grad_enabled);
+    }
+    ~Call() {
+        if (!mode_) return;
+        Py_XDECREF(PyObject_CallOneArg(torch.push_mode, mode_));
+        Py_DECREF(mode_);
+    }
+    Call(const Call &) = delete;
+    Call &operator=(const Call &) = delete;
+    bool runs() const { return runs_; }
+
     // Any tensor, in the layout that it has.
     bool any(PyObject *object, Tensor &tensor) const {
         return read(object, tensor) && !(tracks_ && !says_no(PyObject_GetAttr(object, kRequiresGrad)));
@@ -195,7 +207,15 @@ class Call {
     }
 
   private:
-    bool tracks_ = says_true(torch.grad_enabled);
+    // Takes the one mode of the package's own from the stack, in which methods of tensors would look for it; false where there are others.
+    bool lift_mode() {
+        if (!says_true(torch.has_mode)) return true;
+        mode_ = PyObject_CallNoArgs(torch.pop_mode);
+        return mode_ && PyType_IsSubtype(Py_TYPE(mode_), torch.transparent) && !says_true(torch.has_mode);
+    }
+
+    bool runs_ = false, tracks_ = false;
+    PyObject *mode_ = nullptr;
 };
 
 // A new reference, or null with an error set, as of all functions of Python.
@@ -252,8 +272,9 @@ bool run(const Kernels &kernels) {
 
 // norm(x, weight, bias, residual, is_rms, eps, offset): y, or with a residual y and z.
 PyObject *norm(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 7 || !may_run(args[0])) return long_way();
-    const Call call;
+    if (n != 7) return long_way();
+    const Call call(args[0]);
+    if (!call.runs()) return long_way();
     Tensor x, weight, bias, residual, y, z;
     fastattn_norm p{};
     if (!call.dense(args[0], x)) return long_way();
@@ -296,8 +317,9 @@ fastattn_gemm product(int threads, void *x, int64_t rows, const Tensor &weight, 
 
 // linear_act(x, weight, bias, activation): y.
 PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 4 || !may_run(args[0])) return long_way();
-    const Call call;
+    if (n != 4) return long_way();
+    const Call call(args[0]);
+    if (!call.runs()) return long_way();
     Tensor x, weight, bias, y;
     int activation;
     if (!call.dense(args[0], x) || !read_activation(args[3], activation)) return long_way();
@@ -312,8 +334,8 @@ PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 // ffn(x, w1, b1, w2, b2, activation): y. gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_down, activation): y.
 PyObject *feed_forward(PyObject *const *args, bool gated) {
-    if (!may_run(args[0])) return long_way();
-    const Call call;
+    const Call call(args[0]);
+    if (!call.runs()) return long_way();
     Tensor x, w1, b1, w_up, b_up, w2, b2, y;
     int activation;
     PyObject *const *last = args + (gated ? 5 : 3);
@@ -382,8 +404,9 @@ bool broadcast(const Tensor &t, const int64_t (&full)[4], fastattn_tensor &view)
 // (B, Hq, Sq, Skv), or int32 (1|B, 1|Hq, Sq, 2), a range of keys for each query. align: None, or causal from the "top-left" or the "bottom-right".
 // grouped: whether heads of keys may be fewer than of queries.
 PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 7 || !may_run(args[0])) return long_way();
-    const Call call;
+    if (n != 7) return long_way();
+    const Call call(args[0]);
+    if (!call.runs()) return long_way();
     Tensor q, k, v, mask, out;
     if (!take_heads(call, args[0], q) || !take_heads(call, args[1], k) || !take_heads(call, args[2], v)) return long_way();
     if (q.dtype != k.dtype || q.dtype != v.dtype || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3]) return long_way();
@@ -466,8 +489,9 @@ bool take_norm(const Call &call, PyObject *const *pair, PyObject *eps, int dtype
 // encoder_layer(x, wq, bq, wk, bk, wv, bv, wo, bo, norm1_weight, norm1_bias, w1, b1, w2, b2, norm2_weight, norm2_bias, heads, activation, norm_first,
 // eps1, eps2, mask, scale): y. mask: None, or a bool tensor as in attention.
 PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
-    if (n != 24 || !may_run(args[0])) return long_way();
-    const Call call;
+    if (n != 24) return long_way();
+    const Call call(args[0]);
+    if (!call.runs()) return long_way();
     Tensor x, w1, mask, y;
     if (!call.dense(args[0], x) || x.dims != 3 || !read(args[11], w1)) return long_way();
     fastattn_encoder_layer p{};
@@ -496,21 +520,24 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 // ---- the module -----------------------------------------------------------------------------------------------------------------------------------
 
-// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, is_grad_enabled, get_num_threads, activations, few_queries, often_read): whether
-// the calls above can run from now on, which they cannot with an exchange of another kind. They keep what they are given.
+// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, has_mode, pop_mode, push_mode, Transparent, is_grad_enabled, get_num_threads,
+// activations, few_queries, often_read): whether the calls above can run from now on, which they cannot with an exchange of another kind. They keep
+// what they are given.
 PyObject *open(PyObject *, PyObject *args) {
     Torch given{};
     PyObject *exchange;
-    if (!PyArg_ParseTuple(args, "O!O!OO!O!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type,
-                          &given.watchers, &PyDict_Type, &given.forward_ad, &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations,
-                          &given.few_queries, &given.often_read))
+    if (!PyArg_ParseTuple(args, "O!O!OO!O!OOOO!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type,
+                          &given.watchers, &PyDict_Type, &given.forward_ad, &given.has_mode, &given.pop_mode, &given.push_mode, &PyType_Type,
+                          &given.transparent, &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations, &given.few_queries,
+                          &given.often_read))
         return nullptr;
     if (!PyCapsule_IsValid(exchange, kDLPackExchangeName)) Py_RETURN_FALSE;
     auto *api = static_cast<DLPackExchange *>(PyCapsule_GetPointer(exchange, kDLPackExchangeName));
     while (api && api->major > kDLPackMajor) api = api->previous;
     if (!api || api->major != kDLPackMajor || !api->read) Py_RETURN_FALSE;
     for (PyObject *kept : {reinterpret_cast<PyObject *>(given.tensor), reinterpret_cast<PyObject *>(given.parameter), given.watchers,
-                           given.forward_ad, given.grad_enabled, given.num_threads, given.activations})
+                           given.forward_ad, given.has_mode, given.pop_mode, given.push_mode,
+                           reinterpret_cast<PyObject *>(given.transparent), given.grad_enabled, given.num_threads, given.activations})
         Py_INCREF(kept);
     given.read = api->read;
     torch = given;

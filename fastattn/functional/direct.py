@@ -24,6 +24,7 @@ from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.cpu.attention import OFTEN
 from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
+from fastattn.functional.modes import Transparent
 from fastattn.masks import Causal
 
 _NUMBERS = frozenset({float, int, bool})
@@ -71,6 +72,10 @@ def _opened() -> ModuleType | None:
         exchange,
         _WATCHERS,
         vars(forward_ad),
+        torch._C._is_torch_function_mode_enabled,
+        torch._C._pop_torch_function_stack,
+        torch._C._push_on_torch_function_stack,
+        Transparent,
         torch.is_grad_enabled,
         torch.get_num_threads,
         ACTIVATIONS,
@@ -82,7 +87,6 @@ def _opened() -> ModuleType | None:
 
 _WATCHERS = (
     torch._C._len_torch_dispatch_stack,
-    torch._C._is_torch_function_mode_enabled,
     torch._C._are_functorch_transforms_active,
     torch._C._get_tracing_state,
     torch._C._autograd._profiler_enabled,

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 import fastattn
 from fastattn.backends import cpu
 from fastattn.functional import direct
+from fastattn.functional.modes import Transparent
 from fastattn.masks import Causal, KeyLengths
 
 pytestmark = pytest.mark.skipif(
@@ -596,3 +597,34 @@ def test_errors_are_those_of_the_long_way(taken):
     with pytest.raises(ValueError, match="backend='gpu' is unknown"):
         fastattn.rms_norm(x, backend="gpu")
     assert not taken
+
+
+class OurMode(Transparent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_our_own_is_lifted(taken):
+    x, weight = randn(2, 16), randn(16)
+    with OurMode() as mode:
+        fastattn.layer_norm(x, weight)
+        assert taken == ["norm"] and not mode.seen
+        torch.add(x, x)
+        fastattn.layer_norm(x, weight)
+        assert mode.seen == [torch.add] and taken == ["norm"] * 2
+        with Mode():  # another one above it
+            fastattn.layer_norm(x, weight)
+        with pytest.raises(ValueError, match="weight has shape"):
+            fastattn.layer_norm(x, randn(8))
+        assert taken == ["norm"] * 2
+        mode.seen.clear()
+        torch.mul(x, x)
+        assert mode.seen == [torch.mul]
+    with Mode(), OurMode():  # and one below
+        fastattn.layer_norm(x, weight)
+    assert taken == ["norm"] * 2

@@ -88,16 +88,25 @@ def test_lookalikes_beside_each_other_are_both_listed() -> None:
     assert [row[0] for row in rows(Block(a=NoAttention(), ab=NoAttention()))] == ["a", "ab"]
 
 
-def test_attention_that_asks_no_interface_is_left_with_a_reason() -> None:
+def test_attention_that_is_none_of_the_known_is_left_with_a_reason() -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.NystromformerConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=16
+    config = transformers.ReformerConfig(
+        attention_head_size=8,
+        attn_layers=["lsh"],
+        hidden_size=16,
+        num_attention_heads=2,
+        feed_forward_size=16,
+        vocab_size=16,
+        axial_pos_embds=False,
+        num_buckets=2,
+        is_decoder=False,
+        num_hidden_layers=1,
     )
-    found = rows(transformers.NystromformerModel(config))
-    layer = "encoder.layer.0"
-    assert (f"{layer}.attention.self", "left", "no recipe for class NystromformerSelfAttention") in found
-    assert (f"{layer}.intermediate", "swap", "") in found
-    assert not any(path == f"{layer}.attention" for path, _, _ in found)
+    found = rows(transformers.ReformerModel(config))
+    layer = "encoder.layers.0.attention"
+    assert (f"{layer}.self_attention", "left", "no recipe for class LSHSelfAttention") in found
+    assert (f"{layer}.layer_norm", "swap", "") in found
+    assert not any(path == layer for path, _, _ in found)
 
 
 def test_a_module_whose_forward_is_replaced_is_left() -> None:

@@ -87,7 +87,7 @@ def _attend(
 
 def read(original: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward, or a method that it calls, calls torch's function."""
-    methods = _reached(original)
+    methods = reached_methods(original)
     calling = {name: method for name, method in methods.items() if _names(method.__code__, _THEIRS)}
     if not calling or not all(_calls_torchs(method.__code__, method.__globals__) for method in calling.values()):
         return None
@@ -127,7 +127,7 @@ def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _reached(original: type[nn.Module]) -> dict[str, FunctionType]:
+def reached_methods(original: type[nn.Module]) -> dict[str, FunctionType]:
     """forward, and the methods of the class that it calls by name, directly or not."""
     found: dict[str, FunctionType] = {}
     waiting = ["forward"]
