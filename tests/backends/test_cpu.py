@@ -189,7 +189,7 @@ def test_rows_read_seldom_and_expanded_heads_are_not_copied(monkeypatch: pytest.
     fastattn.attention(torch.randn(1, 4, 300, 16), expanded, expanded, backend="cpu")
 
 
-def test_copied_rows_of_128_lie_a_cache_line_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_rows_of_128_lie_a_cache_line_apart(monkeypatch: pytest.MonkeyPatch, long_way: None) -> None:
     calls: list[tuple[int, ...]] = []
     arguments = cpu_attention._call_arguments
 
