@@ -436,5 +436,9 @@ def storage_of(tensor: Tensor) -> int:
 _STRIDES = frozenset({Tensor.view, torch.as_strided, Tensor.as_strided})
 
 
+TELLS_SAVING_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+"""Whether torch tells what hooks its saved tensors have, those of checkpointing say. 2.7 does not."""
+
+
 def _saving_hooks() -> object:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None

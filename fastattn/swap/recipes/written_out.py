@@ -40,7 +40,7 @@ from fastattn.functional.checks import resolve_backend
 from fastattn.functional.modes import has_function_mode
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.deferred.steps import deferral
-from fastattn.swap.deferred.tensor import PLAIN, Deferral, Deferred, made, storage_of
+from fastattn.swap.deferred.tensor import PLAIN, TELLS_SAVING_HOOKS, Deferral, Deferred, made, storage_of
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa import reached_methods
@@ -228,6 +228,8 @@ def _why_not(module: WritesOut, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return "it is traced"
     if torch._C._is_any_autocast_enabled():
         return "autocast is on"
+    if torch.is_grad_enabled() and not TELLS_SAVING_HOOKS:
+        return "gradients are kept, and this torch does not tell the hooks of saved tensors"
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             if type(value) not in PLAIN:

@@ -19,6 +19,10 @@ from fastattn import swap
 from fastattn.swap.deferred.tensor import Deferred
 from fastattn.swap.recipes import written_out
 
+pytestmark = pytest.mark.skipif(
+    not written_out.TELLS_SAVING_HOOKS, reason="with gradients this torch runs the original"
+)
+
 WIDTH, HEADS, BATCH, LENGTH = 32, 4, 2, 24
 
 
@@ -474,3 +478,16 @@ def test_a_module_within_another(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(parts_of(module, X), expected)
     assert row_of(report).action == "swapped" and row_of(report).fallbacks == {}
     assert row_of(inner).fallbacks == {}
+
+
+def test_a_torch_that_does_not_tell_the_hooks_of_saved_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written_out, "TELLS_SAVING_HOOKS", False)
+    module, x = MinGPT(), draw(BATCH, LENGTH, WIDTH)
+    expected = module(x)
+    report = swap(module, linears=False)
+    with report.counting(), pytest.warns(UserWarning, match="does not tell the hooks"):
+        torch.testing.assert_close(module(x), expected)
+    assert not report.all_called
+    with report.counting(), torch.no_grad():
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    assert report.all_called
