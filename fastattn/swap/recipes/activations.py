@@ -68,20 +68,27 @@ _read: dict[type[nn.Module], tuple[object, str | None]] = {}
 def spelled_activation(expression: Expression) -> str | None:
     """The activation of the input that this expression is."""
     x = Input(0)
+    found = activation_of(expression)
+    if found is not None:
+        return found[0] if found[1] == x else None
     match expression:
-        case Op("relu" | "silu" as name, (operand,), ()) if operand == x:
-            return str(name)
-        case Op("gelu", (operand,), () | (("approximate", "none"),)) if operand == x:
-            return "gelu"
-        case Op("gelu", (operand,), (("approximate", "tanh"),)) if operand == x:
-            return "gelu_tanh"
         case Op("mul", (Input(0), Op("sigmoid", (inner,), ())) | (Op("sigmoid", (inner,), ()), Input(0)), ()):
             factors = (Op("mul", (x, 1.702)), Op("mul", (1.702, x)))
             return "silu" if inner == x else "quick_gelu" if inner in factors else None
-        case Op("square", (Op("relu", (operand,), ()),), ()) | Op("pow", (Op("relu", (operand,), ()), 2), ()) if (
-            operand == x
-        ):
-            return "relu2"
+    return None
+
+
+def activation_of(expression: Any) -> tuple[str, Any] | None:
+    """The name of an activation in torch's functions, and what it is done to."""
+    match expression:
+        case Op("relu" | "silu" as name, (inner,), ()):
+            return name, inner
+        case Op("gelu", (inner,), (("approximate", "tanh"),)):
+            return "gelu_tanh", inner
+        case Op("gelu", (inner,), () | (("approximate", "none"),)):
+            return "gelu", inner
+        case Op("square", (Op("relu", (inner,), ()),), ()) | Op("pow", (Op("relu", (inner,), ()), 2), ()):
+            return "relu2", inner
     return None
 
 

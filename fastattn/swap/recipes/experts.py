@@ -36,9 +36,6 @@ from fastattn.swap.swapped import Swapped
 
 _WEIGHTS = ("gate_up_proj", "down_proj")
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-_FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.float16: 256 * 1024}
-"""Elements of one expert's weights from which on the call around its block is paid for."""
-_FEW_ROWS = 32
 
 
 class Experts(ReadForward):
@@ -128,11 +125,12 @@ def _is_faster(module: Any, x: Tensor, index: Tensor) -> bool:
         return False
     if not index.numel() or not free_linear.is_measured(x.dtype) or not _is_large(gate_up):
         return False
-    return index.numel() <= _FEW_ROWS * gate_up.shape[0] or free_linear.has_slow_products(x.dtype)
+    return index.numel() <= free_linear.FEW_ROWS * gate_up.shape[0] or free_linear.has_slow_products(x.dtype)
 
 
 def _is_large(gate_up: Tensor) -> bool:
-    least = _FROM_ELEMENTS.get(gate_up.dtype)
+    """Whether one expert's weights have as many elements as a linear whose call is paid for."""
+    least = free_linear.FROM_ELEMENTS.get(gate_up.dtype)
     return least is not None and gate_up[0].numel() * 3 // 2 >= least
 
 

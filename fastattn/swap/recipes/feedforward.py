@@ -27,7 +27,7 @@ from fastattn.nn.fused import original_class
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
 from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
-from fastattn.swap.recipes.activations import activation_name, why_not_activation
+from fastattn.swap.recipes.activations import activation_name, activation_of, why_not_activation
 from fastattn.swap.recipes.linear import is_projection, projection, why_not_projection
 from fastattn.swap.swapped import Swapped
 
@@ -506,17 +506,12 @@ def _halved(expression: Any) -> tuple[str, Any] | None:
 
 def _step(expression: Any) -> tuple[Step, Any] | None:
     """The last step of a chain, and what it is done to."""
+    found = activation_of(expression)
+    if found is not None:
+        return Activated(found[0]), found[1]
     match expression:
         case Call(Own(name), (inner,)):
             return Named(name), inner
-        case Op("relu" | "silu" as name, (inner,), ()):
-            return Activated(name), inner
-        case Op("gelu", (inner,), (("approximate", "tanh"),)):
-            return Activated("gelu_tanh"), inner
-        case Op("gelu", (inner,), () | (("approximate", "none"),)):
-            return Activated("gelu"), inner
-        case Op("square", (Op("relu", (inner,), ()),), ()) | Op("pow", (Op("relu", (inner,), ()), 2), ()):
-            return Activated("relu2"), inner
         case Op("dropout", (inner,), (("p", p), ("training", Own("training")))):
             return (Dropped(p.name if isinstance(p, Own) else float(p)), inner) if isinstance(p, (Own, float)) else None
     return None

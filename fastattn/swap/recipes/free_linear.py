@@ -42,8 +42,8 @@ from fastattn.swap.swapped import Swapped
 
 AS_FAST = "torch's kernel is as fast"
 
-_FEW_ROWS = 32
-_FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.float16: 256 * 1024}
+FEW_ROWS = 32
+FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.float16: 256 * 1024}
 """Elements of a weight from which on the product of one row, with the call around it, takes as long as torch's or
 less."""
 _FROM_FEATURES = 256  # narrower ones leave threads idle
@@ -114,7 +114,7 @@ def _applies(module: nn.Module) -> bool:
 
 def _is_large(weight: Tensor) -> bool:
     """Whether the product of a single row pays for the call around it."""
-    least = _FROM_ELEMENTS.get(weight.dtype)
+    least = FROM_ELEMENTS.get(weight.dtype)
     return least is not None and weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES
 
 
@@ -136,7 +136,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if not _is_large(weight) or tracks_gradients(x, weight, bias):
         return has_slow_products(x.dtype) and x.numel() * weight.shape[0] >= _FROM_PRODUCTS[x.dtype]
-    has_few_rows = x.numel() <= _FEW_ROWS * weight.shape[1]
+    has_few_rows = x.numel() <= FEW_ROWS * weight.shape[1]
     return has_few_rows or has_slow_products(x.dtype)
 
 

@@ -25,7 +25,7 @@ WIDTH, HIDDEN, COUNT, CHOSEN, TOKENS = 16, 24, 5, 2, 7
 @pytest.fixture(autouse=True)
 def small_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if these experts were large, on a machine where that pays."""
-    monkeypatch.setattr(recipe, "_FROM_ELEMENTS", dict.fromkeys(recipe._FROM_ELEMENTS, 1))
+    monkeypatch.setattr(free_linear, "FROM_ELEMENTS", dict.fromkeys(free_linear.FROM_ELEMENTS, 1))
     monkeypatch.setattr(free_linear, "is_measured", lambda dtype: True)
 
 
