@@ -130,8 +130,8 @@ def _is_faster(module: Any, x: Tensor, index: Tensor) -> bool:
 
 def _is_large(gate_up: Tensor) -> bool:
     """Whether one expert's weights have as many elements as a linear whose call is paid for."""
-    least = free_linear.FROM_ELEMENTS.get(gate_up.dtype)
-    return least is not None and gate_up[0].numel() * 3 // 2 >= least
+    pays = free_linear.PAYS_BY_LONG_CALLS.get(gate_up.dtype)
+    return pays is not None and gate_up[0].numel() * 3 // 2 >= pays.one_row
 
 
 # ---- which classes ---------------------------------------------------------------------------------------------------

@@ -8,8 +8,12 @@ Where the kernel was found faster than torch's it runs, else the original forwar
   more for weights that are kept transposed, as in Conv1D.
 - float16 with AVX-512, any number of rows: 0.8 (one row, 512 x 512) to 10 times as fast [1].
 - bfloat16 with AVX-512 BF16, up to 32 rows: 1.2 to 5 times as fast; of more torch's product is [1].
-- Smaller weights, 128 x 128 and up, take torch less time for a few rows than our call does. Where its products are
-  slow, as above, more rows pay: 1.1 to 2.2 times as fast in float32, 1.3 to 10 in halves [1].
+- Smaller weights, 128 x 128 and up, where the call takes less time than it saves (PAYS_BY_LONG_CALLS) or, by the short
+  way of fastattn.functional.direct, 7 us less (PAYS_BY_SHORT_CALLS). By that way, times as fast for weights of 16, 32,
+  64, 144 and 256 thousand elements [1]; by way of AVX2 [2]:
+    bfloat16, AVX-512 BF16     1 row 1.8, 1.9, 1.9, 2.1, 2.1     16 rows 1.6, 1.5, 1.5, 1.5, 1.5
+    float16                    4 rows 1.7, 1.6, 2.5, 3.8, 4.8    bfloat16 by AVX2 1.8, 1.6, 2.3, 2.9, 3.0
+    float32                    2 rows 0.5, 0.6, 0.8, 1.1, 1.3    16 rows 0.8, 1.1, 1.4, 1.9, 2.1
 
 With gradients, forward and backward together, where torch's products of many rows are slow, from as many products on:
 1.1 (32 rows, 256 x 256) to 2.2 times as fast in float32 with AVX-512 on an AMD, 3 to 50 in float16 and, with AVX2, 4 to
@@ -23,14 +27,15 @@ other instruction set are unmeasured, and left to torch.
 from __future__ import annotations
 
 import functools
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastattn.backends import cpu
 from fastattn.environment import cpu_name
-from fastattn.functional import linear_act
+from fastattn.functional import direct, linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
 from fastattn.graphs import constant
 from fastattn.nn.checks import why_not_input
@@ -43,14 +48,33 @@ from fastattn.swap.swapped import Swapped
 AS_FAST = "torch's kernel is as fast"
 
 FEW_ROWS = 32
-FROM_ELEMENTS = {torch.float32: 512 * 1024, torch.bfloat16: 256 * 1024, torch.float16: 256 * 1024}
-"""Elements of a weight from which on the product of one row, with the call around it, takes as long as torch's or
-less."""
-_FROM_FEATURES = 256  # narrower ones leave threads idle
-_FROM_FEATURES_BESIDE_SLOW = 128  # beside slow products of torch's
-_FROM_PRODUCTS = {torch.float32: 2**21, torch.bfloat16: 2**18, torch.float16: 2**18}
-"""Rows x elements of a smaller weight, and of any with gradients, from which on the call around the product is paid
-for."""
+
+
+class Pays(NamedTuple):
+    """From where on a linear is worth the call around it."""
+
+    one_row: int
+    """Elements of a weight of which the product of a single row is."""
+    few_rows: int
+    """The same for two rows and more."""
+    beside_slow: int
+    """Rows x elements of a smaller weight, where torch's products are slow; two rows at least."""
+
+
+PAYS_BY_LONG_CALLS = {
+    torch.float32: Pays(512 * 1024, 512 * 1024, 2**21),
+    torch.bfloat16: Pays(256 * 1024, 256 * 1024, 2**18),
+    torch.float16: Pays(256 * 1024, 256 * 1024, 2**18),
+}
+PAYS_BY_SHORT_CALLS = {
+    torch.float32: Pays(512 * 1024, 128 * 1024, 2**20),
+    torch.bfloat16: Pays(256 * 1024, 128 * 1024, 2**17),
+    torch.float16: Pays(256 * 1024, 128 * 1024, 2**17),
+}
+_PAYS_BY_PAIRS = Pays(16 * 1024, 16 * 1024, 16 * 1024)
+"""bfloat16 by short calls, with instructions for pairs: oneDNN takes 16 us before it multiplies anything."""
+_FROM_FEATURES = 128  # narrower ones leave threads idle
+_NEVER = sys.maxsize
 _MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES}
 
 
@@ -106,16 +130,25 @@ def _applies(module: nn.Module) -> bool:
     weight: Any = module._parameters["weight"]
     if not weight.is_cpu or not is_measured(weight.dtype):
         return False
-    if _is_large(weight):
-        return True
-    is_not_small = min(weight.shape) >= _FROM_FEATURES_BESIDE_SLOW
-    return is_not_small and weight.dtype in _FROM_PRODUCTS and has_slow_products(weight.dtype)
+    return _fewest_rows(weight, _is_short()) < _NEVER
 
 
-def _is_large(weight: Tensor) -> bool:
-    """Whether the product of a single row pays for the call around it."""
-    least = FROM_ELEMENTS.get(weight.dtype)
-    return least is not None and weight.numel() >= least and min(weight.shape) >= _FROM_FEATURES
+def _is_short() -> bool:
+    """Whether calls in inference go the short way."""
+    return direct.calls("cpu") is not None
+
+
+def _fewest_rows(weight: Tensor, is_short: bool) -> int:
+    """The number of rows from which on the product is worth the call around it, long or short."""
+    dtype, elements = weight.dtype, weight.numel()
+    pays = (PAYS_BY_SHORT_CALLS if is_short else PAYS_BY_LONG_CALLS).get(dtype)
+    if pays is None or min(weight.shape) < _FROM_FEATURES:
+        return _NEVER
+    if is_short and dtype is torch.bfloat16 and not has_slow_products(dtype):
+        pays = _PAYS_BY_PAIRS
+    if elements >= pays.few_rows:
+        return 1 if elements >= pays.one_row else 2
+    return max(2, -(-pays.beside_slow // elements)) if has_slow_products(dtype) else _NEVER
 
 
 @constant
@@ -134,10 +167,12 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False  # torch has the words for it
     if not is_measured(x.dtype):
         return False
-    if not _is_large(weight) or tracks_gradients(x, weight, bias):
-        return has_slow_products(x.dtype) and x.numel() * weight.shape[0] >= _FROM_PRODUCTS[x.dtype]
-    has_few_rows = x.numel() <= FEW_ROWS * weight.shape[1]
-    return has_few_rows or has_slow_products(x.dtype)
+    if tracks_gradients(x, weight, bias):
+        is_worth_it = x.numel() * weight.shape[0] >= PAYS_BY_LONG_CALLS[x.dtype].beside_slow
+        return is_worth_it and has_slow_products(x.dtype) and min(weight.shape) >= _FROM_FEATURES
+    if x.numel() < _fewest_rows(weight, _is_short()) * weight.shape[1]:
+        return False
+    return x.numel() <= FEW_ROWS * weight.shape[1] or has_slow_products(x.dtype)
 
 
 @constant

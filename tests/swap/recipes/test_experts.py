@@ -25,7 +25,8 @@ WIDTH, HIDDEN, COUNT, CHOSEN, TOKENS = 16, 24, 5, 2, 7
 @pytest.fixture(autouse=True)
 def small_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if these experts were large, on a machine where that pays."""
-    monkeypatch.setattr(free_linear, "FROM_ELEMENTS", dict.fromkeys(free_linear.FROM_ELEMENTS, 1))
+    always = dict.fromkeys(free_linear.PAYS_BY_LONG_CALLS, free_linear.Pays(1, 1, 1))
+    monkeypatch.setattr(free_linear, "PAYS_BY_LONG_CALLS", always)
     monkeypatch.setattr(free_linear, "is_measured", lambda dtype: True)
 
 

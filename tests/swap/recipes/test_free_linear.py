@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.backends import cpu
 from fastattn.backends.cpu import library
+from fastattn.functional import direct
 from fastattn.nn.checks import why_not_linear
 from fastattn.swap import plan, swap
 from fastattn.swap.recipes import free_linear
@@ -210,7 +211,7 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
     ],
 )
 def test_the_kernel_runs_where_it_was_found_faster(
-    monkeypatch, isa, vendor, dtype, rows, features, infers, trains
+    monkeypatch, long_way, isa, vendor, dtype, rows, features, infers, trains
 ) -> None:
     pretend(monkeypatch, isa)
     monkeypatch.setattr(free_linear, "_is_amds", lambda: "AMD" in vendor)
@@ -218,6 +219,33 @@ def test_the_kernel_runs_where_it_was_found_faster(
     x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)
     assert free_linear._is_faster(x, weight, None) == infers
     assert free_linear._is_faster(x, weight.requires_grad_(), None) == trains
+
+
+@pytest.mark.skipif(direct.calls("cpu") is None, reason="torch before 2.10, or no library")
+@pytest.mark.parametrize(
+    ("isa", "vendor", "dtype", "rows", "features", "infers"),
+    [
+        ("avx512bf16", "AMD EPYC", torch.float32, 16, 256, True),
+        ("avx512bf16", "AMD EPYC", torch.float32, 15, 256, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 16, 256, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 2, 384, True),
+        ("avx512bf16", "Intel Xeon", torch.float32, 1, 384, False),
+        ("avx512bf16", "Intel Xeon", torch.float32, 33, 384, False),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 1, 128, True),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 32, 127, False),
+        ("avx512bf16", "AMD EPYC", torch.bfloat16, 33, 128, False),
+        ("avx2", "Intel Xeon", torch.bfloat16, 8, 128, True),
+        ("avx2", "Intel Xeon", torch.bfloat16, 1, 256, False),
+        ("avx512", "Intel Xeon", torch.float16, 2, 256, True),
+        ("avx512", "Intel Xeon", torch.float16, 1, 512, True),
+    ],
+)
+def test_short_calls_pay_for_smaller_weights(monkeypatch, isa, vendor, dtype, rows, features, infers) -> None:
+    pretend(monkeypatch, isa)
+    monkeypatch.setattr(free_linear, "_is_amds", lambda: "AMD" in vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)
+    assert free_linear._is_faster(x, weight, None) == infers
 
 
 def test_changed_linears_run_the_original(kernel_calls, monkeypatch) -> None:
