@@ -43,6 +43,14 @@ def torch_attention(
     )
 
 
+def added_mask(mask: Tensor | Causal | None, query: Tensor, len_k: int) -> Tensor | None:
+    """A mask as transformers' eager functions add it: float (B, 1 or Hq, Lq, Lk), finfo.min where a key is hidden."""
+    dense = _dense(mask, query.shape[2], len_k, query)
+    if dense is None or dense.dtype is not torch.bool:
+        return dense
+    return torch.zeros_like(dense, dtype=query.dtype).masked_fill(~dense, torch.finfo(query.dtype).min)
+
+
 def chosen_keys(mask: Tensor | Causal | None, indices: Tensor, len_k: int) -> Tensor:
     """The mask without the keys that are not among indices (B, Lq, n)."""
     batch, len_q, _ = indices.shape

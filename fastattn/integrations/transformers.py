@@ -11,6 +11,7 @@ integrations/sdpa_attention.py).
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from fastattn import dispatch
 from fastattn.functional import attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.integrations import why_not_transformers
-from fastattn.integrations.torch_attention import chosen_keys, torch_attention
+from fastattn.integrations.torch_attention import added_mask, chosen_keys, torch_attention
 from fastattn.masks import Causal
 from fastattn.nn.checks import why_not_head_dim
 from fastattn.nn.counting import note_choice, note_fallback
@@ -40,7 +41,7 @@ try:
         sliding_window_bidirectional_overlay,
         sliding_window_overlay,
     )
-    from transformers.utils import logging
+    from transformers.utils import logging, output_capturing
     from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 except ImportError as error:
     raise ImportError(f"fastattn.integrations.transformers: {why_not_transformers() or error}") from error
@@ -73,7 +74,7 @@ def attention_forward(
     sinks: object | None = None,
     block_indices: object | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function of the transformers contract.
 
     query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), any strides; Hq % Hkv == 0, heads are not
@@ -87,8 +88,9 @@ def attention_forward(
 
     Head dims over 256, which no kernel takes, run on torch's attention; of a swapped module that is a fallback.
 
-    Returns (out (B, Lq, Hq, Dv) contiguous in query's dtype, None). Attention weights are never formed: asked for
-    (output_attentions=True) they are missing, with one warning, as with "sdpa".
+    Returns (out (B, Lq, Hq, Dv) contiguous in query's dtype, None). Attention weights are not formed: asked for
+    (output_attentions=True) they are missing, with one warning, as with "sdpa"; but a swapped module whose original
+    forms them runs its original's function, a fallback.
     Raises ValueError for a paged cache (`cache=`), for a mask that is not 4-D, for one sink per query (`sinks=`), and
     for chosen blocks of keys (`block_indices=`).
     """
@@ -113,7 +115,13 @@ def attention_forward(
             'the mask must be built for the implementation "fastattn", "sdpa" or "eager" (config._attn_implementation '
             "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
         )
-    if kwargs.get("output_attentions", False):
+    own = module if isinstance(module, Fused) else None
+    if own is not None and own.fastattn_forms_weights and (kwargs.get("output_attentions") or weights_are_collected()):
+        given = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        kwargs |= {} if indices is None else {"indices": indices}
+        return _eagerly(own, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if kwargs.get("output_attentions"):
         logger.warning_once(
             "The `fastattn` attention does not form attention weights: `output_attentions=True` gives none. "
             'Set the attention to "eager" to get them.'
@@ -129,7 +137,6 @@ def attention_forward(
         mask = Causal("top-left")
     if indices is not None:
         mask = chosen_keys(mask, indices, key.shape[2])
-    own = module if isinstance(module, Fused) else None
     backend = None if own is None else own.fastattn_backend
     reason = why_not_head_dim(max(query.shape[3], value.shape[3]))
     if reason is not None:
@@ -156,6 +163,35 @@ def attention_forward(
         backend=backend,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def eager_function(attention: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The function that a class of attention runs where its config names "eager"."""
+    forward: Any = inspect.unwrap(attention.forward)
+    found: Callable[..., tuple[Tensor, Tensor]] | None = forward.__globals__.get("eager_attention_forward")
+    return found
+
+
+def _eagerly(
+    own: Fused, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Causal | None, **given: Any
+) -> tuple[Tensor, Tensor]:
+    """The original's function, which forms the weights, with the mask that it takes."""
+    note_fallback(own, "the attention weights are asked for (output_attentions=True)")
+    eager = eager_function(own.fastattn_original)
+    assert eager is not None, "fastattn_forms_weights is set where there is one"
+    if mask is None and query.shape[2] > 1 and _is_causal(own, given.get("is_causal")):
+        mask = Causal("top-left")
+    return eager(own, query, key, value, added_mask(mask, query, key.shape[2]), **given)
+
+
+def weights_are_collected() -> bool:
+    """Whether transformers collects attention weights from the modules' outputs now."""
+    collector = output_capturing._active_collector
+    if torch.compiler.is_compiling():  # which does not trace `get`
+        collected = collector.global_var if getattr(collector, "compiling", False) else None
+    else:
+        collected = collector.get()
+    return collected is not None and ("attentions" in collected or "cross_attentions" in collected)
 
 
 def _note_torch(own: Fused | None, reason: str) -> None:

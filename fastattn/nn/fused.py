@@ -12,7 +12,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class Fused(nn.Module):
     """Base of the modules that run fastattn's kernels in place of another class's forward. It holds no state.
 
-    The two attributes are set on an instance where other than the defaults are wanted, so that they follow the module
+    Attributes are set on an instance where other than the defaults are wanted, so that they follow the module
     through deepcopy and torch.save.
     """
 
@@ -23,6 +23,8 @@ class Fused(nn.Module):
     """Parts ("attention", "norms", "ffns", "linears") that run the original code in this module."""
     fastattn_backend: str | None = None
     """The backend that this module's calls are forced to; None leaves the choice to dispatch."""
+    fastattn_forms_weights: bool = False
+    """Whether the attention weights are given to who asks, as the original gives them: its config asked for "eager"."""
     fastattn_strict: bool = False
     """Whether a call that would run original code raises instead, as swap(strict=True) wants it."""
 

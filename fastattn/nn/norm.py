@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -14,17 +16,27 @@ from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.ops.library import tracks_gradients
 
-AS_FAST = "torch's kernel is as fast: float32 inference on a CPU"
-_FROM_ELEMENTS = 2**18
+AS_FAST = "torch's kernel is as fast: a plain LayerNorm on a CPU, of so few elements"
+_NEVER = sys.maxsize
+_FROM_ELEMENTS = {
+    # With gradients, AVX-512: from so many elements on our LayerNorm runs.
+    (False, True): {torch.float32: 2**16, torch.bfloat16: 2**16, torch.float16: 2**16},
+    (False, False): {torch.float32: _NEVER, torch.bfloat16: _NEVER, torch.float16: 2**17},
+    (True, True): {torch.float32: 2**19, torch.bfloat16: 2**17, torch.float16: 2**17},
+    (True, False): {torch.float32: 2**21, torch.bfloat16: 2**18, torch.float16: 2**18},
+}
 
 
 class LayerNorm(Fused, nn.LayerNorm):
     """nn.LayerNorm on fastattn.layer_norm. Any normalized_shape; x (..., *normalized_shape).
 
-    float32 inference on a CPU, which has no residual to fuse, runs torch's own kernel unless a backend is forced. Of
-    1,024 and 2,048 rows of 768 it takes 0.94 and 0.98 of the time of ours (bench/results, 2 cores of an AMD EPYC with
-    AVX2, 2026-11-26), and a small call 5 us where ours takes 25. With AVX-512 ours runs from 2^18 elements on: 1.2 (256
-    rows of 768), 1.6 (1,024), 1.7 (4,096) and 1.1 to 1.4 times as fast (8,192; 2 cores of an AMD EPYC, 2026-11-27).
+    On a CPU torch's own kernel is good, and called sooner: unless a backend is forced it runs calls of so few elements
+    that ours would take longer, call and all (_FROM_ELEMENTS). Times as fast, inference and with a backward, for 64,
+    256 and 1,024 rows of 768, one core of an AMD EPYC of Zen 5, torch 2.13.0, 2026-11-27:
+        AVX-512     float32 1.05, 1.40, 1.42 and 0.5, 0.8, 0.9     bfloat16 0.95, 1.11, 1.27 and 0.7, 1.1, 1.1
+        its AVX2    float32 0.87, 1.09, 1.25 and 0.5, 0.7, 0.6     bfloat16 0.77, 0.84, 0.93 and 0.6, 1.0, 1.2
+    On an AMD EPYC with no more than AVX2 float32 inference of 1,024 and 2,048 rows of 768 was 0.94 and 0.98 times as
+    fast (2026-11-26).
     """
 
     fastattn_original = nn.LayerNorm
@@ -72,14 +84,10 @@ class RMSNorm(Fused, nn.RMSNorm):
 
 def torch_is_as_fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str | None) -> bool:
     """Whether to leave a LayerNorm that no residual is fused into to torch's kernel."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype is torch.float32
-        and not resolve_backend(backend)
-        and not tracks_gradients(x, weight, bias)
-        and not (x.numel() >= _FROM_ELEMENTS and _has_avx512())
-    )
+    if type(x) is not Tensor or not x.is_cpu or resolve_backend(backend):
+        return False
+    least = _FROM_ELEMENTS[tracks_gradients(x, weight, bias), _has_avx512()].get(x.dtype)
+    return least is not None and x.numel() < least
 
 
 @constant

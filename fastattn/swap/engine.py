@@ -45,8 +45,8 @@ def swap(
     attention, norms, ffns: which parts to take over. linears: projections (q, k, v and output of attention, and on a
     CPU large linears of any kind, where the kernel was found faster than torch's).
     backend: the name of the backend that every call is forced to; None lets dispatch choose per call, and leaves to
-        torch what it was measured to do as fast: float32 LayerNorm in inference on a CPU, plain attention where cuDNN
-        runs it on Hopper.
+        torch what it was measured to do as fast: small LayerNorms on a CPU, plain attention where cuDNN runs it on
+        Hopper.
     strict: swap everything that was asked for, or nothing; and a call that would run original code all the same,
         because of its input or of a hook that came later, raises NotSupported. So it does where a backend is forced.
 
@@ -100,6 +100,9 @@ def _runs_original_code(decision: Decision) -> bool:
     return decision.row.asked and decision.row.action == "left"
 
 
+_STATE = ("fastattn_off", "fastattn_backend", "fastattn_strict", "fastattn_forms_weights")
+
+
 class _Change:
     """The classes and configs that one swap sets."""
 
@@ -122,6 +125,8 @@ class _Change:
                 state["fastattn_backend"] = self.backend
             if self.strict:
                 state["fastattn_strict"] = True
+            if target.recipe.weighs(target.module):
+                state["fastattn_forms_weights"] = True
         for move in self.moves:
             move.apply()
 
@@ -129,7 +134,7 @@ class _Change:
         self._check_unchanged()
         for target in self.targets:
             target.module.__class__ = target.recipe.original
-            for name in ("fastattn_off", "fastattn_backend", "fastattn_strict"):
+            for name in _STATE:
                 target.module.__dict__.pop(name, None)
         for move in self.moves:
             move.undo()

@@ -21,6 +21,10 @@ def _nothing(module: nn.Module) -> list[Any]:
     return []
 
 
+def _never(module: nn.Module) -> bool:
+    return False
+
+
 def _always(module: nn.Module) -> bool:
     return True
 
@@ -53,6 +57,7 @@ class Recipe:
     core        the part without which the original forward runs whole; None where each part stands alone.
     whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
+    weighs      whether the attention of a module of the class gives its weights to who asks for them.
     """
 
     swapped: type[Swapped]
@@ -64,6 +69,7 @@ class Recipe:
     core: str | None = None
     whole: bool = False
     interface: bool = False
+    weighs: Callable[[nn.Module], bool] = _never
 
     @property
     def original(self) -> type[nn.Module]:

@@ -23,7 +23,7 @@ from fastattn.swap.reading import ReadForward, Reading, classes_beside, why_not_
 from fastattn.swap.recipe import PARTS, Recipe, always, parameters
 from fastattn.swap.recipes.activations import activation_name
 from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
-from fastattn.swap.recipes.interface import note_interface
+from fastattn.swap.recipes.interface import gives_weights, note_interface
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.recipes.norm import ResidualNorm
 from fastattn.swap.recipes.whole_layer import WholeLayer, run_whole, wants_one_call, why_not_unwatched_attention
@@ -270,6 +270,7 @@ def _attention_recipe(swapped: type[Swapped]) -> Recipe:
         takes=("self", "hidden_states", "attention_mask", _CACHE, "kwargs"),
         children=always(*((name, "linears", why_not_linear) for name in ("query", "key", "value"))),
         interface=True,
+        weighs=gives_weights,
     )
 
 

@@ -14,16 +14,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.led import modeling_led
 from transformers.models.mvp import modeling_mvp
 from transformers.models.trocr import modeling_trocr
 from transformers.models.xglm import modeling_xglm
-from transformers.utils import output_capturing
 
 from fastattn.functional import attention
+from fastattn.integrations.transformers import weights_are_collected
 from fastattn.nn.checks import MAX_DROPOUT, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.code import is_copy
@@ -116,7 +115,7 @@ class XGLMAttention(_Attention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
-        reason = _why_not(self, hidden_states, kwargs, kwargs.get("output_attentions") or _is_collected())
+        reason = _why_not(self, hidden_states, kwargs, kwargs.get("output_attentions") or weights_are_collected())
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(  # type: ignore[misc, no-any-return]
@@ -160,16 +159,6 @@ def _why_not(
     if module.dropout > MAX_DROPOUT:
         return f"its dropout is {module.dropout}"
     return why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
-
-
-def _is_collected() -> bool:
-    """Whether transformers collects attention weights from the modules' outputs now."""
-    collector = output_capturing._active_collector
-    if torch.compiler.is_compiling():  # which does not trace `get`
-        collected = collector.global_var if getattr(collector, "compiling", False) else None
-    else:
-        collected = collector.get()
-    return collected is not None and ("attentions" in collected or "cross_attentions" in collected)
 
 
 def _attend(module: _Attention, call: _Call) -> Tensor:

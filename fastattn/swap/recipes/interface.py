@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn.integrations.transformers import NAME
+from torch import nn
+
+from fastattn.integrations.transformers import NAME, eager_function
 from fastattn.nn.counting import note_fallback
+from fastattn.nn.fused import original_class
 from fastattn.swap.swapped import Swapped
 
 
@@ -15,3 +18,9 @@ def note_interface(module: Swapped) -> None:
     chosen = config._attn_implementation
     if chosen != NAME and "attention" not in module.fastattn_off:
         note_fallback(module, f'the config asks for the attention "{chosen}"')
+
+
+def gives_weights(module: nn.Module) -> bool:
+    """Whether the attention's config asks for the function of transformers that forms the weights."""
+    config: Any = module.config
+    return config._attn_implementation == "eager" and eager_function(original_class(module)) is not None

@@ -41,7 +41,7 @@ from fastattn.swap.recipes import (
     pre_norm,
     t5,
 )
-from fastattn.swap.recipes.interface import note_interface
+from fastattn.swap.recipes.interface import gives_weights, note_interface
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
 
@@ -94,7 +94,9 @@ def _interface_attention(module_class: type[nn.Module]) -> Reading | None:
 
 
 def _interface_recipe(swapped: type[Swapped]) -> Recipe:
-    return Recipe(swapped, kernels={"attention": "attention"}, refuse=_refuse_attention, interface=True)
+    return Recipe(
+        swapped, kernels={"attention": "attention"}, refuse=_refuse_attention, interface=True, weighs=gives_weights
+    )
 
 
 def _refuse_attention(module: nn.Module) -> list[str]:
@@ -102,7 +104,7 @@ def _refuse_attention(module: nn.Module) -> list[str]:
     if not hasattr(getattr(module, "config", None), "_attn_implementation"):
         reasons.append("it has no config that names its attention implementation")
     forward: Any = inspect.unwrap(type(module).forward)
-    eager = forward.__globals__.get("eager_attention_forward")
+    eager = interface.eager_function(type(module))
     unknown = set() if eager is None else set(parameters(eager)) - _KNOWN_ARGUMENTS
     if unknown:
         reasons.append(f"its attention function takes {', '.join(sorted(unknown))}, which fastattn's does not")

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import output_capturing
 
 from fastattn.functional import encoder_layer
 from fastattn.integrations import transformers as interface
@@ -118,8 +117,7 @@ def _only_idle_hooks(attention: nn.Module) -> bool:
         return False
     if any(getattr(hook, "__qualname__", "") != _COLLECTING_HOOK for hook in hooks.values()):
         return False
-    collected = output_capturing._active_collector.get()
-    return collected is None or "attentions" not in collected
+    return not interface.weights_are_collected()
 
 
 _COLLECTING_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"

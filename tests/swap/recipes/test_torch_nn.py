@@ -309,27 +309,40 @@ def test_swapped_attention_learns_as_torchs_does() -> None:
     torch.testing.assert_close(torch.tensor(losses[10:]), torch.tensor(losses[:10]), atol=0, rtol=1e-4)
 
 
-def test_plain_layer_norm_in_float32_inference_on_a_cpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As fast there, and called sooner; gradients, half dtypes and a forced backend run the kernel."""
+def test_a_plain_layer_norm_on_a_cpu_is_torchs_where_the_kernel_would_take_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By elements, dtype, instruction set and gradients; a forced backend runs every call."""
     from fastattn.nn import norm
 
     calls = []
     kernel = norm.layer_norm
     monkeypatch.setattr(norm, "layer_norm", lambda *args, **options: calls.append(1) or kernel(*args, **options))
-    module, x = nn.LayerNorm(16), torch.randn(3, 16)
+    monkeypatch.setattr(norm, "_has_avx512", lambda: has_avx512)
+    module, x = nn.LayerNorm(16), torch.randn(2**12, 16)
     expected = module(x)
     report = swap(module)
     with report.counting(), torch.no_grad():
-        assert torch.equal(module(x), expected)
+        has_avx512 = True
+        assert torch.equal(module(x[1:]), expected[1:])
+        module(x[1:].bfloat16())
         assert not calls
+        for few in (x, x.bfloat16(), x.half()):
+            module(few)
+        has_avx512 = False
+        for few in (x, x.bfloat16(), x.half()):
+            module(few)
+        assert len(calls) == 3
         with fastattn.use_backend("reference"):
-            module(x)
-        module(x.bfloat16())
+            module(x[:3])
+    has_avx512 = True
     module(x)
-    assert len(calls) == 3
-    assert report.rows[0].calls == 3
+    assert len(calls) == 4
+    module(x.repeat(8, 1))
+    assert len(calls) == 5
+    assert report.rows[0].calls == 9
     report.undo()
     swap(module, backend="reference")
     with torch.no_grad():
-        module(x)
-    assert len(calls) == 4
+        module(x[:3])
+    assert len(calls) == 6

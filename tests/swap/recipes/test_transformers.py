@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
+from fastattn.errors import NotSupported  # noqa: E402
 from fastattn.swap import plan, swap  # noqa: E402
 
 VOCABULARY = 64
@@ -358,6 +359,48 @@ def test_mpnet_forms_attention_weights_where_asked(eager) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     reasons = {reason for row in report.rows for reason in row.fallbacks}
     assert reasons == {"the attention weights are asked for (output_attentions=True)"}
+
+
+_GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("Llama", {}), ("Gemma2", {"head_dim": 8, "sliding_window": 4}), ("GptOss", _GPT_OSS), ("Bert", {})],
+)
+def test_an_eager_model_forms_attention_weights_where_asked(batch, name, more) -> None:
+    torch.manual_seed(0)
+    settings = {key: value for key, value in _SHARED.items() if name != "Bert" or key != "num_key_value_heads"}
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, pad_token_id=0, **settings, **more)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    model.set_attn_implementation("eager")
+    asked = {"output_attentions": True}
+    with torch.no_grad():
+        expected = model(**batch, **asked).attentions
+        report = swap(model)
+        with report.counting():
+            assert model(**batch).attentions is None
+            assert not any(row.fallbacks for row in report.rows)
+            found = model(**batch, **asked).attentions
+        reasons = {reason for row in report.rows for reason in row.fallbacks}
+        assert reasons == {"the attention weights are asked for (output_attentions=True)"}
+        seen = batch["attention_mask"].bool()
+        for one, other in zip(found, expected, strict=True):
+            one, other = one.transpose(1, 2)[seen], other.transpose(1, 2)[seen]
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        report.undo()
+        for one, other in zip(model(**batch, **asked).attentions, expected, strict=True):
+            assert torch.equal(one, other)
+        swap(model, strict=True, ffns=False)
+        with pytest.raises(NotSupported, match="output_attentions=True"):
+            model(**batch, **asked)
+
+
+def test_a_model_of_sdpa_forms_no_attention_weights(batch) -> None:
+    model = tiny("llama")
+    swap(model)
+    with torch.no_grad():
+        assert not any(torch.is_tensor(each) for each in model(**batch, output_attentions=True).attentions or ())
 
 
 def test_t5_generates_what_eager_generates(eager) -> None:
