@@ -24,8 +24,8 @@ from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.cpu.attention import OFTEN
 from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
-from fastattn.functional.modes import Transparent
 from fastattn.masks import Causal
+from fastattn.modes import Transparent
 
 _NUMBERS = frozenset({float, int, bool})
 """The types of a dropout_p of 0 that may go the short way: others, a complex number say, the long way may refuse."""

@@ -17,12 +17,13 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
+from fastattn.modes import has_function_mode
+
 LIBRARY = torch.library.Library("fastattn", "DEF")
 
 # Looked up once: every eager call asks them all.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
-_has_function_mode = torch._C._is_torch_function_mode_enabled
 _tracing_state = torch._C._get_tracing_state
 _has_profiler = torch._C._autograd._profiler_enabled
 
@@ -128,12 +129,13 @@ def is_watched(args: tuple[Any, ...]) -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether a tracer or a mode of eager torch sees each operator: what it makes of them may want torch's own."""
+    """Whether a tracer or a mode of eager torch, not one of our own, sees each operator: what it makes of them may want
+    torch's own."""
     return not torch.compiler.is_compiling() and _sees_operators()
 
 
 def _sees_operators() -> bool:
-    return _dispatch_modes() > 0 or _has_function_mode() or _tracing_state() is not None
+    return _dispatch_modes() > 0 or has_function_mode() or _tracing_state() is not None
 
 
 def _are_plain(args: tuple[Any, ...]) -> bool:

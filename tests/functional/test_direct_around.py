@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastattn
 from fastattn.functional import direct
-from fastattn.functional.modes import Transparent
+from fastattn.modes import Transparent
 
 pytestmark = pytest.mark.skipif(
     direct._opened() is None, reason="no native CPU library, or a torch older than 2.10, whose tensors it cannot read"

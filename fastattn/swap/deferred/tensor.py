@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastattn.functional.modes import Transparent
+from fastattn.modes import Transparent
 from fastattn.swap.deferred.scores import Scores, drawn_weights
 
 Function = Callable[..., Any]

@@ -37,7 +37,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from fastattn.functional.checks import resolve_backend
-from fastattn.functional.modes import has_function_mode
+from fastattn.modes import has_function_mode
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.deferred.steps import deferral
 from fastattn.swap.deferred.tensor import PLAIN, TELLS_SAVING_HOOKS, Deferral, Deferred, made, storage_of

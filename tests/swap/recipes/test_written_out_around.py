@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn import swap
 from fastattn.swap.deferred.tensor import Deferred
-from fastattn.swap.recipes import written_out
+from fastattn.swap.recipes import free_linear, written_out
 
 pytestmark = pytest.mark.skipif(
     not written_out.TELLS_SAVING_HOOKS, reason="with gradients this torch runs the original"
@@ -465,6 +465,42 @@ class Outer(Attention):
         dots = q @ k.mT
         x = self.inner(v.transpose(1, 2).flatten(2))
         return dots.softmax(-1) @ v + x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+@pytest.fixture
+def every_linear_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the linears here were large, on a machine where the kernel is faster."""
+    always = dict.fromkeys(free_linear.PAYS_BY_LONG_CALLS, free_linear.Pays(1, 1, 1))
+    for name in ("PAYS_BY_LONG_CALLS", "PAYS_BY_SHORT_CALLS"):
+        monkeypatch.setattr(free_linear, name, always)
+    for name in ("is_measured", "has_slow_products"):
+        monkeypatch.setattr(free_linear, name, lambda dtype: True)
+    monkeypatch.setattr(free_linear, "_FROM_FEATURES", 1)
+
+
+@pytest.mark.usefixtures("every_linear_pays")
+def test_linears_inside_run_on_their_kernel() -> None:
+    model, x = MinGPT().eval(), draw(BATCH, LENGTH, WIDTH)
+    expected = parts_of(model, x)
+    report = swap(model)
+    with report.counting():
+        assert_same(parts_of(model, x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected[0].detach(), atol=2e-5, rtol=1e-4)
+    assert {row.path: row.calls for row in report.rows} == {"": 2, "qkv": 2, "proj": 2}
+    assert not any(row.choices or row.fallbacks for row in report.rows)
+
+
+@pytest.mark.usefixtures("every_linear_pays")
+def test_few_scores_are_recomputed_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call of its shapes, a checkpoint's, runs without the mode: what is saved has to be the same."""
+    monkeypatch.setattr(written_out, "SMALLEST", {False: 10**6, True: 10**6})
+    model, x = MinGPT().eval(), draw(BATCH, LENGTH, WIDTH).requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    swap(model)
+    out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    (found,) = torch.autograd.grad(out.square().sum(), x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_module_within_another(monkeypatch: pytest.MonkeyPatch) -> None:
