@@ -34,9 +34,9 @@ struct Torch {
     ReadTensor read;
     PyObject *watchers;    // a tuple of functions, each of which says false where nobody watches
     PyObject *forward_ad;  // dict of torch.autograd.forward_ad
-    // Functions about the stack of function modes, and the class of those that may be lifted.
+    // Functions about the stack of function modes, and the classes of those that may be lifted.
     PyObject *has_mode, *pop_mode, *push_mode;
-    PyTypeObject *transparent;
+    PyObject *transparent;  // a tuple
     PyObject *grad_enabled, *num_threads;
     PyObject *activations;  // dict of their numbers
     long few_queries;       // up to which attention is the kernel for decoding's
@@ -169,20 +169,21 @@ bool read(PyObject *object, Tensor &tensor) {
     return says_no(PyObject_CallMethodNoArgs(object, kIsNeg));
 }
 
-// One call: whether it may run here, and its tensors. While there is one, the function mode that it found is lifted.
+// One call: whether it may run here, and its tensors. While there is one, the function modes that it found are lifted.
 class Call {
   public:
     // With a first tensor of a GPU nothing else is asked. One that a transform wraps is not read: that would raise an error of C++, which takes half
     // a millisecond.
     explicit Call(PyObject *first) {
-        if (!torch.read || (Py_TYPE(first) != torch.tensor && Py_TYPE(first) != torch.parameter) || !lift_mode()) return;
+        if (!torch.read || (Py_TYPE(first) != torch.tensor && Py_TYPE(first) != torch.parameter) || !lift_modes()) return;
         runs_ = says_yes(PyObject_GetAttr(first, kIsCpu)) && !is_watched();
         tracks_ = runs_ && says_true(torch.grad_enabled);
     }
     ~Call() {
-        if (!mode_) return;
-        Py_XDECREF(PyObject_CallOneArg(torch.push_mode, mode_));
-        Py_DECREF(mode_);
+        while (lifted_ > 0) {
+            Py_XDECREF(PyObject_CallOneArg(torch.push_mode, modes_[--lifted_]));
+            Py_DECREF(modes_[lifted_]);
+        }
     }
     Call(const Call &) = delete;
     Call &operator=(const Call &) = delete;
@@ -207,15 +208,30 @@ class Call {
     }
 
   private:
-    // Takes the one mode of the package's own from the stack, in which methods of tensors would look for it; false where there are others.
-    bool lift_mode() {
-        if (!says_true(torch.has_mode)) return true;
-        mode_ = PyObject_CallNoArgs(torch.pop_mode);
-        return mode_ && PyType_IsSubtype(Py_TYPE(mode_), torch.transparent) && !says_true(torch.has_mode);
+    // Takes the modes that see nothing of a kernel from the stack, in which methods of tensors would look for them; false where there are others.
+    bool lift_modes() {
+        while (says_true(torch.has_mode)) {
+            if (lifted_ == kMostModes) return false;
+            PyObject *mode = PyObject_CallNoArgs(torch.pop_mode);
+            if (!mode) return false;
+            modes_[lifted_++] = mode;
+            if (!is_transparent(mode)) return false;
+        }
+        return true;
     }
 
+    static bool is_transparent(PyObject *mode) {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(torch.transparent); i++) {
+            PyObject *kind = PyTuple_GET_ITEM(torch.transparent, i);
+            if (PyType_Check(kind) && PyType_IsSubtype(Py_TYPE(mode), reinterpret_cast<PyTypeObject *>(kind))) return true;
+        }
+        return false;
+    }
+
+    static constexpr int kMostModes = 2;
     bool runs_ = false, tracks_ = false;
-    PyObject *mode_ = nullptr;
+    PyObject *modes_[kMostModes];
+    int lifted_ = 0;
 };
 
 // A new reference, or null with an error set, as of all functions of Python.
@@ -520,14 +536,14 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
 
 // ---- the module -----------------------------------------------------------------------------------------------------------------------------------
 
-// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, has_mode, pop_mode, push_mode, Transparent, is_grad_enabled, get_num_threads,
+// open(Tensor, Parameter, exchange capsule, watchers, forward_ad, has_mode, pop_mode, push_mode, transparent modes, is_grad_enabled, get_num_threads,
 // activations, few_queries, often_read): whether the calls above can run from now on, which they cannot with an exchange of another kind. They keep
 // what they are given.
 PyObject *open(PyObject *, PyObject *args) {
     Torch given{};
     PyObject *exchange;
     if (!PyArg_ParseTuple(args, "O!O!OO!O!OOOO!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type,
-                          &given.watchers, &PyDict_Type, &given.forward_ad, &given.has_mode, &given.pop_mode, &given.push_mode, &PyType_Type,
+                          &given.watchers, &PyDict_Type, &given.forward_ad, &given.has_mode, &given.pop_mode, &given.push_mode, &PyTuple_Type,
                           &given.transparent, &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations, &given.few_queries,
                           &given.often_read))
         return nullptr;
@@ -536,8 +552,8 @@ PyObject *open(PyObject *, PyObject *args) {
     while (api && api->major > kDLPackMajor) api = api->previous;
     if (!api || api->major != kDLPackMajor || !api->read) Py_RETURN_FALSE;
     for (PyObject *kept : {reinterpret_cast<PyObject *>(given.tensor), reinterpret_cast<PyObject *>(given.parameter), given.watchers,
-                           given.forward_ad, given.has_mode, given.pop_mode, given.push_mode,
-                           reinterpret_cast<PyObject *>(given.transparent), given.grad_enabled, given.num_threads, given.activations})
+                           given.forward_ad, given.has_mode, given.pop_mode, given.push_mode, given.transparent, given.grad_enabled,
+                           given.num_threads, given.activations})
         Py_INCREF(kept);
     given.read = api->read;
     torch = given;

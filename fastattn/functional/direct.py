@@ -25,7 +25,7 @@ from fastattn.backends.cpu.attention import OFTEN
 from fastattn.backends.cpu.library import native
 from fastattn.backends.few import FEW
 from fastattn.masks import Causal
-from fastattn.modes import Transparent
+from fastattn.modes import TRANSPARENT
 
 _NUMBERS = frozenset({float, int, bool})
 """The types of a dropout_p of 0 that may go the short way: others, a complex number say, the long way may refuse."""
@@ -75,7 +75,7 @@ def _opened() -> ModuleType | None:
         torch._C._is_torch_function_mode_enabled,
         torch._C._pop_torch_function_stack,
         torch._C._push_on_torch_function_stack,
-        Transparent,
+        TRANSPARENT,
         torch.is_grad_enabled,
         torch.get_num_threads,
         ACTIVATIONS,

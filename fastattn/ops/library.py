@@ -24,6 +24,7 @@ LIBRARY = torch.library.Library("fastattn", "DEF")
 # Looked up once: every eager call asks them all.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
+_has_function_mode = torch._C._is_torch_function_mode_enabled
 _tracing_state = torch._C._get_tracing_state
 _has_profiler = torch._C._autograd._profiler_enabled
 
@@ -131,11 +132,17 @@ def is_watched(args: tuple[Any, ...]) -> bool:
 def is_recorded() -> bool:
     """Whether a tracer or a mode of eager torch, not one of our own, sees each operator: what it makes of them may want
     torch's own."""
-    return not torch.compiler.is_compiling() and _sees_operators()
+    return not torch.compiler.is_compiling() and (_are_dispatched() or has_function_mode())
 
 
 def _sees_operators() -> bool:
-    return _dispatch_modes() > 0 or has_function_mode() or _tracing_state() is not None
+    # The dispatcher takes every function mode off: an implementation makes tensors, which a default device would put
+    # elsewhere.
+    return _are_dispatched() or _has_function_mode()
+
+
+def _are_dispatched() -> bool:
+    return _dispatch_modes() > 0 or _tracing_state() is not None
 
 
 def _are_plain(args: tuple[Any, ...]) -> bool:

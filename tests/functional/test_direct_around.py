@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 import fastattn
 from fastattn.functional import direct
-from fastattn.modes import Transparent
+from fastattn.masks import Causal, KeyLengths
+from fastattn.modes import Transparent, has_function_mode
 
 pytestmark = pytest.mark.skipif(
     direct._opened() is None, reason="no native CPU library, or a torch older than 2.10, whose tensors it cannot read"
@@ -158,6 +159,20 @@ def test_an_exchange_of_another_kind_leaves_the_long_way(monkeypatch):
     assert direct._opened() is not None
 
 
+def test_a_default_device_has_no_part_in_the_long_way():
+    q = randn(1, 2, 12, 8).requires_grad_()
+    weight = randn(16, 8).requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = fastattn.linear_act(fastattn.attention(q, q, q, mask=Causal() & KeyLengths([7])), weight, None, "gelu")
+        return torch.autograd.grad(fastattn.rms_norm(y).square().sum(), (q, weight))
+
+    expected = gradients()
+    with torch.device("meta"):
+        found = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 class OurMode(Transparent):
     def __init__(self) -> None:
         super().__init__()
@@ -187,3 +202,16 @@ def test_a_mode_of_our_own_is_lifted(taken):
     with Mode(), OurMode():  # and one below
         fastattn.layer_norm(x, weight)
     assert taken == ["norm"] * 2
+
+
+def test_a_default_device_is_lifted(taken):
+    x, weight = randn(2, 16), randn(16)
+    expected = fastattn.layer_norm(x, weight)
+    with torch.device("meta"):
+        assert torch.equal(fastattn.layer_norm(x, weight), expected)
+        with OurMode() as mode:
+            assert torch.equal(fastattn.layer_norm(x, weight), expected) and taken == ["norm"] * 3
+            with torch.device("cpu"):  # of three none is lifted
+                assert torch.equal(fastattn.layer_norm(x, weight), expected) and taken == ["norm"] * 3
+            assert torch.zeros(1).is_meta and torch.equal in mode.seen
+    assert not has_function_mode() and not torch.zeros(1).is_meta

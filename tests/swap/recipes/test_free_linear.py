@@ -281,6 +281,14 @@ def test_recorders_see_torchs_linear(kernel_calls) -> None:
     assert traced(x.requires_grad_()).requires_grad
 
 
+def test_a_default_device_records_nothing(kernel_calls) -> None:
+    model, x = large(), torch.randn(2, 1024)
+    swap(model)
+    with torch.no_grad(), torch.device("cpu"):
+        model(x)
+    assert kernel_calls == [(2, 1024)]
+
+
 def test_undo_asks_for_a_forward_that_was_put_on_top() -> None:
     model = large()
     report = swap(model)

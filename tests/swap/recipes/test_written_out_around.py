@@ -284,7 +284,7 @@ def under_autocast(module: nn.Module) -> Tensor:
 
 
 def under_a_function_mode(module: nn.Module) -> Tensor:
-    with torch.device("cpu"):
+    with torch.overrides.BaseTorchFunctionMode():
         return module(X)
 
 
@@ -334,6 +334,14 @@ def test_what_torch_does_to_modules_it_does_to_the_original(module: Attention, r
     with report.counting():
         module(X)
     assert row_of(report).fallbacks == {}
+
+
+def test_a_default_device_changes_nothing(module: Attention) -> None:
+    expected = module(X)
+    report = swap(module)
+    with report.counting(), torch.device("meta"):
+        torch.testing.assert_close(module(X), expected)
+    assert report.all_called and not row_of(report).fallbacks
 
 
 def test_on_another_device_it_is_left_with_a_reason(module: Attention) -> None:
