@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastattn import dispatch
 from fastattn.functional import attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
+from fastattn.graphs import constant
 from fastattn.integrations import why_not_transformers
 from fastattn.integrations.torch_attention import added_mask, chosen_keys, torch_attention
 from fastattn.masks import Causal
@@ -380,9 +381,6 @@ def _key_ranges(
     return ranges.reshape(-1, 1, q_length, 2).expand(batch_size, 1, q_length, 2)
 
 
-_known_masks: dict[type, str] = {}
-
-
 def _masks_of(config: object | None) -> str:
     """Which masks the model of this config is known to handle: "compact", "explicit" or "eager".
 
@@ -395,13 +393,18 @@ def _masks_of(config: object | None) -> str:
     # Gemma 4 cuts its queries where layers share their keys, and only for "sdpa" knows that a missing mask cannot be.
     if getattr(config, "num_kv_shared_layers", 0):
         return "explicit"
-    if config is None or torch.compiler.is_compiling():
-        return "compact"
-    config_class = type(config)
+    return "compact" if config is None else _masks_of_class(type(config))
+
+
+@constant
+def _masks_of_class(config_class: type) -> str:
     known = _known_masks.get(config_class)
     if known is None:
         known = _known_masks[config_class] = _find_masks_of(config_class)
     return known
+
+
+_known_masks: dict[type, str] = {}
 
 
 def _find_masks_of(config_class: type) -> str:

@@ -341,6 +341,20 @@ def test_models_that_do_not_support_sdpa(name: str, mask: str) -> None:
     assert_same_on_valid_rows(found, expected, padding(mask))
 
 
+@pytest.mark.parametrize("mask", ["none", "right"])
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_a_compiled_model_that_does_not_support_sdpa(mask: str) -> None:
+    config = transformers.BigBirdPegasusConfig(**_SEQ2SEQ)
+    model = build(transformers.BigBirdPegasusModel, config)
+    ids, given = tokens(), padding(mask)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": given, "decoder_attention_mask": given}
+    with torch.no_grad():
+        expected = first_output(model, **inputs)
+        torch._dynamo.reset()
+        found = first_output(torch.compile(with_fastattn(model), backend="aot_eager"), **inputs)
+    assert_same_on_valid_rows(found, expected, given)
+
+
 def test_one_sink_per_query_is_refused() -> None:
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="sinks: the fastattn attention takes one sink per head"):
