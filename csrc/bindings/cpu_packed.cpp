@@ -3,8 +3,8 @@
 // A weight is known by its address, which can be no other tensor's: for each piece of memory an alias is held, a tensor that shares storage and
 // version counter with the parameter, and that has to lie there still (FSDP frees and fills storages). An operation that changes the parameter in
 // place raises the counter, and what was packed before is forgotten. A parameter that is given other memory is not found under the old address. What
-// writes past the counter (.data, NumPy, an operator that mutates more than its schema says) is seen where it reaches one of a few words that are
-// compared each time: a change of the whole weight is, one of a few rows may not be.
+// writes past the counter (.data, NumPy, an operator that mutates more than its schema says) is seen where it reaches one of a few cache lines
+// that are compared each time: a change of the whole weight is, one of a few rows may not be.
 #include "packed_weights.h"
 
 #include <stdlib.h>
@@ -50,7 +50,11 @@ struct Holder {
     long version;  // when the first piece was packed
 };
 
-using Sample = std::array<uint32_t, 8>;
+// Cache lines from end to end of a weight: in bfloat16 a small step leaves most elements as they are, but hardly all of 256.
+constexpr size_t kLine = 64, kLines = 8;
+using Sample = std::array<char, kLine * kLines>;
+
+constexpr int64_t kMostTimes = 4, kSmall = 1 << 20;  // of a parameter's own bytes, beside some for the smallest, in all of its pieces
 
 // Memory of one parameter.
 struct Kept {
@@ -61,11 +65,16 @@ struct Kept {
     bool changed = false;  // since pieces of it were packed, which are gone
 
     Sample sampled() const {
-        Sample words{};
-        const size_t bytes = end - begin;
-        for (size_t i = 0; bytes >= 4 && i < words.size(); i++)
-            std::memcpy(&words[i], reinterpret_cast<const void *>(begin + (bytes - 4) * i / (words.size() - 1)), 4);
-        return words;
+        Sample sample{};
+        const size_t bytes = end - begin, each = bytes < kLine ? bytes : kLine;
+        for (size_t i = 0; i < kLines; i++)
+            std::memcpy(&sample[i * kLine], reinterpret_cast<const void *>(begin + (bytes - each) * i / (kLines - 1)), each);
+        return sample;
+    }
+    // Whether there is room for one more piece: views of any extent may be multiplied by, a new one in each call.
+    bool has_room(int64_t more) const {
+        for (const auto &each : pieces) more += each.second.bytes;
+        return more <= kMostTimes * int64_t(end - begin) + kSmall;
     }
     void note_change() {
         changed = changed || !pieces.empty();
@@ -156,7 +165,7 @@ PackedWeight take_packed(fastattn_gemm &product) {
     if (kept->changed) return nullptr;
     auto found = kept->pieces.find(key);
     if (found == kept->pieces.end()) {
-        if (kept->pieces.empty() && !start(kept)) return nullptr;
+        if (!kept->has_room(bytes) || (kept->pieces.empty() && !start(kept))) return nullptr;
         const PackedWeight memory = pack(product, bytes);
         if (!memory) return nullptr;
         found = kept->pieces.emplace(key, Piece{memory, bytes}).first;

@@ -225,6 +225,8 @@ def _watch_optimizers() -> None:
 
 
 def _note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    if torch.compiler.is_compiling():  # a compiled step counts what it changes
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if type(parameter) is nn.Parameter and parameter.is_cpu and parameter.layout is torch.strided:

@@ -177,6 +177,15 @@ def test_parts_of_a_weight_are_kept_as_they_are_read(keep: Keep) -> None:
     assert pieces(token) == 5
 
 
+def test_views_without_end_do_not_fill_the_memory(keep: Keep) -> None:
+    x, weight = torch.randn(40, 256), torch.randn(1024, 256)
+    token = keep(weight)
+    for rows in range(1024, 900, -1):
+        torch.testing.assert_close(fastattn.linear_act(x, weight[:rows]), x @ weight[:rows].t(), rtol=1e-4, atol=1e-4)
+    count, size, _ = native().packed_state(token)
+    assert 4 <= count <= 5 and size <= 5 * weight.nbytes
+
+
 def test_few_rows_take_no_memory(keep: Keep) -> None:
     weight = torch.randn(96, 40)
     token = keep(weight)
@@ -273,6 +282,21 @@ def test_a_changed_weight_is_not_read_packed(change: Callable[[nn.Parameter], No
         assert pieces(token) == 1
         change(weight)
         torch.testing.assert_close(fastattn.linear_act(x, weight), x @ weight.t())
+
+
+def test_a_small_step_past_the_count_of_changes_is_seen(keep: Keep) -> None:
+    """Of which most elements, in a half dtype, remain what they were."""
+    weight = torch.randn(800, 96, dtype=torch.bfloat16)
+    if not is_kept(weight.dtype):
+        pytest.skip(f"{cpu.isa()} keeps no bfloat16")
+    token = keep(weight)
+    x = torch.randn(64, 96, dtype=torch.bfloat16)
+    fastattn.linear_act(x, weight)
+    stepped = (weight.float() * 1.0022).bfloat16()
+    assert 0.7 < (stepped == weight).float().mean() < 1.0
+    weight.data.copy_(stepped)
+    fastattn.linear_act(x, weight)
+    assert native().packed_state(token) == (0, 0, True)
 
 
 def test_memory_that_was_freed_is_not_looked_at(keep: Keep) -> None:
