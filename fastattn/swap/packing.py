@@ -225,7 +225,9 @@ def _watch_optimizers() -> None:
 
 
 def _note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    if torch.compiler.is_compiling():  # a compiled step counts what it changes
+    if (
+        torch.compiler.is_compiling()
+    ):  # addresses are no part of a graph; what such a step changes is seen in the memory
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -292,6 +292,47 @@ def test_weights_loaded_before_the_first_call_are_the_ones_that_are_kept() -> No
     assert actions(handle) == ["packed", "packed"]
 
 
+def test_under_a_function_mode() -> None:
+    """Which sees every question that is asked of a tensor."""
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    before = run(model, x)
+    handle = fastattn.prepack(model)
+    with torch.device("cpu"):
+        assert torch.equal(run(model, x), before) and torch.equal(run(model, x), before)
+        assert actions(handle) == ["packed", "packed"]
+        with torch.no_grad():
+            model[2].weight.zero_()
+        assert torch.equal(run(model, x), model[2].bias.detach().expand(ROWS, -1))
+
+
+def test_under_a_transform() -> None:
+    model, x = swapped_block(), torch.randn(3, ROWS, 32)
+    before = run(model, x)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(model)(x), before)
+    _, tangent = torch.func.vjp(model, x)
+    torch.testing.assert_close(
+        tangent(torch.ones_like(before))[0], torch.autograd.grad(model(x.requires_grad_()).sum(), x)[0]
+    )
+    assert actions(handle) == ["packed", "packed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_steps_are_seen(fused: bool) -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    model(x).square().sum().backward()
+    torch.compile(optimizer.step)()
+    expected = run(copy.deepcopy(model), x)
+    assert torch.equal(run(model, x), expected)
+    assert actions(handle) == ["left", "left"]
+
+
 @pytest.mark.slow
 def test_compiled_graphs_read_packed_weights() -> None:
     model, x = swapped_block(), torch.randn(ROWS, 32)
