@@ -25,7 +25,7 @@ from fastattn.swap.table import aligned, merged, without_numbers
 
 _MIB = 2**20
 _COLUMNS = ("path", "shape", "dtype", "action", "MiB", "reason")
-_WAITS = "no call has read it yet with rows enough to gain"
+_WAITS = "no call that gains by it has read it yet"
 _CHANGED = "it has changed since; prepack again to keep what it is now"
 _MOVED = "its module holds other memory by now; prepack again to keep that"
 
@@ -97,11 +97,11 @@ def prepack(model: nn.Module) -> Prepacked:
     v of an in_proj_weight, are kept apart. Kept are float32, and bfloat16 where the CPU multiplies it (AVX-512 BF16,
     AMX); halves that it multiplies as float32 would take twice their memory and gain nothing, and are left alone.
 
-    A weight that is changed in place, by an optimiser, by load_state_dict or by any operation of torch, is no longer
-    read packed from that moment on: never a stale answer, and the handle says so. Call prepack again to keep the new
-    values. Of what writes past torch's count of changes (`.data`, NumPy, a mapped file) only changes of a whole weight
-    are seen: undo before others. Before a model goes to another dtype or device, undo: the old weights, and what was
-    packed of them, would stay until then, or until the next prepack or print of the handle.
+    A weight that is changed in place, by an optimiser, by load_state_dict or by any other operation that torch counts,
+    is no longer read packed from that moment on, and the handle says so. Call prepack again to keep the new values. Of
+    what writes past torch's count of changes (`.data`, NumPy, a mapped file) only changes of a whole weight are seen:
+    undo before others. Before a model goes to another dtype or device, undo: the old weights, and what was packed of
+    them, would stay until then, or until the next prepack or print of the handle.
 
     Args:
         model: a model with modules that `fastattn.swap` has swapped, or of `fastattn.nn`. All its matrices on the CPU
@@ -109,8 +109,8 @@ def prepack(model: nn.Module) -> Prepacked:
 
     Returns:
         A handle. Print it; its `rows` say of every weight whether it is packed, in how many bytes, or why not, and
-        `undo()` frees everything. With the model everything is freed, too. Copies of the model (deepcopy, pickle) are
-        not packed.
+        `undo()` frees everything: keep it for that. With the model everything is freed, too, handle or not. Copies of
+        the model (deepcopy, pickle) are not packed.
 
     Raises:
         TypeError: model is not an nn.Module.
