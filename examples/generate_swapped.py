@@ -5,7 +5,7 @@
 The weights are random: what the model says means nothing, what it costs does not depend on that. Reading is one
 forward pass over the prompts, generating adds tokens to them one at a time over the cache. The model and the same one
 swapped take turns; medians are printed. In float32 both must choose the same tokens, in halves their logits must agree
-as well as rounding allows.
+as well as rounding allows. With --prepack the swapped one's weights are kept packed (`fastattn.prepack`).
 """
 
 from __future__ import annotations
@@ -58,6 +58,14 @@ def build(model: Model, layers: int, width: int, dtype: torch.dtype) -> nn.Modul
     return transformers.LlamaForCausalLM(config).eval().to(dtype)
 
 
+def kept(model: nn.Module) -> fastattn.Prepacked:
+    """Packed weights belong to the model's memory: they are there whenever it is swapped again."""
+    report = fastattn.swap(model)
+    handle = fastattn.prepack(model)
+    report.undo()
+    return handle
+
+
 def compare(model: nn.Module, work: Callable[[], Tensor], repeats: int) -> tuple[float, float, Tensor, Tensor]:
     """Median seconds of the model and of the swapped one, in turns, and what both gave."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -84,10 +92,12 @@ def main(
     batch: Annotated[list[int], typer.Option(min=1, help="Prompts at once; several may be given.")] = [1, 4],  # noqa: B006
     repeats: Annotated[int, typer.Option(min=1, help="Timed turns.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
+    prepack: Annotated[bool, typer.Option("--prepack", help="Keep the swapped model's weights packed.")] = False,
 ) -> None:
     """Times reading and generating with a random model, before and after a swap."""
     torch.set_num_threads(threads)
     network = build(model, layers, width, getattr(torch, dtype.value))
+    handle = kept(network) if prepack else None
     size = sum(p.numel() for p in network.parameters()) / 1e6
     table = Table(title=f"{model.value}, {size:.0f} million parameters, {dtype.value}, {threads} threads")
     for column in ("prompts x tokens", "work", "before, ms", "swapped, ms", "times faster"):
@@ -115,6 +125,8 @@ def main(
     console = Console()
     console.print(table)
     console.print(f"logits differ by {worst:.1e} of the largest")
+    if handle is not None:
+        console.print(f"{handle.bytes / 2**20:.0f} MiB were kept packed")
     if worst > {DType.float32: 1e-4, DType.bfloat16: 5e-2, DType.float16: 1e-2}[dtype]:
         raise SystemExit("the swapped model's logits differ by more than rounding")
 

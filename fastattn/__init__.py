@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastattn.functional.norm import layer_norm, rms_norm
     from fastattn.functional.sdpa import scaled_dot_product_attention
     from fastattn.functional.varlen import attention_varlen
-    from fastattn.swap import NotSwapped, SwapReport, plan, swap
+    from fastattn.swap import NotSwapped, Prepacked, SwapReport, plan, prepack, swap
 
 _HOMES = {
     "attention": "fastattn.functional",
@@ -37,8 +37,10 @@ _HOMES = {
     "BackendWarning": "fastattn.dispatch",
     "NotSupported": "fastattn.errors",
     "NotSwapped": "fastattn.swap",
+    "Prepacked": "fastattn.swap",
     "SwapReport": "fastattn.swap",
     "plan": "fastattn.swap",
+    "prepack": "fastattn.swap",
     "rms_norm": "fastattn.functional",
     "scaled_dot_product_attention": "fastattn.functional",
     "swap": "fastattn.swap",
@@ -50,6 +52,7 @@ __all__ = [
     "BackendWarning",
     "NotSupported",
     "NotSwapped",
+    "Prepacked",
     "SwapReport",
     "attention",
     "attention_decode",
@@ -66,6 +69,7 @@ __all__ = [
     "masks",
     "nn",
     "plan",
+    "prepack",
     "reference",
     "rms_norm",
     "scaled_dot_product_attention",

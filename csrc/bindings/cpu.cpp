@@ -1,6 +1,7 @@
 // fastattn._cpu: the C functions of libfastattn_cpu.so as Python functions. Pointers and strides in, no arithmetic here.
 //
-// A tensor is (data_ptr, stride, ...) with up to four strides in elements, or None; a pointer is an int, 0 for none. Every call releases the GIL.
+// A tensor is (data_ptr, stride, ...) with up to four strides in elements, or None; a pointer is an int, 0 for none. Every call releases the GIL,
+// those that read weights once they know which of them are kept packed.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -11,6 +12,7 @@
 
 #include "../cpu/library.h"
 #include "direct.h"
+#include "packed_weights.h"
 #include "views.h"
 
 namespace py = pybind11;
@@ -79,8 +81,9 @@ void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const 
     check(fastattn_cpu_attention_decode(&p));
 }
 
+// is_weight: whether b is one that may be kept packed.
 void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View &a, const View &b, const View &c, int64_t bias, int bias_dtype,
-          int activation, const View &pre, const View &multiplier, const Dropout &d) {
+          int activation, const View &pre, const View &multiplier, const Dropout &d, bool is_weight) {
     fastattn_gemm p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -92,6 +95,8 @@ void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View 
     p.pre = tensor(pre);
     p.multiplier = tensor(multiplier);
     p.dropout = dropout(d);
+    const PackedWeight kept = is_weight ? take_packed(p) : nullptr;
+    const py::gil_scoped_release release;
     check(fastattn_cpu_gemm(&p));
 }
 
@@ -147,7 +152,7 @@ void norm_backward(bool is_rms, int n_threads, int64_t rows, int64_t width, cons
 using Linear = std::array<int64_t, 2>;                        // weight, bias
 using LayerNorm = std::tuple<int64_t, int64_t, int, int, float>;  // weight, bias, their dtypes, eps
 
-fastattn_linear linear(const Linear &l) { return {pointer<void>(l[0]), pointer<void>(l[1])}; }
+fastattn_linear linear(const Linear &l) { return {pointer<void>(l[0]), pointer<void>(l[1]), nullptr}; }
 
 fastattn_layer_norm layer_norm(const LayerNorm &n) {
     const auto &[weight, bias, weight_dtype, bias_dtype, eps] = n;
@@ -171,6 +176,8 @@ void encoder_layer_forward(int dtype, int n_threads, int activation, bool norm_f
     p.norm1 = layer_norm(norm1), p.norm2 = layer_norm(norm2);
     p.scale = scale;
     p.mask = mask(m);
+    const auto kept = take_packed(p);
+    const py::gil_scoped_release release;
     check(fastattn_cpu_encoder_layer_forward(&p));
 }
 
@@ -191,10 +198,10 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("attention_forward", attention_forward, release);
     module.def("attention_backward", attention_backward, release);
     module.def("attention_decode", attention_decode, release);
-    module.def("gemm", gemm, release);
+    module.def("gemm", gemm);
     module.def("activation_backward", activation_backward, release);
     module.def("norm_forward", norm_forward, release);
     module.def("norm_backward", norm_backward, release);
-    module.def("encoder_layer_forward", encoder_layer_forward, release);
-    if (!add_direct(module.ptr())) throw py::error_already_set();
+    module.def("encoder_layer_forward", encoder_layer_forward);
+    if (!add_direct(module.ptr()) || !add_packed(module.ptr())) throw py::error_already_set();
 }

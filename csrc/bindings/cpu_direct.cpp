@@ -24,6 +24,7 @@
 
 #include "../cpu/library.h"
 #include "dlpack.h"
+#include "packed_weights.h"
 
 namespace {
 
@@ -342,7 +343,8 @@ PyObject *linear_act(PyObject *, PyObject *const *args, Py_ssize_t n) {
     if (!call.linear(args[1], args[2], x.dtype, x.last(), weight, bias)) return long_way();
     PyObject *made = empty_like(args[0], x, weight.shape[0], y);
     if (!made) return long_way();
-    const fastattn_gemm p = product(num_threads(), x.data, x.rows(), weight, bias, activation, y.data);
+    fastattn_gemm p = product(num_threads(), x.data, x.rows(), weight, bias, activation, y.data);
+    const PackedWeight kept = take_packed(p);
     if (run([&] { return fastattn_cpu_gemm(&p); })) return made;
     Py_DECREF(made);
     return long_way();
@@ -365,11 +367,12 @@ PyObject *feed_forward(PyObject *const *args, bool gated) {
     if (!made) return long_way();
     const int threads = num_threads();
     fastattn_gemm first = product(threads, x.data, rows, w1, b1, activation, h.data()), multiplier{};
-    const fastattn_gemm second = product(threads, h.data(), rows, w2, b2, FASTATTN_ACT_NONE, y.data);
+    fastattn_gemm second = product(threads, h.data(), rows, w2, b2, FASTATTN_ACT_NONE, y.data);
     if (gated) {
         multiplier = product(threads, x.data, rows, w_up, b_up, FASTATTN_ACT_NONE, up.data());
         first.multiplier = {up.data(), {hidden}};
     }
+    const PackedWeight kept[] = {take_packed(first), take_packed(second), gated ? take_packed(multiplier) : nullptr};
     const bool done = run([&] {
         int status = gated ? fastattn_cpu_gemm(&multiplier) : FASTATTN_OK;
         if (status == FASTATTN_OK) status = fastattn_cpu_gemm(&first);
@@ -489,7 +492,7 @@ bool take_linear(const Call &call, PyObject *const *pair, int dtype, int64_t n, 
     Tensor weight, bias;
     if (!call.dense(pair[0], weight) || weight.dtype != dtype || weight.dims != 2 || weight.shape[0] != n || weight.shape[1] != k) return false;
     if (!call.features(pair[1], n, bias) || (bias.data && bias.dtype != dtype)) return false;
-    linear = {weight.data, bias.data};
+    linear = {weight.data, bias.data, nullptr};
     return true;
 }
 
@@ -529,6 +532,7 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
     PyObject *made = empty_like(args[0], x, embed, y);
     if (!made) return long_way();
     p.x = x.data, p.y = y.data;
+    const auto kept = take_packed(p);
     if (run([&] { return fastattn_cpu_encoder_layer_forward(&p); })) return made;
     Py_DECREF(made);
     return long_way();

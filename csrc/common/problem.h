@@ -137,7 +137,16 @@ typedef struct {
     fastattn_tensor pre;         // receives A B + bias before the activation, or null
     fastattn_tensor multiplier;  // multiplied after the activation, or null
     fastattn_dropout dropout;    // of C, by row and column
+    const void *packed;          // B as `pack` wrote it, or null; read where that is faster than B
 } fastattn_gemm;
+
+// B of a product as its kernel multiplies by it, to be kept from call to call. packed_bytes writes how much memory that takes: 0 where the kernel
+// would not read it, as with few rows. pack writes it; any number of rows of A may then be multiplied by it.
+typedef struct {
+    const fastattn_gemm *product;  // whose a and c need no data
+    int64_t *bytes;                // packed_bytes only
+    void *packed;                  // pack only; aligned to 64 bytes
+} fastattn_packing;
 
 // Elementwise backward of h = dropout(act(gate) * up) (up null: 1), rows x cols, all contiguous, one dtype.
 typedef struct {
@@ -173,9 +182,9 @@ typedef struct {
     float *grad_weight, *grad_bias;  // (width) or null
 } fastattn_norm;
 
-// A linear layer of the call's dtype: weight (out, in) by rows, bias (out) or null.
+// A linear layer of the call's dtype: weight (out, in) by rows, bias (out) or null, and the weight as `pack` wrote it, or null.
 typedef struct {
-    const void *weight, *bias;
+    const void *weight, *bias, *packed;
 } fastattn_linear;
 
 // The numbers of a LayerNorm; weight and bias (width) may be null.

@@ -7,7 +7,8 @@
 // Algorithm: the weights are packed once, by all threads, in the order in which they are read. Each thread takes a share of the rows, in blocks
 //   whose working set stays in the level-2 cache, and sends a block through all products before the next: x to q, k and v; attention over all
 //   rows; then out-projection, residual, norm, and chunk by chunk of the hidden features up-projection, activation and down-projection, with
-//   the sums of the last kept; then residual and norm. Packed weights come from the shared cache, fetched a strip ahead.
+//   the sums of the last kept; then residual and norm. Packed weights come from the shared cache, fetched a strip ahead. Weights that the caller
+//   keeps packed are read as they are: a chunk of the hidden features is a range of strips of one, and of every strip of the other.
 //   Few rows do not pay for packing: they go through the kernels of the other files one after the other (goes_one_by_one).
 // Ladder, ms a layer of MiniLM (384 wide, 12 heads) over 8 x 360 and 32 x 128 rows, and of BERT base over 2 x 512, float32, 2 cores of an AMD EPYC
 // (Zen 3, AVX2, VM), 2026-11-26, least of three interleaved runs:
@@ -49,6 +50,7 @@ int linear(const fastattn_encoder_layer &p, const fastattn_linear &layer, const 
     g.c = {c, {ldc}};
     g.bias = layer.bias;
     g.activation = activation;
+    g.packed = layer.packed;
     return gemm(g);
 }
 
@@ -144,12 +146,14 @@ constexpr int64_t kChunk = 384;                // hidden features at a time, a m
 constexpr int64_t kBlockRows = 192;            // most rows of a block, a multiple of every tile's
 constexpr int64_t kBlockFloats = 400 << 10;    // of a block's working set: most of the level-2 cache, the weights pass through the rest
 
-// Part of a linear layer: out features n over in features k, packed as strips of columns.
+// Part of a linear layer: out features n over in features k, packed as strips of columns, which begin `strip_floats` apart.
 struct Piece {
     const fastattn_linear *layer;
     int64_t in_features;
     Range k, n;
     const float *packed;
+    int64_t strip_floats;
+    bool is_kept;  // packed before the call
 };
 
 // The layer's sizes, and where everything lies in its scratch.
@@ -163,6 +167,12 @@ class Plan {
         if (const int64_t dim = p.embed / p.heads; dim % kLanes == 0) lie = {dim, p.rows * dim, p.rows * p.embed};
         else lie = side_by_side(p);
         block_rows = larger(kWordRows, smaller(kBlockRows, kBlockFloats / row_floats / kWordRows * kWordRows));
+        const fastattn_linear *layers[6] = {&p.q, &p.k, &p.v, &p.out, &p.up, &p.down};
+        for (int i = 0; i < 6; i++) {
+            linears[i] = layers[i];
+            kept[i] = kept_strips(layers[i]->packed, form, p.dtype, i == 5 ? p.hidden : p.embed, i == 4 ? p.hidden : p.embed);
+            keeps_all = keeps_all && kept[i];
+        }
         square_floats = form.strips(p.embed) * form.right_depth(p.embed);
         up_floats = form.strips(kChunk) * form.right_depth(p.embed);
         down_floats = form.strips(p.embed) * form.right_depth(kChunk);
@@ -172,7 +182,7 @@ class Plan {
     int64_t operand_floats(int64_t rows, int64_t k) const {
         return rows * (form.parts ? form.parts * round_up(form.depth(k), kLanes) : round_up(k, form.strip_width()));
     }
-    int64_t weight_floats() const { return 4 * square_floats + chunks * (up_floats + down_floats); }
+    int64_t weight_floats() const { return keeps_all ? 0 : 4 * square_floats + chunks * (up_floats + down_floats); }
     int64_t thread_floats() const {
         return Scratch::padded(block_rows * (2 * ld + kChunk)) + operand_floats(block_rows, p.embed) + operand_floats(block_rows, kChunk) + kTileFloats;
     }
@@ -183,23 +193,28 @@ class Plan {
     // Pieces in the order of their use: q, k, v, out, then up and down of each chunk of the hidden features.
     int64_t pieces() const { return 4 + 2 * chunks; }
     Piece piece(int64_t index) const {
-        if (index < 4) {
-            const fastattn_linear *layers[4] = {&p.q, &p.k, &p.v, &p.out};
-            return {layers[index], p.embed, {0, p.embed}, {0, p.embed}, weights + index * square_floats};
+        const int64_t chunk = (index - 4) / 2, embed_floats = form.right_depth(p.embed);
+        const Range all{0, p.embed}, hidden{chunk * kChunk, smaller((chunk + 1) * kChunk, p.hidden)};
+        const int layer = index < 4 ? (int)index : index % 2 == 0 ? 4 : 5;
+        const float *own = weights + (index < 4 ? index * square_floats : 4 * square_floats + chunk * (up_floats + down_floats));
+        const float *whole = kept[layer];
+        if (layer < 4) return {linears[layer], p.embed, all, all, whole ? whole : own, embed_floats, whole != nullptr};
+        if (layer == 4) {
+            const float *packed = whole ? whole + hidden.begin / form.strip_width() * embed_floats : own;
+            return {&p.up, p.embed, all, hidden, packed, embed_floats, whole != nullptr};
         }
-        const int64_t chunk = (index - 4) / 2;
-        const Range hidden{chunk * kChunk, smaller((chunk + 1) * kChunk, p.hidden)};
-        const float *packed = weights + 4 * square_floats + chunk * (up_floats + down_floats);
-        if (index % 2 == 0) return {&p.up, p.embed, {0, p.embed}, hidden, packed};
-        return {&p.down, p.hidden, hidden, {0, p.embed}, packed + up_floats};
+        if (whole) return {&p.down, p.hidden, hidden, all, whole + form.right_depth(hidden.begin), form.right_depth(p.hidden), true};
+        return {&p.down, p.hidden, hidden, all, own + up_floats, form.right_depth(hidden.size()), false};
     }
-    int64_t strip_floats(const Piece &piece) const { return form.right_depth(piece.k.size()); }
 
     const fastattn_encoder_layer &p;
     Form form;
     int64_t chunks, block_rows, ld;  // ld: of float32 rows of embed columns
     int64_t square_floats, up_floats, down_floats;
     Projected lie;
+    const fastattn_linear *linears[6];
+    const float *kept[6];
+    bool keeps_all = true;
     float *weights = nullptr, *qkv = nullptr, *lse = nullptr, *threads = nullptr;
 
     static constexpr int64_t kTileFloats = kWordRows * kTileWidth;
@@ -217,10 +232,11 @@ class Worker {
     // Whether an element could not be split into words.
     bool nonfinite() const { return nonfinite_; }
 
-    // One of the strips of all pieces.
+    // One of the strips of all pieces that are not packed yet.
     void pack(int64_t strip) {
         for (int64_t i = 0; i < plan_.pieces(); i++) {
             const Piece piece = plan_.piece(i);
+            if (piece.is_kept) continue;
             const int64_t strips = form_.strips(piece.n.size());
             if (strip >= strips) {
                 strip -= strips;
@@ -228,7 +244,7 @@ class Worker {
             }
             const Operand b{piece.layer->weight, p_.dtype, 1, piece.in_features};
             const int64_t column = piece.n.begin + strip * form_.strip_width();
-            float *target = (float *)piece.packed + strip * plan_.strip_floats(piece);
+            float *target = (float *)piece.packed + strip * piece.strip_floats;
             const Range columns{column, smaller(column + form_.strip_width(), piece.n.end)};
             for (int64_t k = piece.k.begin; k < piece.k.end; k += kDepth)
                 nonfinite_ |= pack_strip(form_, b, {k, smaller(k + kDepth, piece.k.end)}, columns, target + form_.right_depth(k - piece.k.begin));
@@ -312,7 +328,7 @@ class Worker {
     // use(tile of rows, columns of the piece) with the product in tile_.
     template <class Use>
     void by_tiles(const Piece &piece, const Left &left, int64_t rows, Use &&use) {
-        const int64_t width = form_.strip_width(), floats = plan_.strip_floats(piece), step = form_.tile_rows();
+        const int64_t width = form_.strip_width(), floats = piece.strip_floats, step = form_.tile_rows();
         const float *b = piece.packed;
         for (int64_t c = piece.n.begin; c < piece.n.end; c += width, b += floats) {
             const Range columns{c, smaller(c + width, piece.n.end)};
@@ -335,7 +351,7 @@ class Worker {
 
     // target (rows x ld) = the product, or += with accumulate.
     void into(float *target, bool accumulate, const Piece &piece, const Left &left, int64_t rows) {
-        const int64_t width = form_.strip_width(), floats = plan_.strip_floats(piece);
+        const int64_t width = form_.strip_width(), floats = piece.strip_floats;
         const float *b = piece.packed;
         for (int64_t c = piece.n.begin; c < piece.n.end; c += width, b += floats) {
             Ahead ahead = next_strip(b, floats, rows);
@@ -436,7 +452,7 @@ Outcome by_blocks(const fastattn_encoder_layer &p, Form form) {
     plan.lse = scratch.take(lse_floats(p));
     plan.threads = scratch.take(0);
     int64_t strips = 0;
-    for (int64_t i = 0; i < plan.pieces(); i++) strips += form.strips(plan.piece(i).n.size());
+    for (int64_t i = 0; i < plan.pieces(); i++) strips += plan.piece(i).is_kept ? 0 : form.strips(plan.piece(i).n.size());
     Outcome outcome;
     // step(worker, block of rows) over this thread's share of the rows, in blocks of about one size.
     const auto share = [&](Worker &worker, auto &&step) {
@@ -482,16 +498,23 @@ bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
     return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed);
 }
 
+Form form_of(const fastattn_encoder_layer &p) {
+    return {p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.rows >= kSplitRows ? kFloat32Parts : 0};
+}
+
 }  // namespace
 
 int encoder_layer_forward(const fastattn_encoder_layer &p) {
     if (p.rows == 0) return FASTATTN_OK;
-    const Form form{p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.rows >= kSplitRows ? kFloat32Parts : 0};
+    const Form form = form_of(p);
     if (goes_one_by_one(p, form)) return one_by_one(p);
     const Outcome outcome = by_blocks(p, form);
     // Infinity and NaN do not split into parts: such a layer, rare as it is, is made again without.
     if (outcome.nonfinite && form.parts == 3) return by_blocks(p, Form{0}).status;
     return outcome.status;
 }
+
+// Whether it reads weights that are kept packed: not as float32 in three parts.
+int encoder_layer_reads_packed(const fastattn_encoder_layer &p) { return form_of(p).parts < 3; }
 
 FASTATTN_NAMESPACE_END

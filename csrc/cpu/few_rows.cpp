@@ -17,6 +17,9 @@
 //   1 row 253, 78      8 rows 281, 113      16 rows 349, 150
 //         121, 73             235, 117             268, 182   converted to float32; 16 rows packed
 //          64, 41             113,  64             242, 108   pairs; 16 rows are 1.2 to 1.4 times as fast as packed, 32 are 0.95
+// Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
+// rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
+// 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
 #include "few_rows.h"
 
 FASTATTN_NAMESPACE_BEGIN
@@ -195,6 +198,18 @@ void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const
 int64_t most_few_rows(const Operand &b) {
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
     return b.down == 1 && !kWordBlocks ? 24 : 8;
+}
+
+// Strips that are packed already are read as one stream, and A a block of k at a time. Dot products read columns of B that are a row of it apart, and
+// all of k of A, which the level-1 cache has to hold; columns a multiple of 4 KiB apart share its sets, with those of A too. Measured with AVX-512
+// and AVX2; elsewhere, and of the blocks of AMX, it is not known from which row on packed strips are faster.
+int64_t most_few_rows_beside_packed(const Operand &b, int64_t k) {
+    const bool pairs = b.dtype == FASTATTN_BFLOAT16;
+    if (kLanes < 8 || (pairs && kWordBlocks)) return most_few_rows(b);
+    if (b.down != 1) return kLanes == 16 ? 0 : most_few_rows(b);
+    if (!pairs && b.across * 4 % 4096 == 0) return 0;
+    const int64_t cached = pairs ? 48 << 10 : 32 << 10;
+    return smaller(most_few_rows(b), cached / larger(1, k * size_of(b.dtype)));
 }
 
 int64_t few_rows_panel(const Operand &b) { return b.down == 1 ? kTileWidth : kPanel; }

@@ -7,6 +7,9 @@ FASTATTN_NAMESPACE_BEGIN
 // The most rows of A for which that is faster than packing B.
 int64_t most_few_rows(const Operand &b);
 
+// The most rows of A for which it is faster than a B of k rows that was packed before.
+int64_t most_few_rows_beside_packed(const Operand &b, int64_t k);
+
 // Columns whose sums few_rows_sums() makes at a time, a multiple of kTileWidth.
 int64_t few_rows_panel(const Operand &b);
 

@@ -22,6 +22,15 @@
 //   0.83, 0.93, 0.93, 0.90  whole vectors packed as such; A read in place
 //   1.00, 0.97, 0.95, 0.92  own strips; while others use the machine the level-3 cache is slow, and this was 1.5 times as fast as the chunk
 // Own strips in float32, 64 rows by 768 x 3,072: 1.10 times as fast as the chunk, by the kernels for AVX2 1.7 times (the same machine).
+// B kept packed from call to call (`packed`), GFLOP/s before and after; weights by columns that come from memory, one core of an AMD EPYC (Zen 5,
+// VM), 2026-11-27:
+//   rows                     8                 16                24                33                64                128
+//   768 x 3,072 float32      few rows          115 -> 146        126 -> 165        150 -> 177        188 -> 207        208 -> 221
+//   768 x 3,072 bfloat16     few rows          few rows          few rows          265 -> 297        338 -> 374        393 -> 418
+//   2,048 x 2,048 float32    80 -> 105         108 -> 147        123 -> 170        146 -> 181        184 -> 208        214 -> 226
+//   2,048 x 2,048 bfloat16   few rows          221 -> 261        247 -> 310        246 -> 329        337 -> 395        402 -> 441
+// By rows (Conv1D), 768 x 3,072, float32 and bfloat16: 16 rows 98 -> 137 and 83 -> 231, 33 rows 117 -> 163 and 137 -> 290. The kernels for AVX2,
+// float32: 33 rows 1.07 to 1.15 times as fast. Halves that are multiplied as float32: 1.00 to 1.07 (float16, AVX-512), 0.93 to 1.02 (AVX2).
 // Few rows: few_rows.cpp.
 #include <omp.h>
 
@@ -74,10 +83,16 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
     });
 }
 
-// Whether packing B would not pay for itself.
-bool has_few_rows(const fastattn_gemm &p, const Operand &b) { return p.m <= most_few_rows(b) && p.a.stride[1] == 1; }
+Operand right_operand(const fastattn_gemm &p) { return {p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]}; }
 
-int few_rows_product(const fastattn_gemm &p, const Operand &b) {
+// Whether packing B would not pay for itself, or multiplying by a B that was packed before is slower.
+bool has_few_rows(const fastattn_gemm &p, bool is_packed) {
+    const Operand b = right_operand(p);
+    return p.m <= (is_packed ? most_few_rows_beside_packed(b, p.k) : most_few_rows(b)) && p.a.stride[1] == 1;
+}
+
+int few_rows_product(const fastattn_gemm &p) {
+    const Operand b = right_operand(p);
     const bool converted = p.dtype != FASTATTN_FLOAT32 && !few_rows_of_pairs(b);
     const int64_t panel = few_rows_panel(b), left_ld = converted ? round_up(p.k, kLanes) : p.a.stride[0];
     Scratch left(converted ? p.m * left_ld : 0);
@@ -121,7 +136,7 @@ struct Packing {
 
     Packing(const fastattn_gemm &p, Form form_, int64_t floats)
         : form(form_),
-          b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]},
+          b(right_operand(p)),
           k(p.k),
           blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
           strip_floats(larger(1, form.elements(p.k)) * form.strip_width()),
@@ -249,13 +264,13 @@ struct Outcome {
     bool nonfinite = false;
 };
 
-Outcome packed_product(const fastattn_gemm &p, Form form) {
+Outcome packed_product(const fastattn_gemm &p, Form form, const float *kept) {
     const Packing packing(p, form, form.parts == 3 ? kSplitChunkFloats : kChunkFloats);
     const int64_t width = form.strip_width(), chunk_columns = packing.chunk_strips * width;
     Outcome outcome;
-    Scratch scratch(packing.chunk_strips * packing.strip_floats);
+    Scratch scratch(kept ? 0 : packing.chunk_strips * packing.strip_floats);
     if (scratch.failed()) return {FASTATTN_OUT_OF_MEMORY};
-    float *packed = scratch.take(0);
+    float *made = scratch.take(0);
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
@@ -263,14 +278,19 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
         bool nonfinite = false;
         for (int64_t first = 0; first < p.n; first += chunk_columns) {
             const Range columns{first, smaller(first + chunk_columns, p.n)};
+            const float *packed = kept ? kept + first / width * packing.strip_floats : made;
+            if (!kept) {
 #pragma omp for schedule(static)
-            for (int64_t item = 0; item < packing.items(columns); item++) nonfinite |= packing.pack(columns, item, packed);
+                for (int64_t item = 0; item < packing.items(columns); item++) nonfinite |= packing.pack(columns, item, made);
+            }
             const int64_t across = column_parts(form, p.m, columns.size(), threads);
             const Range rows = part(p.m, form.tile_rows(), threads / across, thread / across);
             const Range mine = part(columns.size(), width, across, thread % across);
             if (!worker.failed() && rows.size() > 0 && mine.size() > 0)
                 worker.run(rows, {first + mine.begin, first + mine.end}, packed + mine.begin / width * packing.strip_floats);
+            if (!kept) {
 #pragma omp barrier
+            }
         }
 #pragma omp critical
         {
@@ -283,22 +303,22 @@ Outcome packed_product(const fastattn_gemm &p, Form form) {
 
 // Each thread packs the strips of B that it multiplies, a few at a time, which its level-2 cache holds: nothing is shared, nobody waits. All rows of A
 // go by for every such group.
-Outcome own_strips_product(const fastattn_gemm &p, Form form) {
+Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept) {
     const Packing packing(p, form, kOwnFloats);
     const int64_t width = form.strip_width(), group_columns = packing.chunk_strips * width;
     Outcome outcome;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         Worker worker(p, form, packing);
-        Scratch scratch(packing.chunk_strips * packing.strip_floats);
+        Scratch scratch(kept ? 0 : packing.chunk_strips * packing.strip_floats);
         const Range mine = part(p.n, width, omp_get_num_threads(), omp_get_thread_num());
         const bool failed = worker.failed() || scratch.failed();
-        float *packed = failed ? nullptr : scratch.take(0);
+        float *made = failed ? nullptr : scratch.take(0);
         bool nonfinite = false;
         for (int64_t first = mine.begin; first < mine.end && !failed; first += group_columns) {
             const Range columns{first, smaller(first + group_columns, mine.end)};
-            for (int64_t item = 0; item < packing.items(columns); item++) nonfinite |= packing.pack(columns, item, packed);
-            worker.run({0, p.m}, columns, packed);
+            for (int64_t item = 0; item < packing.items(columns) && !kept; item++) nonfinite |= packing.pack(columns, item, made);
+            worker.run({0, p.m}, columns, kept ? kept + first / width * packing.strip_floats : made);
         }
 #pragma omp critical
         {
@@ -316,17 +336,47 @@ bool has_own_strips(const fastattn_gemm &p, Form form) {
     return p.m <= kOwnRows && is_read_in_place(form, a, p.k) && busiest * p.n_threads * 4 <= strips * 5;
 }
 
+Form form_of(const fastattn_gemm &p) {
+    return {p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.m >= kSplitRows ? kFloat32Parts : 0};
+}
+
+// That of a B that is kept. The parts of float32 belong to many rows, where packing is little of the work, and take half as much memory again.
+Form kept_form(const fastattn_gemm &p) { return {p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : 0}; }
+
+// Whether a kept B is read at all. Halves that are multiplied as float32 would take twice their memory, to gain 1.00 to 1.07 times the speed (1.22 in
+// float16 with AVX-512 where rows are 4 KiB apart).
+bool is_kept(const fastattn_gemm &p) { return (p.dtype == FASTATTN_FLOAT32 || kept_form(p).parts) && form_of(p).parts == kept_form(p).parts; }
+
 }  // namespace
 
 int gemm(const fastattn_gemm &p) {
     if (p.m == 0 || p.n == 0) return FASTATTN_OK;
-    const Operand b{p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]};
-    if (has_few_rows(p, b)) return few_rows_product(p, b);
-    const Form form{p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.m >= kSplitRows ? kFloat32Parts : 0};
-    const Outcome outcome = has_own_strips(p, form) ? own_strips_product(p, form) : packed_product(p, form);
+    const Form form = form_of(p);
+    const float *kept = kept_strips(p.packed, form, p.dtype, p.k, p.n);
+    if (has_few_rows(p, kept)) return few_rows_product(p);
+    const Outcome outcome = has_own_strips(p, form) ? own_strips_product(p, form, kept) : packed_product(p, form, kept);
     // Infinity and NaN do not split into parts: such a product, rare as it is, is made again without.
-    if (outcome.nonfinite && form.parts == 3) return packed_product(p, Form{0}).status;
+    if (outcome.nonfinite && form.parts == 3) return packed_product(p, Form{0}, nullptr).status;
     return outcome.status;
+}
+
+int packed_bytes(const fastattn_packing &packing) {
+    const fastattn_gemm &p = *packing.product;
+    const Form form = kept_form(p);
+    const bool is_read = p.m > 0 && p.n > 0 && is_kept(p) && !has_few_rows(p, true);
+    *packing.bytes = is_read ? (int64_t)sizeof(PackedHeader) + form.strips(p.n) * Packing(p, form, 0).strip_floats * 4 : 0;
+    return FASTATTN_OK;
+}
+
+int pack(const fastattn_packing &packing) {
+    const fastattn_gemm &p = *packing.product;
+    const Packing whole(p, kept_form(p), 0);
+    PackedHeader &header = *(PackedHeader *)packing.packed;
+    header = packed_header(whole.form, p.dtype, p.k, p.n);
+    const Range columns{0, p.n};
+#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
+    for (int64_t item = 0; item < whole.items(columns); item++) whole.pack(columns, item, (float *)(&header + 1));
+    return FASTATTN_OK;
 }
 
 FASTATTN_NAMESPACE_END

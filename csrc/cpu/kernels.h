@@ -4,13 +4,16 @@
 
 #define FASTATTN_KERNELS(apply)                              \
     apply(gemm, fastattn_gemm)                               \
+    apply(packed_bytes, fastattn_packing)                    \
+    apply(pack, fastattn_packing)                            \
     apply(activation_backward, fastattn_activation_backward) \
     apply(norm_forward, fastattn_norm)                       \
     apply(norm_backward, fastattn_norm)                      \
     apply(attention_forward, fastattn_attention)             \
     apply(attention_backward, fastattn_attention)            \
     apply(attention_decode, fastattn_decode)                 \
-    apply(encoder_layer_forward, fastattn_encoder_layer)
+    apply(encoder_layer_forward, fastattn_encoder_layer)     \
+    apply(encoder_layer_reads_packed, fastattn_encoder_layer)
 
 #ifdef FASTATTN_ISA
 #define FASTATTN_DECLARE(name, Problem) int name(const Problem &problem);

@@ -58,6 +58,25 @@ struct Operand {
     const void *at(int64_t row, int64_t column) const { return offset(data, dtype, row * down + column * across); }
 };
 
+// What stands before strips that are kept: they are read only as what they are, whatever instruction set packed them.
+struct alignas(64) PackedHeader {
+    int32_t dtype, parts, strip_width, is_in_blocks;
+    int64_t k, n;
+};
+
+static inline PackedHeader packed_header(Form form, int32_t dtype, int64_t k, int64_t n) {
+    return {dtype, form.parts, (int32_t)form.strip_width(), form.parts && kWordBlocks, k, n};
+}
+
+// The strips of all columns, each of all of k, right_depth(k) floats apart; null where `packed` is, or is of another form.
+static inline const float *kept_strips(const void *packed, Form form, int32_t dtype, int64_t k, int64_t n) {
+    if (!packed) return nullptr;
+    const PackedHeader wanted = packed_header(form, dtype, k, n), &found = *(const PackedHeader *)packed;
+    const bool fits = found.dtype == wanted.dtype && found.parts == wanted.parts && found.strip_width == wanted.strip_width &&
+                      found.is_in_blocks == wanted.is_in_blocks && found.k == k && found.n == n;
+    return fits ? (const float *)(&found + 1) : nullptr;
+}
+
 // A strip of B: rows k of it x (up to strip_width) columns, lanes beyond `columns` zero. True when an element does not split.
 static inline bool pack_strip([[maybe_unused]] Form form, const Operand &b, Range k, Range columns, float *target) {
     const bool transposed = b.down == 1;

@@ -12,9 +12,10 @@ import types
 from torch import nn
 
 from fastattn.swap.engine import plan, swap
+from fastattn.swap.packing import PackedRow, Prepacked, prepack
 from fastattn.swap.report import NotSwapped, Row, SwapReport
 
-__all__ = ["NotSwapped", "Row", "SwapReport", "plan", "swap"]
+__all__ = ["NotSwapped", "PackedRow", "Prepacked", "Row", "SwapReport", "plan", "prepack", "swap"]
 
 
 class _CallablePackage(types.ModuleType):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import nn
 
 from fastattn.errors import NotSupported
 from fastattn.nn.counting import Tally, start, stop
+from fastattn.swap.table import aligned, merged, without_numbers
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,18 +134,7 @@ class SwapReport:
         return json.dumps(content, indent=indent)
 
     def __str__(self) -> str:
-        lines = [_COLUMNS, *_table(self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-        right = _COLUMNS.index("calls")
-        text = [
-            "  ".join(
-                cell.rjust(w) if i == right else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        text.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self._headline(), *(line.rstrip() for line in text), *self._footnotes()])
+        return "\n".join([self._headline(), *aligned(_COLUMNS, _table(self.rows), "calls"), *self._footnotes()])
 
     def __rich__(self) -> Table:
         """The same table for a rich console, with nothing in it taken for markup."""
@@ -186,31 +175,10 @@ def _table(rows: list[Row]) -> list[tuple[str, ...]]:
         counted = [*row.fallbacks.items(), *row.choices.items()]
         reason = "; ".join(filter(None, [row.reason, *(f"{n} x {why}" for why, n in counted)]))
         calls = "" if row.action != "swapped" else "-" if row.calls is None else str(row.calls)
-        key = (re.sub(r"\d+", "#", row.path), row.class_name, row.action, row.kernel, calls, reason)
+        key = (without_numbers(row.path), row.class_name, row.action, row.kernel, calls, reason)
         groups.setdefault(key, []).append(row)
     lines: list[tuple[str, ...]] = []
     for (_, class_name, action, kernel, calls, reason), same in groups.items():
         each = f"{calls} each" if len(same) > 1 and calls not in ("", "-") else calls
-        lines.append((_merged([row.path for row in same]), class_name, action, kernel, each, reason))
+        lines.append((merged([row.path for row in same]), class_name, action, kernel, each, reason))
     return lines
-
-
-def _merged(paths: list[str]) -> str:
-    """layer.0.norm, layer.1.norm, layer.2.norm -> layer.{0-2}.norm"""
-    if len(paths) == 1:
-        return paths[0] or "(the model)"
-    numbers = [re.findall(r"\d+", path) for path in paths]
-    merged = iter([_ranges(sorted({int(n) for n in column})) for column in zip(*numbers, strict=True)])
-    return re.sub(r"\d+", lambda _: next(merged), paths[0])
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> {0-2,5}; [3] -> 3"""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return text if text.isdigit() else "{" + text + "}"

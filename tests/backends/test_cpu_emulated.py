@@ -15,7 +15,13 @@ from fastattn.backends import cpu
 
 HERE = Path(__file__).parent
 NATIVE = [] if cpu.unavailable_reason() else cpu.available_isas()
-SUITES = ["test_cpu.py", "test_cpu_math.py", "test_cpu_attention_masks.py", "test_cpu_attention_packed.py"]
+SUITES = [
+    "test_cpu.py",
+    "test_cpu_math.py",
+    "test_cpu_packed.py",
+    "test_cpu_attention_masks.py",
+    "test_cpu_attention_packed.py",
+]
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or "avx2" not in NATIVE, reason="the emulation is compiled for AVX2"

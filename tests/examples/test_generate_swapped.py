@@ -18,14 +18,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("llama", "float32"), ("gpt2", "bfloat16")])
-def test_both_models_say_the_same(model, dtype):
+@pytest.mark.parametrize(("model", "dtype", "options"), [("llama", "float32", ["--prepack"]), ("gpt2", "bfloat16", [])])
+def test_both_models_say_the_same(model, dtype, options):
     for needed in ("rich", "transformers", "typer"):
         pytest.importorskip(needed)
     small = ["--layers", "2", "--width", "512", "--prompt", "9", "--new", "4", "--repeats", "1"]
-    command = [sys.executable, str(EXAMPLE), "--model", model, "--dtype", dtype, *small, "--batch", "3"]
+    command = [sys.executable, str(EXAMPLE), "--model", model, "--dtype", dtype, *small, *options, "--batch", "3"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     rows = [line.split("│") for line in done.stdout.splitlines() if line.count("│") > 4]
     assert [row[2].strip() for row in rows] == ["read", "generate 4"]
     assert all(float(row[5]) > 0 for row in rows)
+    assert ("MiB were kept packed" in done.stdout) == ("--prepack" in options)

@@ -188,6 +188,7 @@ def _project(
         None if pre is None or pre.numel() == 0 else (pre.data_ptr(), out_features),
         None if multiplier is None else (multiplier.data_ptr(), out_features),
         dropout,
+        True,
     )
     return y
 
@@ -208,6 +209,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         None,
         None,
         NO_DROPOUT,
+        False,
     )
     return out
 

@@ -7,7 +7,8 @@ Where the kernel was found faster than torch's it runs, else the original forwar
 - bfloat16 and float16, any number of rows, with AVX2: 0.95 (one row, 512 x 512) to 6 times as fast, and 30 times or
   more for weights that are kept transposed, as in Conv1D.
 - float16 with AVX-512, any number of rows: 0.8 (one row, 512 x 512) to 10 times as fast [1].
-- bfloat16 with AVX-512 BF16, up to 32 rows: 1.2 to 5 times as fast; of more torch's product is [1].
+- bfloat16 with AVX-512 BF16, up to 32 rows: 1.2 to 5 times as fast; of more torch's product is [1], unless the weight
+  is kept packed (`fastattn.prepack`): then of 33 rows 1.13 to 1.4, of 64 1.05 to 1.2, of 128 1.01 to 1.1 times [1].
 - Smaller weights, 128 x 128 and up, where the call takes less time than it saves (PAYS_BY_LONG_CALLS) or, by the short
   way of fastattn.functional.direct, 7 us less (PAYS_BY_SHORT_CALLS). By that way, times as fast for weights of 16, 32,
   64, 144 and 256 thousand elements [1]; by way of AVX2 [2]:
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.backends import cpu
+from fastattn.backends.cpu.library import native
 from fastattn.environment import cpu_name
 from fastattn.functional import direct, linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
@@ -48,6 +50,7 @@ from fastattn.swap.swapped import Swapped
 AS_FAST = "torch's kernel is as fast"
 
 FEW_ROWS = 32
+_KEPT_ROWS = 128  # of bfloat16, by a weight that is kept packed
 
 
 class Pays(NamedTuple):
@@ -172,7 +175,14 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return is_worth_it and has_slow_products(x.dtype) and min(weight.shape) >= _FROM_FEATURES
     if x.numel() < _fewest_rows(weight, _is_short()) * weight.shape[1]:
         return False
-    return x.numel() <= FEW_ROWS * weight.shape[1] or has_slow_products(x.dtype)
+    return x.numel() <= FEW_ROWS * weight.shape[1] or has_slow_products(x.dtype) or _is_kept(x, weight)
+
+
+def _is_kept(x: Tensor, weight: Tensor) -> bool:
+    """Whether the weight is kept packed, and rows are so few that this makes the kernel the faster one."""
+    if x.dtype is not torch.bfloat16 or x.numel() > _KEPT_ROWS * weight.shape[1] or torch.compiler.is_compiling():
+        return False
+    return bool(native().keeps_packed(weight.data_ptr()))
 
 
 @constant

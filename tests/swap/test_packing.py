@@ -1,0 +1,384 @@
+"""prepack: which weights of a model are kept, what its handle says, and what happens to the model meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastattn
+from fastattn.backends import cpu
+from fastattn.swap.packing import PackedRow
+
+pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
+
+ROWS = 40
+"""Of an input: of so many every kernel packs."""
+
+
+def block(**options: object) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(32, 64, **options), nn.GELU(), nn.Linear(64, 32, **options)).eval()  # type: ignore[arg-type]
+
+
+def swapped_block() -> nn.Sequential:
+    model = block()
+    fastattn.swap(model)
+    return model
+
+
+def actions(handle: fastattn.Prepacked) -> list[str]:
+    return [row.action for row in handle.rows]
+
+
+def reasons(handle: fastattn.Prepacked) -> list[str]:
+    return [row.reason for row in handle.rows]
+
+
+@torch.inference_mode()
+def run(model: nn.Module, *inputs: Tensor, **arguments: Tensor) -> Tensor:
+    output = model(*inputs, **arguments)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def test_a_model_keeps_its_weights_from_the_first_call_on() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    before, names = run(model, x), set(model.state_dict())
+    handle = fastattn.prepack(model)
+    assert actions(handle) == ["waits", "waits"] and handle.bytes == 0
+    assert torch.equal(run(model, x), before)
+    assert actions(handle) == ["packed", "packed"]
+    assert 2 * 32 * 64 * 4 <= handle.bytes <= 4 * 32 * 64 * 4
+    assert torch.equal(run(model, x), before)
+    assert set(model.state_dict()) == names
+    handle.undo()
+    assert actions(handle) == ["left", "left"] and reasons(handle) == ["undone", "undone"] and handle.bytes == 0
+    assert torch.equal(run(model, x), before)
+    handle.undo()
+
+
+def test_what_it_prints() -> None:
+    model = nn.Sequential(swapped_block(), swapped_block(), nn.Embedding(5, 32), nn.Bilinear(2, 2, 2).double())
+    handle = fastattn.prepack(model)
+    run(model[0], torch.randn(ROWS, 32))
+    run(model[1], torch.randn(ROWS, 32))
+    size = f"{2 * handle.rows[0].bytes / 2**20:.1f}"
+    assert str(handle).splitlines() == [
+        f"fastattn prepack of Sequential: 4 weights packed, {handle.bytes / 2**20:.1f} MiB beside the model; 0 wait "
+        "for a call, 1 left alone",
+        "path            shape      dtype    action  MiB  reason",
+        "--------------  ---------  -------  ------  ---  -------------",
+        f"{{0-1}}.0.weight  64 x 32    float32  packed  {size}",
+        f"{{0-1}}.2.weight  32 x 64    float32  packed  {size}",
+        "3.weight        2 x 2 x 2  float64  left         it is float64",
+    ]
+    assert handle.rows[-1] == PackedRow("3.weight", (2, 2, 2), torch.float64, "left", 0, "it is float64")
+
+
+def test_bert_reads_every_weight_packed(tiny_bert, batch) -> None:
+    model = tiny_bert()
+    fastattn.swap(model)
+    before = run(model, **batch)
+    handle = fastattn.prepack(model)
+    after = [run(model, **batch) for _ in range(2)]
+    assert torch.equal(after[0], before) and torch.equal(after[1], before)
+    packed = {row.path for row in handle.rows if row.action == "packed"}
+    assert packed == {f"encoder.layer.{i}.{name}.weight" for i in range(2) for name in _OF_A_LAYER}
+    assert not any("embedding" in row.path for row in handle.rows)
+
+
+_OF_A_LAYER = (
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_thirds_of_an_in_projection_are_kept_apart_where_they_are_read_apart(swapped: bool) -> None:
+    """In a whole layer q, k and v are read apart, in attention alone as one."""
+    if swapped:
+        model: nn.Module = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+        fastattn.swap(model)
+    else:
+        model = fastattn.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, ROWS, 32)
+    before, alone = run(model, x), run(model.self_attn, x, x, x)
+    handle = fastattn.prepack(model)
+    assert torch.equal(run(model, x), before)
+    found = {row.path: row.reason for row in handle.rows if row.action == "packed"}
+    names = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert found == {"self_attn.in_proj_weight": "3 parts", **dict.fromkeys(names, "")}
+    assert torch.equal(run(model.self_attn, x, x, x), alone)
+    assert {row.path: row.reason for row in handle.rows}["self_attn.in_proj_weight"] == "4 parts"
+
+
+def test_experts_are_kept_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    qwen = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe")
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, moe_intermediate_size=48, num_experts=3, num_experts_per_tok=1, experts_implementation="eager"
+    )
+    experts = qwen.Qwen3MoeExperts(config).eval()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr("fastattn.swap.recipes.experts._is_large", lambda gate_up: True)
+    monkeypatch.setattr("fastattn.swap.recipes.experts._is_faster", lambda *args: True)
+    model = nn.Sequential(experts)
+    assert fastattn.swap(model).rows[0].action == "swapped"
+    x, index = torch.randn(2 * ROWS, 64), torch.arange(2).repeat(ROWS).unsqueeze(1)  # nobody goes to the third
+    inputs = (x, index, torch.ones(2 * ROWS, 1))
+    before = run(model[0], *inputs)
+    handle = fastattn.prepack(model)
+    assert torch.equal(run(model[0], *inputs), before) and torch.equal(run(model[0], *inputs), before)
+    assert reasons(handle) == ["4 parts", "2 parts"]
+
+
+def test_transposed_weights_are_kept() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)).eval()
+    fastattn.swap(model)
+    ids = torch.arange(ROWS).unsqueeze(0)
+    before = run(model, input_ids=ids)
+    handle = fastattn.prepack(model)
+    assert torch.equal(run(model, input_ids=ids), before)
+    packed = {row.path for row in handle.rows if row.action == "packed"}
+    assert {"h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight"} <= packed
+
+
+def test_what_is_left_out_says_why() -> None:
+    model = nn.Sequential(swapped_block(), block(dtype=torch.float16), nn.Linear(8, 8, device="meta"))
+    with torch.inference_mode():
+        model.append(nn.Linear(4, 4))
+    handle = fastattn.prepack(model)
+    assert reasons(handle)[2:] == [
+        *[f"{cpu.isa()} multiplies float16 as float32, and gains nothing"] * 2,
+        "it lies on meta",
+        "it was made in inference mode, where torch does not count its changes",
+    ]
+
+
+def test_halves_are_kept_where_the_processor_multiplies_them() -> None:
+    model = block(dtype=torch.bfloat16)
+    fastattn.swap(model)
+    handle = fastattn.prepack(model)
+    run(model, torch.randn(ROWS, 32, dtype=torch.bfloat16))
+    assert actions(handle) == ["packed" if cpu.isa() in ("avx512bf16", "amx") else "left"] * 2
+
+
+def test_two_handles_of_one_model() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    first, second = fastattn.prepack(model), fastattn.prepack(model)
+    before = run(model, x)
+    assert actions(first) == actions(second) == ["packed", "packed"]
+    first.undo()
+    assert actions(first) == ["left", "left"] and actions(second) == ["packed", "packed"]
+    assert torch.equal(run(model, x), before)
+    second.undo()
+    assert second.bytes == 0
+
+
+def test_without_its_handle_a_model_stays_packed() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    fastattn.prepack(model)
+    run(model, x)
+    gc.collect()
+    assert actions(fastattn.prepack(model)) == ["packed", "packed"]
+
+
+def test_with_the_model_everything_goes() -> None:
+    model = swapped_block()
+    handle = fastattn.prepack(model)
+    run(model, torch.randn(ROWS, 32))
+    weight = weakref.ref(model[0].weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    assert handle.bytes == 0 and reasons(handle) == ["its module is gone"] * 2
+
+
+def test_a_copy_is_not_packed() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    handle = fastattn.prepack(model)
+    before, size = run(model, x), handle.bytes
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            copied[0].weight.zero_()
+            copied[2].weight.zero_()
+        assert torch.equal(run(copied, x), copied[2].bias.expand(ROWS, -1))
+    assert handle.bytes == size and torch.equal(run(model, x), before)
+
+
+def test_another_dtype_frees_what_was_packed_of_the_old_one() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    handle = fastattn.prepack(model)
+    before = run(model, x)
+    model.to(torch.bfloat16)
+    torch.testing.assert_close(run(model, x.bfloat16()).float(), before, atol=0.05, rtol=0.05)
+    assert reasons(handle) == ["its module holds other memory by now; prepack again to keep that"] * 2
+    model.to(torch.float32)
+    run(model, x)
+    assert actions(handle) == ["left", "left"]
+    again = fastattn.prepack(model)
+    run(model, x)
+    assert actions(again) == ["packed", "packed"]
+
+
+def test_a_replaced_parameter_is_not_read_packed() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    model[2].weight = nn.Parameter(torch.zeros(32, 64))
+    assert torch.equal(run(model, x), model[2].bias.detach().expand(ROWS, -1))
+    assert actions(handle) == ["packed", "left"]
+
+
+def test_undoing_the_swap_first() -> None:
+    model, x = block(), torch.randn(ROWS, 32)
+    plain = run(model, x)
+    report = fastattn.swap(model)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    report.undo()
+    assert torch.equal(run(model, x), plain)
+    handle.undo()
+    assert handle.bytes == 0
+
+
+def sgd(parameters: object) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)  # type: ignore[arg-type]
+
+
+def fused_adam(parameters: object) -> torch.optim.Optimizer:
+    """Whose steps torch does not count."""
+    return torch.optim.AdamW(parameters, lr=0.5, fused=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", [sgd, fused_adam])
+def test_training_goes_on_with_the_weights_as_they_are(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    x = torch.randn(ROWS, 32)
+    outputs = []
+    for packs in (False, True):
+        torch.manual_seed(5)
+        model = swapped_block()
+        steps = optimizer(model.parameters())
+        handle = fastattn.prepack(model) if packs else None
+        for _ in range(2):
+            outputs.append(run(model, x))
+            model(x).square().sum().backward()
+            steps.step()
+            steps.zero_grad()
+        outputs.append(run(model, x))
+        if handle is not None:
+            assert reasons(handle) == ["it has changed since; prepack again to keep what it is now"] * 2
+            again = fastattn.prepack(model)
+            assert torch.equal(run(model, x), outputs[-1]) and actions(again) == ["packed", "packed"]
+    for plain, packed in zip(outputs[:3], outputs[3:], strict=True):
+        assert torch.equal(plain, packed)
+
+
+def test_weights_loaded_before_the_first_call_are_the_ones_that_are_kept() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    handle = fastattn.prepack(model)
+    model.load_state_dict({name: tensor * 2.0 for name, tensor in model.state_dict().items()})
+    expected = run(copy.deepcopy(model), x)
+    assert torch.equal(run(model, x), expected) and torch.equal(run(model, x), expected)
+    assert actions(handle) == ["packed", "packed"]
+
+
+def test_under_a_function_mode() -> None:
+    """Which sees every question that is asked of a tensor."""
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    before = run(model, x)
+    handle = fastattn.prepack(model)
+    with torch.device("cpu"):
+        assert torch.equal(run(model, x), before) and torch.equal(run(model, x), before)
+        assert actions(handle) == ["packed", "packed"]
+        with torch.no_grad():
+            model[2].weight.zero_()
+        assert torch.equal(run(model, x), model[2].bias.detach().expand(ROWS, -1))
+
+
+def test_under_a_transform() -> None:
+    model, x = swapped_block(), torch.randn(3, ROWS, 32)
+    before = run(model, x)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(model)(x), before)
+    _, tangent = torch.func.vjp(model, x)
+    torch.testing.assert_close(
+        tangent(torch.ones_like(before))[0], torch.autograd.grad(model(x.requires_grad_()).sum(), x)[0]
+    )
+    assert actions(handle) == ["packed", "packed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_steps_are_seen(fused: bool) -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    model(x).square().sum().backward()
+    torch.compile(optimizer.step)()
+    expected = run(copy.deepcopy(model), x)
+    assert torch.equal(run(model, x), expected)
+    assert actions(handle) == ["left", "left"]
+
+
+@pytest.mark.slow
+def test_compiled_graphs_read_packed_weights() -> None:
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    before = run(model, x)
+    handle = fastattn.prepack(model)
+    compiled = torch.compile(model)
+    assert torch.equal(run(compiled, x), before)
+    assert actions(handle) == ["packed", "packed"]
+    with torch.no_grad():
+        model[2].weight.zero_()
+    assert torch.equal(run(compiled, x), model[2].bias.detach().expand(ROWS, -1))
+
+
+def test_large_linears_in_bfloat16_run_on_the_kernel_while_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 33 to 128 rows: torch's product is as fast as that of a weight that is not."""
+    if cpu.isa() != "avx512bf16":
+        pytest.skip("measured with AVX-512 BF16 alone")
+    model = nn.Sequential(nn.Linear(512, 512, dtype=torch.bfloat16)).eval()
+    report = fastattn.swap(model)
+    x = torch.randn(64, 512, dtype=torch.bfloat16)
+
+    def choices() -> dict[str, int]:
+        with report.counting():
+            run(model, x)
+            run(model, x.repeat(3, 1))
+        return report.rows[0].choices
+
+    assert choices() == {"torch's kernel is as fast": 2}
+    handle = fastattn.prepack(model)
+    assert choices() == {"torch's kernel is as fast": 1}
+    assert actions(handle) == ["packed"]
+    handle.undo()
+    assert choices() == {"torch's kernel is as fast": 2}
+
+
+def test_a_model_that_was_not_swapped_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"nothing in this Sequential runs on fastattn's kernels.*fastattn\.swap\(model\)"
+    ):
+        fastattn.prepack(block())
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got dict"):
+        fastattn.prepack({})  # type: ignore[arg-type]
+
+
+def test_without_the_kernels_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = swapped_block()
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda: "the native CPU library is not installed")
+    with pytest.raises(fastattn.NotSupported, match="the native CPU library is not installed"):
+        fastattn.prepack(model)
