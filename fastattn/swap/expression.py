@@ -8,10 +8,11 @@
 Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
 block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
 takes a fixed number of tensors, has no loop, no code within it and no assignment to an attribute or a global, uses no
-global but torch on its way, branches on nothing but flags of the module, and every operation that it does is part of
-what it returns. Any other is not read. A forward with flags (`if self.with_scale:`) has a spelling for each of their
-values with which it can be read. What it would do on devices that these kernels do not run on is not asked: a question
-for one of them by name (`x.device.type == "mps"`) is answered with no, as it is of inputs on a CPU or a GPU of CUDA.
+global but torch on its way, branches on nothing but flags of the module and on which of its attributes are None, and
+every operation that it does is part of what it returns. Any other is not read. A forward that branches
+(`if self.with_scale:`) has a spelling for each of the cases with which it can be read. What it would do on devices that
+these kernels do not run on is not asked: a question for one of them by name (`x.device.type == "mps"`) is answered with
+no, as it is of inputs on a CPU or a GPU of CUDA.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,9 +82,14 @@ class Spelling:
     """The methods that were read through: `forward` and its helpers."""
     flags: tuple[tuple[str, bool], ...] = ()
     """The attributes that the forward branches on, and the values with which it is this expression."""
+    nones: tuple[tuple[str, bool], ...] = ()
+    """The attributes that it compares with None, and whether they are."""
 
     def holds_for(self, module: nn.Module) -> bool:
         """Whether the module's flags have these values, as bools: anything else may change what it is."""
+        for name, value in self.nones:
+            if (getattr(module, name, None) is None) is not value:
+                return False
         return all(getattr(module, name, None) is value for name, value in self.flags)
 
 
@@ -92,7 +98,7 @@ def spelling_of(
 ) -> Spelling | None:
     """What `module_class.forward` returns, as an expression; None where it cannot be read, or branches."""
     found = spellings_of(module_class, without_options=without_options, texts=texts)
-    return found[0] if len(found) == 1 and not found[0].flags else None
+    return found[0] if len(found) == 1 and not found[0].flags and not found[0].nones else None
 
 
 def spellings_of(
@@ -103,20 +109,21 @@ def spellings_of(
     these names are taken to hold: torch's functions take no symbol for a string."""
     forward = inspect.getattr_static(module_class, "forward", None)
     names = argument_names(forward, without_options=without_options)
-    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward):
+    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward, True):
         return ()
     found: list[Spelling] = []
-    open_cases: list[dict[str, bool]] = [{}]
+    open_cases: list[tuple[dict[str, bool], dict[str, bool]]] = [({}, nones) for nones in _nones(forward)]
     while open_cases:
-        flags = open_cases.pop()
+        flags, nones = open_cases.pop()
+        absent = {name: None for name, is_none in nones.items() if is_none}
         try:
-            spelling = _read(module_class, forward, names, flags, texts or {})
+            spelling = _read(module_class, forward, names, flags, {**(texts or {}), **absent})
         except _Undecided as question:
             if len(flags) < _MAX_FLAGS:
-                open_cases += [{**flags, question.flag: value} for value in (False, True)]
+                open_cases += [({**flags, question.flag: value}, nones) for value in (False, True)]
             continue
         if spelling is not None:
-            found.append(spelling)
+            found.append(replace(spelling, nones=tuple(nones.items())))
     return tuple(found)
 
 
@@ -125,7 +132,7 @@ def _read(
     forward: types.FunctionType,
     names: tuple[str, ...],
     flags: dict[str, bool],
-    texts: dict[str, str],
+    texts: dict[str, str | None],
 ) -> Spelling | None:
     """One way through the forward. Raises _Undecided where it branches on a flag whose value is not given."""
     reader = _Reader(module_class, flags, texts)
@@ -214,7 +221,7 @@ def has_effects(function: types.FunctionType) -> bool:
     return refused or len(instructions) > _MAX_INSTRUCTIONS or bool(code.co_freevars)
 
 
-def _is_plain(function: types.FunctionType) -> bool:
+def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
     """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and of
     torch only known parts touched, one attribute after the other. Other globals are unknown to symbols (_on_symbols).
     """
@@ -225,8 +232,10 @@ def _is_plain(function: types.FunctionType) -> bool:
     module: types.ModuleType | None = None  # torch, or a part of it: nothing may be done with it but take an attribute
     for index, instruction in enumerate(instructions):
         is_load = instruction.opname in _LOADS
-        if _NONE_TESTS.fullmatch(instruction.opname) and _tests_an_option(code, instructions[:index]):
-            continue
+        if _NONE_TESTS.fullmatch(instruction.opname):
+            before = _without_none(instruction, instructions[:index])
+            if _tests_an_option(code, before) or (may_test_own and _own_tested(code, before) is not None):
+                continue
         if instruction.opcode in _REFUSED or (module is not None and not is_load):
             return False
         if instruction.opcode in _JUMPS and not _is_branch(instruction):
@@ -243,13 +252,40 @@ def _is_plain(function: types.FunctionType) -> bool:
     return module is None
 
 
+def _without_none(test: dis.Instruction, before: list[dis.Instruction]) -> list[dis.Instruction]:
+    """What stands before a comparison with None, without the None that `is` takes; nothing where it takes another."""
+    if test.opname != "IS_OP":
+        return before
+    has_none = bool(before) and before[-1].opname == "LOAD_CONST" and before[-1].argval is None
+    return before[:-1] if has_none else []
+
+
+def _own_tested(code: types.CodeType, before: list[dis.Instruction]) -> str | None:
+    """The attribute of the module that is compared with None; None for anything else."""
+    if len(before) < 2 or before[-1].opname != "LOAD_ATTR" or before[-2].argval != code.co_varnames[0]:
+        return None
+    return str(before[-1].argval) if before[-2].opname.startswith("LOAD_FAST") else None
+
+
+def _nones(forward: types.FunctionType) -> list[dict[str, bool]]:
+    """Which of the attributes that a forward compares with None may be None: every case."""
+    instructions = [i for i in dis.get_instructions(forward) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
+    names: dict[str, None] = {}
+    for index, instruction in enumerate(instructions):
+        if _NONE_TESTS.fullmatch(instruction.opname):
+            name = _own_tested(forward.__code__, _without_none(instruction, instructions[:index]))
+            names |= {} if name is None else {name: None}
+    cases: list[dict[str, bool]] = [{}]
+    for name in names if len(names) <= _MAX_FLAGS else ():
+        cases = [{**case, name: is_none} for case in cases for is_none in (False, True)]
+    return cases if len(names) <= _MAX_FLAGS else []
+
+
 def _tests_an_option(code: types.CodeType, before: list[dis.Instruction]) -> bool:
     """Whether what is compared with None is options.get(name) or options.get(name, default), of its **options."""
     if not code.co_flags & inspect.CO_VARKEYWORDS:
         return False
     count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    if before and before[-1].opname == "LOAD_CONST" and before[-1].argval is None:  # the None of `is`
-        before = before[:-1]
     while len(before) > 1 and before[-2].opname == "LOAD_CONST":
         before = [*before[:-2], before[-1]]
     names = [(each.opname.partition("_")[0], each.argval) for each in before[-3:-1]]
@@ -354,7 +390,7 @@ class _Undecided(Exception):
 class _Reader:
     """One reading: makes symbols, and remembers every operation done on them."""
 
-    def __init__(self, module_class: type[nn.Module], flags: dict[str, bool], texts: dict[str, str]) -> None:
+    def __init__(self, module_class: type[nn.Module], flags: dict[str, bool], texts: dict[str, str | None]) -> None:
         self.module_class = module_class
         self.flags = flags
         self.texts = texts
@@ -391,7 +427,7 @@ class _Reader:
         self.methods[name] = method
         return _on_symbols(method)(_Module(self), *inputs)
 
-    def attribute(self, name: str) -> _Attribute | str:
+    def attribute(self, name: str) -> _Attribute | str | None:
         """self.name: a method may be called, a property could do anything."""
         if name in self.texts:
             return self.texts[name]

@@ -370,9 +370,17 @@ class WhileFlag(nn.Module):
         return x
 
 
-class IsNone(nn.Module):
+class IsAnother(nn.Module):
     def forward(self, x):
-        return self.a(x) * (self.weight is None)
+        return self.a(x) * (self.weight is self.bias)
+
+
+class NoneInAHelper(nn.Module):
+    def forward(self, x):
+        return self.scaled(self.a(x))
+
+    def scaled(self, x):
+        return x if self.weight is None else x * self.weight
 
 
 class NoneOfAnInput(nn.Module):
@@ -405,7 +413,8 @@ class Asserts(nn.Module):
         FlagOfAValue,
         ComparesAnAttribute,
         WhileFlag,
-        IsNone,
+        IsAnother,
+        NoneInAHelper,
         NoneOfAnInput,
         Asserts,
     ],
@@ -529,7 +538,10 @@ def test_options_are_read_as_not_given_where_that_is_asked_for() -> None:
         "self.b(x) if self.a(x) is None else self.a(x)",
         "self.b(x) if x.get('a') is None else self.a(x)",
         "self.b(x) if kwargs is None else self.a(x)",
-        "self.b(x) if self.last is None else self.a(x)",
+        "self.b(x) if self.last is x else self.a(x)",
+        "self.b(x) if x is self.last else self.a(x)",
+        "self.b(x) if None is self.last else self.a(x)",
+        "self.b(x) if self.last.weight is None else self.a(x)",
         "self.a(x, **kwargs) if kwargs.get('a') is x else self.a(x)",
     ],
 )
@@ -546,3 +558,30 @@ def test_texts_stand_for_what_attributes_hold() -> None:
 
     found = spelling_of(Form, texts={"form": "tanh"})
     assert found is not None and found.expression.options == (("approximate", "tanh"),)
+
+
+class MayHaveNoWeight(nn.Module):
+    def forward(self, x):
+        x = x.relu()
+        if self.weight is not None:
+            x = x * self.weight
+        return x + self.bias if self.bias is not None else x
+
+
+def test_attributes_that_are_compared_with_none_have_a_spelling_for_each_case() -> None:
+    found = {spelling.nones: spelling for spelling in spellings_of(MayHaveNoWeight)}
+    scaled = Op("mul", (Op("relu", (Input(0),)), Own("weight")))
+    assert found[("weight", False), ("bias", False)].expression == Op("add", (scaled, Own("bias")))
+    assert found[("weight", True), ("bias", True)].expression == Op("relu", (Input(0),))
+    assert len(found) == 4 and spelling_of(MayHaveNoWeight) is None
+    module = MayHaveNoWeight()
+    module.weight, module.bias = nn.Parameter(torch.ones(2)), None
+    assert [nones for nones, each in found.items() if each.holds_for(module)] == [(("weight", False), ("bias", True))]
+
+
+def test_more_comparisons_with_none_than_two_are_not_read() -> None:
+    class Module(nn.Module):
+        def forward(self, x):
+            return self.a(x) if self.b is None and self.c is None and self.d is None else x
+
+    assert spellings_of(Module) == ()
