@@ -289,14 +289,19 @@ def _in_order(forward: Callable[..., Any]) -> Callable[..., Any]:
 class _Given:
     """Stands for a tensor: nothing can be done with it but hand it on."""
 
+    def __bool__(self) -> bool:
+        raise TypeError("of a stand-in nothing is known")
+
 
 class _Child:
     """Stands for a child: notes in which order it is called."""
 
-    def __init__(self, calls: list[tuple[object, object, object]]) -> None:
-        self._calls = calls
+    def __init__(self, calls: list[tuple[object, object, object]], most: int) -> None:
+        self._calls, self._most = calls, most
 
     def __call__(self, x: object) -> _Given:
+        if len(self._calls) == self._most:  # a loop that waits for something else may have no end
+            raise RuntimeError("called more often than once each")
         result = _Given()
         self._calls.append((self, x, result))
         return result
@@ -320,7 +325,7 @@ class _Holder:
 def _list_called(forward: types.FunctionType, length: int) -> str | None:
     """The name of the list whose children a forward calls in their order, each with what the one before gave."""
     calls: list[tuple[object, object, object]] = []
-    children = [_Child(calls) for _ in range(length)]
+    children = [_Child(calls, length) for _ in range(length)]
     holder, given = _Holder(children), _Given()
     scope = {"__builtins__": {"len": len}}
     try:

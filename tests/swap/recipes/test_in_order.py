@@ -160,6 +160,20 @@ class InTraining(FeedForward):
         return x
 
 
+class UntilNone(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        while x is not None:
+            x = self.net[0](x)
+        return x
+
+
+class WhileAny(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        while x:
+            x = self.net[0](x)
+        return x
+
+
 class Keeps(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.net:
@@ -241,7 +255,7 @@ def test_more_than_the_input_is_the_original_s() -> None:
     assert CALLED == ["scale"] and row_of(report).fallbacks == {"it is given more than its input": 1}
 
 
-@pytest.mark.parametrize("kind", (Backwards, Residual, Twice, InTraining, Keeps))
+@pytest.mark.parametrize("kind", (Backwards, Residual, Twice, InTraining, Keeps, UntilNone, WhileAny))
 def test_what_only_looks_alike_is_left_alone(kind: type[FeedForward]) -> None:
     module = build("flat", kind)
     assert "swapped" not in {row.action for row in swap(module, linears=False).rows}
