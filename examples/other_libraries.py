@@ -1,6 +1,6 @@
 """Times models of other libraries on the CPU, in inference, before and after `fastattn.swap`.
 
-    pip install 'fastattn[cli]' timm open_clip_torch vit-pytorch x-transformers diffusers transformers
+    pip install 'fastattn[cli]' timm open_clip_torch vit-pytorch x-transformers diffusers transformers openai-whisper
     python examples/other_libraries.py
 
 The weights are random. A model and the same one swapped take turns; medians of the process's processor time are
@@ -51,6 +51,13 @@ def x_transformers() -> Built:
     layers = library.Decoder(dim=384, depth=6, heads=6, attn_flash=True, rotary_pos_emb=True)
     model = library.TransformerWrapper(num_tokens=1000, max_seq_len=512, attn_layers=layers)
     return model, (torch.randint(0, 1000, (1, 256)),)
+
+
+def whisper() -> Built:
+    """OpenAI's, of the smallest size, given 15 seconds of sound."""
+    library = importlib.import_module("whisper.model")
+    model = library.Whisper(library.ModelDimensions(80, 750, 384, 6, 4, 51865, 448, 384, 6, 4))
+    return model, (torch.randn(1, 80, 1500), torch.randint(0, 1000, (1, 20)))
 
 
 def diffusers(name: str, inputs: tuple[Tensor, ...], **options: Any) -> Built:
@@ -113,6 +120,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "vit-pytorch ViT, 6 x 384": lambda: vit_pytorch("ViT"),
     "vit-pytorch SimpleViT, 6 x 384": lambda: vit_pytorch("SimpleViT"),
     "x-transformers decoder, 6 x 384": x_transformers,
+    "OpenAI Whisper, 4 x 384": whisper,
     "diffusers DiT, 6 x 384": dit,
     "diffusers SD3, 4 x 384": sd3,
     "diffusers UNet of SD, 128 and 256 channels": unet,

@@ -205,8 +205,8 @@ _BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_
 _NONE_TESTS = re.compile("IS_OP|POP_JUMP(_FORWARD)?_IF_(NOT_)?NONE")
 _FUNCTIONS = frozenset(
     (
-        *("add", "div", "dropout", "gelu", "layer_norm", "mean", "mul", "multiply", "pow", "relu", "rms_norm", "rsqrt"),
-        *("sigmoid", "silu", "sqrt", "square", "sub", "var"),
+        *("add", "div", "dropout", "gelu", "layer_norm", "linear", "mean", "mul", "multiply", "pow"),
+        *("relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
