@@ -1,6 +1,6 @@
 """Times models of other libraries on the CPU, in inference, before and after `fastattn.swap`.
 
-    pip install 'fastattn[cli]' timm open_clip_torch vit-pytorch x-transformers diffusers transformers
+    pip install 'fastattn[cli]' timm open_clip_torch vit-pytorch x-transformers diffusers transformers openai-whisper
     python examples/other_libraries.py
 
 The weights are random. A model and the same one swapped take turns; medians of the process's processor time are
@@ -53,6 +53,13 @@ def x_transformers() -> Built:
     return model, (torch.randint(0, 1000, (1, 256)),)
 
 
+def whisper() -> Built:
+    """OpenAI's, of the smallest size, given 15 seconds of sound."""
+    library = importlib.import_module("whisper.model")
+    model = library.Whisper(library.ModelDimensions(80, 750, 384, 6, 4, 51865, 448, 384, 6, 4))
+    return model, (torch.randn(1, 80, 1500), torch.randint(0, 1000, (1, 20)))
+
+
 def diffusers(name: str, inputs: tuple[Tensor, ...], **options: Any) -> Built:
     return getattr(importlib.import_module("diffusers"), name)(**options), inputs
 
@@ -70,6 +77,34 @@ def sd3() -> Built:
     return diffusers("SD3Transformer2DModel", inputs, sample_size=32, patch_size=2, **options, **widths)
 
 
+def unet() -> Built:
+    """Stable Diffusion's, smaller."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    blocks["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    options = {"block_out_channels": (128, 256), "layers_per_block": 1, "cross_attention_dim": 256}
+    inputs = (torch.randn(1, 4, 32, 32), torch.tensor([10]), torch.randn(1, 77, 256))
+    return diffusers("UNet2DConditionModel", inputs, sample_size=32, attention_head_dim=8, **options, **blocks)
+
+
+def flux() -> Built:
+    places = torch.randint(0, 16, (256, 3)).float()
+    inputs = (torch.randn(1, 256, 16), torch.randn(1, 77, 256), torch.randn(1, 128), torch.tensor([0.5]), places)
+    options = {"num_layers": 2, "num_single_layers": 4, "attention_head_dim": 64, "num_attention_heads": 6}
+    widths = {
+        "in_channels": 16,
+        "joint_attention_dim": 256,
+        "pooled_projection_dim": 128,
+        "axes_dims_rope": (16, 24, 24),
+    }
+    return diffusers("FluxTransformer2DModel", (*inputs, torch.zeros(77, 3)), patch_size=1, **options, **widths)
+
+
+def wan() -> Built:
+    inputs = (torch.randn(1, 16, 2, 32, 32), torch.tensor([10]), torch.randn(1, 77, 256))
+    options = {"num_attention_heads": 6, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16}
+    return diffusers("WanTransformer3DModel", inputs, num_layers=4, text_dim=256, freq_dim=128, ffn_dim=1536, **options)
+
+
 MODELS: dict[str, Callable[[], Built]] = {
     "timm ViT-S/16": lambda: timm("vit_small_patch16_224"),
     "timm DeiT-III-S/16": lambda: timm("deit3_small_patch16_224"),
@@ -85,8 +120,12 @@ MODELS: dict[str, Callable[[], Built]] = {
     "vit-pytorch ViT, 6 x 384": lambda: vit_pytorch("ViT"),
     "vit-pytorch SimpleViT, 6 x 384": lambda: vit_pytorch("SimpleViT"),
     "x-transformers decoder, 6 x 384": x_transformers,
+    "OpenAI Whisper, 4 x 384": whisper,
     "diffusers DiT, 6 x 384": dit,
     "diffusers SD3, 4 x 384": sd3,
+    "diffusers UNet of SD, 128 and 256 channels": unet,
+    "diffusers Flux, 2 + 4 x 384": flux,
+    "diffusers Wan, 4 x 384": wan,
 }
 
 

@@ -8,9 +8,11 @@
 Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
 block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
 takes a fixed number of tensors, has no loop, no code within it and no assignment to an attribute or a global, uses no
-global but torch on its way, branches on nothing but flags of the module, and every operation that it does is part of
-what it returns. Any other is not read. A forward with flags (`if self.with_scale:`) has a spelling for each of their
-values with which it can be read.
+global but torch on its way, branches on nothing but flags of the module and on which of its attributes are None, and
+every operation that it does is part of what it returns. Any other is not read. A forward that branches
+(`if self.with_scale:`) has a spelling for each of the cases with which it can be read. What it would do on devices that
+these kernels do not run on is not asked: a question for one of them by name (`x.device.type == "mps"`) is answered with
+no, as it is of inputs on a CPU or a GPU of CUDA.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,44 +82,60 @@ class Spelling:
     """The methods that were read through: `forward` and its helpers."""
     flags: tuple[tuple[str, bool], ...] = ()
     """The attributes that the forward branches on, and the values with which it is this expression."""
+    nones: tuple[tuple[str, bool], ...] = ()
+    """The attributes that it compares with None, and whether they are."""
 
     def holds_for(self, module: nn.Module) -> bool:
         """Whether the module's flags have these values, as bools: anything else may change what it is."""
+        for name, value in self.nones:
+            if (getattr(module, name, None) is None) is not value:
+                return False
         return all(getattr(module, name, None) is value for name, value in self.flags)
 
 
-def spelling_of(module_class: type[nn.Module]) -> Spelling | None:
+def spelling_of(
+    module_class: type[nn.Module], *, without_options: bool = False, texts: dict[str, str] | None = None
+) -> Spelling | None:
     """What `module_class.forward` returns, as an expression; None where it cannot be read, or branches."""
-    found = spellings_of(module_class)
-    return found[0] if len(found) == 1 and not found[0].flags else None
+    found = spellings_of(module_class, without_options=without_options, texts=texts)
+    return found[0] if len(found) == 1 and not found[0].flags and not found[0].nones else None
 
 
-def spellings_of(module_class: type[nn.Module]) -> tuple[Spelling, ...]:
-    """What `module_class.forward` returns, for each value of its flags with which it can be read."""
+def spellings_of(
+    module_class: type[nn.Module], *, without_options: bool = False, texts: dict[str, str] | None = None
+) -> tuple[Spelling, ...]:
+    """What `module_class.forward` returns, for each value of its flags with which it can be read. `without_options`
+    reads one that takes *args and **options, too: as what it is when it is given none. `texts` are what attributes of
+    these names are taken to hold: torch's functions take no symbol for a string."""
     forward = inspect.getattr_static(module_class, "forward", None)
-    names = argument_names(forward)
-    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward):
+    names = argument_names(forward, without_options=without_options)
+    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward, True):
         return ()
     found: list[Spelling] = []
-    open_cases: list[dict[str, bool]] = [{}]
+    open_cases: list[tuple[dict[str, bool], dict[str, bool]]] = [({}, nones) for nones in _nones(forward)]
     while open_cases:
-        flags = open_cases.pop()
+        flags, nones = open_cases.pop()
+        absent = {name: None for name, is_none in nones.items() if is_none}
         try:
-            spelling = _read(module_class, forward, names, flags)
+            spelling = _read(module_class, forward, names, flags, {**(texts or {}), **absent})
         except _Undecided as question:
             if len(flags) < _MAX_FLAGS:
-                open_cases += [{**flags, question.flag: value} for value in (False, True)]
+                open_cases += [({**flags, question.flag: value}, nones) for value in (False, True)]
             continue
         if spelling is not None:
-            found.append(spelling)
+            found.append(replace(spelling, nones=tuple(nones.items())))
     return tuple(found)
 
 
 def _read(
-    module_class: type[nn.Module], forward: types.FunctionType, names: tuple[str, ...], flags: dict[str, bool]
+    module_class: type[nn.Module],
+    forward: types.FunctionType,
+    names: tuple[str, ...],
+    flags: dict[str, bool],
+    texts: dict[str, str | None],
 ) -> Spelling | None:
     """One way through the forward. Raises _Undecided where it branches on a flag whose value is not given."""
-    reader = _Reader(module_class, flags)
+    reader = _Reader(module_class, flags, texts)
     try:
         result = _on_symbols(forward)(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
     except _Undecided:
@@ -134,12 +152,13 @@ def _read(
     return Spelling(expression, names, {"forward": forward, **reader.methods}, tuple(sorted(flags.items())))
 
 
-def argument_names(method: object) -> tuple[str, ...]:
+def argument_names(method: object, *, without_options: bool = False) -> tuple[str, ...]:
     """What a method takes after self, all by position or name and none with a default; else nothing."""
     if not isinstance(method, types.FunctionType) or method.__defaults__ or method.__kwdefaults__:
         return ()
     code = method.__code__
-    others = code.co_posonlyargcount or code.co_kwonlyargcount or code.co_flags & _VARIABLE_ARGUMENTS
+    variable = 0 if without_options else code.co_flags & _VARIABLE_ARGUMENTS
+    others = code.co_posonlyargcount or code.co_kwonlyargcount or variable
     return () if others else code.co_varnames[1 : code.co_argcount]
 
 
@@ -183,16 +202,26 @@ _EFFECTS = [
 _REFUSED = {dis.opmap[name] for name in _EFFECTS if name in dis.opmap}  # each Python has some of them
 _JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
 _BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_POP)?")  # on what bool() says
+_NONE_TESTS = re.compile("IS_OP|POP_JUMP(_FORWARD)?_IF_(NOT_)?NONE")
 _FUNCTIONS = frozenset(
     (
-        *("add", "div", "dropout", "gelu", "layer_norm", "mean", "mul", "multiply", "pow", "relu", "rms_norm", "rsqrt"),
-        *("sigmoid", "silu", "sqrt", "square", "sub", "var"),
+        *("add", "div", "dropout", "gelu", "layer_norm", "linear", "mean", "mul", "multiply", "pow"),
+        *("relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
-def _is_plain(function: types.FunctionType) -> bool:
+def has_effects(function: types.FunctionType) -> bool:
+    """Whether running the function could do more than call what it is given and return: a store outside its own
+    variables, code within, an import."""
+    code = function.__code__
+    instructions = list(dis.get_instructions(function))
+    refused = any(each.opcode in _REFUSED and each.opname != "IS_OP" for each in instructions)
+    return refused or len(instructions) > _MAX_INSTRUCTIONS or bool(code.co_freevars)
+
+
+def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
     """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and of
     torch only known parts touched, one attribute after the other. Other globals are unknown to symbols (_on_symbols).
     """
@@ -201,8 +230,12 @@ def _is_plain(function: types.FunctionType) -> bool:
     if len(instructions) > _MAX_INSTRUCTIONS or code.co_freevars or getattr(code, "co_exceptiontable", False):
         return False
     module: types.ModuleType | None = None  # torch, or a part of it: nothing may be done with it but take an attribute
-    for instruction in instructions:
+    for index, instruction in enumerate(instructions):
         is_load = instruction.opname in _LOADS
+        if _NONE_TESTS.fullmatch(instruction.opname):
+            before = _without_none(instruction, instructions[:index])
+            if _tests_an_option(code, before) or (may_test_own and _own_tested(code, before) is not None):
+                continue
         if instruction.opcode in _REFUSED or (module is not None and not is_load):
             return False
         if instruction.opcode in _JUMPS and not _is_branch(instruction):
@@ -217,6 +250,54 @@ def _is_plain(function: types.FunctionType) -> bool:
         elif is_load and instruction.argval.startswith("__"):
             return False
     return module is None
+
+
+def _without_none(test: dis.Instruction, before: list[dis.Instruction]) -> list[dis.Instruction]:
+    """What stands before a comparison with None, without the None that `is` takes; nothing where it takes another."""
+    if test.opname != "IS_OP":
+        return before
+    has_none = bool(before) and before[-1].opname == "LOAD_CONST" and before[-1].argval is None
+    return before[:-1] if has_none else []
+
+
+def _own_tested(code: types.CodeType, before: list[dis.Instruction]) -> str | None:
+    """The attribute of the module that is compared with None; None for anything else."""
+    if len(before) < 2 or before[-1].opname != "LOAD_ATTR" or before[-2].argval != code.co_varnames[0]:
+        return None
+    return str(before[-1].argval) if before[-2].opname.startswith("LOAD_FAST") else None
+
+
+def _nones(forward: types.FunctionType) -> list[dict[str, bool]]:
+    """Which of the attributes that a forward compares with None may be None: every case."""
+    instructions = [i for i in dis.get_instructions(forward) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
+    names: dict[str, None] = {}
+    for index, instruction in enumerate(instructions):
+        if _NONE_TESTS.fullmatch(instruction.opname):
+            name = _own_tested(forward.__code__, _without_none(instruction, instructions[:index]))
+            names |= {} if name is None else {name: None}
+    cases: list[dict[str, bool]] = [{}]
+    for name in names if len(names) <= _MAX_FLAGS else ():
+        cases = [{**case, name: is_none} for case in cases for is_none in (False, True)]
+    return cases if len(names) <= _MAX_FLAGS else []
+
+
+def _tests_an_option(code: types.CodeType, before: list[dis.Instruction]) -> bool:
+    """Whether what is compared with None is options.get(name) or options.get(name, default), of its **options."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    while len(before) > 1 and before[-2].opname == "LOAD_CONST":
+        before = [*before[:-2], before[-1]]
+    names = [(each.opname.partition("_")[0], each.argval) for each in before[-3:-1]]
+    return (
+        before[-1:] != []
+        and before[-1].opname.startswith("CALL")
+        and names
+        == [
+            ("LOAD", code.co_varnames[count]),
+            ("LOAD", "get"),
+        ]
+    )
 
 
 def _torchs_module(value: object) -> types.ModuleType | None:
@@ -234,9 +315,19 @@ def _global(function: types.FunctionType, name: str) -> object:
 def _is_harmless(value: object, name: str) -> bool:
     """A dtype of torch, or a function of it under its own name: numbers may be bound anew, and what was read with them
     would be stale. Or transformers' table of activations."""
-    if isinstance(value, torch.dtype) or (name == _TABLE and _is_table(value)):
+    if isinstance(value, torch.dtype) or value is len or (name == _TABLE and _is_table(value)):
         return True
     return name in _FUNCTIONS and value in (getattr(torch, name, None), getattr(F, name, None))
+
+
+_AVAILABLE = re.compile("is_(torch_)?(npu|xla|mlu|hpu|xpu|musa)_available")
+"""What libraries call the question for a package that other devices need: the answer of a process is one."""
+
+
+def argument_count(function: types.FunctionType) -> int:
+    """How many arguments a function must be given."""
+    code = function.__code__
+    return code.co_argcount + code.co_kwonlyargcount
 
 
 def _is_torchs(module_name: str) -> bool:
@@ -260,6 +351,8 @@ def _on_symbols(function: types.FunctionType) -> types.FunctionType:
             name, value = instruction.argval, _global(function, instruction.argval)
             if name == _TABLE and _is_table(value):
                 scope[name] = _Table()
+            elif _AVAILABLE.fullmatch(name) and isinstance(value, types.FunctionType) and not argument_count(value):
+                scope[name] = value
             elif _torchs_module(value) is None and not _is_harmless(value, name):
                 scope[name] = _Unknown()
     if not scope:
@@ -297,9 +390,10 @@ class _Undecided(Exception):
 class _Reader:
     """One reading: makes symbols, and remembers every operation done on them."""
 
-    def __init__(self, module_class: type[nn.Module], flags: dict[str, bool]) -> None:
+    def __init__(self, module_class: type[nn.Module], flags: dict[str, bool], texts: dict[str, str | None]) -> None:
         self.module_class = module_class
         self.flags = flags
+        self.texts = texts
         self.done: set[Expression] = set()
         self.methods: dict[str, types.FunctionType] = {}
 
@@ -333,8 +427,10 @@ class _Reader:
         self.methods[name] = method
         return _on_symbols(method)(_Module(self), *inputs)
 
-    def attribute(self, name: str) -> _Attribute:
+    def attribute(self, name: str) -> _Attribute | str | None:
         """self.name: a method may be called, a property could do anything."""
+        if name in self.texts:
+            return self.texts[name]
         static = inspect.getattr_static(self.module_class, name, None)
         if hasattr(type(static), "__get__") and not isinstance(static, types.FunctionType):
             raise _Unreadable(name)
@@ -424,11 +520,26 @@ class _Method(_Symbol):
         super().__init__(base.__dict__["_reader"], Op("getattr", (base.__dict__["_expression"], name)))
         self.__dict__.update(_base=base, _name=name)
 
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+        """x.device.type == "mps": the swapped forwards take x on a CPU or a GPU of CUDA alone."""
+        match self.__dict__["_expression"]:
+            case Op("getattr", (Op("getattr", (_, "device")), "type")) if other in _OTHER_DEVICES:
+                return False
+        raise _Unreadable("==")
+
+    def __ne__(self, other: object) -> bool:  # type: ignore[override]
+        return not self == other
+
+    __hash__ = object.__hash__
+
     def __call__(self, *operands: Any, **options: Any) -> Any:
         base, name = self.__dict__["_base"], self.__dict__["_name"]
         result = self.__dict__["_reader"].operation(name, (base, *operands), options)
         pieces = operands[0] if name == "chunk" and operands else None
         return _Pieces(result, pieces) if type(pieces) is int else result
+
+
+_OTHER_DEVICES = ("mps", "npu", "xla", "mlu", "hpu", "xpu")
 
 
 class _Table:

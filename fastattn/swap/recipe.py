@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ def _always(module: nn.Module) -> bool:
     return True
 
 
+def _child(module: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), module)
+
+
 def always(*children: Child) -> Callable[[nn.Module], tuple[Child, ...]]:
     """The same children for every module of the class."""
     return lambda module: children
@@ -50,8 +55,8 @@ class Recipe:
     kernels     part (of PARTS) -> what the swapped forward runs for it.
     takes       parameter names of the original forward that the swapped one stands for; another version of the
                 library may have others, and is left alone. None where the forward itself was read, or is called.
-    children    of a module, (name, part, check): children whose tensors the swapped forward reads for that part, where
-                check allows it. An activation may be a function.
+    children    of a module, (name, part, check): children, or children of those by a path with dots, whose tensors the
+                swapped forward reads for that part, where check allows it. An activation may be a function.
     applies     whether a module of the class is what its forward looks like; else it is no business of a swap.
     refuse      why a module must be left alone; empty when it need not.
     core        the part without which the original forward runs whole; None where each part stands alone.
@@ -94,9 +99,9 @@ class Recipe:
 
     def children_called(self, module: nn.Module, parts: frozenset[str]) -> list[str]:
         """Children, with the reason, that the swapped forward would call as they are now instead of reading them."""
-        found = [(name, check(getattr(module, name))) for name, part, check in self.children(module) if part in parts]
+        found = [(name, check(_child(module, name))) for name, part, check in self.children(module) if part in parts]
         return [f"{name} {reason}" for name, reason in found if reason is not None]
 
     def children_read(self, module: nn.Module, parts: frozenset[str]) -> list[Any]:
         """Children whose work the swapped forward does itself."""
-        return [getattr(module, name) for name, part, _ in self.children(module) if part in parts]
+        return [_child(module, name) for name, part, _ in self.children(module) if part in parts]

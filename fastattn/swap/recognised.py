@@ -18,7 +18,16 @@ from torch import nn
 from fastattn.integrations import why_not_transformers
 from fastattn.swap.reading import Reading, calls_forward_as_it_is
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes import feedforward, norm, sdpa, written_out
+from fastattn.swap.recipes import (
+    feedforward,
+    flagged_glu,
+    free_cast_linear,
+    in_order,
+    norm,
+    processors,
+    sdpa,
+    written_out,
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,10 @@ def _read(original: type[nn.Module]) -> _Remembered:
 def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Reading | None]]:
     readers: list[Callable[[type[nn.Module]], Reading | None]] = []
     if calls_forward_as_it_is(original):
-        readers += [norm.read, feedforward.read]
+        readers += [norm.read, feedforward.read, flagged_glu.read, in_order.read, free_cast_linear.read]
     if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
-    return [*readers, sdpa.read, written_out.read]
+    return [*readers, sdpa.read, processors.read, written_out.read]
 
 
 def _is_of_transformers(original: type[nn.Module]) -> bool:

@@ -370,9 +370,17 @@ class WhileFlag(nn.Module):
         return x
 
 
-class IsNone(nn.Module):
+class IsAnother(nn.Module):
     def forward(self, x):
-        return self.a(x) * (self.weight is None)
+        return self.a(x) * (self.weight is self.bias)
+
+
+class NoneInAHelper(nn.Module):
+    def forward(self, x):
+        return self.scaled(self.a(x))
+
+    def scaled(self, x):
+        return x if self.weight is None else x * self.weight
 
 
 class NoneOfAnInput(nn.Module):
@@ -405,7 +413,8 @@ class Asserts(nn.Module):
         FlagOfAValue,
         ComparesAnAttribute,
         WhileFlag,
-        IsNone,
+        IsAnother,
+        NoneInAHelper,
         NoneOfAnInput,
         Asserts,
     ],
@@ -464,3 +473,115 @@ def test_axis_is_dim() -> None:
             return torch.mean(x, axis=-1, keepdim=True)
 
     assert expression_of(Axis) == Op("mean", (Input(0),), (("dim", -1), ("keepdim", True)))
+
+
+# ---- what is answered while a forward is read ------------------------------------------------------------------------
+
+
+torch_npu = None
+
+
+def is_torch_npu_available() -> bool:
+    return False
+
+
+def is_ready_available() -> bool:
+    raise AssertionError("asked")
+
+
+class ForOtherDevices(nn.Module):
+    def forward(self, x):
+        if x.device.type == "mps":
+            return self.b(x)
+        if is_torch_npu_available():
+            return torch_npu.a(x)
+        return self.a(x) if x.device.type != "xpu" else self.b(x)
+
+
+def test_questions_for_devices_that_the_kernels_do_not_run_on_are_answered_with_no() -> None:
+    assert expression_of(ForOtherDevices) == Call(Own("a"), (Input(0),))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "self.b(x) if x.device.type == 'cuda' else self.a(x)",
+        "self.b(x) if x.device.index == 'mps' else self.a(x)",
+        "self.b(x) if x.dtype == torch.float32 else self.a(x)",
+        "self.b(x) if x == 'mps' else self.a(x)",
+        "self.b(x) if is_ready_available() else self.a(x)",
+    ],
+)
+def test_no_other_question_is(use: str) -> None:
+    scope = {"nn": nn, "torch": torch, "is_ready_available": is_ready_available, "__name__": __name__}
+    exec(f"class Module(nn.Module):\n    def forward(self, x):\n        return {use}\n", scope)
+    assert spellings_of(scope["Module"]) == ()
+
+
+class TakesOptions(nn.Module):
+    def forward(self, x, *args, **kwargs):
+        if len(args) > 0 or kwargs.get("scale", None) is not None:  # noqa: SIM910
+            CALLS.append(x)
+        return self.a(x)
+
+
+def test_options_are_read_as_not_given_where_that_is_asked_for() -> None:
+    assert spelling_of(TakesOptions) is None
+    found = spelling_of(TakesOptions, without_options=True)
+    assert found is not None and found.expression == Call(Own("a"), (Input(0),)) and found.inputs == ("x",)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "self.b(x) if self.get('a') is not None else self.a(x)",
+        "self.b(x) if self.a(x) is None else self.a(x)",
+        "self.b(x) if x.get('a') is None else self.a(x)",
+        "self.b(x) if kwargs is None else self.a(x)",
+        "self.b(x) if self.last is x else self.a(x)",
+        "self.b(x) if x is self.last else self.a(x)",
+        "self.b(x) if None is self.last else self.a(x)",
+        "self.b(x) if self.last.weight is None else self.a(x)",
+        "self.a(x, **kwargs) if kwargs.get('a') is x else self.a(x)",
+    ],
+)
+def test_no_other_test_for_none_is_read(use: str) -> None:
+    scope = {"nn": nn, "__name__": __name__}
+    exec(f"class Module(nn.Module):\n    def forward(self, x, **kwargs):\n        return {use}\n", scope)
+    assert spellings_of(scope["Module"], without_options=True) == ()
+
+
+def test_texts_stand_for_what_attributes_hold() -> None:
+    class Form(nn.Module):
+        def forward(self, x):
+            return F.gelu(self.a(x), approximate=self.form)
+
+    found = spelling_of(Form, texts={"form": "tanh"})
+    assert found is not None and found.expression.options == (("approximate", "tanh"),)
+
+
+class MayHaveNoWeight(nn.Module):
+    def forward(self, x):
+        x = x.relu()
+        if self.weight is not None:
+            x = x * self.weight
+        return x + self.bias if self.bias is not None else x
+
+
+def test_attributes_that_are_compared_with_none_have_a_spelling_for_each_case() -> None:
+    found = {spelling.nones: spelling for spelling in spellings_of(MayHaveNoWeight)}
+    scaled = Op("mul", (Op("relu", (Input(0),)), Own("weight")))
+    assert found[("weight", False), ("bias", False)].expression == Op("add", (scaled, Own("bias")))
+    assert found[("weight", True), ("bias", True)].expression == Op("relu", (Input(0),))
+    assert len(found) == 4 and spelling_of(MayHaveNoWeight) is None
+    module = MayHaveNoWeight()
+    module.weight, module.bias = nn.Parameter(torch.ones(2)), None
+    assert [nones for nones, each in found.items() if each.holds_for(module)] == [(("weight", False), ("bias", True))]
+
+
+def test_more_comparisons_with_none_than_two_are_not_read() -> None:
+    class Module(nn.Module):
+        def forward(self, x):
+            return self.a(x) if self.b is None and self.c is None and self.d is None else x
+
+    assert spellings_of(Module) == ()

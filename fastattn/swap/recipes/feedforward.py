@@ -11,7 +11,7 @@ computes is read by `fastattn.swap.expression`; the functions below say which ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -217,7 +217,7 @@ class GatedFeedForward(_ReadBlock):
         if call.gate is not None:
             gate_weight, gate_bias = projection(call.gate)
         else:
-            (gate_weight, up_weight), (gate_bias, up_bias) = _halves(up_weight, up_bias, self.fastattn_block.halves)
+            (gate_weight, up_weight), (gate_bias, up_bias) = halves_of(up_weight, up_bias, self.fastattn_block.halves)
         return gated_ffn(
             x,
             gate_weight,
@@ -232,7 +232,7 @@ class GatedFeedForward(_ReadBlock):
         )
 
 
-def _halves(weight: Tensor, bias: Tensor | None, gate: str | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def halves_of(weight: Tensor, bias: Tensor | None, gate: str | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Two weights and two biases of one linear, those of the half under the activation first."""
     weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
     return (weights, biases) if gate == "first" else (weights[::-1], biases[::-1])
@@ -344,7 +344,7 @@ def _applies(module: nn.Module, as_read: Block) -> bool:
     tail = _tail(module, block.tail)
     if tail is None and (as_read.tail or isinstance(module, nn.Sequential)):
         return False
-    if not all(_is_linear(getattr(module, name)) for name in _linears(block, tail)):
+    if not all(is_linear(getattr(module, name)) for name in _linears(block, tail)):
         return False
     if isinstance(block.activation, Activated):
         return True
@@ -354,7 +354,7 @@ def _applies(module: nn.Module, as_read: Block) -> bool:
     return callable(act)
 
 
-def _is_linear(child: object) -> bool:
+def is_linear(child: object) -> bool:
     names_features = hasattr(child, "in_features") and hasattr(child, "out_features")
     return is_projection(child) or (isinstance(child, nn.Module) and names_features)
 
@@ -383,7 +383,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     found = spelling_of(module_class)
     if found is None or len(found.inputs) != 1:
         return None
-    block = _block(found.expression)
+    block = block_of(found.expression)
     return None if block is None else feed_forward(found, block)
 
 
@@ -396,16 +396,28 @@ def feed_forward(spelling: Spelling, block: Block, plain: type[FeedForward] = Fe
     if not block.tail:
         mixin, kernel = LinearAct, "linear_act"
 
-    def recipe(swapped: type[Swapped]) -> Recipe:
-        return Recipe(
-            swapped,
-            kernels={"ffns": kernel},
-            children=lambda module: _children(module, block),
-            applies=lambda module: _applies(module, block),
-            refuse=lambda module: _refuse(module, block),
-        )
+    return Reading(
+        mixin,
+        lambda swapped: recipe_of_blocks(swapped, kernel, lambda module: block),
+        {"fastattn_block": block, **spelled_as(spelling)},
+    )
 
-    return Reading(mixin, recipe, {"fastattn_block": block, **spelled_as(spelling)})
+
+def recipe_of_blocks(swapped: type[Swapped], kernel: str, block_in: Callable[[nn.Module], Block | None]) -> Recipe:
+    """The recipe of modules each of which is a block, or, where there is None, another thing."""
+
+    def of(module: nn.Module) -> Block:
+        block = block_in(module)
+        assert block is not None
+        return block
+
+    return Recipe(
+        swapped,
+        kernels={"ffns": kernel},
+        children=lambda module: _children(module, of(module)),
+        applies=lambda module: block_in(module) is not None and _applies(module, of(module)),
+        refuse=lambda module: _refuse(module, of(module)),
+    )
 
 
 def _recipe_of_sequences(swapped: type[Swapped]) -> Recipe:
@@ -432,7 +444,7 @@ def _block_of_sequence(module: nn.Module) -> Block:
 # ---- which expressions -----------------------------------------------------------------------------------------------
 
 
-def _block(expression: Expression) -> Block | None:
+def block_of(expression: Expression) -> Block | None:
     """The block that an expression spells, or None."""
     tail: list[Step] = []
     inner: Any = expression
@@ -458,6 +470,13 @@ def _plain(expression: Any, tail: tuple[Step, ...]) -> Block | None:
             norm = _normed(z) if isinstance(step[0], Activated) or z == Input(0) else None
             return None if norm is None else Block(up, step[0], tail, norm=norm.child)
     return None
+
+
+def first_half(expression: Expression) -> Block | None:
+    """A block without what follows act(up(x)), or the product of the halves of up(x) of which one is under the
+    activation."""
+    block = _plain(expression, ()) or _gated(expression, (Named(""),))
+    return None if block is None or block.norm is not None or block.gate is not None else block
 
 
 class _Normed(NamedTuple):

@@ -1,17 +1,15 @@
-"""Attention of any class whose forward calls torch's scaled_dot_product_attention itself.
+"""Attention of any class whose forward calls torch's scaled_dot_product_attention: itself, by a method or a function.
 
-Its methods are copied with another name in the place of that function's, and nothing else: what comes before and after
-runs as it was written. A method that reaches the function in a way that is not plain, through a local name say, is left
-alone.
+They are copied with another name in the place of that function's, and nothing else: what comes before and after runs as
+it was written. A method that reaches the function in a way that is not plain, through a local name say, is left alone.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -21,14 +19,12 @@ from torch.nn import functional as F
 from fastattn.functional import scaled_dot_product_attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.functional.sdpa import directly, is_overridden, on_kernels, why_torch
+from fastattn.graphs import constant
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipes.sdpa_copies import THEIRS, Copied, codes, copied, names_it
 from fastattn.swap.swapped import Swapped
-
-_THEIRS = "scaled_dot_product_attention"
-_OURS = "_fastattn_scaled_dot_product_attention"
-"""An attribute that torch.nn.functional, or a module that imported the function by name, gets when a class is read."""
 
 
 class CallsSDPA(Swapped):
@@ -85,23 +81,41 @@ def _attend(
     )
 
 
+def note_attention() -> None:
+    """The swapped forward that runs came to its attention: whatever runs that is counted."""
+    _running.has_called = True
+
+
 def read(original: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward, or a method that it calls, calls torch's function."""
     methods = reached_methods(original)
-    calling = {name: method for name, method in methods.items() if _names(method.__code__, _THEIRS)}
-    if not calling or not all(_calls_torchs(method.__code__, method.__globals__) for method in calling.values()):
+    copies = {name: copy for name, method in methods.items() if (copy := copy_of(method)) is not None}
+    if not copies or any(names_it(method.__code__) and name not in copies for name, method in methods.items()):
         return None
-    copies = {name: _copy(method) for name, method in calling.items()}
-    forward = copies.pop("forward", methods["forward"])
-    attributes = {**copies, "forward": _counted(forward), "fastattn_methods": methods}
+    attributes: dict[str, Any] = {name: copy.function for name, copy in copies.items()}
+    forward = attributes.get("forward", methods["forward"])
+    attributes |= {"forward": counted(forward, tuple(copies.values())), "fastattn_methods": methods}
     return Reading(CallsSDPA, _recipe, attributes)
 
 
+def copy_of(function: FunctionType) -> Copied | None:
+    """The function with ours in the place of torch's; None where it does not call that, or not plainly."""
+    return copied(function, _attend)
+
+
 def _recipe(swapped: type[Swapped]) -> Recipe:
-    return Recipe(swapped, kernels={"attention": _THEIRS})
+    return Recipe(swapped, kernels={"attention": THEIRS})
 
 
-def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
+def counted(forward: Callable[..., Any], copies: tuple[Copied, ...] = ()) -> Callable[..., Any]:
+    """The forward of a swapped class, made of a copied one and with these copies: counts its calls, and runs the
+    original where something that was read is no longer what it was."""
+    through = any(copy.through for copy in copies)
+
+    @constant
+    def why_not() -> str | None:
+        return why_replaced(copies)
+
     @functools.wraps(forward)
     def run(self: CallsSDPA, *args: Any, **kwargs: Any) -> Any:
         note_call(self)
@@ -110,6 +124,10 @@ def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
             if name in self.__dict__ or getattr(original, name) is not method:
                 note_fallback(self, f"its {name} was replaced")
                 return original.forward(self, *args, **kwargs)
+        reason = why_not() if through else None
+        if reason is not None:
+            note_fallback(self, reason)
+            return original.forward(self, *args, **kwargs)
         before = _running.module, _running.has_called
         is_told = before[0] is not None or self.fastattn_backend or self.fastattn_strict
         if torch.compiler.is_compiling() and not is_told:
@@ -119,12 +137,21 @@ def _counted(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = forward(self, *args, **kwargs)
             if not _running.has_called:
-                note_fallback(self, f"its forward did not call {_THEIRS}")
+                note_fallback(self, f"its forward did not call {THEIRS}")
             return result
         finally:
             _running.module, _running.has_called = before
 
     return run
+
+
+def why_replaced(copies: tuple[Copied, ...]) -> str | None:
+    """None where the functions that were copied with these are still those that the originals would call."""
+    for copy in copies:
+        for scope, name, function in copy.through:
+            if scope.get(name) is not function:
+                return f"{name}, which it calls, was replaced"
+    return None
 
 
 def reached_methods(original: type[nn.Module]) -> dict[str, FunctionType]:
@@ -138,69 +165,10 @@ def reached_methods(original: type[nn.Module]) -> dict[str, FunctionType]:
         if name in found or not is_own or not isinstance(_definition(original, name), FunctionType):
             continue
         found[name] = method
-        waiting += [other for code in _codes(method.__code__) for other in code.co_names]
+        waiting += [other for code in codes(method.__code__) for other in code.co_names]
     return found if "forward" in found else {}
 
 
 def _definition(original: type, name: str) -> object:
     """What stands in the class under this name: no function where it is a static method or a property."""
     return next((vars(base)[name] for base in original.__mro__ if name in vars(base)), None)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code of a function and of those defined inside of it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
-def _names(code: CodeType, name: str) -> bool:
-    return any(name in each.co_names for each in _codes(code))
-
-
-def _calls_torchs(code: CodeType, scope: dict[str, Any]) -> bool:
-    """Whether the name stands for torch's own function wherever it is used."""
-    for each in _codes(code):
-        path: list[str] = []
-        for instruction in dis.get_instructions(each):
-            if instruction.opname == "LOAD_GLOBAL":
-                path = [instruction.argval]
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
-                path.append(instruction.argval)
-            elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
-                path = []
-            is_meant = isinstance(instruction.argval, str) and instruction.argval == _THEIRS
-            if is_meant and instruction.opname != "LOAD_CONST" and not _is_torchs(path, scope):
-                return False
-    return True
-
-
-def _is_torchs(path: list[str], scope: dict[str, Any]) -> bool:
-    """F.scaled_dot_product_attention by any name of F, or the function's own, imported."""
-    if not path or path[0] not in scope:
-        return False
-    if len(path) == 1:
-        return scope[path[0]] is F.scaled_dot_product_attention
-    holder = scope[path[0]]
-    for name in path[1:-1]:
-        holder = getattr(holder, name, None)
-    return holder is F
-
-
-def _copy(method: FunctionType) -> FunctionType:
-    """The method with our function's name in the place of torch's."""
-    F._fastattn_scaled_dot_product_attention = _attend  # type: ignore[attr-defined]
-    if method.__globals__.get(_THEIRS) is F.scaled_dot_product_attention:
-        method.__globals__[_OURS] = _attend
-    copy = FunctionType(
-        _renamed(method.__code__), method.__globals__, method.__name__, method.__defaults__, method.__closure__
-    )
-    copy.__kwdefaults__ = method.__kwdefaults__
-    return functools.wraps(method)(copy)  # type: ignore[return-value]
-
-
-def _renamed(code: CodeType) -> CodeType:
-    names = tuple(_OURS if name == _THEIRS else name for name in code.co_names)
-    constants = tuple(_renamed(each) if isinstance(each, CodeType) else each for each in code.co_consts)
-    return code.replace(co_names=names, co_consts=constants)
