@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -169,28 +168,14 @@ def test_a_swap_that_found_nothing_is_no_plan() -> None:
 
 
 def test_what_torch_runs_by_choice_is_counted_apart() -> None:
-    """LayerNorm in float32 inference on a CPU, for which torch's kernel is as fast."""
+    """A small LayerNorm on a CPU, for which torch's kernel is as fast."""
     model = norms(1)
     report = swap(model)
     with report.counting(), torch.no_grad():
         model(torch.zeros(1, 4))
     row = report.rows[0]
     assert (row.calls, row.fallbacks, list(row.choices.values()), report.all_called) == (1, {}, [1], True)
-    assert "1 x torch's kernel is as fast: float32 inference on a CPU" in str(report)
-
-
-@pytest.mark.parametrize(("has_avx512", "rows", "choices"), [(True, 1024, 0), (True, 1023, 1), (False, 1024, 1)])
-def test_a_large_layer_norm_runs_on_the_kernel_with_avx512(
-    monkeypatch, has_avx512: bool, rows: int, choices: int
-) -> None:
-    monkeypatch.setattr("fastattn.nn.norm._has_avx512", lambda: has_avx512)
-    model = nn.Sequential(nn.LayerNorm(256))
-    expected = copy.deepcopy(model)
-    report = swap(model)
-    x = torch.randn(rows, 256)
-    with report.counting(), torch.no_grad():
-        torch.testing.assert_close(model(x), expected(x), atol=1e-5, rtol=1e-5)
-    assert sum(report.rows[0].choices.values()) == choices
+    assert "1 x torch's kernel is as fast: a plain LayerNorm on a CPU, of so few elements" in str(report)
 
 
 @pytest.mark.parametrize("way", ("strict", "backend", "use_backend"))
