@@ -17,6 +17,9 @@
 //   1 row 253, 78      8 rows 281, 113      16 rows 349, 150
 //         121, 73             235, 117             268, 182   converted to float32; 16 rows packed
 //          64, 41             113,  64             242, 108   pairs; 16 rows are 1.2 to 1.4 times as fast as packed, 32 are 0.95
+// What comes next was fetched by the first pass over what is here, now by each a part: float32, 768 x 3,072, GFLOP/s of one core (the Zen 5), 12 and 16
+// rows 98 and 116, then 137 and 138; by rows, 8 and 16 rows of 3,072 x 768 75 and 102, then 106 and 140; the kernels for AVX2, 8 and 16 rows 70 and 85,
+// then 90 and 105. bfloat16 by pairs 1.0 to 1.2 times as fast.
 // Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -35,6 +38,29 @@ FASTATTN_INLINE bool begins_line(int64_t at) {
 
 template <int dtype>
 constexpr bool kPairs = dtype == FASTATTN_BFLOAT16 && kBfloat16Parts > 0;
+
+// How what comes next is fetched: not, at once, or in parts by the passes over what is here, so that memory is never idle. A part is one stretch: lines
+// from all over were slower than all at once.
+enum class Fetch { none, all, part };
+
+template <int dtype>
+class Part {
+  public:
+    Part(int64_t elements, int64_t index, int64_t parts) : parts_(parts), next_(elements * index / parts / kElements * kElements) {}
+    // Every so many lines that a pass goes by the element to fetch, else -1.
+    int64_t take() {
+        if (wait_-- > 0) return -1;
+        wait_ = parts_ - 1;
+        next_ += kElements;
+        return next_ - kElements;
+    }
+
+  private:
+    static constexpr int64_t kElements = kLine / (dtype == FASTATTN_FLOAT32 ? 4 : 2);
+    int64_t parts_, next_, wait_ = 0;
+};
+
+constexpr int64_t kCachedElements = 8192;  // of the rows of A of a pass: where they are more, what was fetched by one of many passes is gone by its use
 
 // ---- B by columns ------------------------------------------------------------------------------------------------------------------------
 
@@ -86,15 +112,18 @@ struct DotTile {
         }
     }
 
-    // result[r * Columns + i]. B is read once and from far: with `ahead` its next rows are fetched meanwhile.
-    template <bool ahead>
-    void run(int64_t k, int64_t ldb, float *result) const {
+    // result[r * Columns + i]. B is read once and from far: its next columns are fetched meanwhile.
+    template <Fetch fetch>
+    void run(int64_t k, int64_t ldb, float *result, Part<dtype> part) const {
         vfloat acc[kDots] = {};
         int64_t at = 0;
         for (; at + kStep <= k; at += kStep) {
-            if (ahead && begins_line<dtype>(at))
+            if (fetch != Fetch::none && begins_line<dtype>(at)) {
+                const int64_t next = fetch == Fetch::all ? at : part.take();
+                if (fetch == Fetch::all || next >= 0)
 #pragma GCC unroll 4
-                for (int i = 0; i < Columns; i++) __builtin_prefetch(offset(right[i], dtype, Columns * ldb + at));
+                    for (int i = 0; i < Columns; i++) __builtin_prefetch(offset(right[i], dtype, Columns * ldb + next));
+            }
             step(*this, acc, at, kStep);
         }
         if (at < k) step(*this, acc, at, (int)(k - at));
@@ -111,14 +140,19 @@ struct DotTile {
 template <int dtype, int Rows, int Columns>
 void all_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
     using Dots = DotTile<dtype, Rows, Columns>;
+    const int64_t parts = (m + Rows - 1) / Rows;
+    const bool in_parts = parts == 2 || (parts > 2 && Rows * k <= kCachedElements);
     for (int64_t column = 0; column < n; column += Columns)
         for (int64_t row = 0; row < m; row += Rows) {
             Dots tile;  // past the end the last row is repeated, its result dropped
             for (int r = 0; r < Rows; r++) tile.left[r] = offset(a, kPairs<dtype> ? dtype : FASTATTN_FLOAT32, smaller(row + r, m - 1) * lda);
             for (int i = 0; i < Columns; i++) tile.right[i] = offset(b, dtype, smaller(column + i, n - 1) * ldb);
             float result[Dots::kVectors * kLanes];
-            if (row == 0 && column + 2 * Columns <= n) tile.template run<true>(k, ldb, result);
-            else tile.template run<false>(k, ldb, result);
+            const Part<dtype> part(k, row / Rows, parts);
+            const bool are_more = column + 2 * Columns <= n;
+            if (are_more && in_parts) tile.template run<Fetch::part>(k, ldb, result, part);
+            else if (are_more && row == 0) tile.template run<Fetch::all>(k, ldb, result, part);
+            else tile.template run<Fetch::none>(k, ldb, result, part);
             // Whole groups are stored, past n too: C has room for them.
             for (int r = 0; r < Rows && row + r < m; r++) __builtin_memcpy(c + (row + r) * ldc + column, result + r * Columns, Columns * 4);
         }
@@ -140,8 +174,8 @@ constexpr int kRowsOfB = 4;
 constexpr int64_t kPanel = (1024 + kTileWidth - 1) / kTileWidth * kTileWidth;  // kRowsOfB rows of it, and the sums of two rows of A, in the level-1 cache
 
 // sums(r, c) (+)= sum over Depth rows of B, for Rows rows of A; `add` where the sums hold something.
-template <int dtype, int Rows, int Depth>
-void add_products(const float *a, int64_t lda, const void *b, int64_t ldb, int64_t n, float *sums, int64_t ld, bool add, bool ahead) {
+template <int dtype, int Rows, int Depth, Fetch fetch>
+void add_products(const float *a, int64_t lda, const void *b, int64_t ldb, int64_t n, float *sums, int64_t ld, bool add, Part<dtype> part) {
     vfloat av[Rows][Depth];
     for (int r = 0; r < Rows; r++)
         for (int d = 0; d < Depth; d++) av[r][d] = broadcast(a[r * lda + d]);
@@ -159,19 +193,30 @@ void add_products(const float *a, int64_t lda, const void *b, int64_t ldb, int64
         for (int r = 0; r < Rows; r++) store(sums + r * ld + c, acc[r]);
     };
     over_columns(n, [&](int64_t c, int lanes) {
-        if (ahead && begins_line<dtype>(c))
+        if (fetch != Fetch::none && begins_line<dtype>(c)) {
+            const int64_t next = fetch == Fetch::all ? c : part.take();
+            if (fetch == Fetch::all || next >= 0)
 #pragma GCC unroll 4
-            for (int d = 0; d < Depth; d++) __builtin_prefetch(offset(b, dtype, (Depth + d) * ldb + c));
+                for (int d = 0; d < Depth; d++) __builtin_prefetch(offset(b, dtype, (Depth + d) * ldb + next));
+        }
         column(c, lanes);
     });
 }
 
 template <int dtype, int Depth>
 void add_rows_of_b(int64_t m, const float *a, int64_t lda, const void *b, int64_t ldb, int64_t n, float *sums, int64_t ld, bool add, bool ahead) {
-    for (int64_t row = 0; row < m; row += 2, ahead = false) {
+    // Halves, whose lines take longer to convert than to come, are fetched at once.
+    constexpr Fetch kFetch = dtype == FASTATTN_FLOAT32 ? Fetch::part : Fetch::all;
+    for (int64_t row = 0; row < m; row += 2) {
         float *target = sums + row * ld;
-        if (row + 2 <= m) add_products<dtype, 2, Depth>(a + row * lda, lda, b, ldb, n, target, ld, add, ahead);
-        else add_products<dtype, 1, Depth>(a + row * lda, lda, b, ldb, n, target, ld, add, ahead);
+        const Part<dtype> part(n, row / 2, (m + 1) / 2);
+        const bool fetches = ahead && (row == 0 || kFetch == Fetch::part);
+        const auto products = [&]<int Rows>() {
+            if (fetches) add_products<dtype, Rows, Depth, kFetch>(a + row * lda, lda, b, ldb, n, target, ld, add, part);
+            else add_products<dtype, Rows, Depth, Fetch::none>(a + row * lda, lda, b, ldb, n, target, ld, add, part);
+        };
+        if (row + 2 <= m) products.template operator()<2>();
+        else products.template operator()<1>();
     }
 }
 
