@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.backends import cpu
+from fastattn.backends.cpu.library import native
 from fastattn.swap.packing import PackedRow
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
@@ -184,12 +186,52 @@ def test_two_handles_of_one_model() -> None:
     assert second.bytes == 0
 
 
-def test_without_its_handle_a_model_stays_packed() -> None:
+def kept(tokens: list[int | None]) -> list[object]:
+    """What the binding knows of each: how many matrices, their bytes, whether they have changed; None of none."""
+    return [native().packed_state(token) for token in tokens]
+
+
+def test_without_its_handle_a_model_stays_packed_until_the_next_one() -> None:
     model, x = swapped_block(), torch.randn(ROWS, 32)
-    fastattn.prepack(model)
+    handle = fastattn.prepack(model)
     run(model, x)
+    tokens, before = [weight.token for weight in handle._weights], kept([weight.token for weight in handle._weights])
+    del handle
     gc.collect()
-    assert actions(fastattn.prepack(model)) == ["packed", "packed"]
+    assert kept(tokens) == before and None not in before
+    with torch.no_grad():
+        model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
+    again = fastattn.prepack(model)
+    assert kept(tokens) == [None, None], "parameters that have been replaced would stay in memory"
+    run(model, x)
+    assert actions(again) == ["packed", "packed"]
+    again.undo()
+    assert again.bytes == 0
+
+
+def test_prepacked_again_weights_are_what_they_are_by_then() -> None:
+    """Even where nobody saw that they had changed: a few elements, past torch's count."""
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    model[0].weight.data[20, 5:9] = 3.0
+    again = fastattn.prepack(model)
+    expected = run(copy.deepcopy(model), x)
+    assert torch.equal(run(model, x), expected) and torch.equal(run(model, x), expected)
+    assert actions(handle) == actions(again) == ["packed", "packed"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda handle: pickle.loads(pickle.dumps(handle))])
+def test_a_copy_of_a_handle_keeps_nothing(copied: Callable[[object], Any]) -> None:
+    model = swapped_block()
+    handle = fastattn.prepack(model)
+    run(model, torch.randn(ROWS, 32))
+    other = copied(handle)
+    assert other.rows == [] and "0 weights packed" in str(other)
+    other.undo()
+    assert actions(handle) == ["packed", "packed"]
+    model.handle = handle  # type: ignore[assignment]
+    assert copied(model).handle is not None
 
 
 def test_with_the_model_everything_goes() -> None:
@@ -281,6 +323,20 @@ def test_training_goes_on_with_the_weights_as_they_are(optimizer: Callable[..., 
             assert torch.equal(run(model, x), outputs[-1]) and actions(again) == ["packed", "packed"]
     for plain, packed in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.equal(plain, packed)
+
+
+def test_a_step_of_a_buffer_changes_the_weights_that_lie_in_it() -> None:
+    """By few elements, of which torch does not count the change."""
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    flat = nn.Parameter(torch.randn(8000))
+    model[0].weight = nn.Parameter(flat.detach()[100 : 100 + 64 * 32].view(64, 32))
+    handle = fastattn.prepack(model)
+    run(model, x)
+    flat.grad = torch.zeros_like(flat)
+    flat.grad[100 + 20 * 32 + 5] = 1.0
+    torch.optim.SGD([flat], lr=1.0, fused=True).step()
+    assert torch.equal(run(model, x), run(copy.deepcopy(model), x))
+    assert actions(handle) == ["left", "packed"]
 
 
 def test_weights_loaded_before_the_first_call_are_the_ones_that_are_kept() -> None:
