@@ -170,20 +170,21 @@ class _Weight:
         with torch.inference_mode(False), torch.no_grad():
             alias = parameter.detach()
         self.address, size = _extent(alias)
-        self.token = native().keep_packed(alias, self.address, size)
-        _kept[self.token] = self
+        self.owner = id(module)
+        self.token = token = native().keep_packed(alias, self.address, size)
+        _kept[token] = self
         # With the module its weights go, and what is packed of them. (A weak reference to a parameter would keep
         # torch.utils.swap_tensors from it.)
-        finalizer = weakref.finalize(module, _forget, id(module), self.token)
+        finalizer = weakref.finalize(module, _forget, self.owner, token)
         finalizer.atexit = False
-        self.owner = id(module)
-        _finalizers.setdefault(self.owner, {})[self.token] = finalizer
+        _finalizers.setdefault(self.owner, {})[token] = finalizer
 
     def forget(self, reason: str) -> None:
         """Frees what is packed; the reason stands in the report from now on."""
-        if self.token is not None:
-            _forget(self.owner, self.token)
-            self.token, self.reason = None, reason
+        token, self.token = self.token, None
+        if token is not None:
+            self.reason = reason
+            _forget(self.owner, token)
 
     def has_moved(self) -> bool:
         """Whether the parameter's memory is another one now, or the module holds another parameter."""
@@ -198,7 +199,8 @@ class _Weight:
             self.forget("its module is gone")
         elif self.token is not None and self.has_moved():
             self.forget(_MOVED)
-        state = None if self.token is None else native().packed_state(self.token)
+        token = self.token
+        state = None if token is None else native().packed_state(token)
         if state is None:
             return PackedRow(self.path, self.shape, self.dtype, "left", reason=self.reason or "")
         pieces, size, changed = state
@@ -238,8 +240,10 @@ def _forget_orphans(model: nn.Module) -> None:
 
 
 def _forget_moved() -> None:
-    for weight in list(_kept.values()):
-        weight.row()
+    for reference in _kept.valuerefs():  # a list; its values would be looked for while other threads add theirs
+        weight = reference()
+        if weight is not None:
+            weight.row()
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -232,6 +234,35 @@ def test_a_copy_of_a_handle_keeps_nothing(copied: Callable[[object], Any]) -> No
     assert actions(handle) == ["packed", "packed"]
     model.handle = handle  # type: ignore[assignment]
     assert copied(model).handle is not None
+
+
+def test_threads_prepack_at_once() -> None:
+    models, x = [swapped_block() for _ in range(2)], torch.randn(ROWS, 32)
+    expected, errors = [run(model, x) for model in models], []
+    crowd = nn.Sequential(*[swapped_block() for _ in range(50)])
+    others = fastattn.prepack(crowd)  # each prepack looks at them
+
+    def work() -> None:
+        try:
+            for i in range(100):
+                model = models[i % 2]
+                handle = fastattn.prepack(model)
+                assert torch.equal(run(model, x), expected[i % 2])
+                assert len(handle.rows) == 2
+                if i % 3:
+                    handle.undo()
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert errors == [] and actions(others) == ["waits"] * 100
 
 
 def test_with_the_model_everything_goes() -> None:
