@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fastattn.backends import cpu
@@ -140,13 +141,15 @@ def prepack(model: nn.Module) -> Prepacked:
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Path, module and name of each parameter that a product may read, shared ones once: matrices, and those of all
-    experts in one tensor. Embeddings are looked up, unless a linear shares theirs."""
+    experts in one tensor. Embeddings are looked up, unless a linear shares theirs; lazy ones have no shape yet."""
     met: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() not in (2, 3) or id(parameter) in met:
+            if parameter is None or is_lazy(parameter) or parameter.is_nested or id(parameter) in met:
+                continue
+            if parameter.dim() not in (2, 3):
                 continue
             met.add(id(parameter))
             yield f"{path}.{name}".lstrip("."), module, name
@@ -281,7 +284,7 @@ def _why_not(parameter: Tensor) -> str | None:
         return f"it is {str(parameter.dtype).removeprefix('torch.')}"
     if parameter.is_inference():
         return "it was made in inference mode, where torch does not count its changes"
-    if not parameter.untyped_storage().nbytes():
+    if not parameter.numel() or not parameter.untyped_storage().nbytes():
         return "it has no memory"
     if not native().packs(DTYPES[parameter.dtype]):
         return f"{cpu.isa()} multiplies {str(parameter.dtype).removeprefix('torch.')} as float32, and gains nothing"

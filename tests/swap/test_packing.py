@@ -168,6 +168,26 @@ def test_what_is_left_out_says_why() -> None:
     ]
 
 
+def test_parameters_of_any_kind_are_met() -> None:
+    model = swapped_block()
+    model.append(nn.LazyLinear(4))
+    for name, data in {
+        "nested": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]),
+        "sparse": torch.eye(4).to_sparse(),
+        "empty": torch.empty(10, 10)[:0, :5],
+        "expanded": torch.ones(1, 1).expand(5, 7),
+    }.items():
+        model.register_parameter(name, nn.Parameter(data))
+    handle = fastattn.prepack(model)
+    run(model[:3], torch.randn(ROWS, 32))
+    assert {row.path: row.reason for row in handle.rows if row.action != "packed"} == {
+        "sparse": "it is sparse_coo",
+        "empty": "it has no memory",
+        "expanded": "no call that gains by it has read it yet",
+    }
+    handle.undo()
+
+
 def test_halves_are_kept_where_the_processor_multiplies_them() -> None:
     model = block(dtype=torch.bfloat16)
     fastattn.swap(model)
