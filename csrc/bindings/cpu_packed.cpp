@@ -195,7 +195,8 @@ std::array<PackedWeight, 6> take_packed(fastattn_encoder_layer &layer) {
 
 namespace {
 
-// keep_packed(alias, address, bytes): a number by which the memory is forgotten. The alias is a detached parameter, whose elements lie there.
+// keep_packed(alias, address, bytes): a number by which the memory is forgotten. The alias is a detached parameter, whose elements lie there. They are
+// packed anew.
 PyObject *keep(PyObject *, PyObject *args) {
     PyObject *alias;
     unsigned long long address, bytes;
@@ -203,7 +204,7 @@ PyObject *keep(PyObject *, PyObject *args) {
     const long version = version_of(alias, uintptr_t(address));
     const auto before = registry.find(uintptr_t(address));
     std::shared_ptr<Kept> kept = before == registry.end() ? std::make_shared<Kept>() : before->second;
-    look(kept);
+    kept->pieces.clear();  // of what a change that was not seen has left behind, too
     kept->changed = false;
     kept->begin = uintptr_t(address);
     kept->end = kept->end < address + bytes ? uintptr_t(address + bytes) : kept->end;
@@ -239,12 +240,15 @@ PyObject *forget(PyObject *, PyObject *number) {
     Py_RETURN_TRUE;
 }
 
-// packed_changed(address): the weight that begins there has changed, uncounted.
-PyObject *note_change(PyObject *, PyObject *address) {
-    const unsigned long long first = PyLong_AsUnsignedLongLong(address);
-    if (PyErr_Occurred()) return nullptr;
-    const auto at = registry.find(uintptr_t(first));
-    if (at != registry.end()) at->second->note_change();
+// packed_changed(address, bytes): the memory from there on has changed, uncounted, and the weights that begin in it, or before and reach into it.
+PyObject *note_change(PyObject *, PyObject *args) {
+    unsigned long long address, bytes;
+    if (!PyArg_ParseTuple(args, "KK", &address, &bytes)) return nullptr;
+    const auto first = uintptr_t(address), last = uintptr_t(address + bytes);
+    auto at = registry.upper_bound(first);
+    if (at != registry.begin()) --at;
+    for (; at != registry.end() && at->first < last; ++at)
+        if (at->second->end > first) at->second->note_change();
     Py_RETURN_NONE;
 }
 
@@ -286,7 +290,7 @@ PyObject *packs(PyObject *, PyObject *number) {
 PyMethodDef kMethods[] = {
     {"keep_packed", keep, METH_VARARGS, nullptr},
     {"forget_packed", forget, METH_O, nullptr},
-    {"packed_changed", note_change, METH_O, nullptr},
+    {"packed_changed", note_change, METH_VARARGS, nullptr},
     {"packed_state", state, METH_O, nullptr},
     {"keeps_packed", keeps, METH_O, nullptr},
     {"packs", packs, METH_O, nullptr},

@@ -83,8 +83,9 @@ class RMSNorm(Fused, nn.RMSNorm):
 
 
 def torch_is_as_fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str | None) -> bool:
-    """Whether to leave a LayerNorm that no residual is fused into to torch's kernel."""
-    if type(x) is not Tensor or not x.is_cpu or resolve_backend(backend):
+    """Whether to leave a LayerNorm that no residual is fused into to torch's kernel. Not where it is exported: a
+    question about its elements would bound the number of rows that the graph takes."""
+    if type(x) is not Tensor or not x.is_cpu or resolve_backend(backend) or torch.compiler.is_exporting():
         return False
     least = _FROM_ELEMENTS[tracks_gradients(x, weight, bias), _has_avx512()].get(x.dtype)
     return least is not None and x.numel() < least

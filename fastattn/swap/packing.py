@@ -11,9 +11,11 @@ import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from fastattn.backends import cpu
@@ -49,7 +51,7 @@ class Prepacked:
     """What `prepack` keeps for a model; printed, a table where layers that differ only by number share a line.
 
     It does not keep the model alive, and the model does not need it: dropped, the weights stay packed. They are freed
-    by `undo`, or with the model.
+    by `undo`, or with the model. A copy of a handle (deepcopy, pickle), as of a model that holds one, keeps nothing.
     """
 
     model_name: str
@@ -70,6 +72,9 @@ class Prepacked:
         time it does nothing, and another prepack of the same model keeps its own."""
         for weight in self._weights:
             weight.forget("undone")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model_name,)
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *aligned(_COLUMNS, _table(self.rows), "MiB")])
@@ -100,8 +105,8 @@ def prepack(model: nn.Module) -> Prepacked:
     A weight that is changed in place, by an optimiser, by load_state_dict or by any other operation that torch counts,
     is no longer read packed from that moment on, and the handle says so. Call prepack again to keep the new values. Of
     what writes past torch's count of changes (`.data`, NumPy, a mapped file) only changes of a whole weight are seen:
-    undo before others. Before a model goes to another dtype or device, undo: the old weights, and what was packed of
-    them, would stay until then, or until the next prepack or print of the handle.
+    undo before others, or prepack again after them. Before a model goes to another dtype or device, undo: the old
+    weights, and what was packed of them, would stay until then, or until the next prepack or print of the handle.
 
     Args:
         model: a model with modules that `fastattn.swap` has swapped, or of `fastattn.nn`. All its matrices on the CPU
@@ -129,19 +134,22 @@ def prepack(model: nn.Module) -> Prepacked:
             "fastattn.swap(model) first"
         )
     _forget_moved()
+    _forget_orphans(model)
     _watch_optimizers()
     return Prepacked(name, [_Weight(path, module, each) for path, module, each in _matrices(model)])
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Path, module and name of each parameter that a product may read, shared ones once: matrices, and those of all
-    experts in one tensor. Embeddings are looked up, unless a linear shares theirs."""
+    experts in one tensor. Embeddings are looked up, unless a linear shares theirs; lazy ones have no shape yet."""
     met: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() not in (2, 3) or id(parameter) in met:
+            if parameter is None or is_lazy(parameter) or parameter.is_nested or id(parameter) in met:
+                continue
+            if parameter.dim() not in (2, 3):
                 continue
             met.add(id(parameter))
             yield f"{path}.{name}".lstrip("."), module, name
@@ -164,21 +172,22 @@ class _Weight:
     def _keep(self, module: nn.Module, parameter: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
             alias = parameter.detach()
-        reach = sum((size - 1) * stride for size, stride in zip(alias.shape, alias.stride(), strict=True)) + 1
-        self.address = alias.data_ptr()
-        self.token = native().keep_packed(alias, self.address, reach * alias.element_size())
-        _kept[self.token] = self
+        self.address, size = _extent(alias)
+        self.owner = id(module)
+        self.token = token = native().keep_packed(alias, self.address, size)
+        _kept[token] = self
         # With the module its weights go, and what is packed of them. (A weak reference to a parameter would keep
         # torch.utils.swap_tensors from it.)
-        self.finalizer = weakref.finalize(module, _forget, self.token)
-        self.finalizer.atexit = False
+        finalizer = weakref.finalize(module, _forget, self.owner, token)
+        finalizer.atexit = False
+        _finalizers.setdefault(self.owner, {})[token] = finalizer
 
     def forget(self, reason: str) -> None:
         """Frees what is packed; the reason stands in the report from now on."""
-        if self.token is not None:
-            _forget(self.token)
-            self.finalizer.detach()
-            self.token, self.reason = None, reason
+        token, self.token = self.token, None
+        if token is not None:
+            self.reason = reason
+            _forget(self.owner, token)
 
     def has_moved(self) -> bool:
         """Whether the parameter's memory is another one now, or the module holds another parameter."""
@@ -193,7 +202,8 @@ class _Weight:
             self.forget("its module is gone")
         elif self.token is not None and self.has_moved():
             self.forget(_MOVED)
-        state = None if self.token is None else native().packed_state(self.token)
+        token = self.token
+        state = None if token is None else native().packed_state(token)
         if state is None:
             return PackedRow(self.path, self.shape, self.dtype, "left", reason=self.reason or "")
         pieces, size, changed = state
@@ -209,13 +219,34 @@ _kept: weakref.WeakValueDictionary[int, _Weight] = weakref.WeakValueDictionary()
 """Of every token whose handle is still there."""
 
 
-def _forget(token: int) -> None:
+_finalizers: dict[int, dict[int, weakref.finalize[..., nn.Module]]] = {}
+"""By the module's id and the token: each frees a weight with its module."""
+
+
+def _forget(owner: int, token: int) -> None:
     native().forget_packed(token)
+    finalizers = _finalizers.get(owner, {})
+    finalizer = finalizers.pop(token, None)
+    if finalizer is not None:
+        finalizer.detach()
+    if not finalizers:
+        _finalizers.pop(owner, None)
+
+
+def _forget_orphans(model: nn.Module) -> None:
+    """Frees what handles that are gone keep for the model's modules, which nobody can undo: prepack after prepack, they
+    would be looked at in every call, and hold parameters that have been replaced."""
+    for module in model.modules():
+        for token in list(_finalizers.get(id(module), {})):
+            if token not in _kept:
+                _forget(id(module), token)
 
 
 def _forget_moved() -> None:
-    for weight in list(_kept.values()):
-        weight.row()
+    for reference in _kept.valuerefs():  # a list; its values would be looked for while other threads add theirs
+        weight = reference()
+        if weight is not None:
+            weight.row()
 
 
 @functools.cache
@@ -225,14 +256,20 @@ def _watch_optimizers() -> None:
 
 
 def _note_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    if (
-        torch.compiler.is_compiling()
-    ):  # addresses are no part of a graph; what such a step changes is seen in the memory
+    # Addresses are no part of a graph; what such a step changes is seen in the memory.
+    if torch.compiler.is_compiling():
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if type(parameter) is nn.Parameter and parameter.is_cpu and parameter.layout is torch.strided:
-                native().packed_changed(parameter.data_ptr())
+            is_plain = type(parameter) is nn.Parameter or type(parameter) is Tensor
+            if is_plain and parameter.is_cpu and parameter.layout is torch.strided and parameter.numel():
+                native().packed_changed(*_extent(parameter))
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The address of a tensor that has elements, and how many bytes they span."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.data_ptr(), reach * tensor.element_size()
 
 
 def _why_not(parameter: Tensor) -> str | None:
@@ -247,7 +284,7 @@ def _why_not(parameter: Tensor) -> str | None:
         return f"it is {str(parameter.dtype).removeprefix('torch.')}"
     if parameter.is_inference():
         return "it was made in inference mode, where torch does not count its changes"
-    if not parameter.untyped_storage().nbytes():
+    if not parameter.numel() or not parameter.untyped_storage().nbytes():
         return "it has no memory"
     if not native().packs(DTYPES[parameter.dtype]):
         return f"{cpu.isa()} multiplies {str(parameter.dtype).removeprefix('torch.')} as float32, and gains nothing"

@@ -80,6 +80,22 @@ def test_the_graph_holds_the_kernels(case: tuple[Model, dict[str, int]], strict:
         torch.testing.assert_close(valid(exported(*args, **kwargs)), before, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("tracks", [False, True])
+@pytest.mark.parametrize("width", [128, 256, 768])
+def test_a_graph_takes_any_number_of_rows(width: int, tracks: bool, strict: bool) -> None:
+    """Which kernel is the faster one, of norms and linears by themselves, depends on that: a graph may not ask."""
+    model = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU()).eval()
+    before = copy.deepcopy(model)
+    fastattn.swap(model)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    with torch.set_grad_enabled(tracks):
+        program = torch.export.export(model, (torch.randn(8, width),), dynamic_shapes=({0: rows},), strict=strict)
+    for count in (3, 40, 3000):
+        x = torch.randn(count, width)
+        torch.testing.assert_close(program.module()(x), before(x), atol=2e-5, rtol=1e-4)
+
+
 def test_gradients_pass_through_the_graph(case: tuple[Model, dict[str, int]]) -> None:
     (model, args, kwargs, valid), _ = case
     plain = copy.deepcopy(model)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn.backends import cpu
+from fastattn.backends.cpu.library import native
 from fastattn.swap.packing import PackedRow
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
@@ -164,6 +168,26 @@ def test_what_is_left_out_says_why() -> None:
     ]
 
 
+def test_parameters_of_any_kind_are_met() -> None:
+    model = swapped_block()
+    model.append(nn.LazyLinear(4))
+    for name, data in {
+        "nested": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]),
+        "sparse": torch.eye(4).to_sparse(),
+        "empty": torch.empty(10, 10)[:0, :5],
+        "expanded": torch.ones(1, 1).expand(5, 7),
+    }.items():
+        model.register_parameter(name, nn.Parameter(data))
+    handle = fastattn.prepack(model)
+    run(model[:3], torch.randn(ROWS, 32))
+    assert {row.path: row.reason for row in handle.rows if row.action != "packed"} == {
+        "sparse": "it is sparse_coo",
+        "empty": "it has no memory",
+        "expanded": "no call that gains by it has read it yet",
+    }
+    handle.undo()
+
+
 def test_halves_are_kept_where_the_processor_multiplies_them() -> None:
     model = block(dtype=torch.bfloat16)
     fastattn.swap(model)
@@ -184,12 +208,81 @@ def test_two_handles_of_one_model() -> None:
     assert second.bytes == 0
 
 
-def test_without_its_handle_a_model_stays_packed() -> None:
+def kept(tokens: list[int | None]) -> list[object]:
+    """What the binding knows of each: how many matrices, their bytes, whether they have changed; None of none."""
+    return [native().packed_state(token) for token in tokens]
+
+
+def test_without_its_handle_a_model_stays_packed_until_the_next_one() -> None:
     model, x = swapped_block(), torch.randn(ROWS, 32)
-    fastattn.prepack(model)
+    handle = fastattn.prepack(model)
     run(model, x)
+    tokens, before = [weight.token for weight in handle._weights], kept([weight.token for weight in handle._weights])
+    del handle
     gc.collect()
-    assert actions(fastattn.prepack(model)) == ["packed", "packed"]
+    assert kept(tokens) == before and None not in before
+    with torch.no_grad():
+        model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
+    again = fastattn.prepack(model)
+    assert kept(tokens) == [None, None], "parameters that have been replaced would stay in memory"
+    run(model, x)
+    assert actions(again) == ["packed", "packed"]
+    again.undo()
+    assert again.bytes == 0
+
+
+def test_prepacked_again_weights_are_what_they_are_by_then() -> None:
+    """Even where nobody saw that they had changed: a few elements, past torch's count."""
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    handle = fastattn.prepack(model)
+    run(model, x)
+    model[0].weight.data[20, 5:9] = 3.0
+    again = fastattn.prepack(model)
+    expected = run(copy.deepcopy(model), x)
+    assert torch.equal(run(model, x), expected) and torch.equal(run(model, x), expected)
+    assert actions(handle) == actions(again) == ["packed", "packed"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda handle: pickle.loads(pickle.dumps(handle))])
+def test_a_copy_of_a_handle_keeps_nothing(copied: Callable[[object], Any]) -> None:
+    model = swapped_block()
+    handle = fastattn.prepack(model)
+    run(model, torch.randn(ROWS, 32))
+    other = copied(handle)
+    assert other.rows == [] and "0 weights packed" in str(other)
+    other.undo()
+    assert actions(handle) == ["packed", "packed"]
+    model.handle = handle  # type: ignore[assignment]
+    assert copied(model).handle is not None
+
+
+def test_threads_prepack_at_once() -> None:
+    models, x = [swapped_block() for _ in range(2)], torch.randn(ROWS, 32)
+    expected, errors = [run(model, x) for model in models], []
+    crowd = nn.Sequential(*[swapped_block() for _ in range(50)])
+    others = fastattn.prepack(crowd)  # each prepack looks at them
+
+    def work() -> None:
+        try:
+            for i in range(100):
+                model = models[i % 2]
+                handle = fastattn.prepack(model)
+                assert torch.equal(run(model, x), expected[i % 2])
+                assert len(handle.rows) == 2
+                if i % 3:
+                    handle.undo()
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert errors == [] and actions(others) == ["waits"] * 100
 
 
 def test_with_the_model_everything_goes() -> None:
@@ -281,6 +374,20 @@ def test_training_goes_on_with_the_weights_as_they_are(optimizer: Callable[..., 
             assert torch.equal(run(model, x), outputs[-1]) and actions(again) == ["packed", "packed"]
     for plain, packed in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.equal(plain, packed)
+
+
+def test_a_step_of_a_buffer_changes_the_weights_that_lie_in_it() -> None:
+    """By few elements, of which torch does not count the change."""
+    model, x = swapped_block(), torch.randn(ROWS, 32)
+    flat = nn.Parameter(torch.randn(8000))
+    model[0].weight = nn.Parameter(flat.detach()[100 : 100 + 64 * 32].view(64, 32))
+    handle = fastattn.prepack(model)
+    run(model, x)
+    flat.grad = torch.zeros_like(flat)
+    flat.grad[100 + 20 * 32 + 5] = 1.0
+    torch.optim.SGD([flat], lr=1.0, fused=True).step()
+    assert torch.equal(run(model, x), run(copy.deepcopy(model), x))
+    assert actions(handle) == ["left", "packed"]
 
 
 def test_weights_loaded_before_the_first_call_are_the_ones_that_are_kept() -> None:

@@ -170,6 +170,8 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False  # torch has the words for it
     if not is_measured(x.dtype):
         return False
+    if torch.compiler.is_exporting():  # for any number of rows: to ask for it would bound what the graph takes
+        return has_slow_products(x.dtype) and _fewest_rows(weight, is_short=False) <= 2
     if tracks_gradients(x, weight, bias):
         is_worth_it = x.numel() * weight.shape[0] >= PAYS_BY_LONG_CALLS[x.dtype].beside_slow
         return is_worth_it and has_slow_products(x.dtype) and min(weight.shape) >= _FROM_FEATURES

@@ -396,6 +396,22 @@ def test_an_eager_model_forms_attention_weights_where_asked(batch, name, more) -
             model(**batch, **asked)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_eager_model_forms_attention_weights_where_its_config_asks(batch, compiled) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, pad_token_id=0, attn_implementation="eager", output_attentions=True, **_SHARED
+    )
+    model = transformers.LlamaModel(config).eval()
+    seen = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch).attentions
+        swap(model)
+        found = (torch.compile(model, backend="aot_eager") if compiled else model)(**batch).attentions
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.transpose(1, 2)[seen], other.transpose(1, 2)[seen], atol=1e-5, rtol=1e-4)
+
+
 def test_a_model_of_sdpa_forms_no_attention_weights(batch) -> None:
     model = tiny("llama")
     swap(model)
