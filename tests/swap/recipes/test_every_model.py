@@ -1,7 +1,7 @@
-"""Every model of transformers that can be built small: swapped, it says what it said before.
+"""Every model of transformers that can be built small: swapped, it says what it said before, learns and generates so.
 
-Model types that need packages which are not here, other inputs, or sizes that do not go together are left out; the test
-holds the number that is left against what it was, so that it cannot shrink to nothing.
+Model types that need packages which are not here, other inputs, or sizes that do not go together are left out; each
+test holds the number that is left against what it was, so that it cannot shrink to nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -62,11 +64,12 @@ def shrink(config: object) -> None:
             shrink(value)
 
 
-def small_model(model_type: str) -> nn.Module:
+def small_model(model_type: str, mapping: Mapping[type, Any] | None = None) -> nn.Module:
+    """The model of a type, or that which `mapping` has for its config."""
     config_class = transformers.CONFIG_MAPPING[model_type]
     config = config_class()
     shrink(config)
-    model_class = transformers.MODEL_MAPPING[config_class]
+    model_class = (transformers.MODEL_MAPPING if mapping is None else mapping)[config_class]
     model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
     torch.manual_seed(0)
     model = model_class(config).eval()
@@ -156,3 +159,116 @@ def test_every_model_that_can_be_built_small() -> None:
     print(f"{built} model types, attention swapped in {with_attention}")
     assert not wrong, "\n".join(wrong)
     assert built >= 250 and with_attention >= 200
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """In training, where nothing is drawn."""
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            rates = {} if holder is None else vars(holder)
+            for name in [name for name, rate in rates.items() if "drop" in name and isinstance(rate, float)]:
+                setattr(holder, name, 0.0)
+    return model
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of all parameters, of what the model says on tokens that are not padding, weighted at random."""
+    mask, draw = inputs.get("attention_mask", torch.ones(0, 0)), torch.Generator().manual_seed(5)
+    loss = torch.zeros(())
+    for found in output(model, inputs):
+        weights = torch.randn(found.shape, generator=draw)
+        if found.dim() >= 2 and found.shape[:2] == mask.shape:
+            weights = weights * mask.view(*mask.shape, *[1] * (found.dim() - 2))
+        loss = loss + (found * weights).sum()
+    model.zero_grad()
+    loss.backward()
+    return {name: p.new_zeros(p.shape) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def test_every_model_that_can_be_built_small_learns_the_same() -> None:
+    built, wrong = 0, []
+    for model_type in transformers.CONFIG_MAPPING:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                model = without_dropout(small_model(model_type))
+                inputs = small_inputs(model)
+                swapped = copy.deepcopy(model)
+                expected, again = gradients(model, inputs), gradients(model, inputs)
+            except Exception:  # of the model as it is: not ours to test
+                continue
+            sizes = {name: float(one.abs().max()) for name, one in expected.items() if one.numel()}
+            if any(float((again[name] - expected[name]).abs().max()) > 1e-4 * size for name, size in sizes.items()):
+                continue  # it draws
+            built += 1
+            swap(swapped)
+            try:
+                found = gradients(swapped, inputs)
+            except Exception as error:
+                wrong.append(f"{model_type}: {type(error).__name__}: {error}")
+                continue
+            slack = 1e-5 * max(sizes.values())
+            for name, size in sizes.items():
+                if not float((found[name] - expected[name]).abs().max()) <= 2e-3 * size + slack:
+                    wrong.append(f"{model_type}: {name}")
+                    break
+    print(f"{built} model types")
+    assert not wrong, "\n".join(wrong)
+    assert built >= 240
+
+
+def generated(model: nn.Module) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Tokens and logits after two prompts, of which one is padded on the left."""
+    ids = torch.randint(2, VOCABULARY - 4, (2, 7), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    if model.config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = 1
+    torch.manual_seed(0)
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return found.sequences, found.logits
+
+
+def test_every_model_that_can_be_built_small_generates_the_same() -> None:
+    built, wrong = 0, []
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
+        for model_type, config_class in transformers.CONFIG_MAPPING.items():
+            if config_class not in mapping:
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    model = small_model(model_type, mapping)
+                    tokens, expected = generated(model)
+                except Exception:  # of the model as it is: not ours to test
+                    continue
+                built += 1
+                swap(model)
+                try:
+                    own_tokens, found = generated(model)
+                except Exception as error:
+                    wrong.append(f"{model_type}: {type(error).__name__}: {error}")
+                    continue
+                start = tokens.shape[1] - len(expected)
+                for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+                    seen = other.isfinite()
+                    if not (one - other)[seen].abs().max() <= 2e-3 * other[seen].abs().max():
+                        wrong.append(f"{model_type}: token {i}")
+                        break
+                    if not torch.equal(own_tokens[:, : start + i + 1], tokens[:, : start + i + 1]):
+                        break  # two were as likely: what comes after differs
+    print(f"{built} model types")
+    assert not wrong, "\n".join(wrong)
+    assert built >= 130
