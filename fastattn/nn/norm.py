@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastattn.backends import cpu
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.functional.checks import resolve_backend
-from fastattn.graphs import constant
+from fastattn.graphs import constant, is_exporting
 from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused, stands_for
@@ -85,7 +85,7 @@ class RMSNorm(Fused, nn.RMSNorm):
 def torch_is_as_fast(x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str | None) -> bool:
     """Whether to leave a LayerNorm that no residual is fused into to torch's kernel. Not where it is exported: a
     question about its elements would bound the number of rows that the graph takes."""
-    if type(x) is not Tensor or not x.is_cpu or resolve_backend(backend) or torch.compiler.is_exporting():
+    if type(x) is not Tensor or not x.is_cpu or resolve_backend(backend) or is_exporting():
         return False
     least = _FROM_ELEMENTS[tracks_gradients(x, weight, bias), _has_avx512()].get(x.dtype)
     return least is not None and x.numel() < least

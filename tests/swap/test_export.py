@@ -85,6 +85,8 @@ def test_the_graph_holds_the_kernels(case: tuple[Model, dict[str, int]], strict:
 @pytest.mark.parametrize("width", [128, 256, 768])
 def test_a_graph_takes_any_number_of_rows(width: int, tracks: bool, strict: bool) -> None:
     """Which kernel is the faster one, of norms and linears by themselves, depends on that: a graph may not ask."""
+    if strict and OLD:
+        pytest.skip("torch 2.7 does not tell a strict export from torch.compile, whose graphs may ask")
     model = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU()).eval()
     before = copy.deepcopy(model)
     fastattn.swap(model)

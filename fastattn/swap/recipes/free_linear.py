@@ -39,7 +39,7 @@ from fastattn.backends.cpu.library import native
 from fastattn.environment import cpu_name
 from fastattn.functional import direct, linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
-from fastattn.graphs import constant
+from fastattn.graphs import constant, is_exporting
 from fastattn.nn.checks import why_not_input
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.ops.library import is_recorded, tracks_gradients
@@ -170,7 +170,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False  # torch has the words for it
     if not is_measured(x.dtype):
         return False
-    if torch.compiler.is_exporting():  # for any number of rows: to ask for it would bound what the graph takes
+    if is_exporting():  # for any number of rows: to ask for it would bound what the graph takes
         return has_slow_products(x.dtype) and _fewest_rows(weight, is_short=False) <= 2
     if tracks_gradients(x, weight, bias):
         is_worth_it = x.numel() * weight.shape[0] >= PAYS_BY_LONG_CALLS[x.dtype].beside_slow
