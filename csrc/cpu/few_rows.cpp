@@ -17,9 +17,9 @@
 //   1 row 253, 78      8 rows 281, 113      16 rows 349, 150
 //         121, 73             235, 117             268, 182   converted to float32; 16 rows packed
 //          64, 41             113,  64             242, 108   pairs; 16 rows are 1.2 to 1.4 times as fast as packed, 32 are 0.95
-// What comes next was fetched by the first pass over what is here, now by each a part: float32, 768 x 3,072, GFLOP/s of one core (the Zen 5), 12 and 16
-// rows 98 and 116, then 137 and 138; by rows, 8 and 16 rows of 3,072 x 768 75 and 102, then 106 and 140; the kernels for AVX2, 8 and 16 rows 70 and 85,
-// then 90 and 105. bfloat16 by pairs 1.0 to 1.2 times as fast.
+// What comes next was fetched by the first pass over what is here, now by each a part. Times as fast in float32, 8, 12, 16 and 32 rows, one core (the
+// Zen 5), least of three or two runs in turns: 768 x 3,072 1.04 1.16 1.10 1.06, by rows 1.13 1.16 1.11 1.01; 3,072 x 768 by rows 1.42 1.37 1.30 1.12;
+// the kernels for AVX2, 768 x 3,072 1.31 1.30 1.22 1.14, by rows 1.53 1.28 1.19 1.00, in bfloat16 1.08 1.08 1.08 1.07.
 // Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -46,6 +46,7 @@ enum class Fetch { none, all, part };
 template <int dtype>
 class Part {
   public:
+    Part() = default;
     Part(int64_t elements, int64_t index, int64_t parts) : parts_(parts), next_(elements * index / parts / kElements * kElements) {}
     // Every so many lines that a pass goes by the element to fetch, else -1.
     int64_t take() {
@@ -57,7 +58,7 @@ class Part {
 
   private:
     static constexpr int64_t kElements = kLine / (dtype == FASTATTN_FLOAT32 ? 4 : 2);
-    int64_t parts_, next_, wait_ = 0;
+    int64_t parts_ = 1, next_ = 0, wait_ = 0;
 };
 
 constexpr int64_t kCachedElements = 8192;  // of the rows of A of a pass: where they are more, what was fetched by one of many passes is gone by its use
@@ -114,7 +115,7 @@ struct DotTile {
 
     // result[r * Columns + i]. B is read once and from far: its next columns are fetched meanwhile.
     template <Fetch fetch>
-    void run(int64_t k, int64_t ldb, float *result, Part<dtype> part) const {
+    void run(int64_t k, int64_t ldb, float *result, Part<dtype> part = {}) const {
         vfloat acc[kDots] = {};
         int64_t at = 0;
         for (; at + kStep <= k; at += kStep) {
@@ -141,18 +142,17 @@ template <int dtype, int Rows, int Columns>
 void all_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
     using Dots = DotTile<dtype, Rows, Columns>;
     const int64_t parts = (m + Rows - 1) / Rows;
-    const bool in_parts = parts == 2 || (parts > 2 && Rows * k <= kCachedElements);
+    const bool in_parts = !kPairs<dtype> && (parts == 2 || (parts > 2 && Rows * k <= kCachedElements));  // pairs: no difference, measured
     for (int64_t column = 0; column < n; column += Columns)
         for (int64_t row = 0; row < m; row += Rows) {
             Dots tile;  // past the end the last row is repeated, its result dropped
             for (int r = 0; r < Rows; r++) tile.left[r] = offset(a, kPairs<dtype> ? dtype : FASTATTN_FLOAT32, smaller(row + r, m - 1) * lda);
             for (int i = 0; i < Columns; i++) tile.right[i] = offset(b, dtype, smaller(column + i, n - 1) * ldb);
             float result[Dots::kVectors * kLanes];
-            const Part<dtype> part(k, row / Rows, parts);
             const bool are_more = column + 2 * Columns <= n;
-            if (are_more && in_parts) tile.template run<Fetch::part>(k, ldb, result, part);
-            else if (are_more && row == 0) tile.template run<Fetch::all>(k, ldb, result, part);
-            else tile.template run<Fetch::none>(k, ldb, result, part);
+            if (are_more && in_parts) tile.template run<Fetch::part>(k, ldb, result, {k, row / Rows, parts});
+            else if (are_more && row == 0) tile.template run<Fetch::all>(k, ldb, result);
+            else tile.template run<Fetch::none>(k, ldb, result);
             // Whole groups are stored, past n too: C has room for them.
             for (int r = 0; r < Rows && row + r < m; r++) __builtin_memcpy(c + (row + r) * ldc + column, result + r * Columns, Columns * 4);
         }
@@ -209,7 +209,7 @@ void add_rows_of_b(int64_t m, const float *a, int64_t lda, const void *b, int64_
     constexpr Fetch kFetch = dtype == FASTATTN_FLOAT32 ? Fetch::part : Fetch::all;
     for (int64_t row = 0; row < m; row += 2) {
         float *target = sums + row * ld;
-        const Part<dtype> part(n, row / 2, (m + 1) / 2);
+        const Part<dtype> part = kFetch == Fetch::part ? Part<dtype>(n, row / 2, (m + 1) / 2) : Part<dtype>();
         const bool fetches = ahead && (row == 0 || kFetch == Fetch::part);
         const auto products = [&]<int Rows>() {
             if (fetches) add_products<dtype, Rows, Depth, kFetch>(a + row * lda, lda, b, ldb, n, target, ld, add, part);
