@@ -119,8 +119,8 @@ def attention_forward(
     own = module if isinstance(module, Fused) else None
     if own is not None and own.fastattn_forms_weights and (kwargs.get("output_attentions") or weights_are_collected()):
         given = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        given["indices"] = indices
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        kwargs |= {} if indices is None else {"indices": indices}
         return _eagerly(own, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if kwargs.get("output_attentions"):
         logger.warning_once(
