@@ -187,8 +187,9 @@ def attention_backward(
     of_bias = gradients(bias, dscores, wanted, position)
     dsinks = queries.new_empty(0)
     if sinks is not None and sinks_requires_grad:
-        probability = torch.sigmoid(sinks.to(compute).view(1, -1, 1) - soft.lse)
-        probability = probability.masked_fill(soft.lse == -math.inf, 0.0)  # a sink of -inf beside no key would give NaN
+        unseen = soft.lse == -math.inf  # where a sink of -inf would give NaN
+        probability = torch.sigmoid(sinks.to(compute).view(1, -1, 1) - soft.lse.masked_fill(unseen, 0.0))
+        probability = probability.masked_fill(unseen, 0.0)
         dsinks = -(probability * row.squeeze(-1)).sum(dim=(0, 2))
     if soft.tanh is not None:
         dscores = dscores * (1.0 - soft.tanh.square())
@@ -197,7 +198,7 @@ def attention_backward(
     dvalues = _sum_groups(dvalues, v.shape[1])
     if padded is not None:
         dqueries, dkeys, dvalues = padded.pack_queries(dqueries), padded.pack_keys(dkeys), padded.pack_keys(dvalues)
-    return _like(dqueries, q), _like(dkeys, k), _like(dvalues, v), *of_bias, dsinks
+    return dqueries.to(q.dtype), dkeys.to(k.dtype), dvalues.to(v.dtype), *of_bias, dsinks
 
 
 class _Padded:
@@ -550,7 +551,8 @@ def _without_sinks(soft: Softmax, sinks: Tensor | None) -> Tensor:
     denominator."""
     if sinks is None:
         return soft.probabilities
-    return torch.softmax(soft.scores, dim=-1).masked_fill((soft.lse == -math.inf)[..., None], 0.0)
+    unseen = (soft.lse == -math.inf)[..., None]  # filled before as well: a derivative of NaN times 0 is NaN
+    return torch.softmax(soft.scores.masked_fill(unseen, 0.0), dim=-1).masked_fill(unseen, 0.0)
 
 
 def _sum_groups(gradient: Tensor, heads_kv: int) -> Tensor:
@@ -559,11 +561,6 @@ def _sum_groups(gradient: Tensor, heads_kv: int) -> Tensor:
     if heads == heads_kv:
         return gradient
     return gradient.view(batch, heads_kv, heads // heads_kv, length, dim).sum(dim=2)
-
-
-def _like(value: Tensor, tensor: Tensor) -> Tensor:
-    """`value` in the dtype and layout of `tensor`."""
-    return torch.empty_like(tensor).copy_(value)
 
 
 def _linear_gradients(

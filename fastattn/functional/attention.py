@@ -119,7 +119,7 @@ def attention(
         out (B, Hq, Sq, Dv) in q's dtype, (B, Sq, Hq, Dv) in memory; with return_lse also lse (B, Hq, Sq), natural log,
         float32 (float64 for float64 inputs), before dropout and without the sink. A query that sees no key gets output
         0, lse -inf and gradient 0. Gradients reach q, k, v, bias (an object's tensor), sinks and a float mask,
-        through out and lse; second derivatives raise.
+        through out and lse; second and forward-mode derivatives run on plain torch operations, a fallback.
 
     Raises:
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn.backends import reference
 from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.masks.lowered import FLAT_FIELDS, NOTHING_HIDDEN, Blocks, LoweredMask, flatten, unflatten
+from fastattn.ops.formulas import Results, differentiable, of_reference, register_formulas
 from fastattn.ops.library import (
     InDims,
     VmapResult,
     apply,
     dense,
-    differentiate_once,
     fold_broadcast,
     fold_dim,
     in_layout_of,
@@ -388,7 +389,7 @@ class Attention(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         learned = (_BIAS, _BIAS + 1, _BIAS + 3, _SINKS)
         wanted = [ctx.needs_input_grad[i] for i in learned]
-        dq, dk, dv, *others = differentiate_once(
+        dq, dk, dv, *others = differentiable(
             attention_backward,
             grad_out,
             grad_lse,
@@ -409,4 +410,29 @@ class Attention(torch.autograd.Function):
         return tuple(grads)
 
 
+def _forward_formula(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Results:
+    call = parse_extras(rest[:_EXTRAS_LENGTH])
+    return of_reference(reference.attention_forward)(q, k, v, *_formula_arguments(call, q, k), rest[-1])
+
+
+def _backward_formula(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> Results:
+    call, flags = parse_extras(rest[:_EXTRAS_LENGTH]), rest[_EXTRAS_LENGTH:]
+    given = grad_out, grad_lse, q, k, v, out, lse
+    return of_reference(reference.attention_backward)(*given, *_formula_arguments(call, q, k), *flags)
+
+
+def _formula_arguments(call: Extras, q: Tensor, k: Tensor) -> tuple[Any, ...]:
+    """As `Extras.backend_arguments`, but what is differentiated is not copied."""
+    mask, *others = call
+    return contiguous_mask(mask, call.full(q, k)), *others
+
+
 register_exported(Attention, attention_forward, visible=2)
+register_formulas(
+    Attention,
+    forward=(attention_forward, _forward_formula),
+    backward=(attention_backward, _backward_formula),
+    recomputed=(5, 6),  # out, lse
+)

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
-from fastattn.backends.views import as_matrix
+from fastattn.backends import reference
+from fastattn.ops.formulas import differentiable, of_reference, register_formulas
 from fastattn.ops.library import (
     InDims,
     VmapResult,
     dense,
-    differentiate_once,
     in_layout_of,
     invoke,
-    is_differentiated_again,
     is_mapped,
     lift,
     matrix,
@@ -355,8 +354,29 @@ gated_ffn_backward = register(
 )
 
 
-def _wanted(gradients: tuple[Tensor, ...], flags: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(g if wanted else None for g, wanted in zip(gradients, flags, strict=True))
+def _hide(ctx: Any, *saved: Tensor) -> None:
+    """Marks the results that serve the backward alone. In eager mode they keep their place in the graph: through them a
+    second derivative reaches x and the first weights."""
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in saved if torch.compiler.is_compiling() or t.shape == (0,)))
+
+
+def _wanted(gradients: Sequence[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
+    return [g if wanted else None for g, wanted in zip(gradients, flags, strict=True)]
+
+
+def _add_linear(
+    ctx: Any, gradients: list[Tensor | None], places: Sequence[int], grad: Tensor | None, x: Tensor, weight: Tensor
+) -> None:
+    """Adds the gradients of x, weight and bias, which are those inputs of ctx, of the hidden features x W^T + b where
+    a second derivative reached these by `grad`."""
+    if grad is None or torch.compiler.is_compiling():
+        return
+    flags = [ctx.needs_input_grad[i] for i in places]
+    found = differentiable(linear_act_backward, grad, x, weight, x.new_empty(0), "none", *flags, ctx.backend)
+    for i, gradient in zip(places, _wanted(found, flags), strict=True):
+        before = gradients[i]
+        gradients[i] = gradient if before is None or gradient is None else before + gradient
 
 
 class LinearAct(torch.autograd.Function):
@@ -372,35 +392,20 @@ class LinearAct(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, ctx.activation, _, ctx.backend = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
+        _hide(ctx, output[1])
         needs_x, needs_weight, _ = ctx.needs_input_grad[:3]
         ctx.save_for_backward(saved_input(x, needs_weight), saved_weight(weight, needs_x), output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad_y is None:
-            return (None,) * 6
+    def backward(ctx: Any, grad_y: Tensor | None, grad_pre: Tensor | None) -> tuple[Any, ...]:
+        x, weight, pre = ctx.saved_tensors
         flags = ctx.needs_input_grad[:3]
-        if ctx.activation == "none" and is_differentiated_again():
-            x, weight, _ = ctx.saved_tensors
-            return (*_differentiable_gradients(grad_y, x, weight, flags), None, None, None)
-        gradients = differentiate_once(
-            linear_act_backward, grad_y, *ctx.saved_tensors, ctx.activation, *flags, ctx.backend
-        )
-        return (*_wanted(gradients, flags), None, None, None)
-
-
-def _differentiable_gradients(
-    grad_y: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a linear of x, weight and bias by torch, which has derivatives of them."""
-    rows = as_matrix(grad_y)
-    return (
-        grad_y @ weight if wanted[0] else None,
-        rows.t() @ as_matrix(x) if wanted[1] else None,
-        rows.sum(dim=0) if wanted[2] else None,
-    )
+        gradients: list[Tensor | None] = [None] * 3
+        if grad_y is not None:
+            found = differentiable(linear_act_backward, grad_y, x, weight, pre, ctx.activation, *flags, ctx.backend)
+            gradients = _wanted(found, flags)
+        _add_linear(ctx, gradients, (0, 1, 2), grad_pre, x, weight)
+        return (*gradients, None, None, None)
 
 
 class Ffn(torch.autograd.Function):
@@ -416,19 +421,20 @@ class Ffn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, w1, _, w2, _, seed, *ctx.options, _, ctx.backend = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
+        _hide(ctx, output[1])
         needs_x, needs_w1, needs_b1 = ctx.needs_input_grad[:3]
         weights = saved_weight(w1, needs_x), saved_weight(w2, needs_x or needs_w1 or needs_b1)
         ctx.save_for_backward(saved_input(x, needs_w1), *weights, output[1], seed)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad_y is None:
-            return (None,) * 10
+    def backward(ctx: Any, grad_y: Tensor | None, grad_pre: Tensor | None) -> tuple[Any, ...]:
+        x, w1, *_ = saved = ctx.saved_tensors
         flags = ctx.needs_input_grad[:5]
-        gradients = differentiate_once(ffn_backward, grad_y, *ctx.saved_tensors, *ctx.options, *flags, ctx.backend)
-        return (*_wanted(gradients, flags), *(None,) * 5)
+        gradients: list[Tensor | None] = [None] * 5
+        if grad_y is not None:
+            gradients = _wanted(differentiable(ffn_backward, grad_y, *saved, *ctx.options, *flags, ctx.backend), flags)
+        _add_linear(ctx, gradients, (0, 1, 2), grad_pre, x, w1)
+        return (*gradients, *(None,) * 5)
 
 
 class GatedFfn(torch.autograd.Function):
@@ -444,23 +450,40 @@ class GatedFfn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, w_gate, _, w_up, _, w_down, _, seed, *ctx.options, _, ctx.backend = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
+        _hide(ctx, *output[1:])
         needs_x, needs_gate, _, needs_up, _ = needs = ctx.needs_input_grad[:5]
         weights = (saved_weight(w_gate, needs_x), saved_weight(w_up, needs_x), saved_weight(w_down, any(needs)))
         ctx.save_for_backward(saved_input(x, needs_gate or needs_up), *weights, *output[1:], seed)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad_y is None:
-            return (None,) * 12
+    def backward(ctx: Any, grad_y: Tensor | None, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Any, ...]:
+        x, w_gate, w_up, *_ = saved = ctx.saved_tensors
         flags = ctx.needs_input_grad[:7]
-        gradients = differentiate_once(
-            gated_ffn_backward, grad_y, *ctx.saved_tensors, *ctx.options, *flags, ctx.backend
-        )
-        return (*_wanted(gradients, flags), *(None,) * 5)
+        gradients: list[Tensor | None] = [None] * 7
+        if grad_y is not None:
+            found = differentiable(gated_ffn_backward, grad_y, *saved, *ctx.options, *flags, ctx.backend)
+            gradients = _wanted(found, flags)
+        _add_linear(ctx, gradients, (0, 1, 2), grad_gate, x, w_gate)
+        _add_linear(ctx, gradients, (0, 3, 4), grad_up, x, w_up)
+        return (*gradients, *(None,) * 5)
 
 
 register_exported(LinearAct, linear_act_forward, visible=1)
 register_exported(Ffn, ffn_forward, visible=1)
 register_exported(GatedFfn, gated_ffn_forward, visible=1)
+
+register_formulas(
+    LinearAct,
+    forward=(linear_act_forward, of_reference(reference.linear_act_forward)),
+    backward=(linear_act_backward, of_reference(reference.linear_act_backward)),
+)
+register_formulas(
+    Ffn,
+    forward=(ffn_forward, of_reference(reference.ffn_forward)),
+    backward=(ffn_backward, of_reference(reference.ffn_backward)),
+)
+register_formulas(
+    GatedFfn,
+    forward=(gated_ffn_forward, of_reference(reference.gated_ffn_forward)),
+    backward=(gated_ffn_backward, of_reference(reference.gated_ffn_backward)),
+)

@@ -9,7 +9,7 @@ pointer only inside `impl`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def register_exported(function: type[torch.autograd.Function], operator: Callabl
 
     def with_gradients(*args: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
-            return shown(_apply(function, *args[:tracked], True, *args[tracked + 1 :]))
+            return shown(apply_function(function, *args[:tracked], True, *args[tracked + 1 :]))
         with torch._C._AutoDispatchBelowAutograd():
             return exported(*args)
 
@@ -217,12 +217,15 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         if torch.compiler.is_exporting():
             return function.exported(*args)  # type: ignore[attr-defined]
         return function.apply(*_distinct(args))
+    if forward_ad._current_level >= 0:
+        return function.formula(*args)  # type: ignore[attr-defined]
     if _tracing_state() is not None:  # torch.jit.trace records operators, and cannot save a Function
         return function.exported(*args)  # type: ignore[attr-defined]
-    return _apply(function, *args)
+    return apply_function(function, *args)
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` in eager mode."""
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
@@ -251,7 +254,7 @@ def needs_gradient(tensor: Tensor) -> bool:
 
 def _transformed() -> bool:
     """Under torch.func, where a batched tensor may hide one that a grad transform tracks, or under forward-mode
-    autograd, where the autograd.Function raises instead of dropping the tangent."""
+    autograd, whose tangents kernels would drop (`apply`)."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -272,42 +275,6 @@ def saved_weight(weight: Tensor, is_read: bool) -> Tensor:
 
 def _wants_all() -> bool:
     return torch.compiler.is_compiling() or _transformed()
-
-
-def is_differentiated_again() -> bool:
-    """Whether a backward is asked for gradients that may be differentiated themselves (create_graph=True)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def differentiate_once(operator: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    """A backward operator's results, through which no second derivative passes: asking for one raises.
-
-    torch's once_differentiable detaches them instead, which gives silent zeros under torch.func.
-    """
-    if not is_differentiated_again():
-        return invoke(operator, *args)
-    # What was saved need not require a gradient (saved_input): something has to.
-    witness = None if _transformed() else torch.empty(0, requires_grad=True)
-    return _apply(_Once, operator, witness, *args)
-
-
-class _Once(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operator: Callable[..., Any], witness: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(invoke(operator, *args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.operator = str(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"{ctx.operator} has no derivative: fastattn gives first derivatives only. For second ones call the "
-            "functions of fastattn.reference, which plain autograd differentiates."
-        )
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

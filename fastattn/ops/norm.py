@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch
+from fastattn.backends import reference
+from fastattn.ops.formulas import differentiable, of_reference, register_formulas
 from fastattn.ops.library import (
     InDims,
     VmapResult,
     dense,
-    differentiate_once,
     fold_dim,
     invoke,
     is_mapped,
@@ -230,7 +231,7 @@ class Norm(torch.autograd.Function):
         if grad_y is None:
             grad_y = torch.zeros_like(z, dtype=ctx.x_dtype)
         weight_requires_grad, bias_requires_grad, residual_requires_grad = ctx.needs_input_grad[1:4]
-        dx, dresidual, dweight, dbias = differentiate_once(
+        dx, dresidual, dweight, dbias = differentiable(
             norm_backward,
             grad_y,
             grad_z if ctx.has_z else None,
@@ -255,4 +256,32 @@ class Norm(torch.autograd.Function):
         )
 
 
+def _backward_formula(
+    grad_y: Tensor,
+    grad_z: Tensor | None,
+    z: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_seed: Tensor | None,
+    kind: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """The backward with the statistics as functions of z."""
+    centred = z.to(rstd.dtype).reshape(rstd.shape[0], z.shape[-1])
+    if kind == "layer":
+        mean = centred.mean(dim=-1)
+        centred = centred - mean[:, None]
+    spread = centred.square().mean(dim=-1)
+    # eps is no argument of the backward: the value is the one saved, the derivative that of (spread + eps) ** -0.5
+    rstd = torch.rsqrt(rstd.detach() ** -2 + (spread - spread.detach()))
+    return of_reference(reference.norm_backward)(grad_y, grad_z, z, weight, mean, rstd, dropout_seed, kind, *rest)
+
+
 register_exported(Norm, norm_forward, visible=2)
+register_formulas(
+    Norm,
+    forward=(norm_forward, of_reference(reference.norm_forward)),
+    backward=(norm_backward, _backward_formula),
+    recomputed=(4, 5),  # mean, rstd
+)

@@ -287,21 +287,6 @@ def test_masks_that_read_mapped_lengths_say_what_to_pass():
         vmap(lambda q, n: fastattn.attention_decode(q, k, k, n, mask=Strided(2)))(q, lengths)
 
 
-def test_second_derivatives_raise():
-    q, k, v = (torch.randn(1, 1, 3, 4) for _ in range(3))
-    loss = grad(lambda q: fastattn.attention(q, k, v).square().sum())
-    with pytest.raises(RuntimeError, match="fastattn gives first derivatives only"):
-        grad(lambda q: loss(q).sum())(q)
-
-
-def test_forward_mode_raises_instead_of_dropping_the_tangent():
-    x = torch.randn(2, 8)
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(fastattn.layer_norm, (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        fastattn.layer_norm(torch.autograd.forward_ad.make_dual(x, x))
-
-
 def test_functions_take_the_arguments_of_their_operators():
     q = torch.randn(1, 1, 2, 4, requires_grad=True)
     call = (q, q, q, *[None] * 2, 0, *[None] * 13, *[None] * 2, 0, None, False, *[None] * 2, 0, 0, *[None] * 2)

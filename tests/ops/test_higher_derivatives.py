@@ -1,0 +1,223 @@
+"""Second, third and forward-mode derivatives: of every function, by plain autograd and by torch.func, of swapped
+modules; counted, and refused to a forced backend."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+from fastattn import dispatch, reference
+from fastattn.biases import ALiBi, T5Bias
+from fastattn.masks import Causal, KeyLengths
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2")
+SEED = torch.tensor([5])
+BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+pytestmark = pytest.mark.filterwarnings("ignore::fastattn.dispatch.BackendWarning")
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(2)
+    return tuple(torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes)
+
+
+def no_key_at_all(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = fastattn.attention(q, k, v, sinks=sinks, mask=KeyLengths([6, 0]), return_lse=True)
+    return out, lse.masked_fill(lse.isinf(), 0.0)
+
+
+QKV = ((2, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 3))
+FFN = ((3, 6), (7, 6), (7,), (5, 7), (5,))
+NORM = ((3, 6), (6,), (6,), (3, 6))
+CALLS: dict[str, tuple[Callable[..., object], tuple[tuple[int, ...], ...]]] = {
+    "attention": (lambda *t: fastattn.attention(*t, return_lse=True), QKV),
+    "masked": (lambda *t: fastattn.attention(*t, mask=Causal() & KeyLengths([6, 3])), QKV),
+    "capped, with sinks": (
+        lambda q, k, v, s: fastattn.attention(q, k, v, sinks=s, softcap=3.0, return_lse=True),
+        (*QKV, (4,)),
+    ),
+    "no key at all": (no_key_at_all, (*QKV, (4,))),
+    "dense bias, dropout": (
+        lambda q, k, v, b: fastattn.attention(q, k, v, bias=b, dropout_p=0.3, dropout_seed=SEED),
+        (*QKV, (1, 4, 3, 6)),
+    ),
+    "slopes": (lambda q, k, v, s: fastattn.attention(q, k, v, bias=ALiBi(s)), (*QKV, (4,))),
+    "buckets": (
+        lambda q, k, v, t: fastattn.attention(q, k, v, bias=T5Bias(t, bidirectional=True, max_distance=8)),
+        (*QKV, (4, 4)),
+    ),
+    "packed": (
+        lambda q, k: fastattn.attention_varlen(q, k, 2.0 * k, BOUNDS, BOUNDS, mask=Causal()),
+        ((5, 2, 4), (5, 2, 4)),
+    ),
+    "layer norm": (lambda x, w, b, _: fastattn.layer_norm(x, w, b), NORM),
+    "layer norm, residual, dropout": (
+        lambda x, w, b, r: fastattn.layer_norm(
+            x, w, b, residual=r, return_residual=True, dropout_p=0.25, dropout_seed=SEED
+        ),
+        NORM,
+    ),
+    "rms norm": (lambda x, w, _, r: fastattn.rms_norm(x, w, 1e-3, offset=1.0, residual=r), NORM),
+    "gated": (
+        lambda x, wg, bg, wd, bd, wu, bu: fastattn.gated_ffn(
+            x, wg, wu, wd, "silu", bg, bu, bd, dropout_p=0.25, dropout_seed=SEED
+        ),
+        (*FFN, (7, 6), (7,)),
+    ),
+    **{f"linear, {a}": (lambda x, w, b, a=a: fastattn.linear_act(x, w, b, a), FFN[:3]) for a in ACTIVATIONS},
+    **{f"ffn, {a}": (lambda *t, a=a: fastattn.ffn(*t, a), FFN) for a in ACTIVATIONS},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_derivatives_of_float64(name: str) -> None:
+    call, shapes = CALLS[name]
+    inputs = draw(*shapes)
+    assert gradcheck(call, inputs, check_forward_ad=True, fast_mode=True)
+    assert gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["attention", "layer norm, residual, dropout", "ffn, gelu", "gated"])
+def test_second_derivatives_beside_kernels(name: str) -> None:
+    """The forward ran on a kernel of float32; the penalty's gradients are those of float64."""
+    call, shapes = CALLS[name]
+    inputs = tuple((0.5 * t.detach()).requires_grad_() for t in draw(*shapes, dtype=torch.float32))
+
+    def penalty(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = call(*tensors)
+        total = sum(t.square().sum() for t in (results if isinstance(results, tuple) else (results,)))
+        first = torch.autograd.grad(total, tensors, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), tensors)
+
+    expected = penalty(*(t.detach().double().requires_grad_() for t in inputs))
+    for found, exact in zip(penalty(*inputs), expected, strict=True):
+        torch.testing.assert_close(found, exact.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_third_derivatives() -> None:
+    q, k, v = draw(*QKV)
+
+    def third(attention: Callable[..., Tensor]) -> Tensor:
+        value = attention(q, k, v).square().sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, q, create_graph=True)
+            value = gradient.square().sum()
+        return gradient
+
+    torch.testing.assert_close(third(fastattn.attention), third(reference.attention))
+
+
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+def test_hessians_of_torch_func(outer: Callable[..., object], inner: Callable[..., object]) -> None:
+    x, w, b = (t.detach() for t in draw((2, 3), (3,), (3,)))
+
+    def ours(x: Tensor) -> Tensor:
+        return fastattn.layer_norm(x, w, b, 0.1).square()
+
+    def theirs(x: Tensor) -> Tensor:  # torch's own layer_norm is wrong in reverse over forward mode
+        y = reference.norm(x, w, b, eps=0.1)
+        assert isinstance(y, Tensor)
+        return y.square()
+
+    torch.testing.assert_close(outer(inner(ours))(x), outer(inner(theirs))(x))
+    q, k, v = (t.detach() for t in draw((1, 1, 2, 3), (1, 1, 3, 3), (1, 1, 3, 2)))
+    found = outer(inner(lambda q: fastattn.attention(q, k, v, mask=Causal())))(q)
+    expected = outer(inner(lambda q: reference.attention(q, k, v, mask=Causal())))(q)
+    torch.testing.assert_close(found, expected)
+
+
+def test_hessians_of_every_sample() -> None:
+    x, w1, b1, w2, b2 = (t.detach() for t in draw((4, 6), *FFN[1:]))
+
+    def ours(x: Tensor) -> Tensor:
+        return fastattn.ffn(x, w1, b1, w2, b2, "gelu").sum()
+
+    def theirs(x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2).sum()
+
+    for outer, inner in itertools.product((torch.func.jacrev, torch.func.jacfwd), repeat=2):
+        found, expected = (torch.vmap(outer(inner(each)))(x) for each in (ours, theirs))
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_tangent_of_a_gradient() -> None:
+    """Forward-mode through a backward whose forward knew nothing of it."""
+    (x,) = draw((3, 6))
+    w = torch.ones(6, dtype=torch.float64)
+    y = fastattn.layer_norm(x, w)
+    tangent = torch.linspace(-1.0, 1.0, 18, dtype=torch.float64).view(3, 6)
+    with forward_ad.dual_level():
+        grad = forward_ad.make_dual(torch.ones_like(y), tangent)
+        (gradient,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+        found = forward_ad.unpack_dual(gradient).tangent
+    torch.testing.assert_close(found, torch.autograd.grad(y, x, tangent)[0])
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.block = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.block(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_penalty_of_a_swapped_model(frozen: bool) -> None:
+    torch.manual_seed(0)
+    original = Attends().requires_grad_(not frozen)
+    swapped = copy.deepcopy(original)
+    fastattn.swap(swapped)
+    results = []
+    for model in (original, swapped):
+        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            (gradient.norm(dim=-1) - 1.0).square().mean().backward()
+        results.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_they_are_counted_and_refused_to_a_forced_backend() -> None:
+    x, w = draw((3, 6), (6,), dtype=torch.float32)
+    key = ("norm", dispatch.ORDER["cpu"][0], "the kernels have no second derivatives")
+    before = dispatch.fallbacks[key]
+    y = fastattn.layer_norm(x, w).square().sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    assert dispatch.fallbacks[key] == before
+    torch.autograd.grad(y, x, create_graph=True)
+    assert dispatch.fallbacks[key] == before + 1
+    y = fastattn.layer_norm(x, w, backend="cpu")
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(fastattn.NotSupported, match="cpu: the kernels have no second derivatives"):
+        gradient.sum().backward()
+    with pytest.raises(fastattn.NotSupported, match="cpu: the kernels have no forward-mode derivatives"):
+        torch.func.jvp(lambda x: fastattn.layer_norm(x, backend="cpu"), (x,), (x,))
+    found, _ = torch.func.jvp(lambda x: fastattn.layer_norm(x, backend="reference"), (x,), (x,))
+    torch.testing.assert_close(found, fastattn.layer_norm(x))
+
+
+def test_autocast_does_not_reach_formulas() -> None:
+    x, w = draw((3, 6), (7, 6), dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        y = fastattn.linear_act(x, w, None, "gelu").sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), w)[0])
+    assert torch.equal(*results)
