@@ -6,6 +6,7 @@
 #include "elements.cuh"
 #include "library.h"
 #include "philox.cuh"
+#include "shared_limits.h"
 
 constexpr int MAX_WARPS = 16;  // of a block
 constexpr int64_t MAX_WIDTH = 65536;
@@ -67,6 +68,7 @@ __device__ __forceinline__ int warp_of_lane(int count) {
 // last reads. All threads of a row call this together, and wait for no other row's; a block has at most 15 rows of more than one warp.
 template <int EACH, int N>
 __device__ __forceinline__ void exchange(const Team<EACH> &team, float (&values)[N], int buffer) {
+    static_assert(2 * N * MAX_WARPS * sizeof(float) <= STATIC_BYTES_BESIDE_DYNAMIC);
     const Shared<float> parts = static_shared<float, 2 * N * MAX_WARPS>();
     const int first = static_cast<int>(threadIdx.y) * team.warps();
     const auto place = [&](int n, int of) { return (buffer * N + n) * MAX_WARPS + first + of; };

@@ -34,7 +34,6 @@ constexpr int64_t SUMS_WIDTH = THREADS * MOST_CHUNKS * CHUNK;
 constexpr int COLUMNS = 32, PARTS_BESIDE = 8;  // of a block of norm_column_sums_kernel
 constexpr int ROWS_AHEAD = 2;                  // of each team, on their way to shared memory
 constexpr int MAX_TEAMS = 15;                  // of more than one warp: barriers (exchange)
-constexpr int STATIC_BYTES = 1024;             // of shared memory: exchange, and what the driver keeps
 constexpr int PIECE = 8;                       // halves that one asynchronous copy moves: a chunk
 
 struct Backward {
@@ -459,10 +458,11 @@ cudaError_t launch_shape(const Backward &p, const Shape &shape, void *stream) {
     int teams = shape.teams, allowed = 0;
     const cudaError_t error = max_shared_bytes(&allowed);
     if (error != cudaSuccess) return error;
+    allowed -= STATIC_BYTES_BESIDE_DYNAMIC;  // those of exchange()
     const auto bytes = [&] { return Room(p, shape.lanes, teams, CHUNKS, ASYNC).bytes(); };
-    while (teams > 1 && bytes() > allowed - STATIC_BYTES) teams--;
+    while (teams > 1 && bytes() > allowed) teams--;
     const Launch how = {"norm_backward", dim3(static_cast<unsigned>(p.parts)), dim3(static_cast<unsigned>(shape.lanes), static_cast<unsigned>(teams)),
-                        bytes(), stream};
+                        bytes(), stream, allowed};
     return launch<THREADS>(how, norm_backward_kernel<VECTOR, EXACT, DTYPE, DROPOUT, CHUNKS>, p);
 }
 

@@ -102,6 +102,14 @@ __global__ void __launch_bounds__(WARP) multiply_by_ldmatrix(Global<const float1
     }
 }
 
+// Static shared memory of 2,048 bytes beside what the launch gives.
+__global__ void __launch_bounds__(THREADS) fill(Global<float> out) {
+    const Shared<float> tile = static_shared<float, 512>();
+    const int i = static_cast<int>(threadIdx.x);
+    tile.set(i, 1.0f);
+    out.set(i, tile.get(i));
+}
+
 // Every thread of every block adds 1.
 __global__ void __launch_bounds__(THREADS) count(Global<int> total) { atomic_add(total, 0, 1); }
 
@@ -126,6 +134,11 @@ extern "C" int run_multiply(const uint16_t *a, const uint16_t *b, float *out, in
     const Launch how = {"multiply", dim3(1), dim3(WARP), 2 * (256 + 128 + 128), nullptr};
     const Global<const float16> first(reinterpret_cast<const float16 *>(a), 256), second(reinterpret_cast<const float16 *>(b), 128);
     return report(launch<WARP>(how, ldmatrix ? multiply_by_ldmatrix : multiply_by_the_book, first, second, Global<float>(out, n_out)), text, size);
+}
+
+extern "C" int run_fill(float *out, int shared_bytes, char *text, int size) {
+    const Launch how = {"fill", dim3(1), dim3(THREADS), shared_bytes, nullptr};
+    return report(launch<THREADS>(how, fill, Global<float>(out, THREADS)), text, size);
 }
 
 extern "C" int run_count(int *total, int blocks, int threads, char *text, int size) {

@@ -153,6 +153,18 @@ def test_every_thread_of_every_block_runs_once(kernels: Kernels) -> None:
     assert total[0] == 37 * 96
 
 
+def test_static_shared_memory_beside_dynamic_is_counted(kernels: Kernels) -> None:
+    """A launch that asks for nothing has 48 KiB of both together, one that asks 227: of dynamic ones above 47."""
+    out = np.full(THREADS, np.nan, dtype=np.float32)
+    kib = 1024
+    for dynamic in (0, 46 * kib, 47 * kib + 16, 225 * kib):
+        assert kernels.call("run_fill", out, dynamic) == ""
+        assert out.tolist() == [1.0] * THREADS
+    for dynamic, most in ((47 * kib, 48 * kib), (226 * kib, 227 * kib)):
+        together = f"{dynamic + 2048} bytes of static and dynamic shared memory, and the launch asks for {most} at most"
+        assert together in kernels.call("run_fill", out, dynamic)
+
+
 def test_impossible_launches_are_refused(kernels: Kernels) -> None:
     total = np.zeros(1, dtype=np.int32)
     assert "invalid configuration" in kernels.call("run_count", total, 1, 256)  # over the launch bound

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "../shared_limits.h"
+
 namespace emulation {
 namespace {
 
@@ -272,7 +274,9 @@ unsigned char *Block::static_shared(const void *tag, int bytes) {
         if (known == tag) return shared_.data() + at;
     const int at = shared_end_;
     shared_end_ += (bytes + 15) / 16 * 16;
-    if (shared_end_ > static_cast<int>(shared_.size())) fail("more static shared memory than 48 KiB", Where::current());
+    const int most = asks_for_shared_bytes(dynamic_bytes_) ? LARGEST_SHARED_BYTES : SHARED_BYTES_WITHOUT_ASKING;
+    if (shared_end_ > std::min(most, static_cast<int>(shared_.size())))
+        fail(text("%d bytes of static and dynamic shared memory, and the launch asks for %d at most", shared_end_, most), Where::current());
     statics_.emplace_back(tag, at);
     return shared_.data() + at;
 }

@@ -7,6 +7,7 @@ struct Launch {
     dim3 grid, block;
     int shared_bytes;
     void *stream;
+    int most_shared_bytes = 0;
 };
 
 // Of the smallest chips that have asynchronous copies, compute capability 8.6 and 8.9.
