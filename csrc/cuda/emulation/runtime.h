@@ -227,6 +227,9 @@ void multiply(const Wgmma &product, int warp, Block &block);
 // Runs every block of the grid; cudaErrorLaunchFailure where one was stopped.
 cudaError_t run_grid(const char *kernel, dim3 grid, dim3 threads, int shared_bytes, const std::function<void()> &body);
 
+// What a block may ask for on the device that the seed draws.
+int shared_bytes_of_device();
+
 // Clocks of all warps: the later of each.
 void join(std::vector<uint32_t> &into, const std::vector<uint32_t> &other);
 std::string text(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -10,9 +10,8 @@ struct Launch {
     int most_shared_bytes = 0;
 };
 
-// Of the smallest chips that have asynchronous copies, compute capability 8.6 and 8.9.
 inline cudaError_t max_shared_bytes(int *bytes) {
-    *bytes = 99 * 1024;
+    *bytes = emulation::shared_bytes_of_device();
     return cudaSuccess;
 }
 
