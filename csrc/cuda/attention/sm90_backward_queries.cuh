@@ -6,8 +6,9 @@
 // Algorithm  A block owns 128 queries of one head, with their rows of q and grad_out in shared memory, and has three warpgroups. The first walks over
 //            the tiles of 64 keys that the mask does not leave empty, as in sm90_forward.cuh, into rings for k and v. A step is one tile, or two of
 //            narrow heads. The other warpgroups have 64 queries each, with their gradient in registers. Of a step they issue S = Q K^T, then dQ +=
-//            dS K of the step before and dP = dO V^T; e of the scores is worked out while those two run, ds once they have. They issue by turns, so
-//            that one works out e and ds while the other multiplies.
+//            dS K of the step before and dP = dO V^T; e of the scores is worked out while dP runs, ds once it has. (The wait for S is one for dQ
+//            too: ptxas counts each product as a group. Waiting for S alone takes a dQ in every step, also the first, and registers that EXTRAS
+//            of wide heads lacks.) They issue by turns, so that one works out e and ds while the other multiplies.
 // Measured   Not run on a GPU yet; checked in emulation. No spills; a step of full tiles takes a warp 417 instructions, of two tiles of narrow heads
 //            639, where the products of both warpgroups take the tensor cores 1,536 cycles at their peak.
 #pragma once
