@@ -13,10 +13,11 @@ import importlib
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,8 @@ forced: str = check_backend_name(os.environ.get("FASTATTN_BACKEND", ""), "FASTAT
 _blocks: list[list[str]] = [[forced]]
 """The backend of the environment, and that of each `use_backend` block that has not ended, the newest last."""
 
+_blocks_lock = threading.Lock()  # outside of it `forced` is the newest block's
+
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
@@ -106,14 +109,21 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     global forced
     block = [check_backend_name(name or "")]
-    _blocks.append(block)
-    forced = _blocks[-1][0]
+    with _alone():
+        _blocks.append(block)
+        forced = _blocks[-1][0]
     try:
         yield
     finally:
         # Blocks of several threads need not end in the order in which they began.
-        del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
-        forced = _blocks[-1][0]
+        with _alone():
+            del _blocks[next(i for i, other in enumerate(_blocks) if other is block)]
+            forced = _blocks[-1][0]
+
+
+def _alone() -> AbstractContextManager[object]:
+    """The lock of the blocks. torch.compile has no way to take one, and runs a block while it traces."""
+    return nullcontext() if torch.compiler.is_compiling() else _blocks_lock
 
 
 def backends() -> dict[str, str | None]:

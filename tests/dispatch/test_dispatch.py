@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import pickle
 import sys
+import threading
 import types
 import warnings
 
@@ -279,3 +280,26 @@ def test_blocks_of_threads_that_end_out_of_order_leave_nothing_behind(monkeypatc
     assert dispatch.forced == "cpu"
     second.__exit__(None, None, None)
     assert dispatch.forced == ""
+
+
+def test_blocks_of_two_threads_may_end_at_once(install, monkeypatch):
+    found, gone = threading.Event(), threading.Event()
+
+    class Blocks(list):
+        def __delitem__(self, index):
+            if index == 2:  # the first block would end now, and this one would no longer be here
+                found.set()
+                gone.wait(0.2)
+            super().__delitem__(index)
+
+    monkeypatch.setattr(dispatch, "_blocks", Blocks([[""]]))
+    first, second = fastattn.use_backend("reference"), fastattn.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    thread = threading.Thread(target=second.__exit__, args=(None, None, None))
+    thread.start()
+    assert found.wait(60)
+    first.__exit__(None, None, None)
+    gone.set()
+    thread.join()
+    assert dispatch._blocks == [[""]] and dispatch.forced == ""

@@ -122,6 +122,19 @@ def test_use_backend_reaches_a_compiled_function():
     compiled(x)
 
 
+def test_a_use_backend_block_may_stand_in_a_compiled_function():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(x, name):
+        with fastattn.use_backend(name):
+            return fastattn.layer_norm(x)
+
+    x = torch.randn(2, 8)
+    assert torch.equal(call(x, "reference"), fastattn.layer_norm(x, backend="reference"))
+    with pytest.raises(fastattn.NotSupported):
+        call(x, "cuda")
+    assert fastattn.dispatch.forced == ""
+
+
 def test_wrong_arguments_keep_their_error():
     with pytest.raises(Exception, match="q has 3 dimensions"):
         torch.compile(fastattn.attention, backend="aot_eager")(*(torch.randn(2, 3, 8) for _ in range(3)))
