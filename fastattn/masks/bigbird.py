@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -153,15 +154,20 @@ class _RandomBlocks(Mask):
         offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
         first, last = offset // self.block, (offset + max(size.len_q, 1) - 1) // self.block
         drawn = _draw(first, last, -(-size.len_k // self.block), *self.parts()[1:5])
-        return first, drawn.to(device)
+        return first, torch.from_numpy(drawn).to(device)
 
     def __repr__(self) -> str:
         return f"RandomBlocks{self.parts()}"
 
 
 @functools.lru_cache(maxsize=64)
-def _draw(first: int, last: int, key_blocks: int, reach: int, global_blocks: int, count: int, seed: int) -> Tensor:
-    """The key blocks drawn for query blocks first to last; a block beyond the last key stands for none."""
+def _draw(
+    first: int, last: int, key_blocks: int, reach: int, global_blocks: int, count: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """The key blocks drawn for query blocks first to last; a block beyond the last key stands for none.
+
+    No tensor, which under a FakeTensorMode would be a fake one, remembered for later calls.
+    """
     rows = np.full((last - first + 1, count), HIGHEST, dtype=np.int64)
     for query_block in range(first, last + 1):
         low = min(max(query_block - reach, global_blocks), key_blocks)
@@ -174,4 +180,4 @@ def _draw(first: int, last: int, key_blocks: int, reach: int, global_blocks: int
         chosen = numbers.choice(eligible, min(count, eligible), replace=False) + start
         chosen = np.sort(chosen + (chosen >= low) * (high - low))
         rows[query_block - first, : chosen.size] = chosen
-    return torch.from_numpy(rows)
+    return rows

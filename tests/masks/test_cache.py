@@ -144,3 +144,12 @@ def test_vmapped_and_fake_tensors_are_not_remembered():
         lower(Longformer(8, 2))
     gc.collect()
     assert len(remembered) == 0
+
+
+def test_what_bigbird_draws_under_fake_tensors_is_no_tensor_for_later_calls():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mask = BigBird(5, 3, 1, 2, seed=31)
+    with FakeTensorMode():
+        mask.to_dense(1, 1, 47, 47)
+    assert mask.to_dense(1, 1, 47, 47).any(-1).all()
