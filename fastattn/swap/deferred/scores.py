@@ -91,7 +91,7 @@ def attend(scores: Scores, values: Tensor, backend: str | None) -> Tensor:
     seed = None
     if scores.dropout_p:
         (seeds,) = scores.seeds
-        seed = seeds[0] if seeds else torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+        seed = seeds[0] if seeds else torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
         seeds[:] = [seed]
     # Outputs lie as (B, Sq, H, Dv) in memory: with one of B and H of one entry that is contiguous either way.
     turn = q.shape[0] == 1 and q.shape[1] == k.shape[1] and q.shape[1] > 1 and len(lead) != 2
@@ -117,7 +117,7 @@ def attend(scores: Scores, values: Tensor, backend: str | None) -> Tensor:
 def drawn_weights(scores: Scores, backend: str | None) -> Tensor:
     """Weights after the dropout that their product with values had: that with columns of the identity."""
     size = scores.k.shape[-2]
-    identity = torch.eye(size, dtype=scores.q.dtype)
+    identity = torch.eye(size, dtype=scores.q.dtype, device=scores.q.device)
     return torch.cat([attend(scores, part, backend) for part in identity.split(MAX_HEAD_DIM, dim=-1)], dim=-1)
 
 
@@ -209,14 +209,16 @@ def _is_causal(t: Tensor, q: Tensor, k: Tensor, outside: bool | float) -> bool:
         return False
     if outside is not True and not outside <= HUGE:
         return False
-    return torch.equal(t[0, 0], _causal(rows, columns, t.dtype, outside))
+    return torch.equal(t[0, 0], _causal(rows, columns, t.dtype, outside, t.device))
 
 
 @functools.lru_cache(maxsize=4)
-def _causal(rows: int, columns: int, dtype: torch.dtype, outside: bool | float) -> Tensor:
+def _causal(rows: int, columns: int, dtype: torch.dtype, outside: bool | float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        above = torch.ones(rows, columns, dtype=torch.bool).triu(1 + columns - rows)
-        return above if outside is True else torch.zeros(rows, columns, dtype=dtype).masked_fill(above, outside)
+        above = torch.ones(rows, columns, dtype=torch.bool, device=device).triu(1 + columns - rows)
+        if outside is True:
+            return above
+        return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill(above, outside)
 
 
 def may_be_attended(q: Tensor, k: Tensor) -> bool:

@@ -354,7 +354,7 @@ def _asked(function: Function, args: Args, kwargs: Kwargs) -> Any:
 def _new(function: Function, args: Args, kwargs: Kwargs) -> Any:
     if not isinstance(args[0], Deferred) or any(isinstance(value, Deferred) for value in args[1:]):
         return NotImplemented
-    like = torch.empty(0, dtype=args[0].node.dtype)
+    like = torch.empty(0, dtype=args[0].node.dtype, device="cpu")
     return function(like, *args[1:], **kwargs)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import swap
+from fastattn.swap.deferred import scores
 from fastattn.swap.deferred.tensor import Deferred
 from fastattn.swap.recipes import free_linear, written_out
 
@@ -339,9 +340,27 @@ def test_what_torch_does_to_modules_it_does_to_the_original(module: Attention, r
 def test_a_default_device_changes_nothing(module: Attention) -> None:
     expected = module(X)
     report = swap(module)
+    scores._causal.cache_clear()
     with report.counting(), torch.device("meta"):
         torch.testing.assert_close(module(X), expected)
+        drawn = module.train()(X)
+        assert drawn.is_cpu and not torch.equal(drawn, expected)
     assert report.all_called and not row_of(report).fallbacks
+    torch.testing.assert_close(module.eval()(X), expected)
+
+
+def test_a_default_device_does_not_move_weights_that_are_kept() -> None:
+    class Asks(Keeps):
+        def attend(self, q, k, v):
+            self.last = self.drop((q @ k.mT).softmax(-1))
+            self.kept = self.last.new_zeros(2)
+            return self.last @ v
+
+    module = Asks(dropout=0.5)
+    swap(module, linears=False)
+    with torch.device("meta"):
+        _, weights = module(X)
+    assert weights.is_cpu and module.kept.is_cpu
 
 
 def test_on_another_device_it_is_left_with_a_reason(module: Attention) -> None:
