@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastattn.cli.console import wide_console
 from fastattn.cli.support import COLUMNS, refused_operations, support_table
-from fastattn.dispatch import FASTER, ORDER, backends
+from fastattn.dispatch import FASTER, FIRST_TRITON, ORDER, backends
 from fastattn.environment import environment, instruction_sets, version_of
 
 
@@ -26,6 +26,12 @@ def _cuda_architectures() -> list[str]:
     return cuda.architectures()
 
 
+def _faster() -> dict[str, tuple[str, ...]]:
+    """Which calls go by another order than their device's."""
+    measured = {f"{op} on compute capability {major}": names for (op, major), names in FASTER.items()}
+    return {**measured, "decoding, and attention with gradients, on any GPU": FIRST_TRITON}
+
+
 def facts() -> dict[str, object]:
     """Everything that `fastattn info` shows, as JSON holds it."""
     _, available = instruction_sets()
@@ -38,7 +44,7 @@ def facts() -> dict[str, object]:
         "backends": {name: reason or "usable" for name, reason in backends().items()},
         "refused_operations": {name: refused_operations(name) for name in COLUMNS},
         "order": {device: list(names) for device, names in ORDER.items()},
-        "faster": {f"{op} on compute capability {major}": list(names) for (op, major), names in FASTER.items()},
+        "faster": {calls: list(names) for calls, names in _faster().items()},
     }
 
 
@@ -77,5 +83,5 @@ def info(
     console.print(table, highlight=False)
     for device, names in ORDER.items():
         console.print(f"on {device} tensors: {', then '.join(names)}", highlight=False)
-    for (op, major), names in FASTER.items():
-        console.print(f"{op} on compute capability {major}: {', then '.join(names)}", highlight=False)
+    for calls, names in _faster().items():
+        console.print(f"{calls}: {', then '.join(names)}", highlight=False)

@@ -46,6 +46,11 @@ def test_info_as_json():
         assert found["instruction_set"] is None
 
 
+def test_info_says_which_calls_triton_runs_first():
+    assert "decoding, and attention with gradients, on any GPU: triton, then cuda, then reference" in _run("info")
+    assert list(dispatch.FIRST_TRITON) in json.loads(_run("info", "--json"))["faster"].values()
+
+
 def test_explain_says_who_runs_a_call_and_why_others_do_not():
     found = json.loads(_run("explain", "--shape", "1,4,2,7,9,24", "--dtype", "float64", "--mask", "causal", "--json"))
     assert found["chosen"] == "reference" and "heads_kv=2" in found["problem"] and "band=True" in found["problem"]
