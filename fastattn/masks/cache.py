@@ -51,9 +51,10 @@ class Cache:
         """The value remembered for `key` and these objects, or `make()`, remembered.
 
         watched: tensors and functions whose identity is part of the key. A value made under a dispatch mode, as
-        torch.func's wrapper or from inference tensors, whose writes torch does not count, is not remembered.
+        torch.func's wrapper, from inference tensors, whose writes torch does not count, or from a function to which
+        there are no weak references, is not remembered.
         """
-        if _get_current_dispatch_mode() is not None or any(_is_uncounted(x) for x in watched):
+        if _get_current_dispatch_mode() is not None or any(_is_unwatchable(x) for x in watched):
             return make()
         full = (key, tuple((id(x), x._version if isinstance(x, Tensor) else 0) for x in watched))
         with self._lock:
@@ -105,5 +106,7 @@ def _is_wrapped(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor)) or type(tensor) is not Tensor
 
 
-def _is_uncounted(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_inference() or _is_wrapped(value))
+def _is_unwatchable(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_inference() or _is_wrapped(value)
+    return type(value).__weakrefoffset__ == 0  # an instance of a class with __slots__, say

@@ -64,7 +64,8 @@ class Predicate(Mask):
     tiles of 64 x 64, never on Sq x Skv, once per mask and shapes, and its results are kept: what it captures must not
     change. It promises memory, not time: every tile is evaluated that no mask joined by `&` hides as a whole.
 
-    Raises TypeError where fn is no function, and on use where it returns no bool tensor.
+    Raises TypeError where fn is no function, and on use where it returns no bool tensor, ValueError where that does not
+    broadcast to the shape of the indices.
     """
 
     def __init__(self, fn: Rule) -> None:
@@ -92,6 +93,13 @@ class Predicate(Mask):
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             found = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
             raise TypeError(f"Predicate: fn returned {found}: return a bool tensor, True where visible")
+        shape = torch.broadcast_shapes(*(index.shape for index in at[:4]))
+        sizes = zip(seen.shape[::-1], shape[::-1], strict=False)
+        if seen.dim() > len(shape) or any(own not in (1, size) for own, size in sizes):
+            raise ValueError(
+                f"Predicate: fn returned a tensor of shape {tuple(seen.shape)}, which does not broadcast to the "
+                f"{tuple(shape)} of its indices: index a tensor that it captures by them, as in table[h]"
+            )
         return seen
 
     def __repr__(self) -> str:

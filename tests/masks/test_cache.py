@@ -146,6 +146,18 @@ def test_vmapped_and_fake_tensors_are_not_remembered():
     assert len(remembered) == 0
 
 
+def test_a_function_without_weak_references_is_called_anew():
+    class Even:
+        __slots__ = ()
+
+        def __call__(self, b, h, q, k):
+            return (q - k) % 2 == 0
+
+    function = Even()
+    first, again = lower(Predicate(function)), lower(Predicate(function))
+    assert torch.equal(first.blocks.bitmaps, again.blocks.bitmaps) and len(remembered) == 0
+
+
 def test_what_bigbird_draws_under_fake_tensors_is_no_tensor_for_later_calls():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

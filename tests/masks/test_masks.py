@@ -201,6 +201,16 @@ def test_a_predicate_returns_a_bool_tensor(result, found):
         Predicate(lambda b, h, q, k: result).lower(1, 1, 3, 5, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (5, 1), (1, 1, 1, 1, 1)])
+def test_what_a_predicate_returns_broadcasts_to_its_indices(shape):
+    captured = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"Predicate: fn returned a tensor of shape .*by them, as in table\[h\]"):
+        Predicate(lambda b, h, q, k: captured & (k <= q)).lower(1, 3, 7, 9, torch.device("cpu"))
+    table = torch.tensor([True, False, True])
+    seen = Predicate(lambda b, h, q, k: table[h]).to_dense(1, 3, 7, 9)
+    assert torch.equal(seen, table.view(1, 3, 1, 1).expand(1, 3, 7, 9))
+
+
 def test_equality_is_of_construction_and_tensors_by_identity():
     lengths, other = torch.tensor([1, 2]), torch.tensor([1, 2])
     same = [
