@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import pickle
 import sys
 import threading
@@ -306,6 +307,35 @@ def test_a_copy_is_not_packed() -> None:
             copied[2].weight.zero_()
         assert torch.equal(run(copied, x), copied[2].bias.expand(ROWS, -1))
     assert handle.bytes == size and torch.equal(run(model, x), before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+def test_a_worker_forked_after_a_call_on_one_thread_may_use_several(fresh_process) -> None:
+    script = """
+import os, time, torch, fastattn
+from torch import nn
+model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).eval()
+fastattn.swap(model)
+handle = fastattn.prepack(model)
+x = torch.randn(200, 64)
+torch.set_num_threads(1)
+with torch.inference_mode():
+    expected = model(x)
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(2)
+        right = torch.allclose(model(x), expected, atol=1e-5) and all(row.action == "packed" for row in handle.rows)
+        os._exit(0 if right else 3)
+for _ in range(600):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    time.sleep(0.1)
+os.kill(child, 9)
+raise SystemExit("the worker hangs")
+"""
+    run = fresh_process(script)
+    assert run.returncode == 0, run.stderr
 
 
 def test_another_dtype_frees_what_was_packed_of_the_old_one() -> None:
