@@ -57,6 +57,23 @@ def check_device(name: str, value: Tensor, main_name: str, main: Tensor) -> None
         )
 
 
+def check_int32(name: str, value: Tensor, main_name: str, main: Tensor) -> None:
+    """TypeError unless `value` is an int32 tensor, ValueError unless it lies on the device of `main`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int32:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is of {kind}: pass an int32 tensor, for example {name}.to(torch.int32)")
+    check_device(name, value, main_name, main)
+
+
+def check_cu_seqlens(name: str, value: Tensor, main_name: str, main: Tensor) -> None:
+    """An error unless `value` has the form of bounds of packed sequences; a backend checks its numbers."""
+    check_int32(name, value, main_name, main)
+    if value.dim() != 1 or value.shape[0] == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: pass (sequences + 1,), from 0 to the number of tokens"
+        )
+
+
 def check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     """ValueError unless `value` has the expected shape; `meaning` says where that comes from."""
     if value.shape != expected:

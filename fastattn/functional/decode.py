@@ -10,7 +10,14 @@ from torch import Tensor
 from fastattn import biases
 from fastattn.biases.lowered import NO_BIAS, LoweredBias, hide, hide_keys
 from fastattn.functional.attention import MAX_HEAD_DIM, check_scores, check_sinks, lower_mask_and_bias
-from fastattn.functional.checks import check_device, check_shape, check_tensor, is_batched, resolve_backend
+from fastattn.functional.checks import (
+    check_device,
+    check_int32,
+    check_shape,
+    check_tensor,
+    is_batched,
+    resolve_backend,
+)
 from fastattn.masks import LoweredMask, Mask
 from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
 from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
@@ -154,13 +161,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tenso
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} but q {q.dtype}: keep the cache in q's dtype")
         check_device(name, tensor, "q", q)
-    for name, ints in (("cache_lengths", lengths), ("block_table", table)):
-        if ints is None and name == "block_table":
-            continue
-        if not isinstance(ints, Tensor) or ints.dtype != torch.int32:
-            kind = ints.dtype if isinstance(ints, Tensor) else type(ints).__name__
-            raise TypeError(f"{name} is of {kind}: pass an int32 tensor, for example {name}.to(torch.int32)")
-        check_device(name, ints, "q", q)
+    check_int32("cache_lengths", lengths, "q", q)
+    if table is not None:
+        check_int32("block_table", table, "q", q)
     batch, heads_q, _, dim = q.shape
     check_shape("cache_lengths", lengths, (batch,), "the number of keys in use per sequence")
     if k.shape[:3] != v.shape[:3]:

@@ -13,7 +13,7 @@ from fastattn.functional.attention import MAX_HEAD_DIM, lower_mask_and_bias
 from fastattn.functional.checks import (
     check_activation,
     check_beside,
-    check_device,
+    check_cu_seqlens,
     check_number,
     check_shape,
     check_tensor,
@@ -133,7 +133,11 @@ def encoder_layer(
     scale = 1.0 / math.sqrt(features // heads) if scale is None else check_number("scale", scale)
     lowered = NOTHING_HIDDEN
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, mask, x)
+        if mask is not None:
+            raise ValueError(
+                "mask is given beside cu_seqlens: pass padded (B, S, E) with a mask, or packed rows without"
+            )
+        check_cu_seqlens("cu_seqlens", cu_seqlens, "x", x)
     elif mask is not None:
         lowered = _lower(mask, x, heads)
     if would_be_differentiated(x, *weights):
@@ -176,17 +180,6 @@ def _check_weights(
         if bias is not None:
             check_beside(name, bias, "x", x, float32_too=False)
             check_shape(name, bias, x.shape[-1:], "one element per feature of x")
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, mask: Mask | Tensor | None, x: Tensor) -> None:
-    if mask is not None:
-        raise ValueError("mask is given beside cu_seqlens: pass padded (B, S, E) with a mask, or packed rows without")
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        kind = str(cu_seqlens.dtype) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens is of {kind}: pass an int32 tensor of shape (sequences + 1,)")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: pass an int32 tensor (sequences + 1,)")
-    check_device("cu_seqlens", cu_seqlens, "x", x)
 
 
 def _lower(mask: Mask | Tensor, x: Tensor, heads: int) -> LoweredMask:

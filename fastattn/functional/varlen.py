@@ -15,7 +15,7 @@ from fastattn.functional.attention import (
     complete,
     lower_mask_and_bias,
 )
-from fastattn.functional.checks import check_device, is_batched
+from fastattn.functional.checks import check_cu_seqlens, is_batched
 from fastattn.masks import Mask
 from fastattn.masks.lowered import PackedSize
 from fastattn.ops.attention import attend
@@ -153,7 +153,7 @@ def _check_packing(
     check_heads(heads_q, heads_kv, dim, v.shape[2])
     lengths = []
     for side, cu_seqlens, longest in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
-        _check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, q)
+        check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, "q", q)
         lengths.append(_longest(f"max_seqlen_{side}", cu_seqlens, longest))
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -161,17 +161,6 @@ def _check_packing(
             "than there are sequences in both"
         )
     return Packed(cu_seqlens_q, cu_seqlens_k, *lengths)
-
-
-def _check_cu_seqlens(name: str, value: Tensor, q: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.dtype != torch.int32:
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is of {kind}: pass an int32 tensor, for example {name}.to(torch.int32)")
-    if value.dim() != 1 or value.shape[0] == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: pass (sequences + 1,), from 0 to the number of tokens"
-        )
-    check_device(name, value, "q", q)
 
 
 def _longest(name: str, cu_seqlens: Tensor, given: int | None) -> int:
