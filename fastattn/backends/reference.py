@@ -6,14 +6,12 @@ It keeps Sq x Skv matrices and is slow. Half inputs are computed in float32 and 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastattn.backends.plain import plain
 from fastattn.backends.views import as_matrix
 from fastattn.biases.lowered import LoweredBias, expand, gradients
 from fastattn.masks.lowered import LoweredMask, visible
@@ -35,9 +33,6 @@ from fastattn.reference.norm import add_residual, dropout_factor, normalise
 
 NAME = "reference"
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
 
 def unavailable_reason() -> str | None:
     """Always None: plain PyTorch runs everywhere."""
@@ -49,19 +44,7 @@ def not_supported_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def _plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Without autograd, and without autocast, which would otherwise reach the matrix products inside an operator."""
-
-    @functools.wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_plain
+@plain
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -126,7 +109,7 @@ def _forward(
     return result, lse
 
 
-@_plain
+@plain
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -241,7 +224,7 @@ class _Padded:
         return expand(bias, (self.packed.batch, 0, len_q, len_k), self.position(bias))
 
 
-@_plain
+@plain
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -281,7 +264,7 @@ def attention_decode(
     return result.transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
-@_plain
+@plain
 def norm_forward(
     x: Tensor,
     weight: Tensor | None,
@@ -302,7 +285,7 @@ def norm_forward(
     return y.to(x.dtype), (x.new_empty(0) if z is x else z), mean, rstd
 
 
-@_plain
+@plain
 def norm_backward(
     grad_y: Tensor,
     grad_z: Tensor | None,
@@ -343,7 +326,7 @@ def norm_backward(
     )
 
 
-@_plain
+@plain
 def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
@@ -353,7 +336,7 @@ def linear_act_forward(
     return y, pre.to(x.dtype) if save_pre and activation != "none" else x.new_empty(0)
 
 
-@_plain
+@plain
 def linear_act_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -371,7 +354,7 @@ def linear_act_backward(
     return _linear_gradients(dpre, x, weight, x_requires_grad, weight_requires_grad, bias_requires_grad, x.dtype)
 
 
-@_plain
+@plain
 def ffn_forward(
     x: Tensor,
     w1: Tensor,
@@ -389,7 +372,7 @@ def ffn_forward(
     return y, pre.to(x.dtype) if save_pre else x.new_empty(0)
 
 
-@_plain
+@plain
 def ffn_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -415,7 +398,7 @@ def ffn_backward(
     return dx, dw1, db1, dw2, db2
 
 
-@_plain
+@plain
 def gated_ffn_forward(
     x: Tensor,
     w_gate: Tensor,
@@ -437,7 +420,7 @@ def gated_ffn_forward(
     return y, gate.to(x.dtype), up.to(x.dtype)
 
 
-@_plain
+@plain
 def gated_ffn_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -477,7 +460,7 @@ def gated_ffn_backward(
     return dx, dwg, dbg, dwu, dbu, dwd, dbd
 
 
-@_plain
+@plain
 def encoder_layer_forward(
     x: Tensor,
     wq: Tensor,

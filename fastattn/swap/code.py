@@ -34,7 +34,7 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]], ignored
         return False
     if _constant(one.__kwdefaults__) != _constant(other.__kwdefaults__):
         return False
-    pairs = [(_global(one, name), _global(other, name)) for name in _globals(one.__code__) if name != ignored]
+    pairs = [(global_named(one, name), global_named(other, name)) for name in _globals(one.__code__) if name != ignored]
     # Equal instructions close over as many variables.
     for cell, other_cell in zip(one.__closure__ or (), other.__closure__ or (), strict=True):
         pairs.append((cell.cell_contents, other_cell.cell_contents))
@@ -72,5 +72,6 @@ def _globals(code: types.CodeType) -> set[str]:
     return names
 
 
-def _global(function: types.FunctionType, name: str) -> object:
+def global_named(function: types.FunctionType, name: str) -> object:
+    """What a name that the function does not bind itself stands for in it; None where it stands for nothing."""
     return function.__globals__[name] if name in function.__globals__ else getattr(builtins, name, None)

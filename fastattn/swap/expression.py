@@ -17,7 +17,6 @@ no, as it is of inputs on a CPU or a GPU of CUDA.
 
 from __future__ import annotations
 
-import builtins
 import dis
 import inspect
 import operator
@@ -31,6 +30,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fastattn.swap.code import global_named
 
 MAX_INPUTS = 2
 _MAX_INSTRUCTIONS = 120
@@ -246,7 +247,7 @@ def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
             if module is None and not _is_harmless(found, instruction.argval):
                 return False
         elif instruction.opname == "LOAD_GLOBAL":
-            module = _torchs_module(_global(function, instruction.argval))
+            module = _torchs_module(global_named(function, instruction.argval))
         elif is_load and instruction.argval.startswith("__"):
             return False
     return module is None
@@ -308,10 +309,6 @@ def _is_branch(instruction: dis.Instruction) -> bool:
     return _BRANCHES.fullmatch(instruction.opname) is not None and instruction.argval > instruction.offset
 
 
-def _global(function: types.FunctionType, name: str) -> object:
-    return function.__globals__[name] if name in function.__globals__ else getattr(builtins, name, None)
-
-
 def _is_harmless(value: object, name: str) -> bool:
     """A dtype of torch, or a function of it under its own name: numbers may be bound anew, and what was read with them
     would be stale. Or transformers' table of activations."""
@@ -348,7 +345,7 @@ def _on_symbols(function: types.FunctionType) -> types.FunctionType:
     scope: dict[str, Any] = {}
     for instruction in dis.get_instructions(function):
         if instruction.opname == "LOAD_GLOBAL":
-            name, value = instruction.argval, _global(function, instruction.argval)
+            name, value = instruction.argval, global_named(function, instruction.argval)
             if name == _TABLE and _is_table(value):
                 scope[name] = _Table()
             elif _AVAILABLE.fullmatch(name) and isinstance(value, types.FunctionType) and not argument_count(value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.codes import ACTIVATIONS, DTYPES
+from fastattn.backends.codes import ACTIVATIONS, DTYPES, dtype_code
 from fastattn.backends.cpu.library import native
 from fastattn.backends.views import address, mask_arguments
 from fastattn.masks.lowered import LoweredMask
@@ -72,8 +72,4 @@ def encoder_layer_forward(
 
 
 def _norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[int, int, int, int, float]:
-    return address(weight), address(bias), _code(weight), _code(bias), eps
-
-
-def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else DTYPES[tensor.dtype]
+    return address(weight), address(bias), dtype_code(weight), dtype_code(bias), eps

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn.backends.codes import DTYPES
+from fastattn.backends.codes import DTYPES, dtype_code
 from fastattn.backends.cpu.library import NOTHING, dropout_arguments, native
 from fastattn.backends.views import address
 
@@ -40,7 +40,7 @@ def norm_forward(
         torch.get_num_threads(),
         rows,
         width,
-        (DTYPES[x.dtype], _code(residual), DTYPES[z_dtype], _code(weight), _code(bias)),
+        (DTYPES[x.dtype], dtype_code(residual), DTYPES[z_dtype], dtype_code(weight), dtype_code(bias)),
         z.data_ptr(),
         address(weight),
         mean.data_ptr(),
@@ -82,7 +82,7 @@ def norm_backward(
         torch.get_num_threads(),
         z.numel() // max(width, 1),
         width,
-        (DTYPES[x_dtype], DTYPES[z.dtype], DTYPES[z.dtype], _code(weight), 0),
+        (DTYPES[x_dtype], DTYPES[z.dtype], DTYPES[z.dtype], dtype_code(weight), 0),
         z.data_ptr(),
         address(weight),
         mean.data_ptr(),
@@ -97,7 +97,3 @@ def norm_backward(
         dbias.data_ptr(),
     )
     return dx, dresidual, dweight.to(dweight_dtype or dweight.dtype), dbias.to(dbias_dtype or dbias.dtype)
-
-
-def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else DTYPES[tensor.dtype]

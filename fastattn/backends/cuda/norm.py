@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.backends.codes import DTYPES
+from fastattn.backends.codes import DTYPES, dtype_code
 from fastattn.backends.cuda.library import device_reasons, dropout_arguments, load, multiprocessors, place
 from fastattn.backends.views import address
 from fastattn.problems import NormProblem
@@ -63,7 +63,7 @@ def norm_forward(
         y=y.data_ptr(),
         mean=mean.data_ptr(),
         rstd=rstd.data_ptr(),
-        dtypes=(DTYPES[x.dtype], _code(residual), DTYPES[z_dtype], _code(weight), _code(bias)),
+        dtypes=(DTYPES[x.dtype], dtype_code(residual), DTYPES[z_dtype], dtype_code(weight), dtype_code(bias)),
         is_rms=kind == "rms",
         rows=rows,
         width=width,
@@ -116,7 +116,7 @@ def norm_backward(
         grad_weight=dweight.data_ptr(),
         grad_bias=dbias.data_ptr(),
         parts_of_sums=sums.data_ptr(),
-        dtypes=(DTYPES[x_dtype], DTYPES[z.dtype], _code(weight), DTYPES[dweight.dtype], DTYPES[dbias.dtype]),
+        dtypes=(DTYPES[x_dtype], DTYPES[z.dtype], dtype_code(weight), DTYPES[dweight.dtype], DTYPES[dbias.dtype]),
         is_rms=kind == "rms",
         rows=rows,
         width=width,
@@ -126,7 +126,3 @@ def norm_backward(
         **place(z),
     )
     return dx, dresidual, dweight, dbias
-
-
-def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else DTYPES[tensor.dtype]

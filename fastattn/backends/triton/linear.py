@@ -6,23 +6,18 @@ activated again in backward, in the kernel that also makes its gradient and the 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fastattn.backends.codes import ACTIVATIONS
+from fastattn.backends.plain import plain
 from fastattn.backends.triton.launch import launch
 from fastattn.backends.views import as_matrix, weight_gradient
 from fastattn.problems import LinearProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_R, _BLOCK_C = 16, 128
@@ -44,20 +39,7 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
     return reasons
 
 
-def _plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Without autograd and without autocast, which would reach the matrix products."""
-
-    @functools.wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        has_autocast = torch.amp.is_autocast_available(device)
-        with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_plain
+@plain
 def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +49,7 @@ def linear_act_forward(
     return _project(x, weight, bias, activation, save_pre)
 
 
-@_plain
+@plain
 def linear_act_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -88,7 +70,7 @@ def linear_act_backward(
     return dx, _grad_weight(grad_pre, x, weight, weight_requires_grad), dbias
 
 
-@_plain
+@plain
 def ffn_forward(
     x: Tensor,
     w1: Tensor,
@@ -105,7 +87,7 @@ def ffn_forward(
     return functional.linear(hidden, w2, b2), pre
 
 
-@_plain
+@plain
 def ffn_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -136,7 +118,7 @@ def ffn_backward(
     return dx, dw1, found["pre_sums"], dw2, _column_sums(grad_y, b2_requires_grad)
 
 
-@_plain
+@plain
 def gated_ffn_forward(
     x: Tensor,
     w_gate: Tensor,
@@ -156,7 +138,7 @@ def gated_ffn_forward(
     return functional.linear(hidden, w_down, b_down), gate, up if save_pre else x.new_empty(0)
 
 
-@_plain
+@plain
 def gated_ffn_backward(
     grad_y: Tensor,
     x: Tensor,
