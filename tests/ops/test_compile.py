@@ -135,6 +135,19 @@ def test_a_use_backend_block_may_stand_in_a_compiled_function():
     assert fastattn.dispatch.forced == ""
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_mask_of_blocks_lowered_before_is_exported(strict):
+    class Attend(torch.nn.Module):
+        def forward(self, q):
+            return fastattn.attention(q, q, q, mask=lowered)
+
+    q = torch.randn(1, 2, 70, 8)
+    mask = fastattn.masks.BigBird(8, 3, 1, 1)
+    lowered = mask.lower(1, 2, 70, 70, q.device)
+    exported = torch.export.export(Attend(), (q,), strict=strict)
+    assert torch.equal(exported.module()(q), fastattn.attention(q, q, q, mask=mask))
+
+
 def test_wrong_arguments_keep_their_error():
     with pytest.raises(Exception, match="q has 3 dimensions"):
         torch.compile(fastattn.attention, backend="aot_eager")(*(torch.randn(2, 3, 8) for _ in range(3)))
