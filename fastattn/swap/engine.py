@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import nn
 
 from fastattn.dispatch import backends, check_backend_name
@@ -115,27 +117,30 @@ class _Change:
         )
 
     def apply(self) -> None:
-        for target in self.targets:
-            state = target.module.__dict__
-            target.module.__class__ = target.recipe.swapped
-            off = frozenset(target.recipe.kernels) - target.parts
-            if off:
-                state["fastattn_off"] = off
-            if self.backend is not None:
-                state["fastattn_backend"] = self.backend
-            if self.strict:
-                state["fastattn_strict"] = True
-            if target.recipe.weighs(target.module):
-                state["fastattn_forms_weights"] = True
-        for move in self.moves:
-            move.apply()
+        """Sets all of them, or, where a module refuses its class, none."""
+        with contextlib.ExitStack() as taken_back:
+            for target in self.targets:
+                state = target.module.__dict__
+                target.module.__class__ = target.recipe.swapped
+                taken_back.callback(_give_back, target)
+                off = frozenset(target.recipe.kernels) - target.parts
+                if off:
+                    state["fastattn_off"] = off
+                if self.backend is not None:
+                    state["fastattn_backend"] = self.backend
+                if self.strict:
+                    state["fastattn_strict"] = True
+                if target.recipe.weighs(target.module):
+                    state["fastattn_forms_weights"] = True
+            for move in self.moves:
+                move.apply()
+                taken_back.callback(move.undo)
+            taken_back.pop_all()
 
     def undo(self) -> None:
         self._check_unchanged()
         for target in self.targets:
-            target.module.__class__ = target.recipe.original
-            for name in _STATE:
-                target.module.__dict__.pop(name, None)
+            _give_back(target)
         for move in self.moves:
             move.undo()
 
@@ -159,3 +164,10 @@ class _Change:
                         f"undo: a {type(holder).__name__} has another config than the one that swap set; put it back "
                         "first (nothing was undone)"
                     )
+
+
+def _give_back(target: Target) -> None:
+    """The class that the module had, and nothing of the swap's state."""
+    target.module.__class__ = target.recipe.original
+    for name in _STATE:
+        target.module.__dict__.pop(name, None)

@@ -78,6 +78,28 @@ def test_undo_refuses_a_module_that_changed_class_and_changes_nothing() -> None:
     assert classes(model) == [nn.Sequential, nn.LayerNorm, nn.LayerNorm]
 
 
+def test_a_module_that_refuses_its_class_leaves_nothing_swapped(tiny_bert) -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+        def __setattr__(self, name, value):
+            if name == "__class__":
+                raise AttributeError("frozen")
+            super().__setattr__(name, value)
+
+        def forward(self, x):
+            return self.down(self.act(self.up(x)))
+
+    model = nn.Sequential(tiny_bert(), nn.LayerNorm(8), Frozen())
+    before, config = classes(model), model[0].config
+    with pytest.raises(AttributeError, match="frozen"):
+        swap(model, backend="reference")
+    assert classes(model) == before and model[0].config is config
+    assert not any(name.startswith("fastattn") for module in model.modules() for name in vars(module))
+
+
 def test_undo_refuses_a_replaced_config(tiny_bert) -> None:
     model = tiny_bert()
     report = swap(model)
