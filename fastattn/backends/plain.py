@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,13 +16,19 @@ _R = TypeVar("_R")
 
 
 def plain(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Without autograd, and without autocast, which would otherwise reach the matrix products inside an operator."""
+    """Without autograd, and without autocast."""
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-        has_autocast = torch.amp.is_autocast_available(device)
-        with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
+        with torch.no_grad(), without_autocast(device):
             return function(*args, **kwargs)
 
     return run
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast of that type of device would reach the matrix products inside an operator."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

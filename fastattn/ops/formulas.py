@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import dispatch
+from fastattn.backends.plain import without_autocast
 from fastattn.errors import NotSupported
 from fastattn.ops.library import apply_function, invoke
 
@@ -106,7 +107,7 @@ class _Backward(torch.autograd.Function):
                 values[i] = tensor
             return formula.run(*values)
 
-        with _without_autocast(args):
+        with without_autocast(_device(args)):
             found, pull = torch.func.vjp(results, *(args[i] for i in wanted))  # type: ignore[misc]
             cotangents = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=True))
             pulled = pull(cotangents)
@@ -118,13 +119,8 @@ class _Backward(torch.autograd.Function):
 def _run(operator: Callable[..., Any], args: Sequence[Any], what: str) -> Results:
     """The formula's results, for the sake of `what`."""
     _note(operator, args, what)
-    with _without_autocast(args):
+    with without_autocast(_device(args)):
         return _FORMULAS[operator].run(*args)
-
-
-def _without_autocast(args: Sequence[Any]) -> torch.autocast:
-    """It would reach the products inside of an operator."""
-    return torch.autocast(_device(args), enabled=False)
 
 
 def _note(operator: Callable[..., Any], args: Sequence[Any], what: str) -> None:
