@@ -147,7 +147,7 @@ class Check:
         return code, output
 
     def fastattn(self, *arguments: str, seconds: float | None = None, **environment: str) -> tuple[int, str]:
-        return self.run([sys.executable, "-m", "fastattn.cli", *arguments], seconds, **environment)
+        return self.run([sys.executable, "-m", "fastattn", *arguments], seconds, **environment)
 
     @property
     def interpreted(self) -> dict[str, str]:
@@ -313,7 +313,7 @@ def sanitize(check: Check, outcome: Outcome) -> None:
 
     def watch(run: tuple[str, str, str, dict[str, str]]) -> tuple[int, str]:
         tool, backend, op, environment = run
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fastattn.cli"]
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "fastattn"]
         if time.monotonic() >= check.deadline:
             return 124, "it was not begun"
         first, end = SANITIZED.get(op, (0, 3))

@@ -183,11 +183,13 @@ def _check_weights(
 
 
 def _lower(mask: Mask | Tensor, x: Tensor, heads: int) -> LoweredMask:
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        raise TypeError(
-            f"mask has dtype {mask.dtype}: pass a bool tensor, True where visible (mask == 0 for one of 0 and -inf); "
-            "attention(mask=...) takes a float mask to add"
+    if isinstance(mask, Tensor) and mask.dtype not in (torch.bool, torch.int32):
+        remedy = (
+            "mask == 0 for one of 0 and -inf; attention(mask=...) takes a float mask to add"
+            if mask.is_floating_point()
+            else "mask.bool() makes one of zeros and ones"
         )
+        raise TypeError(f"mask has dtype {mask.dtype}: pass a bool tensor, True where visible ({remedy})")
     return lower_mask_and_bias(mask, None, Size(x.shape[0], heads, x.shape[1], x.shape[1]), x)[0]
 
 

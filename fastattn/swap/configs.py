@@ -20,8 +20,8 @@ class ConfigMove:
     old: Any
     new: Any
     holders: list[nn.Module]
-    left_out: frozenset[int]
-    """Ids of the copies, which have moves of their own."""
+    copies: list[Any]
+    """All copies: each has a move of its own. Compared by identity, as a report that was saved finds them again."""
     as_swapped: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """The copy's attributes when the swap was done: the values, and copies of them."""
 
@@ -45,7 +45,8 @@ class ConfigMove:
 
     def _attributes(self) -> dict[str, Any]:
         own = vars(self.new).items()
-        return {name: value for name, value in own if name != _CHOSEN and id(value) not in self.left_out}
+        copies = set(map(id, self.copies))
+        return {name: value for name, value in own if name != _CHOSEN and id(value) not in copies}
 
 
 def config_moves(model: nn.Module, read: Iterable[Any]) -> list[ConfigMove]:
@@ -68,10 +69,10 @@ def config_moves(model: nn.Module, read: Iterable[Any]) -> list[ConfigMove]:
     for config in named.values():
         new = copied[id(config)]
         setattr(new, _CHOSEN if _CHOSEN in vars(new) else "_attn_implementation", _NAME)
-    left_out = frozenset(id(copied[key]) for key in olds)
+    copies = [copied[key] for key in olds]
     return [
         ConfigMove(
-            old, copied[key], [module for module in model.modules() if module.__dict__.get("config") is old], left_out
+            old, copied[key], [module for module in model.modules() if module.__dict__.get("config") is old], copies
         )
         for key, old in olds.items()
     ]

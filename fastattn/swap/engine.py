@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from fastattn.dispatch import backends, check_backend_name
 from fastattn.errors import NotSupported
-from fastattn.swap.configs import config_moves
+from fastattn.swap.configs import ConfigMove, config_moves
 from fastattn.swap.planning import Decision, Target, decide
 from fastattn.swap.recipe import PARTS
 from fastattn.swap.report import NotSwapped, SwapReport
@@ -102,16 +104,45 @@ def _runs_original_code(decision: Decision) -> bool:
     return decision.row.asked and decision.row.action == "left"
 
 
-_STATE = ("fastattn_off", "fastattn_backend", "fastattn_strict", "fastattn_forms_weights")
+@dataclass(frozen=True)
+class _Set:
+    """The class that a swap sets, the one that it replaces, and what it writes on the module. Nothing of the recipe: a
+    report is saved with a model that holds it."""
+
+    path: str
+    module: nn.Module
+    original: type[nn.Module]
+    swapped: type[nn.Module]
+    state: dict[str, Any]
+
+    def apply(self) -> None:
+        self.module.__class__ = self.swapped
+        self.module.__dict__.update(self.state)
+
+    def undo(self) -> None:
+        self.module.__class__ = self.original
+        for name in self.state:
+            self.module.__dict__.pop(name, None)
+
+
+def _set(target: Target, backend: str | None, strict: bool) -> _Set:
+    recipe = target.recipe
+    off = frozenset(recipe.kernels) - target.parts
+    state = {
+        "fastattn_off": off or None,
+        "fastattn_backend": backend,
+        "fastattn_strict": strict or None,
+        "fastattn_forms_weights": recipe.weighs(target.module) or None,
+    }
+    written = {name: value for name, value in state.items() if value is not None}
+    return _Set(target.path, target.module, recipe.original, recipe.swapped, written)
 
 
 class _Change:
     """The classes and configs that one swap sets."""
 
     def __init__(self, model: nn.Module, targets: list[Target], backend: str | None, strict: bool) -> None:
-        self.targets = targets
-        self.backend = backend
-        self.strict = strict
+        self.classes = [_set(target, backend, strict) for target in targets]
         self.moves = config_moves(
             model, [t.module.config for t in targets if t.recipe.interface and "attention" in t.parts]
         )
@@ -119,42 +150,30 @@ class _Change:
     def apply(self) -> None:
         """Sets all of them, or, where a module refuses its class, none."""
         with contextlib.ExitStack() as taken_back:
-            for target in self.targets:
-                state = target.module.__dict__
-                target.module.__class__ = target.recipe.swapped
-                taken_back.callback(_give_back, target)
-                off = frozenset(target.recipe.kernels) - target.parts
-                if off:
-                    state["fastattn_off"] = off
-                if self.backend is not None:
-                    state["fastattn_backend"] = self.backend
-                if self.strict:
-                    state["fastattn_strict"] = True
-                if target.recipe.weighs(target.module):
-                    state["fastattn_forms_weights"] = True
-            for move in self.moves:
-                move.apply()
-                taken_back.callback(move.undo)
+            for each in self._all():
+                each.apply()
+                taken_back.callback(each.undo)
             taken_back.pop_all()
 
     def undo(self) -> None:
         self._check_unchanged()
-        for target in self.targets:
-            _give_back(target)
-        for move in self.moves:
-            move.undo()
+        for each in self._all():
+            each.undo()
+
+    def _all(self) -> list[_Set | ConfigMove]:
+        return [*self.classes, *self.moves]
 
     def _check_unchanged(self) -> None:
-        for target in self.targets:
-            found = type(target.module)
-            if found is not target.recipe.swapped:
+        for each in self.classes:
+            found = type(each.module)
+            if found is not each.swapped:
                 raise RuntimeError(
-                    f"undo: {target.path or 'the model'} is now a {found.__module__}.{found.__qualname__}, not the "
+                    f"undo: {each.path or 'the model'} is now a {found.__module__}.{found.__qualname__}, not the "
                     "class that swap set; undo what changed it first (nothing was undone)"
                 )
-            if "forward" in target.module.__dict__:
+            if "forward" in each.module.__dict__:
                 raise RuntimeError(
-                    f"undo: the forward of {target.path or 'the model'} was replaced on the instance since the swap; "
+                    f"undo: the forward of {each.path or 'the model'} was replaced on the instance since the swap; "
                     "undo that first (nothing was undone)"
                 )
         for move in self.moves:
@@ -164,10 +183,3 @@ class _Change:
                         f"undo: a {type(holder).__name__} has another config than the one that swap set; put it back "
                         "first (nothing was undone)"
                     )
-
-
-def _give_back(target: Target) -> None:
-    """The class that the module had, and nothing of the swap's state."""
-    target.module.__class__ = target.recipe.original
-    for name in _STATE:
-        target.module.__dict__.pop(name, None)

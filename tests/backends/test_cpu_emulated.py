@@ -45,7 +45,7 @@ MANY = [pytest.param(isa, 40, marks=pytest.mark.slow) for isa in ("amx", "neon",
 
 @pytest.mark.parametrize(("isa", "cases"), [("amx", 12), *MANY])
 def test_drawn_cases_keep_the_parity_rule(emulation_build: ModuleType, isa: str, cases: int) -> None:
-    verify = ["fastattn.cli", "verify", "--backend", "cpu", "--isa", isa, "--cases", str(cases), "--seed", "7"]
+    verify = ["fastattn", "verify", "--backend", "cpu", "--isa", isa, "--cases", str(cases), "--seed", "7"]
     run_emulated(emulation_build, [isa], *verify)
 
 

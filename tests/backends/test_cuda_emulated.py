@@ -51,7 +51,7 @@ def test_verify_runs_in_the_emulation(
 @pytest.mark.slow
 @pytest.mark.parametrize(("op", "kernels"), [("all", ""), ("attention", "sm90")])
 def test_verify_runs_long_in_the_emulation(emulated_cuda: Path, op: str, kernels: str) -> None:
-    command = [sys.executable, "-m", "fastattn.cli", "verify", "--backend", "cuda", "--op", op, "--cases", "400"]
+    command = [sys.executable, "-m", "fastattn", "verify", "--backend", "cuda", "--op", op, "--cases", "400"]
     own = environment(emulated_cuda, seed=3, kernels=kernels)
     run = subprocess.run([*command, "--seed", "3"], env=own, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import pickle
 import sys
 from pathlib import Path
 
@@ -201,6 +202,20 @@ def test_a_part_that_is_met_before_the_whole() -> None:
     report.undo()
     assert clip.config.vision_config is other
     assert clip.text_model.config._attn_implementation == "sdpa"
+
+
+def test_a_report_is_saved_with_the_model_that_holds_it() -> None:
+    model = tiny_clip()
+    model.report = swap(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    loaded.config.projection_dim = 77
+    loaded.report.undo()
+    assert type(loaded.text_model.encoder.layers[0]) is type(tiny_clip().text_model.encoder.layers[0])
+    assert loaded.config.projection_dim == 77
+    assert loaded.config.text_config is loaded.text_model.config
+    assert loaded.text_model.config._attn_implementation == "sdpa"
+    assert model.text_model.config._attn_implementation == "fastattn"
+    model.report.undo()
 
 
 class Thing:

@@ -1,0 +1,5 @@
+"""`python -m fastattn` is the `fastattn` command."""
+
+from fastattn.cli import main
+
+main()

@@ -1,5 +1,0 @@
-"""`python -m fastattn.cli` is the `fastattn` command."""
-
-from fastattn.cli import main
-
-main()
