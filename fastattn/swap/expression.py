@@ -206,7 +206,7 @@ _BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_
 _NONE_TESTS = re.compile("IS_OP|POP_JUMP(_FORWARD)?_IF_(NOT_)?NONE")
 _FUNCTIONS = frozenset(
     (
-        *("add", "div", "dropout", "gelu", "layer_norm", "linear", "mean", "mul", "multiply", "pow"),
+        *("add", "div", "dropout", "gelu", "layer_norm", "linear", "matmul", "mean", "mul", "multiply", "pow"),
         *("relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
@@ -485,7 +485,7 @@ class _Symbol:
         raise _Unreadable("bool")
 
     __iter__ = __len__ = __index__ = __float__ = __int__ = __contains__ = __bool__
-    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = __bool__
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = __imatmul__ = __bool__
     __eq__ = __ne__ = __bool__  # type: ignore[assignment]
     __hash__ = object.__hash__
 
@@ -494,6 +494,7 @@ class _Symbol:
     __mul__, __rmul__ = _operator("mul"), _operator("mul", reflected=True)
     __truediv__, __rtruediv__ = _operator("div"), _operator("div", reflected=True)
     __pow__, __neg__, __getitem__ = _operator("pow"), _operator("neg"), _operator("getitem")
+    __matmul__ = _operator("matmul")
 
 
 class _Attribute(_Symbol):

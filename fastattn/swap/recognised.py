@@ -21,7 +21,7 @@ from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import (
     feedforward,
     flagged_glu,
-    free_cast_linear,
+    free_spelled_linear,
     in_order,
     norm,
     processors,
@@ -73,7 +73,7 @@ def _read(original: type[nn.Module]) -> _Remembered:
 def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Reading | None]]:
     readers: list[Callable[[type[nn.Module]], Reading | None]] = []
     if calls_forward_as_it_is(original):
-        readers += [norm.read, feedforward.read, flagged_glu.read, in_order.read, free_cast_linear.read]
+        readers += [norm.read, feedforward.read, flagged_glu.read, in_order.read, free_spelled_linear.read]
     if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
     return [*readers, sdpa.read, processors.read, written_out.read]

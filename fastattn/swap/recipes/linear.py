@@ -18,7 +18,7 @@ from fastattn.nn.checks import (
 from fastattn.nn.counting import note_fallback
 from fastattn.nn.fused import original_class
 from fastattn.nn.sublayers import child_reason
-from fastattn.swap.recipes.cast_linear import is_cast_linear
+from fastattn.swap.recipes.spelled_linear import is_spelled_linear
 from fastattn.swap.swapped import Swapped
 
 
@@ -45,14 +45,14 @@ def conv1d(kind: type) -> bool:
 def is_projection(child: object) -> bool:
     """Whether the child is exactly an nn.Linear or a Conv1D, or a linear of a class's own, or stands for one."""
     kind = original_class(child)
-    return kind is nn.Linear or conv1d(kind) or is_cast_linear(kind)
+    return kind is nn.Linear or conv1d(kind) or is_spelled_linear(kind)
 
 
 def why_not_projection(child: nn.Module) -> str | None:
     """As `why_not_linear`, for a Conv1D and for a linear of a class's own, whose casts do nothing to tensors of the
     input's dtype: that these are, its caller asks."""
     kind = original_class(child)
-    if kind is not nn.Linear and is_cast_linear(kind):
+    if kind is not nn.Linear and is_spelled_linear(kind):
         return why_not_unwatched(child) or why_not_own_tensors(child) or _why_not_one_dtype(child)
     if not conv1d(kind):
         return why_not_linear(child)

@@ -1,4 +1,4 @@
-"""Linears that cast their tensors to the input's dtype, as whisper's, alone and in blocks."""
+"""Linears that a class spells out, as products or with casts to the input's dtype, alone and in blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastattn
 from fastattn import swap
 from fastattn.swap.recipes import free_linear
-from fastattn.swap.recipes.cast_linear import is_cast_linear
+from fastattn.swap.recipes.spelled_linear import is_spelled_linear
 
 WIDTH = 512
 
@@ -27,6 +27,38 @@ class Linear(nn.Linear):
 class Plain(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class Product(nn.Linear):
+    """As transformers' Falcon writes it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden_states = input @ self.weight.T
+        if self.bias is None:
+            return hidden_states
+        return hidden_states + self.bias
+
+
+class Matmul(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.matmul(x, self.weight.transpose(-2, -1))
+        return y if self.bias is None else self.bias + y
+
+
+class Untransposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class TransposedInput(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.T @ self.weight.T + self.bias
+
+
+class Unbiased(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
 
 
 class Scaled(nn.Linear):
@@ -61,9 +93,9 @@ def build(kind: type[nn.Linear] = Linear, bias: bool = True) -> nn.Linear:
     return kind(WIDTH, WIDTH, bias=bias)
 
 
-def block() -> nn.Sequential:
+def block(kind: type[nn.Linear] = Linear) -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(Linear(WIDTH, 2 * WIDTH), nn.GELU(), Linear(2 * WIDTH, WIDTH))
+    return nn.Sequential(kind(WIDTH, 2 * WIDTH), nn.GELU(), kind(2 * WIDTH, WIDTH))
 
 
 X = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -74,7 +106,7 @@ def row_of(report: fastattn.swap.SwapReport) -> fastattn.swap.Row:
 
 
 @pytest.mark.parametrize("bias", (True, False))
-@pytest.mark.parametrize("kind", (Linear, Plain))
+@pytest.mark.parametrize("kind", (Linear, Plain, Product, Matmul))
 def test_alone(kind: type[nn.Linear], bias: bool) -> None:
     module = build(kind, bias)
     x = X.clone().requires_grad_()
@@ -94,8 +126,9 @@ def test_alone(kind: type[nn.Linear], bias: bool) -> None:
     assert type(module) is kind and torch.equal(module(x), expected)
 
 
-def test_in_a_block() -> None:
-    module = block()
+@pytest.mark.parametrize("kind", (Linear, Product))
+def test_in_a_block(kind: type[nn.Linear]) -> None:
+    module = block(kind)
     x = X.clone().requires_grad_()
     leaves = [x, *module.parameters()]
     expected = module(x)
@@ -147,17 +180,17 @@ def test_hooks_and_a_forward_that_was_replaced_since_are_kept(monkeypatch: pytes
     assert not module(X).any() and not alone(X).any()
 
 
-@pytest.mark.parametrize("kind", (Scaled, Swapped, WithoutBias, Either))
+@pytest.mark.parametrize("kind", (Scaled, Swapped, WithoutBias, Either, Untransposed, TransposedInput, Unbiased))
 def test_what_only_looks_alike_is_left_alone(kind: type[nn.Linear]) -> None:
-    assert not is_cast_linear(kind)
+    assert not is_spelled_linear(kind)
     module = build(kind)
     swap(module)
     assert type(module) is kind
 
 
 def test_which_classes_are() -> None:
-    assert is_cast_linear(Linear) and is_cast_linear(Plain)
-    assert not is_cast_linear(nn.Linear) and not is_cast_linear(nn.Bilinear) and not is_cast_linear(int)
+    assert is_spelled_linear(Linear) and is_spelled_linear(Plain)
+    assert not is_spelled_linear(nn.Linear) and not is_spelled_linear(nn.Bilinear) and not is_spelled_linear(int)
 
 
 def test_compiles_whole() -> None:

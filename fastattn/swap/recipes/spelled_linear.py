@@ -1,5 +1,6 @@
-"""Linears that a class spells out with its tensors cast to the input's dtype, as whisper's of OpenAI:
+"""Linears that a class spells out, as a product, or with its tensors cast to the input's dtype, as whisper's of OpenAI:
 
+    x @ self.weight.T, x @ self.weight.T + self.bias
     F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 Where the dtypes agree, the casts do nothing, and the module is a linear like torch's own: alone or in a block.
@@ -22,7 +23,7 @@ _read: dict[type[nn.Module], tuple[object, bool]] = {}
 
 
 @constant
-def is_cast_linear(kind: type) -> bool:
+def is_spelled_linear(kind: type) -> bool:
     """Whether a class of modules is such a linear; read again where its forward was replaced since."""
     if not issubclass(kind, nn.Module) or kind.__module__.startswith("torch."):
         return False
@@ -45,13 +46,34 @@ def _is_spelled(kind: type[nn.Module]) -> bool:
 
 
 def _is_linear(expression: Expression, without_bias: bool) -> bool:
+    if without_bias and _is_product(expression):
+        return True
     match expression:
+        case Op("add", (one, other), ()) if not without_bias:
+            biases = _forms("bias")
+            return (_is_product(one) and other in biases) or (_is_product(other) and one in biases)
         case Op("linear", (Input(0), weight, *rest), options) if not (rest and options):
             given = [*rest, *(value for name, value in options if name == "bias")]
             bias = given[0] if len(given) == 1 else None
             is_bias = bias is None if without_bias else bias in _forms("bias")
             return weight in _forms("weight") and is_bias and len(given) + 2 == len((*expression.operands, *options))
     return False
+
+
+def _is_product(expression: Any) -> bool:
+    """x W^T."""
+    match expression:
+        case Op("matmul", (Input(0), Op(_, (weight, *_), _) as turned), ()) if weight in _forms("weight"):
+            return turned in _turned(weight)
+        case Op("linear", (Input(0), weight), ()):
+            return weight in _forms("weight")
+    return False
+
+
+def _turned(weight: Any) -> tuple[Op, ...]:
+    """The transpose of a matrix."""
+    by_name = (Op("getattr", (weight, "T")), Op("getattr", (weight, "mT")), Op("t", (weight,)))
+    return *by_name, *(Op("transpose", (weight, *dims)) for dims in ((0, 1), (1, 0), (-1, -2), (-2, -1)))
 
 
 def _forms(name: str) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The linears of `cast_linear` that belong to no block: as those of torch in `free_linear`."""
+"""The linears of `spelled_linear` that belong to no block: as those of torch in `free_linear`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastattn.swap.expression import spellings_of
 from fastattn.swap.reading import ReadForward, Reading, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import free_linear
-from fastattn.swap.recipes.cast_linear import is_cast_linear
+from fastattn.swap.recipes.spelled_linear import is_spelled_linear
 from fastattn.swap.swapped import Swapped
 
 
-class CastLinear(ReadForward, free_linear.FreeLinear):
+class SpelledLinear(ReadForward, free_linear.FreeLinear):
     """x W^T + b; x (..., K)."""
 
     def fastattn_forward(self, x: Any) -> Tensor:
@@ -36,9 +36,9 @@ def _why_not_dtype(weight: object, x: object) -> str | None:
 
 def read(original: type[nn.Module]) -> Reading | None:
     """The reading of a class that is such a linear."""
-    if not is_cast_linear(original):
+    if not is_spelled_linear(original):
         return None
-    return Reading(CastLinear, _recipe, spelled_as(spellings_of(original)[0]))
+    return Reading(SpelledLinear, _recipe, spelled_as(spellings_of(original)[0]))
 
 
 def _recipe(swapped: type[Swapped]) -> Recipe:
