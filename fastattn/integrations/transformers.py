@@ -249,7 +249,8 @@ def attention_mask(
     Everything else is: a mask function that is not recognised exactly (packed sequences, chunks, user overlays),
     padding in the middle, a caller that asks for a mask it can combine with another (both skip flags off).
     Whether padding lies at the ends is read from the tensor (one host read per forward, as transformers' sdpa mask
-    does); while a graph is traced or captured it cannot be read, and a padded causal mask is then the dense one.
+    does); while a graph is traced or captured, and under torch.vmap, it cannot be read, and a padded causal mask is
+    then the dense one.
     """
     dense = {
         "batch_size": batch_size,
@@ -285,7 +286,7 @@ def attention_mask(
     if window is None:
         return sdpa_mask(**dense)
     if keys is not None:
-        if is_tracing(keys):
+        if is_tracing(keys) or _is_mapped(keys):
             return sdpa_mask(**dense)
         all_real, at_the_ends = _read_padding(keys)
         if not at_the_ends:
@@ -334,6 +335,15 @@ def _captured(function: Callable[..., Any]) -> object:
     """The only variable that a mask function captured; None where it captured none or several."""
     closure = getattr(function, "__closure__", None)
     return closure[0].cell_contents if closure is not None and len(closure) == 1 else None
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap maps over the tensor, at whichever level of torch.func's transforms."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def _read_padding(keys: Tensor) -> tuple[bool, bool]:

@@ -298,6 +298,25 @@ def test_training_gradients_equal_eager() -> None:
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-4 * scale + 1e-7, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("name", ("llama", "mistral", "gpt2"))
+def test_gradients_per_sample_equal_eager(name: str) -> None:
+    """Under torch.vmap nobody may read whether there is padding."""
+    model, mask = MODELS[name](), padding("right")
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    gradients = []
+    for each in (model, with_fastattn(model)):
+
+        def loss(weights: dict[str, Tensor], ids: Tensor, seen: Tensor, each: nn.Module = each) -> Tensor:
+            inputs = {"input_ids": ids[None], "attention_mask": seen[None], "use_cache": False}
+            out = torch.func.functional_call(each, weights, (), inputs)[0]
+            return (out.square() * seen[None, :, None]).sum()
+
+        gradients.append(torch.vmap(torch.func.grad(loss), (None, 0, 0))(weights, tokens(), mask))
+    for name, expected in gradients[0].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-4 * scale + 1e-7, rtol=0, msg=name)
+
+
 def test_a_model_that_never_calls_the_interface_keeps_its_mask() -> None:
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
     model = build(transformers.BloomForCausalLM, config)
