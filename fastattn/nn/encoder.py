@@ -17,7 +17,7 @@ from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.nn.sublayers import add_and_normalise, feed_forward, normalise
 from fastattn.nn.whole_layer import WholeLayer, whole_layer
-from fastattn.ops.library import tracks_gradients
+from fastattn.ops.library import is_differentiated
 
 
 class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
@@ -69,7 +69,7 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             result = self._run(whole, src, src_mask, src_key_padding_mask, is_causal)
             if result is not None:
                 return result
-        elif is_causal and src_mask is None and not self.training and not tracks_gradients(src, *self.parameters()):
+        elif is_causal and src_mask is None and not self.training and not is_differentiated(src, *self.parameters()):
             is_causal = False
         if self.norm_first:
             normal = normalise(self, src, "norm1")

@@ -66,12 +66,14 @@ def register_exported(function: type[torch.autograd.Function], operator: Callabl
 
     Export keeps operators and drops autograd.Functions with their gradients, so this one takes gradients by itself.
     Its arguments and results are those of `operator`, but that all after the first `visible` results, which serve a
-    backward alone, are empty.
+    backward alone, are empty. What requires a gradient it looks up itself, whatever it was recorded with.
     """
     schema = operator._schema  # type: ignore[attr-defined]
     name = schema.name.removeprefix("fastattn::").removesuffix("_forward")
-    flags = [i for i, argument in enumerate(schema.arguments) if argument.name.endswith("requires_grad")]
-    tracked = flags[0]  # "requires_grad"; the others belong to single tensors
+    names = [argument.name for argument in schema.arguments]
+    flags = [i for i, each in enumerate(names) if each.endswith("requires_grad")]
+    tracked, *others = flags  # "requires_grad"; the others belong to single tensors: "bias_requires_grad"
+    tensors = {i: names.index(names[i].removesuffix("_requires_grad")) for i in others}
 
     def shown(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (*results[:visible], *(result.new_empty(0) for result in results[visible:]))
@@ -81,7 +83,11 @@ def register_exported(function: type[torch.autograd.Function], operator: Callabl
 
     def with_gradients(*args: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
-            return shown(apply_function(function, *args[:tracked], True, *args[tracked + 1 :]))
+            given = list(args)
+            given[tracked] = True
+            for flag, tensor in tensors.items():
+                given[flag] = args[tensor] is not None and args[tensor].requires_grad
+            return shown(apply_function(function, *given))
         with torch._C._AutoDispatchBelowAutograd():
             return exported(*args)
 
@@ -165,7 +171,16 @@ def _has_no_memory(tensor: Tensor) -> bool:
 
 
 def tracks_gradients(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors has to go through autograd, or through a transform of torch.func."""
+    """Whether a call on these tensors has to go through autograd, or through a transform of torch.func.
+
+    What torch.jit.trace records always does: a trace is run with gradients or without them, however it was recorded,
+    and torch records it once more without them to compare.
+    """
+    return (not torch.compiler.is_compiling() and _tracing_state() is not None) or is_differentiated(*tensors)
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """As `tracks_gradients`, of this call alone, whether it is recorded or not."""
     if torch.compiler.is_compiling():
         _refuse_derivatives_within_a_graph()
     elif _transformed():
@@ -178,10 +193,10 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
 
 
 def would_be_differentiated(*tensors: Tensor | None) -> bool:
-    """As `tracks_gradients`, for a call that has no gradient: under vmap alone such a call is one like any other, and
+    """As `is_differentiated`, for a call that has no gradient: under vmap alone such a call is one like any other, and
     what counts are the tensors inside of the batches."""
     if torch.compiler.is_compiling() or not _is_only_mapped():
-        return tracks_gradients(*tensors)
+        return is_differentiated(*tensors)
     return torch.is_grad_enabled() and any(t is not None and _within_batches(t).requires_grad for t in tensors)
 
 
@@ -248,8 +263,11 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
 
 
 def needs_gradient(tensor: Tensor) -> bool:
-    """Whether one tensor of a tracked call may need a gradient; never too few under a transform of torch.func."""
-    return tensor.requires_grad or (not torch.compiler.is_compiling() and _transformed())
+    """Whether one tensor of a tracked call may need a gradient; never too few under a transform of torch.func, or where
+    torch.jit.trace records (`register_exported`)."""
+    if tensor.requires_grad:
+        return True
+    return not torch.compiler.is_compiling() and (_transformed() or _tracing_state() is not None)
 
 
 def _transformed() -> bool:

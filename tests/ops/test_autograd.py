@@ -195,11 +195,14 @@ def test_a_frozen_block_does_not_keep_its_input() -> None:
     assert (5, 12) in shapes
 
 
+@pytest.mark.parametrize("with_gradients", (True, False))
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "multi-head"])
-def test_a_trace_is_saved_with_its_gradients(name) -> None:
+def test_a_trace_is_saved_with_its_gradients(name, with_gradients) -> None:
+    """However it was recorded; torch's check records it once more, without gradients."""
     module = pair(name)[1]
     x = draw(2, 3, 8)
-    traced = torch.jit.trace(module, (x,), check_trace=False)  # the check is without gradients: other operators
+    with torch.set_grad_enabled(with_gradients):
+        traced = torch.jit.trace(module, (x,))
     file = io.BytesIO()
     torch.jit.save(traced, file)
     file.seek(0)

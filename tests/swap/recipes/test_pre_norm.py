@@ -218,6 +218,32 @@ def test_compiles_without_a_graph_break(eager, name) -> None:
     torch.testing.assert_close(run(compiled), expected, atol=2e-5, rtol=1e-5)
 
 
+class FirstOutput(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.model(*args)[0]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace.:DeprecationWarning")
+@pytest.mark.parametrize("with_gradients", (True, False))
+@pytest.mark.parametrize("name", (TEXT, IMAGES))
+def test_a_trace_has_gradients_however_it_was_recorded(name, with_gradients) -> None:
+    model = build(name)
+    given, weight = tuple(inputs(model).values()), layers(model)[0].mlp.fc1.weight
+    expected = model(*given)[0]
+    (gradient,) = torch.autograd.grad(expected.sin().sum(), weight)
+    swap(model)
+    with torch.set_grad_enabled(with_gradients):
+        traced = torch.jit.trace(FirstOutput(model), given)
+    found = traced(*given)
+    seen = given[1].bool() if len(given) > 1 else ...
+    torch.testing.assert_close(found[seen], expected[seen], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), weight)[0], gradient, atol=1e-3, rtol=1e-3)
+
+
 def test_half_precision(one_calls) -> None:
     model = build(IMAGES)
     expected = run(model)
