@@ -101,6 +101,22 @@ def test_a_module_that_refuses_its_class_leaves_nothing_swapped(tiny_bert) -> No
     assert not any(name.startswith("fastattn") for module in model.modules() for name in vars(module))
 
 
+def test_undo_after_hooks_that_were_removed(tiny_bert, batch) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_bert()
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+    report = swap(model)
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    with pytest.raises(RuntimeError, match="was replaced on the instance since the swap"):
+        report.undo()
+    hooks.remove_hook_from_module(model, recurse=True)
+    report.undo()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+
+
 def test_undo_refuses_a_replaced_config(tiny_bert) -> None:
     model = tiny_bert()
     report = swap(model)
