@@ -139,7 +139,13 @@ def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
     """The dimensions before the last, from the outermost in memory to the innermost, and the last; None where in this
     order x is not rows that follow one another, with gaps or without."""
     last = x.dim() - 1
-    order = (*sorted(range(last), key=lambda dim: -x.stride(dim)), last)
+    outer: list[int] = []
+    for dim in range(last):  # sorted by comparisons alone: Dynamo sorts by no stride that it leaves open
+        place = len(outer)
+        while place and x.stride(outer[place - 1]) < x.stride(dim):
+            place -= 1
+        outer.insert(place, dim)
+    order = (*outer, last)
     if x.shape[last] > 1 and x.stride(last) != 1:
         return None
     reach = x.shape[last]  # of the dimensions further in

@@ -253,6 +253,19 @@ def test_the_result_lies_in_memory_as_the_input(norm_class) -> None:
         assert (not report.rows[0].fallbacks) == on_kernel
 
 
+@pytest.mark.parametrize("dynamic", (None, True))
+def test_the_sizes_of_a_transposed_input_may_be_left_open(dynamic) -> None:
+    """As those of the queries and keys that Gemma 3 and others normalise."""
+    swapped, original = pair(Llama())
+    torch._dynamo.reset()
+    compiled = torch.compile(swapped, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch, length in ((2, 5), (2, 7), (3, 4)):
+        x = torch.randn(batch, length, 3, WIDTH).transpose(1, 2)
+        found, expected = compiled(x), original(x)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert found.stride() == expected.stride()
+
+
 def test_a_weight_of_two_dimensions_is_left() -> None:
     module = Cohere()
     module.weight = nn.Parameter(torch.ones(2, WIDTH))
