@@ -20,6 +20,9 @@
 // What comes next was fetched by the first pass over what is here, now by each a part. Times as fast in float32, 8, 12, 16 and 32 rows, one core (the
 // Zen 5), least of three or two runs in turns: 768 x 3,072 1.04 1.16 1.10 1.06, by rows 1.13 1.16 1.11 1.01; 3,072 x 768 by rows 1.42 1.37 1.30 1.12;
 // the kernels for AVX2, 768 x 3,072 1.31 1.30 1.22 1.14, by rows 1.53 1.28 1.19 1.00, in bfloat16 1.08 1.08 1.08 1.07.
+// bfloat16 by rows in pairs, sums of 4 or 6 rows of A and 64 columns, or of 8 and 32, in registers over a block of k. Torch's time over ours, 4, 6, 8 and 12
+// rows, one core (the Zen 5), two runs, beside other work: 768 x 3,072 was 0.90 - 0.56 0.85, is 1.3 to 1.6, 1.2, 1.1, 0.9; 1,024 x 1,024 1.0 - 0.62 0.87,
+// 1.8 1.7 1.6 1.2; 2,048 x 2,048 1.6 - 0.9 1.2, 1.5 to 2.1, 1.6 to 2.1, 0.95, 1.1. Of 8 rows 64 columns in two passes were 0.98; 16 rows are as packed.
 // Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -237,12 +240,100 @@ void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const
     }
 }
 
+// ---- B by rows, in pairs -----------------------------------------------------------------------------------------------------------------
+
+constexpr int kRowsAhead = 8;    // rows of B that are fetched ahead of their use
+constexpr int kFewestOfPairs = 3;  // rows of A; of fewer it is the reading of B that takes the time, in the order of memory (by_rows)
+
+// Rows x Vectors sums of columns, for which registers hold the sums over a block of k. A is bfloat16; words are pairs of consecutive k.
+template <int Rows, int Vectors>
+struct PairTile {
+    const uint16_t *left[Rows];
+    const uint16_t *right;  // the first row of B, at the first column
+    int64_t ldb;
+    int64_t columns;  // that are there, of the tile's
+
+    // kLanes words of rows k and k + 1 of B, or of row k alone. whole: all of the tile's columns are there.
+    template <bool whole, bool is_pair>
+    FASTATTN_INLINE vfloat words(const PairTile &t, int64_t k, int v) {
+        const int lanes = whole ? kLanes : (int)larger(0, lanes_left(v * kLanes, t.columns));
+        const auto row = [&](int64_t i) {
+            const uint16_t *from = t.right + i * t.ldb + v * kLanes;
+            vhalf h = {};
+            if (lanes == kLanes) __builtin_memcpy(&h, from, sizeof h);
+            else __builtin_memcpy(&h, from, (size_t)lanes * 2);
+            return widen(h);
+        };
+        return in_register((vfloat)(is_pair ? row(k) | row(k + 1) << 16 : row(k)));
+    }
+
+    template <bool whole, bool is_pair>
+    FASTATTN_INLINE void step([[maybe_unused]] const PairTile &t, [[maybe_unused]] vfloat (&acc)[Rows][Vectors], [[maybe_unused]] int64_t k) {
+#if defined(__AVX512BF16__)
+        vfloat b[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; v++) b[v] = words<whole, is_pair>(t, k, v);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) {
+            int32_t word = 0;
+            if (is_pair) __builtin_memcpy(&word, t.left[r] + k, 4);
+            else word = t.left[r][k];
+            const vfloat a = (vfloat)broadcast_int(word);
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; v++) acc[r][v] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)a, (__m512bh)b[v]);
+        }
+#endif
+    }
+
+    // sums(r, c) (+)= the products of this block of k, for `rows` of the rows.
+    template <bool whole>
+    void run(Range block, int rows, float *sums, int64_t ld) const {
+        vfloat acc[Rows][Vectors] = {};
+        int64_t k = block.begin;
+        for (; k + 2 <= block.end; k += 2) {
+            for (int64_t ahead = k + kRowsAhead; ahead < k + kRowsAhead + 2; ahead++) {  // past the end of B is nothing, which a fetch may ask for
+                __builtin_prefetch(right + ahead * ldb);
+                if (Vectors > 2) __builtin_prefetch(right + ahead * ldb + kLine / 2);
+            }
+            step<whole, true>(*this, acc, k);
+        }
+        if (k < block.end) step<whole, false>(*this, acc, k);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows && r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; v++) {
+                float *target = sums + r * ld + v * kLanes;
+                if (v * kLanes < columns) store(target, block.begin ? load(target) + acc[r][v] : acc[r][v]);
+            }
+    }
+};
+
+template <int Rows, int Vectors>
+void all_pairs(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *sums, int64_t ld) {
+    using Tile = PairTile<Rows, Vectors>;
+    for (int64_t column = 0; column < n; column += Vectors * kLanes)
+        for (int64_t begin = 0; begin < larger(k, 1); begin += kDepth)
+            for (int64_t row = 0; row < m; row += Rows) {
+                Tile tile{{}, b + column, ldb, n - column};
+                for (int r = 0; r < Rows; r++) tile.left[r] = a + smaller(row + r, m - 1) * lda;  // past the end the last one again
+                const Range block{begin, smaller(begin + kDepth, k)};
+                const int rows = (int)smaller(Rows, m - row);
+                if (tile.columns >= Vectors * kLanes) tile.template run<true>(block, rows, sums + row * ld + column, ld);
+                else tile.template run<false>(block, rows, sums + row * ld + column, ld);
+            }
+}
+
+void pairs_by_rows(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *sums, int64_t ld) {
+    const auto run = m <= 4 ? all_pairs<4, 4> : m <= 6 || m > 8 ? all_pairs<6, 4> : all_pairs<8, 2>;
+    run(m, n, k, (const uint16_t *)a, lda, (const uint16_t *)b, ldb, sums, ld);
+}
+
 }  // namespace
 
 // With instructions for pairs of bfloat16 packing pays earlier; how early is a guess but for dot products of pairs with AVX-512.
 int64_t most_few_rows(const Operand &b) {
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
-    return b.down == 1 && !kWordBlocks ? 24 : 8;
+    return kWordBlocks ? 8 : b.down == 1 ? 24 : 12;
 }
 
 // Strips that are packed already are read as one stream, and A a block of k at a time. Dot products read columns of B that are a row of it apart, and
@@ -259,12 +350,15 @@ int64_t most_few_rows_beside_packed(const Operand &b, int64_t k) {
 
 int64_t few_rows_panel(const Operand &b) { return b.down == 1 ? kTileWidth : kPanel; }
 
-bool few_rows_of_pairs(const Operand &b) { return kPairs<FASTATTN_BFLOAT16> && b.dtype == FASTATTN_BFLOAT16 && b.down == 1; }
+bool few_rows_of_pairs(int64_t m, const Operand &b) {
+    return kPairs<FASTATTN_BFLOAT16> && b.dtype == FASTATTN_BFLOAT16 && (b.down == 1 || m >= kFewestOfPairs);
+}
 
 void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld) {
     with_dtype(b.dtype, [&]<int dtype>() {
         const void *first = b.at(0, columns.begin);
-        if (b.down == 1) dots<dtype>(m, columns.size(), k, a, lda, first, b.across, sums, ld);
+        if (b.down != 1 && few_rows_of_pairs(m, b)) pairs_by_rows(m, columns.size(), k, a, lda, first, b.down, sums, ld);
+        else if (b.down == 1) dots<dtype>(m, columns.size(), k, a, lda, first, b.across, sums, ld);
         else by_rows<dtype>(m, columns.size(), k, (const float *)a, lda, first, b.down, sums, ld);
     });
 }

@@ -45,13 +45,13 @@ class Experts(ReadForward):
         note_call(self)
         x, index, scale = inputs
         is_forced = bool(resolve_backend(self.fastattn_backend))
-        reason = why_not_as_read(self) or _why_not(self, x, index, scale)
+        reason = why_not_as_read(self) or self.fastattn_why_not(x, index, scale)
         if reason is None and is_forced and _is_traced():
             reason = "how many rows an expert has is not known inside a compiled graph"
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
-        if not is_forced and not _is_faster(self, x, index):
+        if not is_forced and not self.fastattn_is_faster(x, index):
             note_choice(self, free_linear.AS_FAST)
             return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
         y = self.fastattn_run(x, index, scale)
@@ -60,72 +60,97 @@ class Experts(ReadForward):
             return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
         return y
 
+    def fastattn_why_not(self, x: Any, index: Any, scale: Any) -> str | None:
+        """Why the original runs; None where the kernel may."""
+        reason = why_not_called(self, _WEIGHTS, _IMPLEMENTATIONS, x, index, scale)
+        if reason is not None:
+            return reason
+        gate_up, down = (self._parameters[name] for name in _WEIGHTS)
+        assert gate_up is not None and down is not None
+        fit = gate_up.dim() == 3 and down.shape == (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2)
+        if not fit or gate_up.shape[1] % 2 or x.shape[1] != gate_up.shape[2]:
+            return _MISFIT
+        reason = why_not_activation(self.act_fn)
+        return None if reason is None else f"act_fn {reason}"
+
+    def fastattn_is_faster(self, x: Tensor, index: Tensor) -> bool:
+        gate_up, down = (self._parameters[name] for name in _WEIGHTS)
+        assert gate_up is not None and down is not None
+        return may_gain(x, index, (gate_up, down)) and _is_large(gate_up)
+
     def fastattn_run(self, x: Tensor, index: Tensor, scale: Tensor) -> Tensor | None:
-        """The rows sorted by expert, each expert's block, and the rows added up in their order, as `grouped_mm`; None
-        where an index is none of an expert."""
+        """Each expert's block over its rows; None where an index is none of an expert."""
         gate_up, down = (self._parameters[name] for name in _WEIGHTS)
         activation = activation_name(self.act_fn)
         assert gate_up is not None and down is not None and activation is not None
-        experts, order = index.reshape(-1).sort()
-        if len(experts) and not 0 <= int(experts[0]) <= int(experts[-1]) < len(gate_up):
+        sorted_rows = rows_of_experts(x, index, len(gate_up))
+        if sorted_rows is None:
             return None
-        rows = x[order // index.shape[-1]]
-        results, start = [], 0
-        for expert, count in enumerate(torch.bincount(experts, minlength=len(gate_up)).tolist()):
-            if count:
-                gate, up = gate_up[expert].chunk(2)
-                row = rows[start : start + count]
-                results.append(gated_ffn(row, gate, up, down[expert], activation, backend=self.fastattn_backend))
-                start += count
-        if not results:
-            return x * 0.0
-        y = torch.cat(results) * scale.reshape(-1)[order].unsqueeze(-1)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        return y[place].view(*index.shape, -1).sum(1).to(x.dtype)
+        order, rows = sorted_rows
+        results = []
+        for expert, row in rows:
+            gate, up = gate_up[expert].chunk(2)
+            results.append(gated_ffn(row, gate, up, down[expert], activation, backend=self.fastattn_backend))
+        return added_up(torch.cat(results), order, scale).to(x.dtype) if results else x * 0.0
 
 
-def _why_not(module: Any, x: Any, index: Any, scale: Any) -> str | None:
+def rows_of_experts(x: Tensor, index: Tensor, count: int) -> tuple[Tensor, list[tuple[int, Tensor]]] | None:
+    """The order that sorts the entries of `index` by expert, as `grouped_mm` does, and each expert with its rows; None
+    where an index is none of an expert."""
+    experts, order = index.reshape(-1).sort()
+    if len(experts) and not 0 <= int(experts[0]) <= int(experts[-1]) < count:
+        return None
+    counts = torch.bincount(experts, minlength=count).tolist()
+    pieces = x[order // index.shape[-1]].split(counts)
+    return order, [(expert, piece) for expert, piece in enumerate(pieces) if len(piece)]
+
+
+def added_up(y: Tensor, order: Tensor, scale: Tensor) -> Tensor:
+    """The sorted results y (tokens * k, N) times their weights (tokens, k), summed for each token in its own order."""
+    y = y * scale.reshape(-1)[order].unsqueeze(-1)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return y[place].view(*scale.shape, -1).sum(1)
+
+
+def why_not_called(
+    module: Any, names: tuple[str, ...], implementations: tuple[str, ...], x: Any, index: Any, scale: Any
+) -> str | None:
+    """Why the original runs, whatever it computes for an expert. names: of its parameters."""
     reason = why_not_input(x)
     if reason is not None:
         return reason
-    for name in _WEIGHTS:
+    for name in names:
         reason = why_not_parameter(module, name, optional=False)
         if reason is not None:
             return f"it {reason}"
     implementation = getattr(module.config, "_experts_implementation", None)
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation not in implementations:
         return f"its config asks for the experts of {implementation}"
     if module._is_expert_parallel:
         return "its experts are shared out over processes"
-    gate_up, down = (module._parameters[name] for name in _WEIGHTS)
-    if gate_up.dtype is not x.dtype or down.dtype is not x.dtype:
+    if any(module._parameters[name].dtype is not x.dtype for name in names):
         return "its weights are not of the input's dtype"
     if x.dim() != 2 or not is_plain(index) or not is_plain(scale) or index.shape != scale.shape or index.dim() != 2:
         return "its inputs are not rows, indices and weights"
-    fit = gate_up.dim() == 3 and down.shape == (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2)
-    if (
-        not fit
-        or gate_up.shape[1] % 2
-        or x.shape != (index.shape[0], gate_up.shape[2])
-        or index.dtype is not torch.int64
-    ):
-        return "its inputs and weights do not fit together"
-    reason = why_not_activation(module.act_fn)
-    return None if reason is None else f"act_fn {reason}"
+    return None if len(x) == len(index) and index.dtype is torch.int64 else _MISFIT
+
+
+_MISFIT = "its inputs and weights do not fit together"
 
 
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or is_recorded()
 
 
-def _is_faster(module: Any, x: Tensor, index: Tensor) -> bool:
-    gate_up, down = (module._parameters[name] for name in _WEIGHTS)
-    if not x.is_cpu or _is_traced() or torch.is_autocast_enabled("cpu") or tracks_gradients(x, gate_up, down):
+def may_gain(x: Tensor, index: Tensor, weights: tuple[Tensor, ...], few_rows: int = free_linear.FEW_ROWS) -> bool:
+    """Whether products of so many rows for each expert are faster on the kernels, here and without gradients: of up to
+    `few_rows`, or of any number where torch's are slow."""
+    if not x.is_cpu or _is_traced() or torch.is_autocast_enabled("cpu") or tracks_gradients(x, *weights):
         return False
-    if not index.numel() or not free_linear.is_measured(x.dtype) or not _is_large(gate_up):
+    if not index.numel() or not free_linear.is_measured(x.dtype):
         return False
-    return index.numel() <= free_linear.FEW_ROWS * gate_up.shape[0] or free_linear.has_slow_products(x.dtype)
+    return index.numel() <= few_rows * len(weights[0]) or free_linear.has_slow_products(x.dtype)
 
 
 def _is_large(gate_up: Tensor) -> bool:
@@ -148,24 +173,30 @@ _EAGER = inspect.unwrap(modeling_qwen3_moe.Qwen3MoeExperts.forward)
 _APPLY_GATE: Any = moe._default_apply_gate
 
 
-def read(module_class: type[nn.Module]) -> Reading | None:
-    """The reading of a class whose forward is a copy of Qwen3-MoE's, behind transformers' interface of experts."""
+def eager_of(module_class: type[nn.Module]) -> FunctionType | None:
+    """The forward that a class had before it was put behind transformers' interface of experts; None where it is not
+    behind it."""
     forward = module_class.forward
     eager = inspect.unwrap(forward)
     if not isinstance(forward, FunctionType) or not isinstance(eager, FunctionType):
         return None
-    if forward is eager or forward.__code__ is not _ASKS_THE_INTERFACE.__code__ or not is_copy(eager, _EAGER):
+    if forward is eager or forward.__code__ is not _ASKS_THE_INTERFACE.__code__:
         return None
     closure = inspect.getclosurevars(forward).nonlocals
-    if (
-        closure.get("experts_interface") is not moe.ALL_EXPERTS_FUNCTIONS
-        or closure.get("original_forward") is not eager
-    ):
+    if closure.get("experts_interface") is not moe.ALL_EXPERTS_FUNCTIONS:
+        return None
+    return eager if closure.get("original_forward") is eager else None
+
+
+def read(module_class: type[nn.Module]) -> Reading | None:
+    """The reading of a class whose forward is a copy of Qwen3-MoE's, behind transformers' interface of experts."""
+    eager = eager_of(module_class)
+    if eager is None or not is_copy(eager, _EAGER):
         return None
     apply_gate: Any = getattr(module_class, "_apply_gate", None)
     if not is_copy(apply_gate, _APPLY_GATE):
         return None
-    spelling = Spelling(Input(0), argument_names(eager), {"forward": forward, "_apply_gate": apply_gate})
+    spelling = Spelling(Input(0), argument_names(eager), {"forward": module_class.forward, "_apply_gate": apply_gate})
     return Reading(Experts, _recipe, spelled_as(spelling))
 
 

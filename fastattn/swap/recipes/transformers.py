@@ -3,7 +3,8 @@
 InterfaceAttention   any attention whose forward asks the attention interface for its function
 bert, t5             modules whose forwards branch, known in the original and its copies (RoBERTa, Electra, mT5, ...)
 distilbert           its feed-forward block
-experts              experts of mixtures
+experts, general_experts
+                     experts of mixtures
 pre_norm             layers of CLIP, SigLIP, ViT and their copies as one call
 eager_bert, eager_bart, mpnet, bloom, mpt, gpt_neo, longformer, deberta
                      attention that asks no interface, in the original and its copies
@@ -34,6 +35,7 @@ from fastattn.swap.recipes import (
     eager_bert,
     experts,
     free_linear,
+    general_experts,
     gpt_neo,
     longformer,
     mpnet,
@@ -59,6 +61,7 @@ _RECIPES: tuple[Any, ...] = (
     pre_norm,
     distilbert,
     experts,
+    general_experts,
 )
 
 interface.register()

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from transformers.integrations import moe  # noqa: E402
+from transformers.models.aria.modeling_aria import AriaExperts  # noqa: E402
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # noqa: E402
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts  # noqa: E402
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts  # noqa: E402
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts  # noqa: E402
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts  # noqa: E402
 
 from fastattn.swap import plan, swap  # noqa: E402
@@ -273,15 +276,94 @@ def test_classes_of_ones_own_are_swapped() -> None:
 
 
 @pytest.mark.parametrize(
-    "experts_class",
-    [Plain, Clamped, AnotherForward, WithoutGate, Interleaved, NormAfterwards, AnotherInterface, Overridden],
+    "experts_class", [Plain, WithoutGate, Interleaved, NormAfterwards, AnotherInterface, Overridden]
 )
 def test_what_only_looks_like_them_is_left(experts_class: type[nn.Module]) -> None:
     assert not [row for row in plan(drawn(experts_class)).rows if row.action == "swap"]
 
 
-def test_those_of_gpt_oss_are_left() -> None:
-    assert recipe.read(GptOssExperts) is None
+def general(name: str, implementation: str = "batched_mm") -> nn.Module:
+    """Experts of another layout: of a model, or of a class above, whose forwards say nothing of the implementation."""
+    settings = config(implementation)
+    sizes = {"intermediate_size": HIDDEN, "num_local_experts": COUNT, "swiglu_alpha": 1.702, "swiglu_limit": 1.0}
+    sizes |= {"moe_num_experts": COUNT, "n_routed_experts": COUNT, "moe_latent_size": None, "mlp_hidden_act": "relu2"}
+    sizes |= {"moe_hidden_size": WIDTH, "post_norm_eps": 1e-5, "hidden_act": "silu"}
+    settings.update(sizes)
+    torch.manual_seed(2)
+    module = GENERAL[name](settings)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+GENERAL = {
+    "gpt-oss": GptOssExperts,
+    "nemotron": NemotronHExperts,
+    "aria": AriaExperts,
+    "muse": MuseSparkExperts,
+    "clamped": Clamped,
+    "another forward": AnotherForward,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_other_layouts_are_as_near_to_the_exact_sum_as_the_original(dtype: torch.dtype, name: str) -> None:
+    module, (x, index, scale) = general(name).to(dtype), inputs(dtype)
+    expected = module(x, index, scale)
+    true = copy.deepcopy(module).double()(x.double(), index, scale.double())
+    report = swap(module)
+    with report.counting():
+        found = module(x, index, scale)
+    row = next(row for row in report.rows if row.path == "")
+    assert (row.kernel, row.calls, row.fallbacks, row.choices) == ("two linears of each expert", 1, {}, {})
+    assert found.dtype == expected.dtype
+    error, bound = (float((each.double() - true).abs().max()) for each in (found, expected))
+    assert error <= 2 * bound + 2 * torch.finfo(dtype).eps * float(true.abs().max())
+    torch.testing.assert_close(module(x[:0], index[:0], scale[:0]), expected[:0])
+    report.undo()
+    assert torch.equal(module(x, index, scale), expected)
+
+
+def test_other_layouts_with_a_backend_forced_have_gradients() -> None:
+    gradients = []
+    for is_swapped in (False, True):
+        module, (x, index, scale) = general("gpt-oss"), inputs()
+        if is_swapped:
+            swap(module, backend="reference")
+        x.requires_grad_()
+        module(x, index, scale).square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in module.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_other_layouts_run_what_was_changed_since() -> None:
+    module, given = general("gpt-oss"), inputs()
+    report = swap(module)
+
+    def fallbacks() -> dict[str, int]:
+        with report.counting():
+            module(*given)
+        return report.rows[0].fallbacks
+
+    module._apply_gate = lambda hidden: hidden[:, :HIDDEN] * 2.0
+    found = module(*given)
+    assert fallbacks() == {}
+    report.undo()
+    torch.testing.assert_close(found, module(*given), atol=1e-5, rtol=1e-5)
+    report = swap(module)
+    module.config._experts_implementation = "eager"
+    assert fallbacks() == {"its config asks for the experts of eager": 1}
+    module.config._experts_implementation = "grouped_mm"
+    module.down_proj_bias = nn.Parameter(torch.zeros(COUNT, 1))
+    assert fallbacks() == {"its inputs and weights do not fit together": 1}
+
+
+def test_other_layouts_that_run_their_own_forward_are_left() -> None:
+    assert plan(general("gpt-oss", "eager")).rows == []
 
 
 def test_small_ones_and_those_of_other_activations_are_no_business_of_a_swap(monkeypatch: pytest.MonkeyPatch) -> None:
