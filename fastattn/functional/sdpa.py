@@ -6,7 +6,6 @@ import itertools
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -151,8 +150,6 @@ def why_torch(
     enable_gqa: bool,
 ) -> str | None:
     """Why the call is torch's to compute or to refuse; None where it is one for the kernels."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return "forward-mode derivatives are taken"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         reason = _why_not_tensor(name, tensor)
         if reason is not None:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from fastattn.functional.attention import MAX_HEAD_DIM
 from fastattn.nn.fused import original_class, stands_for
@@ -66,10 +65,10 @@ def why_not_input(x: object) -> str | None:
 
 
 def _why_not_transformed() -> str | None:
-    """Derivatives that the kernels do not have: forward-mode ones, and those of torch.func inside a compiled graph."""
-    if torch.compiler.is_compiling():
-        return "torch.func is used inside torch.compile" if torch._C._are_functorch_transforms_active() else None
-    return "forward-mode derivatives are taken" if forward_ad._current_level >= 0 else None
+    """Derivatives of torch.func inside a compiled graph, which the functions refuse."""
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func is used inside torch.compile"
+    return None
 
 
 def why_not_unwatched(child: nn.Module) -> str | None:

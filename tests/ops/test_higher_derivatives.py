@@ -164,6 +164,73 @@ def test_a_tangent_of_a_gradient() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(y, x, tangent)[0])
 
 
+def test_tangents_of_every_sample_beside_two_biases() -> None:
+    q, k, v, b = (t.detach() for t in draw(*QKV, (3, 1, 1, 3, 6)))
+    b[..., -1] = -torch.inf  # a sum of biases tells what hides from what is too large
+    slopes = torch.ones(4, dtype=torch.float64)
+
+    def of(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda b: torch.func.jvp(lambda b: attention(q, k, v, mask=b, bias=ALiBi(slopes)), (b,), (b.cos(),))[1]
+
+    torch.testing.assert_close(
+        torch.vmap(of(fastattn.attention))(b), torch.stack([of(reference.attention)(t) for t in b])
+    )
+
+
+def test_a_derivative_of_relu_is_zero_and_not_missing() -> None:
+    """As torch's: a Hessian of a piecewise linear function is asked for without allow_unused."""
+    x, w = draw((3, 6), (4, 6))
+    (gradient,) = torch.autograd.grad(fastattn.linear_act(x, w.detach(), None, "relu").sum(), x, create_graph=True)
+    assert torch.equal(torch.autograd.grad(gradient.sum(), x)[0], torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_forward_mode_of_torchs_function(causal: bool) -> None:
+    q, k, v = (t.detach() for t in draw((2, 4, 3, 5), (2, 4, 6, 5), (2, 4, 6, 5)))  # torch's kernel has none
+    mask = Causal("top-left") if causal else None
+
+    def ours(q: Tensor) -> Tensor:
+        return fastattn.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    found = torch.func.jacfwd(torch.func.jacrev(lambda q: ours(q).square().sum()))(q)
+    expected = torch.func.hessian(lambda q: reference.attention(q, k, v, mask=mask).square().sum())(q)
+    torch.testing.assert_close(found, expected)
+
+
+class Parts(nn.Module):
+    """Every Function there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(draw((6, 6))[0].detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fastattn.linear_act(fastattn.layer_norm(x, self.w[0]), self.w, None, "gelu")
+        x = fastattn.attention(x[None], x[None], x[None])[0]
+        return fastattn.gated_ffn(fastattn.ffn(x, self.w, None, self.w, None, "silu"), self.w, self.w, self.w)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["exported", "traced"])
+def test_tangents_through_graphs(kind: str) -> None:
+    module, (x, tangent) = Parts(), (t.detach() for t in draw((2, 3, 6), (2, 3, 6)))
+    if kind == "exported":
+        graph = torch.export.export(module, (x,)).module()
+    else:
+        graph = torch.jit.trace(module, (x,), check_trace=False)
+    found, expected = (torch.func.jvp(each, (x,), (tangent,))[1] for each in (graph, module))
+    torch.testing.assert_close(found, expected)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(graph(forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, expected)
+
+
+def test_tensors_without_data() -> None:
+    x = torch.randn(3, 6, device="meta", requires_grad=True)
+    (gradient,) = torch.autograd.grad(fastattn.layer_norm(x).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), x)[0].shape == (3, 6)
+
+
 class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -174,6 +241,17 @@ class Attends(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.block(x)
+
+
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+def test_hessians_of_a_swapped_model(outer: Callable[..., Callable[..., Tensor]]) -> None:
+    """By the formulas in forward mode too: torch's attention has none there."""
+    torch.manual_seed(0)
+    model, x = Attends(), torch.randn(1, 2, 8)
+    model.norm = nn.Identity()  # few elements are torch's, whose layer_norm is wrong in reverse over forward mode
+    fastattn.swap(model)
+    expected = torch.func.jacrev(torch.func.jacrev(model))(x)
+    torch.testing.assert_close(outer(torch.func.jacfwd(model))(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
