@@ -115,7 +115,7 @@ def _distances(bias: LoweredBias, full: tuple[int, ...], position: Tensor | None
 
 def _floor(terms: list[Tensor], lowest: float) -> Tensor:
     hidden = torch.stack(torch.broadcast_tensors(*(t == -torch.inf for t in terms))).any(dim=0)
-    return torch.full(hidden.shape, lowest, dtype=terms[0].dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return torch.full(hidden.shape, lowest, dtype=terms[0].dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
 def of_table(table: Tensor, distance: Tensor, first: int) -> Tensor:

@@ -119,7 +119,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": torch.ones_like,
-    "relu": lambda x: (x > 0).to(x.dtype),
+    "relu": lambda x: torch.relu(x).sign(),  # whose own derivative is 0, as torch's is, and not missing
     "gelu": _gelu_gradient,
     "gelu_tanh": _gelu_tanh_gradient,
     "silu": lambda x: _sigmoid_product_gradient(x, 1.0),
