@@ -272,9 +272,11 @@ def _backward_formula(
     if kind == "layer":
         mean = centred.mean(dim=-1)
         centred = centred - mean[:, None]
-    spread = centred.square().mean(dim=-1)
-    # eps is no argument of the backward: the value is the one saved, the derivative that of (spread + eps) ** -0.5
-    rstd = torch.rsqrt(rstd.detach() ** -2 + (spread - spread.detach()))
+    rstd = rstd.detach()
+    spread = (centred * rstd[:, None]).square().mean(dim=-1)
+    # eps is no argument of the backward: the value is the one saved, the derivative that of (variance + eps) ** -0.5,
+    # in units of that, so that no power of a large or a small rstd leaves the range of floats
+    rstd = rstd * torch.rsqrt(1.0 + (spread - spread.detach()))
     return of_reference(reference.norm_backward)(grad_y, grad_z, z, weight, mean, rstd, dropout_seed, kind, *rest)
 
 

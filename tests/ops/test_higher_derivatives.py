@@ -177,6 +177,18 @@ def test_tangents_of_every_sample_beside_two_biases() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1e-18, 1e15])
+@pytest.mark.parametrize("norm", [fastattn.layer_norm, fastattn.rms_norm])
+def test_second_derivatives_of_norms_of_any_size(norm: Callable[..., Tensor], size: float) -> None:
+    (x,) = draw((3, 6))
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        scaled = (size * x.detach()).to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(norm(scaled, eps=0.0).sin().sum(), scaled, create_graph=True)
+        results.append(torch.autograd.grad(gradient[:, 0].sum(), scaled)[0].double() * size**2)
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
+
+
 def test_a_derivative_of_relu_is_zero_and_not_missing() -> None:
     """As torch's: a Hessian of a piecewise linear function is asked for without allow_unused."""
     x, w = draw((3, 6), (4, 6))
