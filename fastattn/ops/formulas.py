@@ -9,7 +9,6 @@ other, counted, and refused where a backend is forced.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -98,21 +97,21 @@ class _Backward(torch.autograd.Function):
         formula = _FORMULAS[ctx.operator]
         wanted = [i for i in ctx.tensors if ctx.needs_input_grad[1 + i] and i not in formula.recomputed]
         gradients: list[Tensor | None] = [None] * len(args)
-        if not wanted:
+        if not wanted or all(grad is None for grad in grads):
             return None, *gradients
         _note(ctx.operator, args, _SECOND)
 
-        def results(*tensors: Tensor) -> Results:
+        def product(tensors: tuple[Tensor, ...]) -> Tensor | int:
             values = list(args)
             for i, tensor in zip(wanted, tensors, strict=True):
                 values[i] = tensor
-            return formula.run(*values)
+            results = zip(formula.run(*values), grads, strict=True)
+            return sum((result * grad).sum() for result, grad in results if grad is not None)
 
         with without_autocast(_device(args)):
-            found, pull = torch.func.vjp(results, *(args[i] for i in wanted))  # type: ignore[misc]
-            cotangents = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(found, grads, strict=True))
-            pulled = pull(cotangents)
-        for i, gradient in zip(wanted, pulled, strict=True):
+            # not vjp, which goes back after it has left its level: within a backward within another, torch fails there
+            found = torch.func.grad(product)(tuple(args[i] for i in wanted))
+        for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
         return None, *gradients
 

@@ -117,6 +117,33 @@ def test_third_derivatives() -> None:
     torch.testing.assert_close(third(fastattn.attention), third(reference.attention))
 
 
+@pytest.mark.parametrize("name", ["attention", "layer norm, residual, dropout", "ffn, gelu", "gated", "linear, silu"])
+def test_third_derivatives_of_torch_func(name: str) -> None:
+    call, shapes = CALLS[name]
+    inputs = tuple(t.detach() for t in draw(*shapes))
+
+    def total(results: object) -> Tensor:
+        return sum((t.square().sum() for t in (results if isinstance(results, tuple) else (results,))), torch.zeros(()))
+
+    def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
+        tensors = tuple(t.requires_grad_() for t in tensors)
+        value = total(call(*tensors))
+        for _ in range(3):
+            gradients = torch.autograd.grad(value, tensors, create_graph=True)
+            value = total(gradients)
+        return gradients
+
+    def gradient(function: Callable[..., object]) -> Callable[..., object]:
+        def run(*tensors: Tensor) -> object:
+            value, pull = torch.func.vjp(lambda *t: total(function(*t)), *tensors)
+            return pull(torch.ones_like(value))
+
+        return run
+
+    for found, expected in zip(gradient(gradient(gradient(call)))(*inputs), plain(*inputs), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
 @pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
 def test_hessians_of_torch_func(outer: Callable[..., object], inner: Callable[..., object]) -> None:
