@@ -134,7 +134,7 @@ def test_experts_are_kept_each(monkeypatch: pytest.MonkeyPatch) -> None:
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.1)
     monkeypatch.setattr("fastattn.swap.recipes.experts._is_large", lambda gate_up: True)
-    monkeypatch.setattr("fastattn.swap.recipes.experts._is_faster", lambda *args: True)
+    monkeypatch.setattr("fastattn.swap.recipes.experts.may_gain", lambda *args: True)
     model = nn.Sequential(experts)
     assert fastattn.swap(model).rows[0].action == "swapped"
     x, index = torch.randn(2 * ROWS, 64), torch.arange(2).repeat(ROWS).unsqueeze(1)  # nobody goes to the third
