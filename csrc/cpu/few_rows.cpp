@@ -20,9 +20,10 @@
 // What comes next was fetched by the first pass over what is here, now by each a part. Times as fast in float32, 8, 12, 16 and 32 rows, one core (the
 // Zen 5), least of three or two runs in turns: 768 x 3,072 1.04 1.16 1.10 1.06, by rows 1.13 1.16 1.11 1.01; 3,072 x 768 by rows 1.42 1.37 1.30 1.12;
 // the kernels for AVX2, 768 x 3,072 1.31 1.30 1.22 1.14, by rows 1.53 1.28 1.19 1.00, in bfloat16 1.08 1.08 1.08 1.07.
-// bfloat16 by rows in pairs, sums of 4 or 6 rows of A and 64 columns, or of 8 and 32, in registers over a block of k. Torch's time over ours, 4, 6, 8 and 12
-// rows, one core (the Zen 5), two runs, beside other work: 768 x 3,072 was 0.90 - 0.56 0.85, is 1.3 to 1.6, 1.2, 1.1, 0.9; 1,024 x 1,024 1.0 - 0.62 0.87,
-// 1.8 1.7 1.6 1.2; 2,048 x 2,048 1.6 - 0.9 1.2, 1.5 to 2.1, 1.6 to 2.1, 0.95, 1.1. Of 8 rows 64 columns in two passes were 0.98; 16 rows are as packed.
+// bfloat16 by rows in pairs, 4 rows of A with 8 of B or 8 with 4, whose words registers hold. Torch's time over ours, one core (the Zen 5), weights that
+// come from memory, as in generation, before and now, 4, 8, 12, 16 and 24 rows: 768 x 3,072 2.1 2.9, 1.2 2.4, 0.67 1.45, 0.69 1.33, 0.70 1.11; 2,048 x 2,048
+// 2.4 2.9, 1.4 2.7, 0.71 1.8, 0.71 1.4, 0.73 1.2; 32 rows, packed, 0.75. From the caches 0.9 1.5, 0.6 1.3, 0.8 0.8, 0.9 0.75 of the first. Tried: sums of 64
+// columns in registers over a block of k, so that B is read by pieces of rows: from the caches as fast, from memory 4 rows 1.5, 8 rows 1.0.
 // Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -223,117 +224,105 @@ void add_rows_of_b(int64_t m, const float *a, int64_t lda, const void *b, int64_
     }
 }
 
-template <int dtype>
-void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *b, int64_t ldb, float *sums, int64_t ld) {
+// The sums of blocks of k: the first block's in place, the others' beside it, from where they are added.
+template <typename Block>
+void over_depth(int64_t m, int64_t n, int64_t k, float *sums, int64_t ld, Block &&add_block) {
     const int64_t width = round_up(n, kLanes);
-    for (int64_t block = 0; block < larger(k, 1); block += kDepth) {
-        float *target = block ? sums + m * ld : sums;
-        const int64_t end = smaller(k, block + kDepth);
-        int64_t i = block;
+    for (int64_t begin = 0; begin < larger(k, 1); begin += kDepth) {
+        float *target = begin ? sums + m * ld : sums;
         if (k == 0)
             for (int64_t r = 0; r < m; r++) memset(target + r * ld, 0, (size_t)width * 4);
-        for (; i + kRowsOfB <= end; i += kRowsOfB)
-            add_rows_of_b<dtype, kRowsOfB>(m, a + i, lda, offset(b, dtype, i * ldb), ldb, n, target, ld, i > block, i + 2 * kRowsOfB <= k);
-        for (; i < end; i++) add_rows_of_b<dtype, 1>(m, a + i, lda, offset(b, dtype, i * ldb), ldb, n, target, ld, i > block, false);
-        for (int64_t r = 0; block && r < m; r++)
+        add_block(Range{begin, smaller(k, begin + kDepth)}, target);
+        for (int64_t r = 0; begin && r < m; r++)
             for (int64_t c = 0; c < width; c += kLanes) add_to(sums + r * ld + c, load(target + r * ld + c));
     }
 }
 
-// ---- B by rows, in pairs -----------------------------------------------------------------------------------------------------------------
-
-constexpr int kRowsAhead = 8;    // rows of B that are fetched ahead of their use
-constexpr int kFewestOfPairs = 3;  // rows of A; of fewer it is the reading of B that takes the time, in the order of memory (by_rows)
-
-// Rows x Vectors sums of columns, for which registers hold the sums over a block of k. A is bfloat16; words are pairs of consecutive k.
-template <int Rows, int Vectors>
-struct PairTile {
-    const uint16_t *left[Rows];
-    const uint16_t *right;  // the first row of B, at the first column
-    int64_t ldb;
-    int64_t columns;  // that are there, of the tile's
-
-    // kLanes words of rows k and k + 1 of B, or of row k alone. whole: all of the tile's columns are there.
-    template <bool whole, bool is_pair>
-    FASTATTN_INLINE vfloat words(const PairTile &t, int64_t k, int v) {
-        const int lanes = whole ? kLanes : (int)larger(0, lanes_left(v * kLanes, t.columns));
-        const auto row = [&](int64_t i) {
-            const uint16_t *from = t.right + i * t.ldb + v * kLanes;
-            vhalf h = {};
-            if (lanes == kLanes) __builtin_memcpy(&h, from, sizeof h);
-            else __builtin_memcpy(&h, from, (size_t)lanes * 2);
-            return widen(h);
-        };
-        return in_register((vfloat)(is_pair ? row(k) | row(k + 1) << 16 : row(k)));
-    }
-
-    template <bool whole, bool is_pair>
-    FASTATTN_INLINE void step([[maybe_unused]] const PairTile &t, [[maybe_unused]] vfloat (&acc)[Rows][Vectors], [[maybe_unused]] int64_t k) {
-#if defined(__AVX512BF16__)
-        vfloat b[Vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) b[v] = words<whole, is_pair>(t, k, v);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++) {
-            int32_t word = 0;
-            if (is_pair) __builtin_memcpy(&word, t.left[r] + k, 4);
-            else word = t.left[r][k];
-            const vfloat a = (vfloat)broadcast_int(word);
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; v++) acc[r][v] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)a, (__m512bh)b[v]);
-        }
-#endif
-    }
-
-    // sums(r, c) (+)= the products of this block of k, for `rows` of the rows.
-    template <bool whole>
-    void run(Range block, int rows, float *sums, int64_t ld) const {
-        vfloat acc[Rows][Vectors] = {};
-        int64_t k = block.begin;
-        for (; k + 2 <= block.end; k += 2) {
-            for (int64_t ahead = k + kRowsAhead; ahead < k + kRowsAhead + 2; ahead++) {  // past the end of B is nothing, which a fetch may ask for
-                __builtin_prefetch(right + ahead * ldb);
-                if (Vectors > 2) __builtin_prefetch(right + ahead * ldb + kLine / 2);
-            }
-            step<whole, true>(*this, acc, k);
-        }
-        if (k < block.end) step<whole, false>(*this, acc, k);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows && r < rows; r++)
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; v++) {
-                float *target = sums + r * ld + v * kLanes;
-                if (v * kLanes < columns) store(target, block.begin ? load(target) + acc[r][v] : acc[r][v]);
-            }
-    }
-};
-
-template <int Rows, int Vectors>
-void all_pairs(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *sums, int64_t ld) {
-    using Tile = PairTile<Rows, Vectors>;
-    for (int64_t column = 0; column < n; column += Vectors * kLanes)
-        for (int64_t begin = 0; begin < larger(k, 1); begin += kDepth)
-            for (int64_t row = 0; row < m; row += Rows) {
-                Tile tile{{}, b + column, ldb, n - column};
-                for (int r = 0; r < Rows; r++) tile.left[r] = a + smaller(row + r, m - 1) * lda;  // past the end the last one again
-                const Range block{begin, smaller(begin + kDepth, k)};
-                const int rows = (int)smaller(Rows, m - row);
-                if (tile.columns >= Vectors * kLanes) tile.template run<true>(block, rows, sums + row * ld + column, ld);
-                else tile.template run<false>(block, rows, sums + row * ld + column, ld);
-            }
+template <int dtype>
+void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const void *b, int64_t ldb, float *sums, int64_t ld) {
+    over_depth(m, n, k, sums, ld, [&](Range block, float *target) {
+        int64_t i = block.begin;
+        for (; i + kRowsOfB <= block.end; i += kRowsOfB)
+            add_rows_of_b<dtype, kRowsOfB>(m, a + i, lda, offset(b, dtype, i * ldb), ldb, n, target, ld, i > block.begin, i + 2 * kRowsOfB <= k);
+        for (; i < block.end; i++) add_rows_of_b<dtype, 1>(m, a + i, lda, offset(b, dtype, i * ldb), ldb, n, target, ld, i > block.begin, false);
+    });
 }
 
-void pairs_by_rows(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *sums, int64_t ld) {
-    const auto run = m <= 4 ? all_pairs<4, 4> : m <= 6 || m > 8 ? all_pairs<6, 4> : all_pairs<8, 2>;
-    run(m, n, k, (const uint16_t *)a, lda, (const uint16_t *)b, ldb, sums, ld);
+// ---- B by rows, in pairs -----------------------------------------------------------------------------------------------------------------
+
+// kLanes words of rows k and k + 1 of B; without the second row its halves are 0.
+FASTATTN_INLINE vfloat words_of_rows(const uint16_t *b, int64_t ldb, bool is_pair, int lanes) {
+    const auto row = [&](const uint16_t *from) {
+        vhalf h;
+        if (lanes == kLanes) __builtin_memcpy(&h, from, sizeof h);
+        else h = load_part(from, lanes);
+        return widen(h);
+    };
+    return in_register((vfloat)(is_pair ? row(b) | row(b + ldb) << 16 : row(b)));
+}
+
+// As add_products, for `Words` pairs of rows of B, or, where is_pair is false, for one row.
+template <int Rows, int Words, bool fetches, bool is_pair = true>
+void add_pairs([[maybe_unused]] const uint16_t *a, [[maybe_unused]] int64_t lda, const uint16_t *b, int64_t ldb, int64_t n, float *sums, int64_t ld,
+               bool add) {
+    [[maybe_unused]] vfloat av[Rows][Words];
+    for (int r = 0; r < Rows; r++)
+        for (int i = 0; i < Words; i++) {
+            int32_t word = 0;
+            if (is_pair) __builtin_memcpy(&word, a + r * lda + 2 * i, 4);
+            else word = a[r * lda];
+            av[r][i] = (vfloat)broadcast_int(word);
+        }
+    over_columns(n, [&](int64_t c, int lanes) {
+        if (fetches && begins_line<FASTATTN_BFLOAT16>(c))
+#pragma GCC unroll 8
+            for (int d = 0; d < 2 * Words; d++) __builtin_prefetch(b + (2 * Words + d) * ldb + c);
+        [[maybe_unused]] vfloat bv[Words];
+#pragma GCC unroll 4
+        for (int i = 0; i < Words; i++) bv[i] = words_of_rows(b + 2 * i * ldb + c, ldb, is_pair, lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) {
+            vfloat acc = add ? load(sums + r * ld + c) : zero();
+#if defined(__AVX512BF16__)
+#pragma GCC unroll 4
+            for (int i = 0; i < Words; i++) acc = (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)av[r][i], (__m512bh)bv[i]);
+#endif
+            store(sums + r * ld + c, acc);
+        }
+    });
+}
+
+// `Most` rows of A at a time, whose words registers hold, as many as are left in the end.
+template <int Most, int Words, bool is_pair = true>
+void add_pairs_of_rows(int64_t m, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, int64_t n, float *sums, int64_t ld, bool add, bool ahead) {
+    for (int64_t row = 0; row < m; row += Most) {
+        const auto products = [&]<int Rows>(const auto &self) {
+            if constexpr (Rows > 1)
+                if (m - row < Rows) return self.template operator()<Rows - 1>(self);
+            if (ahead && row == 0) add_pairs<Rows, Words, true, is_pair>(a, lda, b, ldb, n, sums, ld, add);
+            else add_pairs<Rows, Words, false, is_pair>(a + row * lda, lda, b, ldb, n, sums + row * ld, ld, add);
+        };
+        products.template operator()<Most>(products);
+    }
+}
+
+template <int Most, int Words>
+void pairs_by_rows(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *sums, int64_t ld) {
+    over_depth(m, n, k, sums, ld, [&](Range block, float *target) {
+        int64_t i = block.begin;
+        for (; i + 2 * Words <= block.end; i += 2 * Words)
+            add_pairs_of_rows<Most, Words>(m, a + i, lda, b + i * ldb, ldb, n, target, ld, i > block.begin, i + 4 * Words <= k);
+        for (; i + 2 <= block.end; i += 2) add_pairs_of_rows<4, 1>(m, a + i, lda, b + i * ldb, ldb, n, target, ld, i > block.begin, false);
+        if (i < block.end) add_pairs_of_rows<4, 1, false>(m, a + i, lda, b + i * ldb, ldb, n, target, ld, i > block.begin, false);
+    });
 }
 
 }  // namespace
 
-// With instructions for pairs of bfloat16 packing pays earlier; how early is a guess but for dot products of pairs with AVX-512.
+// With instructions for pairs of bfloat16 packing pays earlier; for AMX how early is a guess.
 int64_t most_few_rows(const Operand &b) {
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
-    return kWordBlocks ? 8 : b.down == 1 ? 24 : 12;
+    return kWordBlocks ? 8 : 24;
 }
 
 // Strips that are packed already are read as one stream, and A a block of k at a time. Dot products read columns of B that are a row of it apart, and
@@ -350,14 +339,15 @@ int64_t most_few_rows_beside_packed(const Operand &b, int64_t k) {
 
 int64_t few_rows_panel(const Operand &b) { return b.down == 1 ? kTileWidth : kPanel; }
 
-bool few_rows_of_pairs(int64_t m, const Operand &b) {
-    return kPairs<FASTATTN_BFLOAT16> && b.dtype == FASTATTN_BFLOAT16 && (b.down == 1 || m >= kFewestOfPairs);
-}
+bool few_rows_of_pairs(const Operand &b) { return kPairs<FASTATTN_BFLOAT16> && b.dtype == FASTATTN_BFLOAT16; }
 
 void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld) {
     with_dtype(b.dtype, [&]<int dtype>() {
         const void *first = b.at(0, columns.begin);
-        if (b.down != 1 && few_rows_of_pairs(m, b)) pairs_by_rows(m, columns.size(), k, a, lda, first, b.down, sums, ld);
+        if (b.down != 1 && few_rows_of_pairs(b)) {
+            const auto run = m > 4 ? pairs_by_rows<8, 2> : pairs_by_rows<4, 4>;
+            run(m, columns.size(), k, (const uint16_t *)a, lda, (const uint16_t *)first, b.down, sums, ld);
+        }
         else if (b.down == 1) dots<dtype>(m, columns.size(), k, a, lda, first, b.across, sums, ld);
         else by_rows<dtype>(m, columns.size(), k, (const float *)a, lda, first, b.down, sums, ld);
     });

@@ -13,8 +13,8 @@ int64_t most_few_rows_beside_packed(const Operand &b, int64_t k);
 // Columns whose sums few_rows_sums() makes at a time, a multiple of kTileWidth.
 int64_t few_rows_panel(const Operand &b);
 
-// Whether few_rows_sums() reads A, of m rows, as the bfloat16 it is: pairs of it are multiplied by pairs of B.
-bool few_rows_of_pairs(int64_t m, const Operand &b);
+// Whether few_rows_sums() reads A as the bfloat16 it is: pairs of it are multiplied by pairs of B.
+bool few_rows_of_pairs(const Operand &b);
 
 // sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for rows of A, float32 unless few_rows_of_pairs(), and at most a panel of columns, the first a multiple of kTileWidth.
 // Two panels of m rows, ld apart, have room in `sums`; the second is overwritten.

@@ -93,7 +93,7 @@ bool has_few_rows(const fastattn_gemm &p, bool is_packed) {
 
 int few_rows_product(const fastattn_gemm &p) {
     const Operand b = right_operand(p);
-    const bool converted = p.dtype != FASTATTN_FLOAT32 && !few_rows_of_pairs(p.m, b);
+    const bool converted = p.dtype != FASTATTN_FLOAT32 && !few_rows_of_pairs(b);
     const int64_t panel = few_rows_panel(b), left_ld = converted ? round_up(p.k, kLanes) : p.a.stride[0];
     Scratch left(converted ? p.m * left_ld : 0);
     if (left.failed()) return FASTATTN_OUT_OF_MEMORY;

@@ -307,7 +307,18 @@ def test_few_rows_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, 
     """Up to 32 rows the weight is read where it lies: beyond a panel of columns, beyond a block of the sums, and ends
     that fill no vector."""
     inner = 521
-    for rows, columns in ((1, 2300), (2, 49), (7, 30), (8, 25), (9, 100), (32, 47), (33, 24)):
+    for rows, columns in (
+        (1, 2300),
+        (2, 49),
+        (3, 2100),
+        (5, 17),
+        (7, 30),
+        (8, 25),
+        (9, 100),
+        (24, 33),
+        (32, 47),
+        (33, 24),
+    ):
         x, bias = torch.randn(rows, inner).to(dtype), torch.randn(columns).to(dtype)
         weight = (torch.randn(columns, inner) * inner**-0.5).to(dtype)
         if lies == "by columns":

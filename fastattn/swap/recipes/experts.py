@@ -143,14 +143,14 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or is_recorded()
 
 
-def may_gain(x: Tensor, index: Tensor, weights: tuple[Tensor, ...], few_rows: int = free_linear.FEW_ROWS) -> bool:
+def may_gain(x: Tensor, index: Tensor, weights: tuple[Tensor, ...], few: int = free_linear.FEW_ROWS) -> bool:
     """Whether products of so many rows for each expert are faster on the kernels, here and without gradients: of up to
-    `few_rows`, or of any number where torch's are slow."""
+    `few`, or of any number where torch's are slow."""
     if not x.is_cpu or _is_traced() or torch.is_autocast_enabled("cpu") or tracks_gradients(x, *weights):
         return False
     if not index.numel() or not free_linear.is_measured(x.dtype):
         return False
-    return index.numel() <= few_rows * len(weights[0]) or free_linear.has_slow_products(x.dtype)
+    return index.numel() <= few * len(weights[0]) or free_linear.has_slow_products(x.dtype)
 
 
 def _is_large(gate_up: Tensor) -> bool:

@@ -9,6 +9,8 @@ Where the kernel was found faster than torch's it runs, else the original forwar
 - float16 with AVX-512, any number of rows: 0.8 (one row, 512 x 512) to 10 times as fast [1].
 - bfloat16 with AVX-512 BF16, up to 32 rows: 1.2 to 5 times as fast; of more torch's product is [1], unless the weight
   is kept packed (`fastattn.prepack`): then of 33 rows 1.13 to 1.4, of 64 1.05 to 1.2, of 128 1.01 to 1.1 times [1].
+  Transposed up to 24 rows, from memory: 1 to 4 rows 2.6 to 3.2, 8 rows 2.4 to 2.7, 16 rows 1.3 to 1.4, 24 rows 1.1 to
+  1.2; of 32 it would be 0.75 [1].
 - Smaller weights, 128 x 128 and up, where the call takes less time than it saves (PAYS_BY_LONG_CALLS) or, by the short
   way of fastattn.functional.direct, 7 us less (PAYS_BY_SHORT_CALLS). By that way, times as fast for weights of 16, 32,
   64, 144 and 256 thousand elements [1]; by way of AVX2 [2]:
@@ -50,6 +52,7 @@ from fastattn.swap.swapped import Swapped
 AS_FAST = "torch's kernel is as fast"
 
 FEW_ROWS = 32
+_FEW_ROWS_OF_TRANSPOSED = 24  # of bfloat16
 _KEPT_ROWS = 128  # of bfloat16, by a weight that is kept packed
 
 
@@ -177,7 +180,13 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return is_worth_it and has_slow_products(x.dtype) and min(weight.shape) >= _FROM_FEATURES
     if x.numel() < _fewest_rows(weight, _is_short()) * weight.shape[1]:
         return False
-    return x.numel() <= FEW_ROWS * weight.shape[1] or has_slow_products(x.dtype) or _is_kept(x, weight)
+    return x.numel() <= few_rows(weight) * weight.shape[1] or has_slow_products(x.dtype) or _is_kept(x, weight)
+
+
+def few_rows(weight: Tensor) -> int:
+    """How many rows are few for a weight (out features, in features)."""
+    is_transposed = weight.stride(0) == 1 and weight.shape[0] > 1
+    return _FEW_ROWS_OF_TRANSPOSED if is_transposed and weight.dtype is torch.bfloat16 else FEW_ROWS
 
 
 def _is_kept(x: Tensor, weight: Tensor) -> bool:

@@ -6,8 +6,8 @@ all of it. In inference on a CPU the two linears of each expert run on the kerne
 and behind, is called for all rows at once, as the original does.
 
 Measured against `grouped_mm`, experts of 1,024 x 1,024, 2 of 8 for each of 1 to 256 tokens (one core of an AMD EPYC of
-Zen 5 with AVX-512, 2026-11-27): gpt-oss's and Aria's, which lie transposed, 1.1 to 2.0 times as fast in float32, 1.4 to
-2.0 in bfloat16 up to 8 rows for an expert, and 20 to 200 in float16; Nemotron-H's 1.2 to 1.8, 1.4 to 1.7 up to 16
+Zen 5 with AVX-512, 2026-11-28): gpt-oss's and Aria's, which lie transposed, 1.1 to 2.0 times as fast in float32, 1.1 to
+2.4 in bfloat16 up to 20 rows for an expert, and 20 to 200 in float16; Nemotron-H's 1.2 to 1.8, 1.2 to 1.7 up to 24
 rows, and 1.3 to 5.8.
 """
 
@@ -27,7 +27,6 @@ from fastattn.swap.recipes.experts import Experts, added_up, eager_of, may_gain,
 from fastattn.swap.swapped import Swapped
 
 _BY_FLAGS = ("batched_mm", "grouped_mm")
-_FEW_ROWS_OF_TRANSPOSED = 8  # of bfloat16, where torch's products of more are fast: of 16 ours take 1.25 times as long
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 
 
@@ -46,8 +45,8 @@ class GeneralExperts(Experts):
 
     def fastattn_is_faster(self, x: Tensor, index: Tensor) -> bool:
         up, down = _weights(self)
-        few_rows = _FEW_ROWS_OF_TRANSPOSED if self.is_transposed and x.dtype is torch.bfloat16 else free_linear.FEW_ROWS
-        return may_gain(x, index, (up, down), few_rows) and _are_large(up, down)
+        few = free_linear.few_rows(up[0]) * 5 // 6  # on the average: some experts have more rows than others
+        return may_gain(x, index, (up, down), few) and _are_large(up, down)
 
     def fastattn_run(self, x: Tensor, index: Tensor, scale: Tensor) -> Tensor | None:
         """Both linears of each expert over its rows; None where an index is none of an expert."""
