@@ -122,6 +122,7 @@ def test_use_backend_reaches_a_compiled_function():
     compiled(x)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.7 traces no such context whole")
 def test_a_use_backend_block_may_stand_in_a_compiled_function():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def call(x, name):
@@ -137,6 +138,8 @@ def test_a_use_backend_block_may_stand_in_a_compiled_function():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_mask_of_blocks_lowered_before_is_exported(strict):
+    if strict and torch.__version__ < "2.8":
+        pytest.skip("torch 2.7 exports no tensors that a forward closes over")
     class Attend(torch.nn.Module):
         def forward(self, q):
             return fastattn.attention(q, q, q, mask=lowered)
