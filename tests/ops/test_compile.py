@@ -140,6 +140,7 @@ def test_a_use_backend_block_may_stand_in_a_compiled_function():
 def test_a_mask_of_blocks_lowered_before_is_exported(strict):
     if strict and torch.__version__ < "2.8":
         pytest.skip("torch 2.7 exports no tensors that a forward closes over")
+
     class Attend(torch.nn.Module):
         def forward(self, q):
             return fastattn.attention(q, q, q, mask=lowered)
