@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -99,9 +100,14 @@ def small_inputs(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if name in takes}
 
 
-def output(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Some models draw: which patches they hide, what noise they add."""
+def seed() -> None:
+    """Some models draw: which patches they hide, what noise they add, what of a sound they mask, by NumPy."""
     torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def output(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    seed()
     return tensors(model(**inputs))
 
 
