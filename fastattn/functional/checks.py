@@ -102,8 +102,15 @@ def check_dropout(dropout_p: float, seed: Tensor | None, main_name: str, main: T
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether vmap batches the tensor: its numbers cannot be read on the host then."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor)
+    """Whether vmap batches the tensor, at whichever level of torch.func's transforms: its numbers cannot be read on the
+    host then."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def is_autocast(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch
 from fastattn.functional import attention
+from fastattn.functional.checks import is_batched
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.graphs import constant
 from fastattn.integrations import why_not_transformers
@@ -286,7 +287,7 @@ def attention_mask(
     if window is None:
         return sdpa_mask(**dense)
     if keys is not None:
-        if is_tracing(keys) or _is_mapped(keys):
+        if is_tracing(keys) or is_batched(keys):
             return sdpa_mask(**dense)
         all_real, at_the_ends = _read_padding(keys)
         if not at_the_ends:
@@ -335,15 +336,6 @@ def _captured(function: Callable[..., Any]) -> object:
     """The only variable that a mask function captured; None where it captured none or several."""
     closure = getattr(function, "__closure__", None)
     return closure[0].cell_contents if closure is not None and len(closure) == 1 else None
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    """Whether torch.vmap maps over the tensor, at whichever level of torch.func's transforms."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return False
 
 
 def _read_padding(keys: Tensor) -> tuple[bool, bool]:

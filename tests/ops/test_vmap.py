@@ -273,6 +273,8 @@ def test_mapped_packings_need_their_longest_sequence():
 
     with pytest.raises(ValueError, match="max_seqlen_q=None reads on the host the lengths that vmap maps: pass the"):
         vmap(call)(packed, cu_seqlens)
+    with pytest.raises(ValueError, match="max_seqlen_q=None reads on the host"):  # grad wraps what vmap maps
+        vmap(grad(lambda *t: call(*t).sum()))(packed, cu_seqlens)
     with pytest.raises(ValueError, match="max_seqlen_k=None"):
         vmap(lambda *t: call(*t, max_seqlen_q=5))(packed, cu_seqlens)
     results = vmap(lambda *t: call(*t, max_seqlen_q=5, max_seqlen_k=5))(packed, cu_seqlens)
