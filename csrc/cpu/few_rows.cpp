@@ -22,7 +22,7 @@
 // the kernels for AVX2, 768 x 3,072 1.31 1.30 1.22 1.14, by rows 1.53 1.28 1.19 1.00, in bfloat16 1.08 1.08 1.08 1.07.
 // bfloat16 by rows in pairs, 4 rows of A with 8 of B or 8 with 4, whose words registers hold. Torch's time over ours, one core (the Zen 5), weights that
 // come from memory, as in generation, before and now, 4, 8, 12, 16 and 24 rows: 768 x 3,072 2.1 2.9, 1.2 2.4, 0.67 1.45, 0.69 1.33, 0.70 1.11; 2,048 x 2,048
-// 2.4 2.9, 1.4 2.7, 0.71 1.8, 0.71 1.4, 0.73 1.2; 32 rows, packed, 0.75. From the caches 0.9 1.5, 0.6 1.3, 0.8 0.8, 0.9 0.75 of the first. Tried: sums of 64
+// 2.4 2.9, 1.4 2.7, 0.71 1.8, 0.71 1.4, 0.73 1.2; 32 rows, packed, 0.75. From the caches 0.93 1.48, 0.60 1.27, 0.84 0.77, 0.88 0.75 of the first. Tried: sums of 64
 // columns in registers over a block of k, so that B is read by pieces of rows: from the caches as fast, from memory 4 rows 1.5, 8 rows 1.0.
 // Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
@@ -250,7 +250,10 @@ void by_rows(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const
 
 // ---- B by rows, in pairs -----------------------------------------------------------------------------------------------------------------
 
-// kLanes words of rows k and k + 1 of B; without the second row its halves are 0.
+#if defined(__AVX512BF16__)
+
+// kLanes words of rows k and k + 1 of B; without the second row its halves are 0. (By words_of_row_pair, which looks for the ends of
+// both rows and columns, 8 and 12 rows took 3 to 8% longer, least of four runs in turns.)
 FASTATTN_INLINE vfloat words_of_rows(const uint16_t *b, int64_t ldb, bool is_pair, int lanes) {
     const auto row = [&](const uint16_t *from) {
         vhalf h;
@@ -263,9 +266,8 @@ FASTATTN_INLINE vfloat words_of_rows(const uint16_t *b, int64_t ldb, bool is_pai
 
 // As add_products, for `Words` pairs of rows of B, or, where is_pair is false, for one row.
 template <int Rows, int Words, bool fetches, bool is_pair = true>
-void add_pairs([[maybe_unused]] const uint16_t *a, [[maybe_unused]] int64_t lda, const uint16_t *b, int64_t ldb, int64_t n, float *sums, int64_t ld,
-               bool add) {
-    [[maybe_unused]] vfloat av[Rows][Words];
+void add_pairs(const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, int64_t n, float *sums, int64_t ld, bool add) {
+    vfloat av[Rows][Words];
     for (int r = 0; r < Rows; r++)
         for (int i = 0; i < Words; i++) {
             int32_t word = 0;
@@ -277,16 +279,14 @@ void add_pairs([[maybe_unused]] const uint16_t *a, [[maybe_unused]] int64_t lda,
         if (fetches && begins_line<FASTATTN_BFLOAT16>(c))
 #pragma GCC unroll 8
             for (int d = 0; d < 2 * Words; d++) __builtin_prefetch(b + (2 * Words + d) * ldb + c);
-        [[maybe_unused]] vfloat bv[Words];
+        vfloat bv[Words];
 #pragma GCC unroll 4
         for (int i = 0; i < Words; i++) bv[i] = words_of_rows(b + 2 * i * ldb + c, ldb, is_pair, lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
             vfloat acc = add ? load(sums + r * ld + c) : zero();
-#if defined(__AVX512BF16__)
 #pragma GCC unroll 4
             for (int i = 0; i < Words; i++) acc = (vfloat)_mm512_dpbf16_ps((__m512)acc, (__m512bh)av[r][i], (__m512bh)bv[i]);
-#endif
             store(sums + r * ld + c, acc);
         }
     });
@@ -317,6 +317,8 @@ void pairs_by_rows(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t l
     });
 }
 
+#endif
+
 }  // namespace
 
 // With instructions for pairs of bfloat16 packing pays earlier; for AMX how early is a guess.
@@ -344,11 +346,13 @@ bool few_rows_of_pairs(const Operand &b) { return kPairs<FASTATTN_BFLOAT16> && b
 void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld) {
     with_dtype(b.dtype, [&]<int dtype>() {
         const void *first = b.at(0, columns.begin);
+#if defined(__AVX512BF16__)
         if (b.down != 1 && few_rows_of_pairs(b)) {
             const auto run = m > 4 ? pairs_by_rows<8, 2> : pairs_by_rows<4, 4>;
-            run(m, columns.size(), k, (const uint16_t *)a, lda, (const uint16_t *)first, b.down, sums, ld);
+            return run(m, columns.size(), k, (const uint16_t *)a, lda, (const uint16_t *)first, b.down, sums, ld);
         }
-        else if (b.down == 1) dots<dtype>(m, columns.size(), k, a, lda, first, b.across, sums, ld);
+#endif
+        if (b.down == 1) dots<dtype>(m, columns.size(), k, a, lda, first, b.across, sums, ld);
         else by_rows<dtype>(m, columns.size(), k, (const float *)a, lda, first, b.down, sums, ld);
     });
 }
