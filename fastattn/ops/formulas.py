@@ -57,18 +57,17 @@ def of_reference(function: Callable[..., Results]) -> Callable[..., Results]:
 
 def differentiable(operator: Callable[..., Any], *args: Any) -> Results:
     """A backward operator's results, with derivatives where a gradient of gradients may be asked for."""
-    if torch.compiler.is_compiling():
-        results: Results = invoke(operator, *args)
-        return results
-    if forward_ad._current_level >= 0:
-        return _run(operator, args, _FORWARD_MODE)
-    if not torch.is_grad_enabled():  # create_graph=False
-        results = invoke(operator, *args)
-        return results
-    if torch._C._are_functorch_transforms_active() or args[-1] not in ("", "reference"):
-        results = apply_function(_Backward, operator, *args)
-        return results
-    return _run(operator, args, _SECOND)
+    results: Results
+    if not torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            return _run(operator, args, _FORWARD_MODE)
+        if torch.is_grad_enabled():  # create_graph=True
+            if not torch._C._are_functorch_transforms_active() and args[-1] in ("", "reference"):
+                return _run(operator, args, _SECOND)
+            results = apply_function(_Backward, operator, *args)
+            return results
+    results = invoke(operator, *args)
+    return results
 
 
 class _Backward(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn import dispatch
 from fastattn.backends import reference
-from fastattn.ops.formulas import differentiable, of_reference, register_formulas
+from fastattn.ops.formulas import Results, differentiable, of_reference, register_formulas
 from fastattn.ops.library import (
     InDims,
     VmapResult,
@@ -256,18 +256,9 @@ class Norm(torch.autograd.Function):
         )
 
 
-def _backward_formula(
-    grad_y: Tensor,
-    grad_z: Tensor | None,
-    z: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_seed: Tensor | None,
-    kind: str,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _backward_formula(*args: Any) -> Results:
     """The backward with the statistics as functions of z."""
+    grad_y, grad_z, z, weight, mean, rstd, dropout_seed, kind, *rest = args
     centred = z.to(rstd.dtype).reshape(rstd.shape[0], z.shape[-1])
     if kind == "layer":
         mean = centred.mean(dim=-1)

@@ -69,7 +69,7 @@ class Experts(ReadForward):
         assert gate_up is not None and down is not None
         fit = gate_up.dim() == 3 and down.shape == (gate_up.shape[0], gate_up.shape[2], gate_up.shape[1] // 2)
         if not fit or gate_up.shape[1] % 2 or x.shape[1] != gate_up.shape[2]:
-            return _MISFIT
+            return MISFIT
         reason = why_not_activation(self.act_fn)
         return None if reason is None else f"act_fn {reason}"
 
@@ -133,10 +133,10 @@ def why_not_called(
         return "its weights are not of the input's dtype"
     if x.dim() != 2 or not is_plain(index) or not is_plain(scale) or index.shape != scale.shape or index.dim() != 2:
         return "its inputs are not rows, indices and weights"
-    return None if len(x) == len(index) and index.dtype is torch.int64 else _MISFIT
+    return None if len(x) == len(index) and index.dtype is torch.int64 else MISFIT
 
 
-_MISFIT = "its inputs and weights do not fit together"
+MISFIT = "its inputs and weights do not fit together"
 
 
 def _is_traced() -> bool:
@@ -154,9 +154,14 @@ def may_gain(x: Tensor, index: Tensor, weights: tuple[Tensor, ...], few: int = f
 
 
 def _is_large(gate_up: Tensor) -> bool:
-    """Whether one expert's weights have as many elements as a linear whose call is paid for."""
-    pays = free_linear.PAYS_BY_LONG_CALLS.get(gate_up.dtype)
-    return pays is not None and gate_up[0].numel() * 3 // 2 >= pays.one_row
+    """Whether one expert's block is."""
+    return is_large(gate_up.dtype, gate_up[0].numel() * 3 // 2)
+
+
+def is_large(dtype: torch.dtype, elements: int) -> bool:
+    """Whether weights of so many elements are those of a linear whose call is paid for."""
+    pays = free_linear.PAYS_BY_LONG_CALLS.get(dtype)
+    return pays is not None and elements >= pays.one_row
 
 
 # ---- which classes ---------------------------------------------------------------------------------------------------

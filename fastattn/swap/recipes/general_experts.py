@@ -23,7 +23,16 @@ from fastattn.swap.expression import Input, Spelling
 from fastattn.swap.reading import Reading, spelled_as
 from fastattn.swap.recipe import Recipe, parameters
 from fastattn.swap.recipes import free_linear
-from fastattn.swap.recipes.experts import Experts, added_up, eager_of, may_gain, rows_of_experts, why_not_called
+from fastattn.swap.recipes.experts import (
+    MISFIT,
+    Experts,
+    added_up,
+    eager_of,
+    is_large,
+    may_gain,
+    rows_of_experts,
+    why_not_called,
+)
 from fastattn.swap.swapped import Swapped
 
 _BY_FLAGS = ("batched_mm", "grouped_mm")
@@ -41,7 +50,7 @@ class GeneralExperts(Experts):
         hidden = up.shape[1] // 2 if self.has_gate else up.shape[1]
         biases = [self._parameters[name].shape for name in _names(self)[2:]]  # type: ignore[union-attr]
         fit = down.shape[::2] == (len(up), hidden) and biases in ([], [up.shape[:2], down.shape[:2]])
-        return None if fit and x.shape[1] == up.shape[2] else "its inputs and weights do not fit together"
+        return None if fit and up.shape[2:] == x.shape[1:] else MISFIT
 
     def fastattn_is_faster(self, x: Tensor, index: Tensor) -> bool:
         up, down = _weights(self)
@@ -90,9 +99,8 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _are_large(up: Tensor, down: Tensor) -> bool:
-    """Whether each expert's weights have as many elements as a linear whose call is paid for."""
-    pays = free_linear.PAYS_BY_LONG_CALLS.get(up.dtype)
-    return pays is not None and min(up[0].numel(), down[0].numel()) >= pays.one_row
+    """Whether each linear of an expert is."""
+    return is_large(up.dtype, min(up[0].numel(), down[0].numel()))
 
 
 def read(module_class: type[nn.Module]) -> Reading | None:

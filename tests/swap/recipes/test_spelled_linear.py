@@ -105,42 +105,37 @@ def row_of(report: fastattn.swap.SwapReport) -> fastattn.swap.Row:
     return next(row for row in report.rows if row.path == "")
 
 
+def swapped_alike(module: nn.Module) -> tuple[fastattn.swap.SwapReport, Tensor]:
+    """Swaps the module, once it is seen to answer and to learn as before; the report, and its answer to X before."""
+    x = X.clone().requires_grad_()
+    leaves = [x, *module.parameters()]
+    expected = module(x)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    report = swap(module, strict=True)
+    with report.counting():
+        found = module(x)
+    assert report.all_called
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    return report, expected
+
+
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("kind", (Linear, Plain, Product, Matmul))
 def test_alone(kind: type[nn.Linear], bias: bool) -> None:
     module = build(kind, bias)
-    x = X.clone().requires_grad_()
-    leaves = [x, *module.parameters()]
-    expected = module(x)
-    gradients = torch.autograd.grad(expected.square().sum(), leaves)
-    report = swap(module, strict=True)
+    report, expected = swapped_alike(module)
     assert row_of(report).kernel == "linear_act"
-    with report.counting():
-        found = module(x)
-    assert report.all_called
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(copy.deepcopy(module)(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(copy.deepcopy(module)(X), expected, atol=1e-4, rtol=1e-4)
     report.undo()
-    assert type(module) is kind and torch.equal(module(x), expected)
+    assert type(module) is kind and torch.equal(module(X), expected)
 
 
 @pytest.mark.parametrize("kind", (Linear, Product))
 def test_in_a_block(kind: type[nn.Linear]) -> None:
-    module = block(kind)
-    x = X.clone().requires_grad_()
-    leaves = [x, *module.parameters()]
-    expected = module(x)
-    gradients = torch.autograd.grad(expected.square().sum(), leaves)
-    report = swap(module, strict=True)
+    report, _ = swapped_alike(block(kind))
     assert [row.action for row in report.rows] == ["swapped", "fused", "fused"]
-    with report.counting():
-        found = module(x)
-    assert report.all_called
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_other_dtypes_are_cast_by_the_original() -> None:
