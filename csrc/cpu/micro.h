@@ -55,6 +55,11 @@ struct Fetches {
 void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate,
               const float *bias = nullptr, Ahead ahead = {}, Fetches *fetches = nullptr);
 
+// With AMX words of either operand may lie in rows of any stride as well: A(r, word) at a[r * lda + word], of which whole groups of 16 rows are read,
+// and B(word, lane) at b[word * ldb + lane]. k is a multiple of kWordDepth; `fetches` as above.
+void multiply_word_rows(int64_t m, int64_t vectors, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
+                        bool accumulate, Fetches *fetches = nullptr);
+
 #if defined(__AMX_BF16__)
 // AMX: blocks of 16 x 16 words; 32 x 32 of C in four accumulator tiles. Fast enough to make float32 of six products.
 constexpr int kBfloat16Parts = 1, kFloat32Parts = 3;
@@ -71,10 +76,14 @@ constexpr bool kWordBlocks = false;
 constexpr int kWordRows = kTileRows, kWordVectors = kTileVectors, kWordDepth = 1;
 #endif
 
-// Sets up the matrix unit of the calling thread for multiply() with words, and gives it back; free where there is nothing to set up.
+// Sets up the matrix unit of the calling thread for products of words, and gives it back; free where there is nothing to set up.
 struct MatrixUnit {
-    MatrixUnit();
+    explicit MatrixUnit(bool used = true);
     ~MatrixUnit();
+    MatrixUnit(const MatrixUnit &) = delete;
+    MatrixUnit &operator=(const MatrixUnit &) = delete;
+
+    const bool used;
 };
 
 FASTATTN_NAMESPACE_END

@@ -71,6 +71,14 @@ FASTATTN_INLINE void widen_two(vfloat words, vfloat &first, vfloat &second) {
     second = from_bfloat16(halves[1]);
 }
 
+// Words of two rows of floats, rounded: the first in the low halves.
+FASTATTN_INLINE vfloat row_pair(vfloat first, vfloat second) {
+    typedef uint16_t Halves __attribute__((vector_size(64)));
+    Halves order;
+    for (int i = 0; i < 2 * kLanes; i++) order[i] = (uint16_t)(i / 2 + i % 2 * kLanes);
+    return (vfloat)_mm512_maskz_permutexvar_epi16((__mmask32)-1, (__m512i)order, (__m512i)narrow_two(first, second));
+}
+
 // The words of 2 kLanes consecutive float32 of a row; of one part they are rounded.
 template <int parts>
 FASTATTN_INLINE Words<parts> words_of(vfloat first, vfloat second, vfloat &poison) {
@@ -145,17 +153,23 @@ static bool pack_words_transposed(Rows source, int64_t rows, int64_t columns, Wo
     return any((vint)(poison != poison));
 }
 
-// target(word of r, c), whole vectors of c.
+// target(word of r, c) for one word of r, whole vectors of c.
+template <int parts>
+FASTATTN_INLINE vfloat pack_row_pair(Rows source, int64_t rows, int64_t columns, int64_t word, WordsTarget target) {
+    vfloat poison = zero();
+    for (int64_t c = 0; c < columns; c += kLanes) {
+        const bool whole = 2 * word + 2 <= rows && c + kLanes <= columns;
+        const Words<parts> words = whole ? words_of_row_pair<parts, true>(source, rows, columns, 2 * word, c, poison)
+                                         : words_of_row_pair<parts>(source, rows, columns, 2 * word, c, poison);
+        for (int p = 0; p < parts; p++) store(target.row(p, word, c), words.part[p]);
+    }
+    return poison;
+}
+
 template <int parts>
 static bool pack_words_of_row_pairs(Rows source, int64_t rows, int64_t columns, WordsTarget target, int64_t depth) {
     vfloat poison = zero();
-    for (int64_t word = 0; word < depth; word++)
-        for (int64_t c = 0; c < columns; c += kLanes) {
-            const bool whole = 2 * word + 2 <= rows && c + kLanes <= columns;
-            const Words<parts> words = whole ? words_of_row_pair<parts, true>(source, rows, columns, 2 * word, c, poison)
-                                             : words_of_row_pair<parts>(source, rows, columns, 2 * word, c, poison);
-            for (int p = 0; p < parts; p++) store(target.row(p, word, c), words.part[p]);
-        }
+    for (int64_t word = 0; word < depth; word++) poison += pack_row_pair<parts>(source, rows, columns, word, target);
     return any((vint)(poison != poison));
 }
 

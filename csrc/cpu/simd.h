@@ -178,12 +178,20 @@ FASTATTN_INLINE vhalf low_halves(vuint v) {
 
 FASTATTN_INLINE vfloat from_bfloat16(vhalf h) { return (vfloat)(widen(h) << 16); }
 
-FASTATTN_INLINE vhalf to_bfloat16(vfloat v) {
+FASTATTN_INLINE vhalf round_to_bfloat16(vfloat v) {
     const vuint b = (vuint)v;
     const vuint rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     const vuint quiet_nan = (b >> 16) | 0x40u;
     const vuint is_nan = (vuint)(v != v);
     return low_halves((is_nan & quiet_nan) | (~is_nan & rounded));
+}
+
+FASTATTN_INLINE vhalf to_bfloat16(vfloat v) {
+#if defined(__AVX512BF16__)
+    constexpr int kSubnormal = 0x20;  // which the instruction would make 0
+    if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1)) return (vhalf)_mm512_cvtneps_pbh((__m512)v);
+#endif
+    return round_to_bfloat16(v);
 }
 
 FASTATTN_INLINE vfloat from_float16(vhalf h) {
@@ -281,6 +289,18 @@ FASTATTN_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr float kRounder = 0x1.8p23f;  // adding it rounds a float to an integer, which then sits in the low bits
 
+// p 2^n for whole n and p near 1; 0 where n < -126.
+FASTATTN_INLINE vfloat times_power(vfloat p, vfloat n) {
+#if defined(__AVX512F__)
+    // scalef would make subnormal numbers, whose making and later use is slow: those lanes are zeroed.
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    const vint exponent = bits(n + kRounder) << 23;
+    return from_bits(~(vint)(n < -126.0f) & (bits(p) + exponent));
+#endif
+}
+
 // 2^(n + f) for whole n and f in [-0.5, 0.5]; 0 where n < -126.
 FASTATTN_INLINE vfloat exp2_parts(vfloat n, vfloat f) {
     vfloat p = broadcast(1.54474774e-04f);
@@ -290,14 +310,7 @@ FASTATTN_INLINE vfloat exp2_parts(vfloat n, vfloat f) {
     p = p * f + 2.40226513e-01f;
     p = p * f + 6.93147206e-01f;
     p = p * f + 1.0f;
-#if defined(__AVX512F__)
-    // scalef would make subnormal numbers, whose later use is slow: those lanes are zeroed.
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
-#else
-    const vint exponent = bits(n + kRounder) << 23;
-    return from_bits(~(vint)(n < -126.0f) & (bits(p) + exponent));
-#endif
+    return times_power(p, n);
 }
 
 FASTATTN_INLINE vfloat round(vfloat x) {
@@ -312,6 +325,18 @@ FASTATTN_INLINE vfloat round(vfloat x) {
 FASTATTN_INLINE vfloat exp2(vfloat x) {
     const vfloat n = round(x);
     return exp2_parts(n, x - n);
+}
+
+// The same to 2^-23, a term and an instruction shorter, for what is rounded to bfloat16 next.
+FASTATTN_INLINE vfloat exp2_of_term(vfloat x) {
+    const vfloat n = (x + kRounder) - kRounder, f = x - n;
+    vfloat p = broadcast(1.3264727e-03f);
+    p = p * f + 9.6715130e-03f;
+    p = p * f + 5.5507336e-02f;
+    p = p * f + 2.4022242e-01f;
+    p = p * f + 6.9314700e-01f;
+    p = p * f + 1.0f;
+    return times_power(p, n);
 }
 
 // e^x for x <= 88; 0 below -87. ln 2 is taken off in two parts, the first of which has few enough bits to be exact.

@@ -62,6 +62,7 @@ class Backward {
         float *bias_sums = second_walk_ ? scratch.take(shared_bias_.sum_floats()) : nullptr;
 #pragma omp parallel num_threads(p_.n_threads) if (p_.n_threads > 1)
         {
+            const MatrixUnit unit(multiplies_pairs(p_));
             Pieces own(threads + omp_get_thread_num() * thread_floats);
             TileBuffers buffers(p_, own);
             float *scores = second_walk_ ? own.take(SharedBias::tile_floats()) : nullptr;

@@ -43,7 +43,7 @@ struct TileRecord {
     }
 
   private:
-    static int64_t most_blocks(int64_t keys) { return keys / kKeyBlock + kMaxIntervals + 1; }
+    static int64_t most_blocks(int64_t keys) { return keys / kKeyBlock + 2 * kMaxIntervals + 1; }  // two of a run may be cut short
     static int64_t block_floats(int64_t keys) { return Pieces::padded(most_blocks(keys) * (int64_t)(sizeof(KeyBlock) / 4)); }
     static int64_t strip_floats(const fastattn_attention &p, int64_t lanes, int64_t keys) {
         return wants_gradient(p.distance) ? keys + most_blocks(keys) * lanes + kLanes : 0;
@@ -87,7 +87,8 @@ struct KeyGradients {
     }
 };
 
-// Softmax statistics of queries, from which p and ds follow: p = e^(score - maximum) * reciprocal, ds = p (dp - delta) + e^(score - maximum) * lse.
+// Softmax statistics of queries, from which p and ds follow: p = e * reciprocal, ds = p (dp - delta) + e * lse with e = e^(factor
+// (score - maximum)), the maximum being that of scores without their softmax_factor().
 struct Statistics {
     vfloat maximum[kMaxVectors], reciprocal[kMaxVectors], delta[kMaxVectors], lse[kMaxVectors];
 };
@@ -179,18 +180,24 @@ struct BiasGradient {
 // Scratch of one thread.
 struct TileBuffers {
     static int64_t floats(const fastattn_attention &p) {
-        return kMaxLanes * (2 * p.dim_qk + p.dim_v) + kKeyBlock * (kMaxLanes + Widths(p).both() + seen_width(p)) + 7 * 16;
+        return kMaxLanes * (lane_rows(p.dim_qk) + lane_rows(p.dim_v) + p.dim_qk) + kKeyBlock * (kMaxLanes + Widths(p).both() + seen_width(p)) +
+               WordBlocks::floats(p, WordBlocks::rows, p.dim_qk) + WordBlocks::floats(p, WordBlocks::columns, p.dim_qk) +
+               WordBlocks::floats(p, WordBlocks::rows, p.dim_v) + 7 * 16;
     }
     TileBuffers(const fastattn_attention &p, Pieces &pieces)
-        : queries(pieces.take(p.dim_qk * kMaxLanes)),
-          grads(pieces.take(p.dim_v * kMaxLanes)),
+        : queries(pieces.take(lane_rows(p.dim_qk) * kMaxLanes)),
+          grads(pieces.take(lane_rows(p.dim_v) * kMaxLanes)),
           grad_queries(pieces.take(p.dim_qk * kMaxLanes)),
           keep(pieces.take(kKeyBlock * kMaxLanes)),
           keys(pieces.take(kKeyBlock * Widths(p).qk)),
           values(pieces.take(kKeyBlock * Widths(p).v)),
-          seen(pieces.take(kKeyBlock * seen_width(p))) {}
+          seen(pieces.take(kKeyBlock * seen_width(p))),
+          key_words(p, WordBlocks::rows, p.dim_qk, pieces),
+          key_columns(p, WordBlocks::columns, p.dim_qk, pieces),
+          value_words(p, WordBlocks::rows, p.dim_v, pieces) {}
     float *queries, *grads, *grad_queries;  // (column, lane), the first two of pairs (word, lane)
     float *keep, *keys, *values, *seen;
+    WordBlocks key_words, key_columns, value_words;
 };
 
 // The products of one query tile with blocks of its keys.
@@ -236,9 +243,14 @@ class TileBackward {
             if (record.strips) sum_diagonals(ds, block.count, tile_.vectors, record.diagonals(i));
             if (record.slope) scale_by(ds, record.slope + block.row * lanes_, block.count * lanes_);
             if (p_.dropout.threshold) drop(block, p);
-            // The factors of dropout have been used: their place takes the pairs.
-            multiply_columns(scores_of_pairs(), k_, block, p_.dim_qk, tile_.vectors, ds, {buffers_.keys, buffers_.seen, buffers_.keep},
-                             buffers_.grad_queries, true);
+            if (scores_of_pairs()) {
+                // The factors of dropout have been used: their place takes the pairs.
+                pack_key_pairs(ds, block.count, lanes_, buffers_.keep);
+                multiply_column_words(words(buffers_.key_columns, k_, block, buffers_.keys), block, p_.dim_qk,
+                                      tile_.vectors, buffers_.keep, buffers_.grad_queries, true);
+            } else {
+                multiply_columns(k_, block, p_.dim_qk, tile_.vectors, ds, buffers_.keys, buffers_.grad_queries, true);
+            }
             if (keys) keys->add(p_, record, block, {0, tile_.len_k});
         }
         write_queries();
@@ -247,15 +259,16 @@ class TileBackward {
 
     // scores(key, lane) of the mask's block; `slope`, if given, receives the derivative of the softcap.
     void scores(const TileMask &mask, float *target, float *slope) const {
-        const Left keys = load_rows(scores_of_pairs(), k_, mask.block(), p_.dim_qk, {buffers_.keys, buffers_.seen, nullptr});
+        const KeyBlock &block = mask.block();
+        const Left keys = scores_of_pairs() ? words(buffers_.key_words, k_, block, buffers_.keys) : load_block(k_, block, p_.dim_qk, Layout::rows, buffers_.keys);
         score_tile(p_, tile_, mask, keys, buffers_.queries, target, slope);
     }
 
     // dp(key, lane), dropout included.
     void value_products(const KeyBlock &block, float *target) const {
         const bool pairs = grads_of_pairs();
-        const Left values = load_rows(pairs, v_, block, p_.dim_v, {buffers_.values, buffers_.seen, nullptr});
-        multiply_blocked(block.count, tile_.vectors, pairs ? p_.dim_v / 2 : p_.dim_v, values, buffers_.grads, target);
+        const Left values = pairs ? words(buffers_.value_words, v_, block, buffers_.values) : load_block(v_, block, p_.dim_v, Layout::rows, buffers_.values);
+        multiply_blocked(block.count, tile_.vectors, pairs ? words_of_elements(p_.dim_v) : p_.dim_v, values, buffers_.grads, target);
         if (p_.dropout.threshold) drop(block, target);
     }
 
@@ -275,6 +288,10 @@ class TileBackward {
     }
 
   private:
+    Left words(WordBlocks &kept, Rows source, const KeyBlock &block, float *scratch) const {
+        return kept.words(tile_, tile_.head_kv(p_), source, block, {scratch, buffers_.seen});
+    }
+
     // As the forward's.
     bool scores_of_pairs() const { return multiplies_pairs(p_); }
     bool grads_of_pairs() const { return multiplies_pairs(p_) && p_.dim_v % 2 == 0; }
@@ -300,12 +317,13 @@ class TileBackward {
     void probabilities(TileRecord &record, const KeyBlock &block, const vfloat (&maximum)[kMaxVectors], vfloat (&total)[kMaxVectors],
                        vfloat (&delta)[kMaxVectors]) const {
         float *score = record.scores + block.row * lanes_, *grad = record.grad_scores + block.row * lanes_;
+        const float rate = softmax_factor(p_) * kLog2e;
         value_products(block, grad);
         for (int64_t v = 0; v < tile_.vectors; v++) {
             const vfloat base = softmax_base(maximum[v]);
             vfloat block_total = zero(), block_delta = zero();
             for (int64_t at = v * kLanes; at < block.count * lanes_; at += lanes_) {
-                const vfloat term = softmax_term(load(score + at), base);
+                const vfloat term = softmax_term(load(score + at), base, rate);
                 block_total += term;
                 block_delta += term * load(grad + at);
                 store(score + at, term);
@@ -322,7 +340,7 @@ class TileBackward {
         for (int64_t lane = 0; lane < tile_.count; lane++) {
             const int64_t v = lane / kLanes, at = lane % kLanes;
             if (total[v][at] == 0.0f) continue;
-            const float sink = p_.sinks ? __builtin_expf(p_.sinks[tile_.head] - s.maximum[v][at]) : 0.0f;
+            const float sink = p_.sinks ? __builtin_expf(p_.sinks[tile_.head] - s.maximum[v][at] * softmax_factor(p_)) : 0.0f;
             const float reciprocal = 1.0f / (total[v][at] + sink), mean = delta[v][at] * reciprocal;
             if (p_.sinks && sink < kInf) sink_sum -= sink * reciprocal * mean;
             s.reciprocal[v][at] = reciprocal;

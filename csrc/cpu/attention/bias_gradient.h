@@ -71,7 +71,7 @@ class SharedBias {
             for (int64_t row = 0; row < block.count; row++)
                 for (int64_t v = 0; v < tile.vectors; v++) {
                     float *score = scores + (row * tile.vectors + v) * kLanes;
-                    store(score, softmax_term(load(score), softmax_base(statistics.maximum[v])));
+                    store(score, softmax_term(load(score), softmax_base(statistics.maximum[v]), kLog2e));  // with a bias the factor is 1
                 }
             backward.value_products(block, grads);
             backward.score_gradients(statistics, block.count, scores, grads);

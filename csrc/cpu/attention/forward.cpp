@@ -39,73 +39,27 @@
 //   cache; the caller passes copies of those that are read often.
 #include "../kernels.h"
 #include "pair_tile.h"
+#include "softmax.h"
 
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
 struct Buffers {
     explicit Buffers(const fastattn_attention &p)
-        : scratch(kMaxLanes * (p.dim_qk + p.dim_v) + kKeyBlock * (2 * kMaxLanes + round_up(p.dim_qk, kLanes) + round_up(p.dim_v, kLanes) + seen_width(p)) + 112),
-          queries(scratch.take(p.dim_qk * kMaxLanes)),
+        : scratch(kMaxLanes * (lane_rows(p.dim_qk) + p.dim_v) + kKeyBlock * (2 * kMaxLanes + round_up(p.dim_qk, kLanes) + round_up(p.dim_v, kLanes) + seen_width(p)) +
+                  WordBlocks::floats(p, WordBlocks::rows, p.dim_qk) + WordBlocks::floats(p, WordBlocks::columns, p.dim_v) + 112),
+          queries(scratch.take(lane_rows(p.dim_qk) * kMaxLanes)),
           out(scratch.take(p.dim_v * kMaxLanes)),
           scores(scratch.take(kKeyBlock * kMaxLanes)),
           keep(scratch.take(kKeyBlock * kMaxLanes)),
           keys(scratch.take(kKeyBlock * round_up(p.dim_qk, kLanes))),
           values(scratch.take(kKeyBlock * round_up(p.dim_v, kLanes))),
-          seen(scratch.take(kKeyBlock * seen_width(p))) {}
+          seen(scratch.take(kKeyBlock * seen_width(p))),
+          key_words(p, WordBlocks::rows, p.dim_qk, scratch),
+          value_words(p, WordBlocks::columns, p.dim_v, scratch) {}
     Scratch scratch;
     float *queries, *out, *scores, *keep, *keys, *values, *seen;
-};
-
-// Running maximum and sum of each query.
-struct Softmax {
-    vfloat maximum[kMaxVectors], total[kMaxVectors];
-
-    Softmax() {
-        for (int v = 0; v < kMaxVectors; v++) maximum[v] = broadcast(-kInf), total[v] = zero();
-    }
-
-    // scores -> probabilities against the new maximum; `correction` is what earlier sums must be multiplied with.
-    void step(float *scores, int64_t count, int64_t vectors, vfloat (&correction)[kMaxVectors]) {
-        if (vectors == 1) step_vectors<1>(scores, count, correction);
-        else if (vectors == 2) step_vectors<2>(scores, count, correction);
-        else if (vectors == 3) step_vectors<3>(scores, count, correction);
-        else step_vectors<4>(scores, count, correction);
-    }
-
-  private:
-    // Rows outermost: the vectors of a row are independent, so that neither max nor exp2 waits for the one before.
-    template <int Vectors>
-    void step_vectors(float *scores, int64_t count, vfloat (&correction)[kMaxVectors]) {
-        vfloat highest[2][Vectors], base[Vectors], block[Vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) highest[0][v] = highest[1][v] = maximum[v], block[v] = zero();
-        for (int64_t row = 0; row < count; row += 2) {
-            const float *even = scores + row * Vectors * kLanes, *odd = row + 1 < count ? even + Vectors * kLanes : even;
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; v++) {
-                highest[0][v] = max(highest[0][v], load(even + v * kLanes));
-                highest[1][v] = max(highest[1][v], load(odd + v * kLanes));
-            }
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) {
-            const vfloat top = max(highest[0][v], highest[1][v]);
-            base[v] = softmax_base(top);
-            correction[v] = softmax_term(maximum[v], base[v]);
-            maximum[v] = top;
-        }
-        for (int64_t row = 0; row < count; row++)
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; v++) {
-                float *target = scores + (row * Vectors + v) * kLanes;
-                const vfloat probability = softmax_term(load(target), base[v]);
-                block[v] += probability;
-                store(target, probability);
-            }
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) total[v] = total[v] * correction[v] + block[v];
-    }
+    WordBlocks key_words, value_words;
 };
 
 void rescale(float *out, int64_t rows, int64_t vectors, const vfloat (&correction)[kMaxVectors]) {
@@ -119,11 +73,11 @@ void rescale(float *out, int64_t rows, int64_t vectors, const vfloat (&correctio
 void write_tile(const fastattn_attention &p, const QueryTile &tile, const Softmax &softmax, const float *out) {
     float norm[kMaxLanes], lse[kMaxLanes];
     for (int64_t v = 0; v < tile.vectors; v++) {
-        const vfloat maximum = softmax.maximum[v], total = softmax.total[v];
-        const vfloat divisor = p.sinks ? total + softmax_sink(p.sinks[tile.head], maximum) : total;
+        const vfloat base = softmax.base(v), total = softmax.total(v);
+        const vfloat divisor = p.sinks ? total + softmax_sink(p.sinks[tile.head], base) : total;
         const vint empty = (vint)(total == 0.0f);
         store(norm + v * kLanes, select(empty, zero(), 1.0f / divisor));
-        store(lse + v * kLanes, select(empty, broadcast(-kInf), maximum + log(total)));
+        store(lse + v * kLanes, select(empty, broadcast(-kInf), base + log(total)));
     }
     memcpy(p.lse + tile.row(p), lse, (size_t)tile.count * sizeof(float));
     const Rows target = query_rows(p, p.out, tile);
@@ -152,7 +106,7 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
     else pack_transposed(queries, tile.count, p.dim_qk, p.scale, buffers.queries, lanes, tile.vectors);
 
     TileMask mask(p, tile);
-    Softmax softmax;
+    Softmax softmax(softmax_factor(p));
     bool started = false;
     // Fetched meanwhile: the output's lines, the queries of the thread's next tile, the one before this, and blocks that the hardware does not foresee.
     Fetches with_scores = {{{}, ahead(q, {larger(0, tile.begin - lanes), tile.begin}, p.dim_qk, 1)}};
@@ -162,18 +116,22 @@ void attend(const fastattn_attention &p, const QueryTile &tile, Buffers &buffers
         const Span jump = mask.jump();
         with_scores.rows[0] = block_ahead(k, jump, p.dim_qk, block.count);
         with_values.rows[0] = block_ahead(v, jump, p.dim_v, p.dim_v);
-        const Left keys = load_rows(pairs, k, block, p.dim_qk, {buffers.keys, buffers.seen, nullptr});
+        const Left keys = pairs ? buffers.key_words.words(tile, tile.head_kv(p), k, block, {buffers.keys, buffers.seen})
+                                : load_block(k, block, p.dim_qk, Layout::rows, buffers.keys);
         score_tile(p, tile, mask, keys, buffers.queries, buffers.scores, nullptr, &with_scores);
+        const float *keep = p.dropout.threshold ? buffers.keep : nullptr;
+        if (keep) keep_tile(p, tile, block.begin, block.count, buffers.keep);
         vfloat correction[kMaxVectors];
-        softmax.step(buffers.scores, block.count, tile.vectors, correction);
-        if (started) rescale(buffers.out, p.dim_v, tile.vectors, correction);
-        if (p.dropout.threshold) {
-            keep_tile(p, tile, block.begin, block.count, buffers.keep);
-            scale_by(buffers.scores, buffers.keep, block.count * lanes);
+        const bool raised = pairs ? softmax.step_of_pairs(buffers.scores, keep, block.count, tile.vectors, correction)
+                                  : softmax.step(buffers.scores, block.count, tile.vectors, correction);
+        if (started && raised) rescale(buffers.out, p.dim_v, tile.vectors, correction);
+        if (pairs) {
+            const Left values = buffers.value_words.words(tile, tile.head_kv(p), v, block, {buffers.values, buffers.seen});
+            multiply_column_words(values, block, p.dim_v, tile.vectors, buffers.scores, buffers.out, started, &with_values);
+        } else {
+            if (keep) scale_by(buffers.scores, keep, block.count * lanes);
+            multiply_columns(v, block, p.dim_v, tile.vectors, buffers.scores, buffers.values, buffers.out, started, &with_values);
         }
-        // The factors of dropout have been used: their place takes the pairs.
-        multiply_columns(pairs, v, block, p.dim_v, tile.vectors, buffers.scores, {buffers.values, buffers.seen, buffers.keep}, buffers.out, started,
-                         &with_values);
         started = true;
     }
     if (!started) memset(buffers.out, 0, (size_t)(p.dim_v * lanes) * 4);
@@ -198,6 +156,7 @@ int attention_forward(const fastattn_attention &p) {
     int status = FASTATTN_OK;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
+        const MatrixUnit unit(multiplies_pairs(p));
         Buffers buffers(p);
         if (buffers.scratch.failed()) {
 #pragma omp atomic write

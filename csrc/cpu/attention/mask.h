@@ -124,7 +124,9 @@ class TileMask {
         if (run_ < n_runs_ && position_ == runs_[run_].end && ++run_ < n_runs_) position_ = runs_[run_].begin;
         if (run_ >= n_runs_) return false;
         block_.begin = position_;
-        block_.count = smaller(kKeyBlock, runs_[run_].end - position_);
+        // Tiles that keep blocks (pair_tile.h) meet the same ones.
+        const int64_t most = kWordBlocks && multiplies_pairs(p_) ? kKeyBlock - position_ % kKeyBlock : kKeyBlock;
+        block_.count = smaller(most, runs_[run_].end - position_);
         position_ += block_.count;
         return true;
     }

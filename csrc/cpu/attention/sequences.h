@@ -8,6 +8,13 @@ FASTATTN_NAMESPACE_BEGIN
 constexpr int kMaxVectors = 4;  // query vectors in a tile
 constexpr int64_t kMaxLanes = kMaxVectors * kLanes;
 
+// Whether products are of pairs of bfloat16 (pair_tile.h).
+static inline bool multiplies_pairs(const fastattn_attention &p) { return kBfloat16Parts > 0 && p.dtype == FASTATTN_BFLOAT16 && p.dim_qk % 2 == 0; }
+// Words along k of so many elements.
+static inline int64_t words_of_elements(int64_t elements) { return round_up((elements + 1) / 2, kWordDepth); }
+// Rows of a tile's queries or output gradients as (column, lane) of floats, or of words.
+static inline int64_t lane_rows(int64_t columns) { return larger(columns, kWordDepth); }
+
 // Half-open: of keys or rows.
 struct Span {
     int64_t begin, end;
@@ -95,7 +102,8 @@ class QueryTiles {
             per_group_ = (kBlockRows + kWidest * kLanes - 1) / (kWidest * kLanes);
             count = len / group_ * per_group_ + (vectors_ ? (len % group_ + lanes() - 1) / lanes() : 0);
         } else {
-            count = (len + kTileVectors * kLanes - 1) / (kTileVectors * kLanes);
+            const int64_t widest = (kWordBlocks && multiplies_pairs(p) ? kMaxVectors : kTileVectors) * kLanes;
+            count = (len + widest - 1) / widest;
             vectors_ = count ? ((len + count - 1) / count + kLanes - 1) / kLanes : 0;
             group_ = lanes();
             per_group_ = 1;

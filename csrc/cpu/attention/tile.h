@@ -74,9 +74,9 @@ static inline void add_bias(const fastattn_attention &p, const QueryTile &tile, 
         }
 }
 
-// e^(score - base) for base >= score. -inf - -inf would be NaN: a query that has seen nothing gets the base 0.
+// e^(factor (score - base)), `rate` being factor log2 e, for base >= score. -inf - -inf would be NaN: a query that has seen nothing gets the base 0.
 FASTATTN_INLINE vfloat softmax_base(vfloat maximum) { return select((vint)(maximum == -kInf), zero(), maximum); }
-FASTATTN_INLINE vfloat softmax_term(vfloat score, vfloat base) { return exp2((score - base) * kLog2e); }
+FASTATTN_INLINE vfloat softmax_term(vfloat score, vfloat base, float rate) { return exp2((score - base) * rate); }
 // The same of a sink, which may lie above the base: from e^88 on it is infinite, and leaves the others nothing.
 FASTATTN_INLINE vfloat softmax_sink(float sink, vfloat base) {
     const vfloat distance = sink - base;
@@ -108,6 +108,8 @@ static inline void scale_by(float *target, const float *factor, int64_t floats) 
 static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, float *c, bool accumulate,
                                   Fetches *fetches = nullptr) {
     const int64_t lanes = vectors * kLanes;
+    if constexpr (kWordBlocks)
+        if (a.parts) return multiply_word_rows(m, vectors, k, a.data, a.stride, b, lanes, c, lanes, accumulate, fetches);
     if (vectors != 4) return multiply(m, vectors, k, a, b, lanes, c, lanes, accumulate, nullptr, {}, fetches);
     for (int64_t half = 0; half < lanes; half += 2 * kLanes)
         multiply(m, 2, k, a, b + half, lanes, c + half, lanes, accumulate, nullptr, {}, fetches);
@@ -116,7 +118,7 @@ static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a,
 // Rows of A times B with sums over k in blocks: one chain of 256 additions would be less accurate than what it is measured against.
 static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, float *c,
                                     Fetches *fetches = nullptr) {
-    constexpr int64_t kDepth = 64;
+    const int64_t kDepth = kWordBlocks && rows.parts ? k : 64;  // the matrix unit adds 32 products at once
     multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false, fetches);
     for (int64_t begin = kDepth; begin < k; begin += kDepth) {
         const Left rest = {rows.data + begin, rows.stride, rows.layout, rows.parts};
@@ -128,12 +130,20 @@ static inline void scale_by(float *target, float factor, int64_t floats) {
     for (int64_t at = 0; at < floats; at += kLanes) store(target + at, load(target + at) * factor);
 }
 
+// Whether scores of pairs are left as products of queries and keys: the scale, which nothing but the softmax then asks for, is its factor.
+static inline bool leaves_products(const fastattn_attention &p) {
+    return multiplies_pairs(p) && p.scale > 0 && !(p.softcap > 0) && !p.bias.data && !is_given(p.distance);
+}
+
+// By which scores are multiplied in the softmax.
+static inline float softmax_factor(const fastattn_attention &p) { return leaves_products(p) ? p.scale : 1.0f; }
+
 // scores(key, lane) of the mask's block, -inf where hidden. `queries` hold the scale already, but for words.
 static inline void score_tile(const fastattn_attention &p, const QueryTile &tile, const TileMask &mask, Left keys, const float *queries,
                               float *scores, float *slope, Fetches *fetches = nullptr) {
     const KeyBlock &block = mask.block();
-    multiply_blocked(block.count, tile.vectors, keys.parts ? p.dim_qk / 2 : p.dim_qk, keys, queries, scores, fetches);
-    if (keys.parts) scale_by(scores, p.scale, block.count * tile.lanes());
+    multiply_blocked(block.count, tile.vectors, keys.parts ? words_of_elements(p.dim_qk) : p.dim_qk, keys, queries, scores, fetches);
+    if (keys.parts && !leaves_products(p)) scale_by(scores, p.scale, block.count * tile.lanes());
     if (p.softcap > 0) apply_softcap(p, scores, block.count * tile.lanes(), slope);
     if (p.bias.data) add_bias(p, tile, block.begin, block.count, scores);
     if (is_given(p.distance)) add_distance_bias(p, tile, block.begin, block.count, scores);

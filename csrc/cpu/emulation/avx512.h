@@ -132,6 +132,15 @@ EMULATED __m512 permutex2var_ps(__m512 a, __m512i index, __m512 b) {
     return result;
 }
 
+EMULATED __m512i maskz_permutexvar_epi16(__mmask32 mask, __m512i index, __m512i v) {
+    __m512i result = {};
+    for (int lane = 0; lane < 32; lane++) {
+        const uint16_t half = mask >> lane & 1 ? read<uint16_t>(&v, read<uint16_t>(&index, lane) & 31) : 0;
+        memcpy((char *)&result + lane * 2, &half, sizeof half);
+    }
+    return result;
+}
+
 EMULATED __m512i loadu_si512(const void *p) {
     __m512i v;
     memcpy(&v, p, sizeof v);
@@ -154,6 +163,14 @@ EMULATED uint16_t bfloat16_of(float value) {
     const uint32_t word = word_of(flushed(value));
     if (value != value) return (uint16_t)(word >> 16 | 0x40u);
     return (uint16_t)((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+}
+
+// Of the classes only that of subnormal numbers.
+EMULATED __mmask16 fpclass_ps_mask(__m512 v, int classes) {
+    if (classes != 0x20) abort();
+    __mmask16 mask = 0;
+    for (int lane = 0; lane < 16; lane++) mask |= (__mmask16)(v[lane] != 0.0f && word_of(flushed(v[lane])) != word_of(v[lane])) << lane;
+    return mask;
 }
 
 EMULATED __m256bh cvtneps_pbh(__m512 v) {
@@ -274,7 +291,9 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_cmp_ps_mask
 #undef _mm512_maskz_roundscale_ps
+#undef _mm512_fpclass_ps_mask
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
@@ -292,8 +311,10 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #define _mm512_maskz_scalef_ps emulation::maskz_scalef_ps
 #define _mm512_maskz_roundscale_ps(mask, v, control) emulation::maskz_roundscale_ps<control>(mask, v)
 #define _mm512_permutex2var_ps emulation::permutex2var_ps
+#define _mm512_maskz_permutexvar_epi16 emulation::maskz_permutexvar_epi16
 #define _mm512_loadu_si512 emulation::loadu_si512
 #define _mm512_test_epi8_mask emulation::test_epi8_mask
+#define _mm512_fpclass_ps_mask emulation::fpclass_ps_mask
 #define _mm512_cvtneps_pbh emulation::cvtneps_pbh
 #define _mm512_cvtne2ps_pbh emulation::cvtne2ps_pbh
 #define _mm512_dpbf16_ps emulation::dpbf16_ps
@@ -301,5 +322,6 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #define _tile_release emulation::tile_release
 #define _tile_zero emulation::tile_zero
 #define _tile_loadd emulation::tile_loadd
+#define _tile_stream_loadd emulation::tile_loadd
 #define _tile_stored emulation::tile_stored
 #define _tile_dpbf16ps emulation::tile_dpbf16ps
