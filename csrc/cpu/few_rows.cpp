@@ -175,6 +175,9 @@ void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const voi
 // ---- B by rows ---------------------------------------------------------------------------------------------------------------------------
 
 constexpr int kRowsOfB = 4;
+constexpr int64_t kMostLanes = 128;    // of A for the matrix unit, which reads a B by columns where it lies
+constexpr int64_t kMatrixPanel = 512;  // of the matrix unit's, by rows
+constexpr int64_t kPairedRows = 4;     // of A: up to here pairs from memory are faster than the matrix unit
 constexpr int64_t kPanel = (1024 + kTileWidth - 1) / kTileWidth * kTileWidth;  // kRowsOfB rows of it, and the sums of two rows of A, in the level-1 cache
 
 // sums(r, c) (+)= sum over Depth rows of B, for Rows rows of A; `add` where the sums hold something.
@@ -319,35 +322,143 @@ void pairs_by_rows(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t l
 
 #endif
 
+// ---- With the matrix unit ----------------------------------------------------------------------------------------------------------------
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kTileColumns = 2 * kLanes;  // of B at a time
+
+// The sums of `count` columns of B from `first` on into columns `target` of sums; of the first `skipped` of them nothing is wanted.
+void matrix_tile_sums(const FewRows &p, const float *a, int64_t first, int64_t count, int64_t skipped, float *sums, int64_t ld) {
+    const int64_t lanes = p.left_stride();
+    alignas(64) float tile[kTileColumns * kMostLanes];
+    multiply_word_rows(count, lanes / kLanes, p.k / 2, (const float *)p.b.at(0, first), p.b.across / 2, a, lanes, tile, lanes, false);
+    for (int64_t column = 0; column < count; column += kLanes)
+        for (int64_t row = 0; row < p.m; row += kLanes) {
+            vfloat block[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; i++) block[i] = load(tile + (column + i) * lanes + row);
+            transpose(block);
+            const int64_t rows = smaller(kLanes, p.m - row);
+            for (int64_t r = 0; r < rows; r++) {
+                float *target = sums + (row + r) * ld + column;
+                if (skipped == 0) {
+                    store(target, block[r]);
+                    continue;
+                }
+                float columns[2 * kLanes] = {};
+                store(columns, block[r]);
+                store(target, load(columns + skipped));
+            }
+        }
+}
+
+// B by columns is B^T by rows, which the unit reads where it lies: C^T = B^T A^T.
+void matrix_sums_of_columns(const FewRows &p, const float *a, Range columns, float *sums, int64_t ld) {
+    for (int64_t c = columns.begin; c < columns.end; c += kTileColumns) {
+        const int64_t whole = smaller(kTileColumns, columns.end - c) / kLanes * kLanes, rest = smaller(kTileColumns, columns.end - c) - whole;
+        float *target = sums + (c - columns.begin);
+        if (whole) matrix_tile_sums(p, a, c, whole, 0, target, ld);
+        // The last few columns are read with those before them.
+        if (rest) matrix_tile_sums(p, a, c + whole + rest - kLanes, kLanes, kLanes - rest, target + whole, ld);
+    }
+}
+
+constexpr int64_t kRowsAtOnce = 64;  // of B
+
+// B by rows is paired a few rows at a time, in the order of memory, and multiplied from the caches.
+void matrix_sums_of_rows(const FewRows &p, const float *a, int64_t lda, Range columns, float *sums, int64_t ld) {
+    alignas(64) float words[kRowsAtOnce / 2 * kMatrixPanel];
+    for (int64_t first = 0; first < p.k; first += kRowsAtOnce) {
+        const int64_t rows = smaller(kRowsAtOnce, p.k - first), depth = round_up((rows + 1) / 2, kWordDepth);
+        const Rows source{p.b.at(first, columns.begin), FASTATTN_BFLOAT16, p.b.down};
+        const WordsTarget target = {words, kMatrixPanel, 16 * kMatrixPanel, 16, 0};
+        for (int64_t word = 0; word < depth; word++) {
+            for (int64_t r = 2 * word; r < 2 * word + 2 && first + kRowsAtOnce + r < p.k; r++)
+                for (int64_t c = 0; c < columns.size(); c += 32) __builtin_prefetch(source.at(kRowsAtOnce + r, c), 0, 2);
+            pack_row_pair<1>(source, rows, columns.size(), word, target);
+        }
+        multiply_word_rows(p.m, (columns.size() + kLanes - 1) / kLanes, depth, a + first / 2, lda, words, kMatrixPanel, sums, ld, first > 0);
+    }
+}
+
+#endif
+
 }  // namespace
 
-// With instructions for pairs of bfloat16 packing pays earlier; for AMX how early is a guess.
-int64_t most_few_rows(const Operand &b) {
+FewRows::Left FewRows::left() const {
+    if (b.dtype == FASTATTN_FLOAT32) return Left::tensor;
+    if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return Left::floats;
+    if (!kWordBlocks) return Left::tensor;
+    if (b.down != 1) return m > kPairedRows && k > 0 ? Left::row_words : Left::tensor;
+    const bool fills_blocks = k % 32 == 0 && k > 0 && n >= kLanes && b.across % 2 == 0 && (uintptr_t)b.data % 4 == 0;
+    return fills_blocks ? Left::lane_words : Left::tensor;
+}
+
+int64_t FewRows::left_stride() const {
+    if (left() == Left::row_words) return round_up((k + 1) / 2, kWordDepth);
+    return round_up(left() == Left::floats ? k : m, kLanes);
+}
+
+int64_t FewRows::left_floats() const {
+    if (left() == Left::tensor) return 0;
+    if (left() == Left::row_words) return left_stride() * round_up(m, 16);
+    return left_stride() * (left() == Left::floats ? m : k / 2);
+}
+
+void FewRows::convert(Rows a, float *target) const {
+    const int64_t ld = left_stride();
+#if defined(__AVX512BF16__)
+    if (left() == Left::lane_words) {
+        pack_words_transposed<1>(a, m, k, {target, ld, 16 * ld, 16, 0}, k / 2);
+        return;
+    }
+    if (left() == Left::row_words) {
+        pack_words_in_rows<1>(a, m, k, {target, ld, 16 * ld, 16, 0}, ld);
+        return;
+    }
+#endif
+    pack_rows(a, m, k, 1.0f, target, ld);
+}
+
+// With instructions for pairs of bfloat16 packing pays earlier.
+int64_t FewRows::most() const {
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
-    return kWordBlocks ? 8 : 24;
+    switch (left()) {
+        case Left::lane_words: return kMostLanes;
+        case Left::row_words: return 96;
+        default: return kWordBlocks ? 8 : 24;
+    }
 }
 
 // Strips that are packed already are read as one stream, and A a block of k at a time. Dot products read columns of B that are a row of it apart, and
-// all of k of A, which the level-1 cache has to hold; columns a multiple of 4 KiB apart share its sets, with those of A too. Measured with AVX-512
-// and AVX2; elsewhere, and of the blocks of AMX, it is not known from which row on packed strips are faster.
-int64_t most_few_rows_beside_packed(const Operand &b, int64_t k) {
+// all of k of A, which the level-1 cache has to hold; columns a multiple of 4 KiB apart share its sets, with those of A too. Measured with AVX-512,
+// AVX2 and, in bfloat16, AMX; elsewhere it is not known from which row on packed strips are faster.
+int64_t FewRows::most_beside_packed() const {
     const bool pairs = b.dtype == FASTATTN_BFLOAT16;
-    if (kLanes < 8 || (pairs && kWordBlocks)) return most_few_rows(b);
-    if (b.down != 1) return kLanes == 16 ? 0 : most_few_rows(b);
+    if (kLanes < 8) return most();
+    if (pairs && kWordBlocks) return smaller(most(), b.down == 1 ? 48 : kPairedRows);
+    if (b.down != 1) return kLanes == 16 ? 0 : most();
     if (!pairs && b.across * 4 % 4096 == 0) return 0;
     const int64_t cached = pairs ? 48 << 10 : 32 << 10;
-    return smaller(most_few_rows(b), cached / larger(1, k * size_of(b.dtype)));
+    return smaller(most(), cached / larger(1, k * size_of(b.dtype)));
 }
 
-int64_t few_rows_panel(const Operand &b) { return b.down == 1 ? kTileWidth : kPanel; }
+int64_t FewRows::panel() const {
+    if (left() == Left::row_words) return kMatrixPanel;
+    if (b.down != 1) return kPanel;
+    return left() == Left::lane_words ? 4 * kLanes : kTileWidth;
+}
 
-bool few_rows_of_pairs(const Operand &b) { return kPairs<FASTATTN_BFLOAT16> && b.dtype == FASTATTN_BFLOAT16; }
-
-void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld) {
+void FewRows::sums(const void *a, int64_t lda, Range columns, float *sums, int64_t ld) const {
+#if defined(__AMX_BF16__)
+    if (left() == Left::lane_words) return matrix_sums_of_columns(*this, (const float *)a, columns, sums, ld);
+    if (left() == Left::row_words) return matrix_sums_of_rows(*this, (const float *)a, lda, columns, sums, ld);
+#endif
     with_dtype(b.dtype, [&]<int dtype>() {
         const void *first = b.at(0, columns.begin);
 #if defined(__AVX512BF16__)
-        if (b.down != 1 && few_rows_of_pairs(b)) {
+        if (b.down != 1 && left() == Left::tensor && dtype == FASTATTN_BFLOAT16) {
             const auto run = m > 4 ? pairs_by_rows<8, 2> : pairs_by_rows<4, 4>;
             return run(m, columns.size(), k, (const uint16_t *)a, lda, (const uint16_t *)first, b.down, sums, ld);
         }

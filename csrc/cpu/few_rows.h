@@ -4,20 +4,33 @@
 
 FASTATTN_NAMESPACE_BEGIN
 
-// The most rows of A for which that is faster than packing B.
-int64_t most_few_rows(const Operand &b);
+// A product of m rows of A with B(k, n).
+struct FewRows {
+    int64_t m, n, k;
+    Operand b;
 
-// The most rows of A for which it is faster than a B of k rows that was packed before.
-int64_t most_few_rows_beside_packed(const Operand &b, int64_t k);
+    // Whether reading B where it lies is faster than packing it, or, where it is kept packed, than that.
+    bool are_few(bool is_packed) const { return m <= (is_packed ? most_beside_packed() : most()); }
 
-// Columns whose sums few_rows_sums() makes at a time, a multiple of kTileWidth.
-int64_t few_rows_panel(const Operand &b);
+    // How sums() reads A: as the tensor that it is, as float32, or for the matrix unit as words of pairs along k, in rows or those of all rows side by side.
+    enum class Left { tensor, floats, row_words, lane_words };
+    Left left() const;
+    bool uses_matrix_unit() const { return left() == Left::row_words || left() == Left::lane_words; }
+    // Of A in that form: floats of all, 0 for the tensor, and from one row, or word, to the next.
+    int64_t left_floats() const;
+    int64_t left_stride() const;
+    void convert(Rows a, float *target) const;
 
-// Whether few_rows_sums() reads A as the bfloat16 it is: pairs of it are multiplied by pairs of B.
-bool few_rows_of_pairs(const Operand &b);
+    // Columns whose sums are made at a time, a multiple of the vector.
+    int64_t panel() const;
 
-// sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for rows of A, float32 unless few_rows_of_pairs(), and at most a panel of columns, the first a multiple of kTileWidth.
-// Two panels of m rows, ld apart, have room in `sums`; the second is overwritten.
-void few_rows_sums(int64_t m, int64_t k, const void *a, int64_t lda, const Operand &b, Range columns, float *sums, int64_t ld);
+    // sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for at most a panel of columns, the first a multiple of kTileWidth. Two panels of m rows, ld apart,
+    // have room in `sums`; the second is overwritten. The calling thread has set up its matrix unit where it is used.
+    void sums(const void *a, int64_t lda, Range columns, float *sums, int64_t ld) const;
+
+  private:
+    int64_t most() const;
+    int64_t most_beside_packed() const;
+};
 
 FASTATTN_NAMESPACE_END

@@ -46,6 +46,7 @@ namespace {
 constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
 constexpr int64_t kOwnFloats = 1 << 16;    // of one thread's strips: 256 KiB
+constexpr int64_t kOwnLeftFloats = 1 << 18;  // of A beside them, in words
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
 
 // A strip and what lies before it in its first 32 columns is a strip of keep masks.
@@ -85,27 +86,28 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
 
 Operand right_operand(const fastattn_gemm &p) { return {p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]}; }
 
+FewRows few_rows(const fastattn_gemm &p) { return {p.m, p.n, p.k, right_operand(p)}; }
+
 // Whether packing B would not pay for itself, or multiplying by a B that was packed before is slower.
-bool has_few_rows(const fastattn_gemm &p, bool is_packed) {
-    const Operand b = right_operand(p);
-    return p.m <= (is_packed ? most_few_rows_beside_packed(b, p.k) : most_few_rows(b)) && p.a.stride[1] == 1;
-}
+bool has_few_rows(const fastattn_gemm &p, bool is_packed) { return p.a.stride[1] == 1 && few_rows(p).are_few(is_packed); }
 
 int few_rows_product(const fastattn_gemm &p) {
-    const Operand b = right_operand(p);
-    const bool converted = p.dtype != FASTATTN_FLOAT32 && !few_rows_of_pairs(b);
-    const int64_t panel = few_rows_panel(b), left_ld = converted ? round_up(p.k, kLanes) : p.a.stride[0];
-    Scratch left(converted ? p.m * left_ld : 0);
+    const FewRows product = few_rows(p);
+    const int64_t left_floats = product.left_floats();
+    Scratch left(left_floats);
     if (left.failed()) return FASTATTN_OUT_OF_MEMORY;
     const void *a = p.a.data;
-    if (converted) {
-        float *target = left.take(p.m * left_ld);
-        pack_rows({p.a.data, p.dtype, p.a.stride[0]}, p.m, p.k, 1.0f, target, left_ld);
-        a = target;
+    int64_t lda = p.a.stride[0];
+    if (left_floats) {
+        float *target = left.take(left_floats);
+        product.convert({p.a.data, p.dtype, p.a.stride[0]}, target);
+        a = target, lda = product.left_stride();
     }
+    const int64_t panel = product.panel();
     int status = FASTATTN_OK;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
+        const MatrixUnit unit(product.uses_matrix_unit());
         Scratch scratch(2 * p.m * panel);
         if (scratch.failed()) {
 #pragma omp atomic write
@@ -115,7 +117,7 @@ int few_rows_product(const fastattn_gemm &p) {
             const Range mine = part(p.n, kTileWidth, omp_get_num_threads(), omp_get_thread_num());
             for (int64_t first = mine.begin; first < mine.end; first += panel) {
                 const Range columns{first, smaller(first + panel, mine.end)};
-                few_rows_sums(p.m, p.k, a, left_ld, b, columns, sums, panel);
+                product.sums(a, lda, columns, sums, panel);
                 for (int64_t c = columns.begin; c < columns.end; c += kTileWidth)
                     finish(p, sums + (c - columns.begin), panel, {0, p.m}, {c, smaller(c + kTileWidth, columns.end)}, p.bias);
             }
@@ -152,16 +154,54 @@ struct Packing {
         const Range strips{columns.begin + strip * width, smaller(columns.begin + (strip + together) * width, columns.end)};
         float *target = packed + strip * strip_floats + form.right_depth(depth.begin);
         if (together == 1) return pack_strip(form, b, depth, strips, target);
-        pack_strips_of_rows(b, depth, strips, target, strip_floats);
-        return false;
+        return pack_strips_of_rows(form, b, depth, strips, target, strip_floats);
     }
+};
+
+// All of A in the blocks of the matrix unit, packed once for all chunks of B by the threads together: depth block by depth block, as pack_left() has it.
+class BlockedLeft {
+  public:
+    BlockedLeft(const fastattn_gemm &p, Form form)
+        : a_{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]}, m_(p.m), k_(p.k), form_(form), scratch_(is_used() ? block_floats(0) * depths() : 0) {
+        if (!scratch_.failed()) words_ = scratch_.take(0);
+    }
+    bool is_used() const { return kWordBlocks && form_.parts == 1 && k_ > 0 && block_floats(0) * depths() <= kMostFloats; }
+    bool failed() const { return scratch_.failed(); }
+
+    int64_t items() const { return is_used() ? row_parts() * depths() : 0; }
+    // Packs one of them. True when an element does not split.
+    bool pack(int64_t item) const {
+        const int64_t d = item / row_parts(), first = item % row_parts() * kBlockRows;
+        bool nonfinite = false;
+        const Range depth = depth_block(k_, d);
+        pack_left(form_, a_, {first, smaller(first + kBlockRows, m_)}, depth, (float *)at(first, d).data, nonfinite);
+        return nonfinite;
+    }
+    // The rows from `row` on, a multiple of kWordRows, of depth block d.
+    Left at(int64_t row, int64_t d) const {
+        const int64_t stride = form_.depth(depth_block(k_, d).size()) * form_.parts * 16;
+        return {words_ + d * block_floats(0) + row / 16 * stride, stride, Layout::rows, form_.parts};
+    }
+
+  private:
+    static constexpr int64_t kMostFloats = 1 << 24;  // 64 MiB
+
+    int64_t depths() const { return (k_ + kDepth - 1) / kDepth; }
+    int64_t row_parts() const { return (m_ + kBlockRows - 1) / kBlockRows; }
+    int64_t block_floats(int64_t d) const { return round_up(m_, 16) * form_.elements(depth_block(k_, d).size()); }
+
+    Operand a_;
+    int64_t m_, k_;
+    Form form_;
+    Scratch scratch_;
+    float *words_ = nullptr;
 };
 
 // One thread's rows.
 class Worker {
   public:
-    Worker(const fastattn_gemm &p, Form form, const Packing &packing)
-        : p_(p), form_(form), packing_(packing), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
+    Worker(const fastattn_gemm &p, Form form, const Packing &packing, const BlockedLeft &left)
+        : p_(p), form_(form), packing_(packing), blocked_(left), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
         if (scratch_.failed()) return;
         left_ = scratch_.take(left_floats());
         sums_ = scratch_.take(sum_floats());
@@ -177,21 +217,24 @@ class Worker {
     }
 
   private:
-    int64_t left_floats() const { return kBlockRows * larger(1, form_.parts) * round_up(form_.depth(smaller(kDepth, p_.k)), 16); }
+    static constexpr int64_t kNearBlocks = 3;  // of k
+
+    int64_t left_floats() const { return blocked_.is_used() ? 0 : kBlockRows * larger(1, form_.parts) * round_up(form_.depth(smaller(kDepth, p_.k)), 16); }
     int64_t sum_floats() const { return kBlockRows * form_.strip_width() * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
 
-    // Sums over k in blocks are kept for a whole block of rows.
+    // Sums over k in blocks are kept for a whole block of rows: of all columns, or of a strip where a level-2 cache holds all of k of the rows.
     void block(Range rows, Range columns, const float *packed) {
+        if (blocked_.is_used() && packing_.blocks > 1 && packing_.blocks <= kNearBlocks) return strip_by_strip(rows, columns, packed);
         const int64_t width = form_.strip_width();
         const Operand a{p_.a.data, p_.dtype, p_.a.stride[0], p_.a.stride[1]};
         for (int64_t d = 0; d < packing_.blocks; d++) {
             const Range k = depth_block(p_.k, d);
-            const Left left = pack_left(form_, a, rows, k, left_, nonfinite_);
+            const Left left = blocked_.is_used() ? blocked_.at(rows.begin, d) : pack_left(form_, a, rows, k, left_, nonfinite_);
             for (int64_t c = columns.begin; c < columns.end; c += width) {
                 const Range strip{c, smaller(c + width, columns.end)};
                 const int64_t index = (c - columns.begin) / width;
                 const float *b = packed + index * packing_.strip_floats + form_.right_depth(k.begin);
-                const Ahead ahead = next_strip(c + width < columns.end ? b + packing_.strip_floats : nullptr, rows);
+                const Ahead ahead = fetched(c + width < columns.end ? b + packing_.strip_floats : nullptr, rows);
                 if (packing_.blocks == 1) {
                     tiles(left, k, b, rows, strip, ahead);
                     continue;
@@ -203,8 +246,23 @@ class Worker {
         }
     }
 
-    // The next strip comes in while the rows of a block go through this one.
-    Ahead next_strip(const float *data, Range rows) const {
+    void strip_by_strip(Range rows, Range columns, const float *packed) {
+        const int64_t width = form_.strip_width();
+        for (int64_t c = columns.begin; c < columns.end; c += width, packed += packing_.strip_floats) {
+            const Range strip{c, smaller(c + width, columns.end)};
+            for (int64_t d = 0; d < packing_.blocks; d++) {
+                const Range k = depth_block(p_.k, d);
+                const float *b = packed + form_.right_depth(k.begin), *next = b + form_.right_depth(k.size());
+                const bool is_last = d + 1 == packing_.blocks && c + width >= columns.end;
+                multiply(rows.size(), vectors(strip), form_.depth(k.size()), blocked_.at(rows.begin, d), b, width, sums_, width, d > 0, nullptr,
+                         fetched(is_last ? nullptr : next, rows));
+            }
+            finish(p_, sums_, width, rows, strip, p_.bias);
+        }
+    }
+
+    // What is multiplied next comes in while the rows of a block go through this.
+    Ahead fetched(const float *data, Range rows) const {
         const int64_t lines = kWordDepth * larger(1, form_.parts) * kWordVectors, tiles = (rows.size() + kWordRows - 1) / kWordRows;
         return {data, data ? (lines + tiles - 1) / tiles : 0};
     }
@@ -238,6 +296,7 @@ class Worker {
     const fastattn_gemm &p_;
     Form form_;
     const Packing &packing_;
+    const BlockedLeft &blocked_;
     Scratch scratch_;
     float *left_ = nullptr, *sums_ = nullptr;
     bool nonfinite_ = false;
@@ -269,13 +328,16 @@ Outcome packed_product(const fastattn_gemm &p, Form form, const float *kept) {
     const int64_t width = form.strip_width(), chunk_columns = packing.chunk_strips * width;
     Outcome outcome;
     Scratch scratch(kept ? 0 : packing.chunk_strips * packing.strip_floats);
-    if (scratch.failed()) return {FASTATTN_OUT_OF_MEMORY};
+    const BlockedLeft left(p, form);
+    if (scratch.failed() || left.failed()) return {FASTATTN_OUT_OF_MEMORY};
     float *made = scratch.take(0);
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        Worker worker(p, form, packing);
+        Worker worker(p, form, packing, left);
         bool nonfinite = false;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < left.items(); item++) nonfinite |= left.pack(item);
         for (int64_t first = 0; first < p.n; first += chunk_columns) {
             const Range columns{first, smaller(first + chunk_columns, p.n)};
             const float *packed = kept ? kept + first / width * packing.strip_floats : made;
@@ -306,15 +368,19 @@ Outcome packed_product(const fastattn_gemm &p, Form form, const float *kept) {
 Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept) {
     const Packing packing(p, form, kOwnFloats);
     const int64_t width = form.strip_width(), group_columns = packing.chunk_strips * width;
+    const BlockedLeft left(p, form);
+    if (left.failed()) return {FASTATTN_OUT_OF_MEMORY};
     Outcome outcome;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
-        Worker worker(p, form, packing);
+        Worker worker(p, form, packing, left);
         Scratch scratch(kept ? 0 : packing.chunk_strips * packing.strip_floats);
         const Range mine = part(p.n, width, omp_get_num_threads(), omp_get_thread_num());
         const bool failed = worker.failed() || scratch.failed();
         float *made = failed ? nullptr : scratch.take(0);
         bool nonfinite = false;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < left.items(); item++) nonfinite |= left.pack(item);
         for (int64_t first = mine.begin; first < mine.end && !failed; first += group_columns) {
             const Range columns{first, smaller(first + group_columns, mine.end)};
             for (int64_t item = 0; item < packing.items(columns) && !kept; item++) nonfinite |= packing.pack(columns, item, made);
@@ -329,11 +395,12 @@ Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept)
     return outcome;
 }
 
-// Up to kOwnRows rows of A, read in place by every thread, and enough strips for all threads to have as many.
+// Up to kOwnRows rows of A, read in place by every thread, or words of it that a level-2 cache holds, and enough strips for all threads to have as many.
 bool has_own_strips(const fastattn_gemm &p, Form form) {
     const Operand a{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]};
     const int64_t strips = form.strips(p.n), busiest = (strips + p.n_threads - 1) / p.n_threads;
-    return p.m <= kOwnRows && is_read_in_place(form, a, p.k) && busiest * p.n_threads * 4 <= strips * 5;
+    const bool stays_near = kWordBlocks && form.parts ? p.m * form.elements(p.k) <= kOwnLeftFloats : p.m <= kOwnRows && is_read_in_place(form, a, p.k);
+    return stays_near && busiest * p.n_threads * 4 <= strips * 5;
 }
 
 Form form_of(const fastattn_gemm &p) {

@@ -77,6 +77,14 @@ static inline const float *kept_strips(const void *packed, Form form, int32_t dt
     return fits ? (const float *)(&found + 1) : nullptr;
 }
 
+#if defined(__AVX512BF16__)
+// Where words of a strip of B go.
+static inline WordsTarget strip_words(Form form, float *target) {
+    return kWordBlocks ? WordsTarget{target, 16, form.parts * kWordVectors * 256, 256, kWordVectors * 256}
+                       : WordsTarget{target, kTileWidth, 16 * kTileWidth, 16, 0};
+}
+#endif
+
 // A strip of B: rows k of it x (up to strip_width) columns, lanes beyond `columns` zero. True when an element does not split.
 static inline bool pack_strip([[maybe_unused]] Form form, const Operand &b, Range k, Range columns, float *target) {
     const bool transposed = b.down == 1;
@@ -85,10 +93,8 @@ static inline bool pack_strip([[maybe_unused]] Form form, const Operand &b, Rang
     if (form.parts)
         return with_parts(form.parts, [&]<int parts>() {
             const int64_t depth = form.depth(k.size());
-            const WordsTarget words = kWordBlocks ? WordsTarget{target, 16, parts * kWordVectors * 256, 256, kWordVectors * 256}
-                                                  : WordsTarget{target, kTileWidth, 16 * kTileWidth, 16, 0};
-            return transposed ? pack_words_transposed<parts>(source, columns.size(), k.size(), words, depth)
-                              : pack_words_of_row_pairs<parts>(source, k.size(), columns.size(), words, depth);
+            return transposed ? pack_words_transposed<parts>(source, columns.size(), k.size(), strip_words(form, target), depth)
+                              : pack_words_of_row_pairs<parts>(source, k.size(), columns.size(), strip_words(form, target), depth);
         });
 #endif
     if (transposed) pack_transposed(source, columns.size(), k.size(), 1.0f, target, kTileWidth, (columns.size() + kLanes - 1) / kLanes);
@@ -96,16 +102,34 @@ static inline bool pack_strip([[maybe_unused]] Form form, const Operand &b, Rang
     return false;
 }
 
-// Strips that are packed together.
-static inline int64_t strips_at_once(Form form, const Operand &b) { return form.parts || b.down == 1 ? 1 : kStripsOfRows; }
+// Strips that are packed together: about as many columns either way.
+static inline int64_t strips_at_once(Form form, const Operand &b) { return b.down == 1 ? 1 : form.parts && kWordBlocks ? kStripsOfRows * 2 : kStripsOfRows; }
 
-// Rows k of float32 strips of B, `strip_floats` apart. Its rows lie far apart, where the hardware does not foresee them: they are fetched ahead.
-static inline void pack_strips_of_rows(const Operand &b, Range k, Range columns, float *target, int64_t strip_floats) {
+// Rows k of strips of B, `strip_floats` apart. Its rows lie far apart, where the hardware does not foresee them: they are fetched ahead. True when an
+// element does not split.
+static inline bool pack_strips_of_rows([[maybe_unused]] Form form, const Operand &b, Range k, Range columns, float *target, int64_t strip_floats) {
     constexpr int64_t kAhead = 16;
+    const auto fetch = [&](int64_t r) {
+        for (int64_t c = columns.begin; r < k.end && c < columns.end; c += 64 / size_of(b.dtype)) __builtin_prefetch(b.at(r, c));
+    };
+#if defined(__AVX512BF16__)
+    if (form.parts)
+        return with_parts(form.parts, [&]<int parts>() {
+            const int64_t width = form.strip_width();
+            vfloat poison = zero();
+            for (int64_t word = 0; word < form.depth(k.size()); word++) {
+                fetch(k.begin + 2 * word + kAhead);
+                fetch(k.begin + 2 * word + kAhead + 1);
+                for (int64_t c = columns.begin, strip = 0; c < columns.end; c += width, strip++)
+                    poison += pack_row_pair<parts>({b.at(k.begin, c), b.dtype, b.down}, k.size(), smaller(width, columns.end - c), word,
+                                                   strip_words(form, target + strip * strip_floats));
+            }
+            return any((vint)(poison != poison));
+        });
+#endif
     with_dtype(b.dtype, [&]<int dtype>() {
         for (int64_t r = k.begin; r < k.end; r++, target += kTileWidth) {
-            if (r + kAhead < k.end)
-                for (int64_t c = columns.begin; c < columns.end; c += 64 / size_of(dtype)) __builtin_prefetch(b.at(r + kAhead, c));
+            fetch(r + kAhead);
             float *strip = target;
             for (int64_t first = columns.begin; first < columns.end; first += kTileWidth, strip += strip_floats) {
                 const void *source = b.at(r, first);
@@ -118,6 +142,7 @@ static inline void pack_strips_of_rows(const Operand &b, Range k, Range columns,
             }
         }
     });
+    return false;
 }
 
 #if defined(__AVX512BF16__)
