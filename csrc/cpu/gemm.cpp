@@ -54,24 +54,31 @@ static_assert(kTileWidth + 32 - (kTileWidth & -kTileWidth) <= kKeepStrip);
 
 bool has_extras(const fastattn_gemm &p) { return p.pre.data || p.multiplier.data || p.dropout.threshold; }
 
-// Finished sums of a strip into C, by whole vectors and the last part of a row. `added` is the bias where the sums do not hold it yet.
+// Finished sums of a strip into C, by whole vectors and the last part of a row, a row at a time: its lines of C are written whole, and those a few
+// rows on fetched, which lie too far apart for the hardware to foresee. `added` is the bias where the sums do not hold it yet.
 template <int dtype, int activation, bool extras>
 void finish_rows(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, Range columns, const void *added) {
+    constexpr int64_t kAhead = 8;
+    const bool is_block = rows.size() > kWordRows;  // what becomes of a tile was fetched while its sums were formed
     const int64_t kept_from = columns.begin / 32 * 32;
     int16_t keep[extras ? (kBlockRows + 2) * kKeepStrip : 1];
     if (extras && p.dropout.threshold) keep_strip(p.dropout, rows.begin, rows.size(), kept_from, keep);
-    for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
-        const int width = lanes_left(c, columns.end);
-        const vfloat bias = added ? load_any(offset(added, p.bias_dtype, c), p.bias_dtype, width) : zero();
-        const float *source = sums + (c - columns.begin);
-        for (int64_t r = rows.begin; r < rows.end; r++, source += ld) {
-            const vfloat pre = load_any(source, FASTATTN_FLOAT32, width) + bias;
+    float bias[kKeepStrip];
+    for (int64_t c = columns.begin; c < columns.end; c += kLanes)
+        store(bias + (c - columns.begin), added ? load_any(offset(added, p.bias_dtype, c), p.bias_dtype, lanes_left(c, columns.end)) : zero());
+    for (int64_t r = rows.begin; r < rows.end; r++, sums += ld) {
+        void *target = offset(p.c.data, dtype, r * p.c.stride[0]);
+        if (is_block && r + kAhead < rows.end)
+            for (int64_t c = columns.begin; c < columns.end; c += 64 / size_of(dtype)) __builtin_prefetch(offset(target, dtype, kAhead * p.c.stride[0] + c), 1);
+        over_columns(columns.size(), [&](int64_t at, int width) {
+            const int64_t c = columns.begin + at;
+            const vfloat pre = load_any(sums + at, FASTATTN_FLOAT32, width) + load(bias + at);
             if (extras && p.pre.data) store_any(offset(p.pre.data, dtype, r * p.pre.stride[0] + c), dtype, pre, width);
             vfloat v = activate<activation>(pre);
             if (extras && p.multiplier.data) v *= load_any(offset(p.multiplier.data, dtype, r * p.multiplier.stride[0] + c), dtype, width);
             if (extras && p.dropout.threshold) v = drop(v, p.dropout, keep + (r - rows.begin) * kKeepStrip + (c - kept_from));
-            store_any(offset(p.c.data, dtype, r * p.c.stride[0] + c), dtype, v, width);
-        }
+            store_any(offset(target, dtype, c), dtype, v, width);
+        });
     }
 }
 
