@@ -475,7 +475,7 @@ Outcome by_blocks(const fastattn_encoder_layer &p, Form form) {
         for (int64_t strip = 0; strip < strips; strip++) worker.pack(strip);
         share(worker, [&](Range rows) { worker.project(rows); });
     }
-    if (outcome.nonfinite && form.parts == 3) return outcome;
+    if (outcome.nonfinite && form.parts > 1) return outcome;
     outcome.status = attend(p, plan.qkv, plan.lie, p.y, plan.lse);
     if (outcome.status != FASTATTN_OK) return outcome;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
@@ -499,7 +499,9 @@ bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
 }
 
 Form form_of(const fastattn_encoder_layer &p) {
-    return {p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : p.dtype == FASTATTN_FLOAT32 && p.rows >= kSplitRows ? kFloat32Parts : 0};
+    if (p.dtype == FASTATTN_BFLOAT16) return {kBfloat16Parts};
+    if (p.dtype == FASTATTN_FLOAT16) return {kFloat16Parts};
+    return {p.rows >= kSplitRows ? kFloat32Parts : 0};
 }
 
 }  // namespace
@@ -510,7 +512,7 @@ int encoder_layer_forward(const fastattn_encoder_layer &p) {
     if (goes_one_by_one(p, form)) return one_by_one(p);
     const Outcome outcome = by_blocks(p, form);
     // Infinity and NaN do not split into parts: such a layer, rare as it is, is made again without.
-    if (outcome.nonfinite && form.parts == 3) return by_blocks(p, Form{0}).status;
+    if (outcome.nonfinite && form.parts > 1) return by_blocks(p, Form{0}).status;
     return outcome.status;
 }
 

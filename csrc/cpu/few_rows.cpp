@@ -423,6 +423,7 @@ void FewRows::convert(Rows a, float *target) const {
 
 // With instructions for pairs of bfloat16 packing pays earlier.
 int64_t FewRows::most() const {
+    if (b.dtype == FASTATTN_FLOAT16 && kFloat16Parts) return 24;
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
     switch (left()) {
         case Left::lane_words: return kMostLanes;

@@ -85,10 +85,10 @@ void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) 
 #if defined(__AMX_BF16__)
 // Tiles 0 to 3 are accumulators (upper rows left and right, lower rows left and right), 4 and 5 hold the two row blocks of A, 6 and 7 the two
 // column blocks of B. A macro because the intrinsics take tile numbers as literals; loads stand between the products that they do not wait for.
-// bfloat16 of A goes by once for each strip of B, which should stay in the level-1 cache: 7.4 ns a block product in place of 10 at a depth of 512. Of three
-// parts one is read again.
+// A of one part or two goes by once for each strip of B, which should stay in the level-1 cache: 7.4 ns a block product in place of 10 at a depth of 512. Of
+// three parts one is read again.
 #define FASTATTN_LOAD_LEFT(part)                             \
-    if constexpr (parts == 1) {                              \
+    if constexpr (parts < 3) {                               \
         _tile_stream_loadd(4, upper + (part) * kBlock, 64);  \
         _tile_stream_loadd(5, lower + (part) * kBlock, 64);  \
     } else {                                                 \
@@ -107,8 +107,8 @@ void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) 
 template <int Vectors, int parts>
 void matrix_tile(const float *upper, const float *lower, const float *b, int64_t k, float *c, int64_t ldc, bool accumulate, Ahead ahead) {
     constexpr int64_t kBlock = 256;
-    // Parts of float32 are added to C last, which keeps the accuracy of blocked summation; to what becomes bfloat16 it makes no difference.
-    const bool starts_from_c = accumulate && parts == 1;
+    // Parts of float32 are added to C last, which keeps the accuracy of blocked summation; to what becomes a half it makes no difference.
+    const bool starts_from_c = accumulate && parts < 3;
     if (starts_from_c) {
         _tile_loadd(0, c, ldc * 4);
         _tile_loadd(2, c + 16 * ldc, ldc * 4);
@@ -138,6 +138,13 @@ void matrix_tile(const float *upper, const float *lower, const float *b, int64_t
             FASTATTN_LOAD_LEFT(2)
             FASTATTN_MULTIPLY;
             FASTATTN_LOAD_LEFT(0)
+            FASTATTN_MULTIPLY;
+        } else if constexpr (parts == 2) {
+            FASTATTN_LOAD_RIGHT(1);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_RIGHT(0);
+            FASTATTN_MULTIPLY;
+            FASTATTN_LOAD_LEFT(1)
             FASTATTN_MULTIPLY;
         } else {
             FASTATTN_LOAD_RIGHT(0);
@@ -283,6 +290,7 @@ void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int
               [[maybe_unused]] Ahead ahead, Fetches *fetches) {
 #if defined(__AMX_BF16__)
     if (a.parts == 1) return matrix_tiles<1>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
+    if (a.parts == 2) return matrix_tiles<2>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
     if (a.parts == 3) return matrix_tiles<3>(m, vectors, k, a, b, c, ldc, accumulate, ahead);
 #elif defined(__AVX512BF16__)
     if (a.parts) return both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, accumulate, nullptr, fetches);

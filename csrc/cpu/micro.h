@@ -21,7 +21,7 @@ struct Left {
     const float *data;
     int64_t stride;  // between rows, or between columns; of blocked words between row blocks
     Layout layout;
-    int parts = 0;  // 0: float32; 1 or 3: words of bfloat16 pairs (pairs.h), in so many parts
+    int parts = 0;  // 0: float32; 1 to 3: words of bfloat16 pairs (pairs.h), in so many parts
 };
 
 // Memory to bring into the level-2 cache during a product: so many lines with every block of k of every kWordRows rows.
@@ -61,17 +61,17 @@ void multiply_word_rows(int64_t m, int64_t vectors, int64_t k, const float *a, i
                         bool accumulate, Fetches *fetches = nullptr);
 
 #if defined(__AMX_BF16__)
-// AMX: blocks of 16 x 16 words; 32 x 32 of C in four accumulator tiles. Fast enough to make float32 of six products.
-constexpr int kBfloat16Parts = 1, kFloat32Parts = 3;
+// AMX: blocks of 16 x 16 words; 32 x 32 of C in four accumulator tiles. Fast enough to make float16 of three products and float32 of six.
+constexpr int kBfloat16Parts = 1, kFloat16Parts = 2, kFloat32Parts = 3;
 constexpr bool kWordBlocks = true;
 constexpr int kWordRows = 32, kWordVectors = 2, kWordDepth = 16;
 #elif defined(__AVX512BF16__)
 // vdpbf16ps: the same tiles as float32.
-constexpr int kBfloat16Parts = 1, kFloat32Parts = 0;
+constexpr int kBfloat16Parts = 1, kFloat16Parts = 0, kFloat32Parts = 0;
 constexpr bool kWordBlocks = false;
 constexpr int kWordRows = kTileRows, kWordVectors = kTileVectors, kWordDepth = 1;
 #else
-constexpr int kBfloat16Parts = 0, kFloat32Parts = 0;
+constexpr int kBfloat16Parts = 0, kFloat16Parts = 0, kFloat32Parts = 0;
 constexpr bool kWordBlocks = false;
 constexpr int kWordRows = kTileRows, kWordVectors = kTileVectors, kWordDepth = 1;
 #endif

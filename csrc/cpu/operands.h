@@ -45,6 +45,9 @@ static inline bool with_parts(int parts, F &&f) {
     if constexpr (kFloat32Parts > 0) {
         if (parts == 3) return f.template operator()<3>();
     }
+    if constexpr (kFloat16Parts > 0) {
+        if (parts == 2) return f.template operator()<2>();
+    }
     if constexpr (kBfloat16Parts > 0) return f.template operator()<1>();
     return false;
 }

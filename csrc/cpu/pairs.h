@@ -1,6 +1,7 @@
 // Operands of the bfloat16 units: 32-bit words that hold two bfloat16 of consecutive k, low half first.
 //
-// A bfloat16 tensor is one part. A float32 tensor is three, x = x0 + x1 + x2 exactly: x0 is x rounded to bfloat16, x1 what is left of it
+// A bfloat16 tensor is one part. A float16 tensor, of 11 bits of significand, is two, x = x0 + x1 exactly, of which three products give x y to 2^-17.
+// A float32 tensor is three, x = x0 + x1 + x2 exactly: x0 is x rounded to bfloat16, x1 what is left of it
 // rounded, x2 the rest (24 bits of significand are 3 times 8). The six products x_i y_j with i + j <= 2 then give x y to 2^-23, about what one
 // float32 product gives, from a unit that is an order of magnitude faster (Henry, Tang, Heinecke, "Leveraging the bfloat16 artificial
 // intelligence datatype for higher-precision computations", ARITH 2019). Infinity and NaN do not split: the packing functions report
@@ -28,40 +29,6 @@ struct WordsTarget {
     float *row(int part, int64_t i, int64_t j) const { return block(part, i, j) + i % 16 * stride; }
 };
 
-FASTATTN_INLINE vuint narrow(vfloat v) { return __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)v), vuint); }
-
-// The parts of one vector as bfloat16 in the low halves of words. `poison` turns NaN where a value or its first part is not finite.
-FASTATTN_INLINE void split(vfloat v, vuint (&part)[3], vfloat &poison) {
-    part[0] = narrow(v);
-    const vfloat rest = v - (vfloat)(part[0] << 16);
-    poison += rest * 0.0f;
-    part[1] = narrow(rest);
-    part[2] = narrow(rest - (vfloat)(part[1] << 16));
-}
-
-// Words of rows (r, r + 1) for up to kLanes columns; 0 past the end. `whole`, here and below: nothing lies past the end, and all loads are of whole
-// vectors.
-template <int parts, bool whole = false>
-FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
-    Words<parts> result;
-    const int width = whole ? kLanes : lanes_left(c, columns);
-    if constexpr (parts == 1) {
-        const auto row = [&](int64_t i) {
-            vhalf h = {};
-            if (whole) __builtin_memcpy(&h, source.at(i, c), sizeof h);
-            else if (i < rows) __builtin_memcpy(&h, source.at(i, c), (size_t)width * 2);
-            return __builtin_convertvector(h, vuint);
-        };
-        result.part[0] = (vfloat)(row(r) | row(r + 1) << 16);
-    } else {
-        vuint low[3], high[3];
-        split(r < rows ? load_any(source.at(r, c), FASTATTN_FLOAT32, width) : zero(), low, poison);
-        split(r + 1 < rows ? load_any(source.at(r + 1, c), FASTATTN_FLOAT32, width) : zero(), high, poison);
-        for (int p = 0; p < 3; p++) result.part[p] = (vfloat)(low[p] | high[p] << 16);
-    }
-    return result;
-}
-
 // Two vectors as bfloat16 in natural order, and back.
 FASTATTN_INLINE vfloat narrow_two(vfloat first, vfloat second) { return (vfloat)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 FASTATTN_INLINE void widen_two(vfloat words, vfloat &first, vfloat &second) {
@@ -77,6 +44,34 @@ FASTATTN_INLINE vfloat row_pair(vfloat first, vfloat second) {
     Halves order;
     for (int i = 0; i < 2 * kLanes; i++) order[i] = (uint16_t)(i / 2 + i % 2 * kLanes);
     return (vfloat)_mm512_maskz_permutexvar_epi16((__mmask32)-1, (__m512i)order, (__m512i)narrow_two(first, second));
+}
+
+// Words of rows (r, r + 1) for up to kLanes columns; 0 past the end. `poison` turns NaN where a value or its first part is not finite. `whole`, here
+// and below: nothing lies past the end, and all loads are of whole vectors.
+template <int parts, bool whole = false>
+FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
+    Words<parts> result;
+    const int width = whole ? kLanes : lanes_left(c, columns);
+    if constexpr (parts == 1) {
+        const auto row = [&](int64_t i) {
+            vhalf h = {};
+            if (whole) __builtin_memcpy(&h, source.at(i, c), sizeof h);
+            else if (i < rows) __builtin_memcpy(&h, source.at(i, c), (size_t)width * 2);
+            return __builtin_convertvector(h, vuint);
+        };
+        result.part[0] = (vfloat)(row(r) | row(r + 1) << 16);
+    } else {
+        const int32_t dtype = parts == 3 ? FASTATTN_FLOAT32 : source.dtype;
+        vfloat first = r < rows ? load_any(source.at(r, c), dtype, width) : zero();
+        vfloat second = r + 1 < rows ? load_any(source.at(r + 1, c), dtype, width) : zero();
+        for (int p = 0; p < parts; p++) {
+            const vfloat words = result.part[p] = row_pair(first, second);
+            first -= (vfloat)((vuint)words << 16);
+            second -= (vfloat)((vuint)words & 0xffff0000u);
+            if (p == 0) poison += (first + second) * 0.0f;
+        }
+    }
+    return result;
 }
 
 // The words of 2 kLanes consecutive float32 of a row; of one part they are rounded.
@@ -95,7 +90,8 @@ FASTATTN_INLINE Words<parts> words_of(vfloat first, vfloat second, vfloat &poiso
     return result;
 }
 
-// kLanes words of one row, from element c on; 0 past the end. The source is bfloat16 or float32 for one part, float32 for three.
+// kLanes words of one row, from element c on; 0 past the end. The source is bfloat16 or float32 for one part, float16 or float32 for two, float32 for
+// three.
 template <int parts, bool whole = false>
 FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t r, int64_t c, vfloat &poison) {
     const int64_t count = whole ? 2 * kLanes : larger(0, smaller(2 * kLanes, columns - c));
@@ -105,8 +101,9 @@ FASTATTN_INLINE Words<parts> words_of_row(Rows source, int64_t columns, int64_t 
         else __builtin_memcpy(&words, source.at(r, c), (size_t)count * 2);
         return {{(vfloat)words}};
     }
-    const vfloat first = load_any(source.at(r, c), FASTATTN_FLOAT32, (int)smaller(kLanes, count));
-    const vfloat second = load_any(source.at(r, c + kLanes), FASTATTN_FLOAT32, (int)larger(0, count - kLanes));
+    const int32_t dtype = parts == 2 ? source.dtype : FASTATTN_FLOAT32;
+    const vfloat first = load_any(source.at(r, c), dtype, (int)smaller(kLanes, count));
+    const vfloat second = load_any(source.at(r, c + kLanes), dtype, (int)larger(0, count - kLanes));
     return words_of<parts>(first, second, poison);
 }
 

@@ -11,6 +11,8 @@ Where the kernel was found faster than torch's it runs, else the original forwar
   is kept packed (`fastattn.prepack`): then of 33 rows 1.13 to 1.4, of 64 1.05 to 1.2, of 128 1.01 to 1.1 times [1].
   Transposed up to 24 rows, from memory: 1 to 4 rows 2.6 to 3.2, 8 rows 2.4 to 2.7, 16 rows 1.3 to 1.4, 24 rows 1.1 to
   1.2; of 32 it would be 0.75 [1].
+- With AMX [3]: bfloat16, up to 128 rows 1.14 (128 rows) to 1.85 times as fast, transposed up to 16 rows 1.04 to 3;
+  float16, any number of rows, 1.1 (24 rows) to 2.7, transposed up to 8 rows 1.2 to 2.7, from 256 on 1.1 to 2.
 - Smaller weights, 128 x 128 and up, where the call takes less time than it saves (PAYS_BY_LONG_CALLS) or, by the short
   way of fastattn.functional.direct, 7 us less (PAYS_BY_SHORT_CALLS). By that way, times as fast for weights of 16, 32,
   64, 144 and 256 thousand elements [1]; by way of AVX2 [2]:
@@ -23,8 +25,8 @@ With gradients, forward and backward together, where torch's products of many ro
 24 in bfloat16 [2].
 
 (2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] of an AMD EPYC of Zen 5, 2026-11-27; [2] one core of
-the latter, told to use AVX2 alone where that is said.) Halves with any
-other instruction set are unmeasured, and left to torch.
+the latter, told to use AVX2 alone where that is said; [3] of an Intel Xeon, Emerald Rapids, 2026-11-28, weights from
+memory, one core and two.) Halves with any other instruction set are unmeasured, and left to torch.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ AS_FAST = "torch's kernel is as fast"
 
 FEW_ROWS = 32
 _FEW_ROWS_OF_TRANSPOSED = 24  # of bfloat16
+_FEW_ROWS_BY_AMX = {torch.bfloat16: 128}
+_FEW_ROWS_OF_TRANSPOSED_BY_AMX = {torch.bfloat16: 16, torch.float16: 8}
+_MANY_ROWS_OF_TRANSPOSED_BY_AMX = 256  # of float16
 _KEPT_ROWS = 128  # of bfloat16, by a weight that is kept packed
 
 
@@ -81,7 +86,7 @@ _PAYS_BY_PAIRS = Pays(16 * 1024, 16 * 1024, 16 * 1024)
 """bfloat16 by short calls, with instructions for pairs: oneDNN takes 16 us before it multiplies anything."""
 _FROM_FEATURES = 128  # narrower ones leave threads idle
 _NEVER = sys.maxsize
-_MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES}
+_MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES, "amx": HALVES}
 
 
 class FreeLinear(Swapped):
@@ -180,13 +185,29 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return is_worth_it and has_slow_products(x.dtype) and min(weight.shape) >= _FROM_FEATURES
     if x.numel() < _fewest_rows(weight, _is_short()) * weight.shape[1]:
         return False
-    return x.numel() <= few_rows(weight) * weight.shape[1] or has_slow_products(x.dtype) or _is_kept(x, weight)
+    if x.numel() <= few_rows(weight) * weight.shape[1] or _is_kept(x, weight):
+        return True
+    is_between = _is_by_amx(x.dtype) and _is_transposed(weight)
+    are_many = not is_between or x.numel() >= _MANY_ROWS_OF_TRANSPOSED_BY_AMX * weight.shape[1]
+    return are_many and has_slow_products(x.dtype)
 
 
 def few_rows(weight: Tensor) -> int:
     """How many rows are few for a weight (out features, in features)."""
-    is_transposed = weight.stride(0) == 1 and weight.shape[0] > 1
-    return _FEW_ROWS_OF_TRANSPOSED if is_transposed and weight.dtype is torch.bfloat16 else FEW_ROWS
+    dtype, is_transposed = weight.dtype, _is_transposed(weight)
+    if _is_by_amx(dtype):
+        return (_FEW_ROWS_OF_TRANSPOSED_BY_AMX if is_transposed else _FEW_ROWS_BY_AMX).get(dtype, FEW_ROWS)
+    return _FEW_ROWS_OF_TRANSPOSED if is_transposed and dtype is torch.bfloat16 else FEW_ROWS
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    return weight.stride(0) == 1 and weight.shape[0] > 1
+
+
+@constant
+def _is_by_amx(dtype: torch.dtype) -> bool:
+    """Whether products of halves are the matrix unit's."""
+    return dtype in HALVES and cpu.unavailable_reason() is None and cpu.isa() == "amx"
 
 
 def _is_kept(x: Tensor, weight: Tensor) -> bool:

@@ -183,7 +183,7 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
         assert not plan(nn.Sequential(linear)).rows
     assert not [row for row in plan(large(), linears=False).rows if row.action == "swap"]
     for isa, dtypes in {
-        "amx": (),
+        "amx": (torch.bfloat16, torch.float16),
         "avx512": (torch.float16,),
         "avx512bf16": (torch.bfloat16, torch.float16),
         "avx2": (torch.bfloat16, torch.float16),
@@ -208,6 +208,9 @@ def test_what_would_gain_nothing_is_no_business_of_a_swap(monkeypatch) -> None:
         ("avx2", "AMD EPYC", torch.bfloat16, 16, 128, True, True),
         ("avx512", "Intel Xeon", torch.float16, 300, 128, True, True),
         ("avx512", "Intel Xeon", torch.float16, 4, 128, False, False),
+        ("amx", "Intel Xeon", torch.bfloat16, 128, 1024, True, False),
+        ("amx", "Intel Xeon", torch.bfloat16, 129, 1024, False, False),
+        ("amx", "Intel Xeon", torch.float16, 300, 1024, True, True),
     ],
 )
 def test_the_kernel_runs_where_it_was_found_faster(
@@ -219,6 +222,22 @@ def test_the_kernel_runs_where_it_was_found_faster(
     x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)
     assert free_linear._is_faster(x, weight, None) == infers
     assert free_linear._is_faster(x, weight.requires_grad_(), None) == trains
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "infers"),
+    [
+        (torch.bfloat16, 16, True),
+        (torch.bfloat16, 17, False),
+        (torch.float16, 8, True),
+        (torch.float16, 9, False),
+        (torch.float16, 256, True),
+    ],
+)
+def test_transposed_weights_run_on_amx_where_it_is_faster(monkeypatch, dtype, rows, infers) -> None:
+    pretend(monkeypatch, "amx")
+    x, weight = torch.zeros(rows, 1024, dtype=dtype), torch.zeros(1024, 640, dtype=dtype).t()
+    assert free_linear._is_faster(x, weight, None) == infers
 
 
 @pytest.mark.skipif(direct.calls("cpu") is None, reason="torch before 2.10, or no library")
