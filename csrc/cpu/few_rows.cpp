@@ -24,7 +24,7 @@
 // come from memory, as in generation, before and now, 4, 8, 12, 16 and 24 rows: 768 x 3,072 2.1 2.9, 1.2 2.4, 0.67 1.45, 0.69 1.33, 0.70 1.11; 2,048 x 2,048
 // 2.4 2.9, 1.4 2.7, 0.71 1.8, 0.71 1.4, 0.73 1.2; 32 rows, packed, 0.75. From the caches 0.93 1.48, 0.60 1.27, 0.84 0.77, 0.88 0.75 of the first. Tried: sums of 64
 // columns in registers over a block of k, so that B is read by pieces of rows: from the caches as fast, from memory 4 rows 1.5, 8 rows 1.0.
-// Beside weights that were packed in an earlier call: most_few_rows_beside_packed. GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
+// Beside weights that were packed in an earlier call: most_beside_packed(). GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
 #include "few_rows.h"
@@ -328,7 +328,7 @@ void pairs_by_rows(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t l
 
 constexpr int64_t kTileColumns = 2 * kLanes;  // of B at a time
 
-// The sums of `count` columns of B from `first` on into columns `target` of sums; of the first `skipped` of them nothing is wanted.
+// The sums of `count` columns of B from `first` on; of the first `skipped` of them nothing is wanted.
 void matrix_tile_sums(const FewRows &p, const float *a, int64_t first, int64_t count, int64_t skipped, float *sums, int64_t ld) {
     const int64_t lanes = p.left_stride();
     alignas(64) float tile[kTileColumns * kMostLanes];

@@ -3,10 +3,11 @@
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
 //   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums. With AMX
 //   float32 is, too, from kSplitRows rows on, as three bfloat16 parts (pairs.h): 0.5 to 0.7 of the error MKL's float32 product has.
-// Algorithm: up to kOwnRows rows of an A that is read in place go by strips of kTileWidth columns of B, which each thread packs for itself and for its
-//   level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out the chunk's C as a grid; each walks its
+//   float16, as two.
+// Algorithm: an A that stays near, up to kOwnRows rows read in place or with AMX as many words as a level-2 cache holds, goes by strips of columns of B,
+//   which each thread packs for itself and for its level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out the chunk's C as a grid; each walks its
 //   part in blocks of rows, blocks of k and tiles of the micro-kernel. A is read in place when it is float32, or bfloat16 to be multiplied in
-//   pairs, by rows. The epilogue runs on a finished tile while it is in the level-1 cache.
+//   pairs, by rows; with AMX all of it is packed once, but for float32 in parts. The epilogue runs on a finished tile while it is in the level-1 cache.
 //
 // Ladder, float32, GFLOP/s at (m, k, n) = (2880, 384, 384), (2880, 384, 1536), (2880, 1536, 384) on 2 cores of an Intel Xeon with AMX (model 167, VM),
 // 2026-11-22; torch 2.13 with MKL in the same runs: 339, 338, 325.
@@ -169,10 +170,10 @@ struct Packing {
 class BlockedLeft {
   public:
     BlockedLeft(const fastattn_gemm &p, Form form)
-        : a_{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]}, m_(p.m), k_(p.k), form_(form), scratch_(is_used() ? block_floats(0) * depths() : 0) {
+        : a_{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]}, m_(p.m), k_(p.k), form_(form), scratch_(is_used() ? block_floats() * depths() : 0) {
         if (!scratch_.failed()) words_ = scratch_.take(0);
     }
-    bool is_used() const { return kWordBlocks && form_.parts && form_.parts < 3 && k_ > 0 && block_floats(0) * depths() <= kMostFloats; }
+    bool is_used() const { return kWordBlocks && form_.parts && form_.parts < 3 && k_ > 0 && block_floats() * depths() <= kMostFloats; }
     bool failed() const { return scratch_.failed(); }
 
     int64_t items() const { return is_used() ? row_parts() * depths() : 0; }
@@ -187,7 +188,7 @@ class BlockedLeft {
     // The rows from `row` on, a multiple of kWordRows, of depth block d.
     Left at(int64_t row, int64_t d) const {
         const int64_t stride = form_.depth(depth_block(k_, d).size()) * form_.parts * 16;
-        return {words_ + d * block_floats(0) + row / 16 * stride, stride, Layout::rows, form_.parts};
+        return {words_ + d * block_floats() + row / 16 * stride, stride, Layout::rows, form_.parts};
     }
 
   private:
@@ -195,7 +196,7 @@ class BlockedLeft {
 
     int64_t depths() const { return (k_ + kDepth - 1) / kDepth; }
     int64_t row_parts() const { return (m_ + kBlockRows - 1) / kBlockRows; }
-    int64_t block_floats(int64_t d) const { return round_up(m_, 16) * form_.elements(depth_block(k_, d).size()); }
+    int64_t block_floats() const { return round_up(m_, 16) * form_.elements(smaller(kDepth, k_)); }
 
     Operand a_;
     int64_t m_, k_;
@@ -406,7 +407,8 @@ Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept)
 bool has_own_strips(const fastattn_gemm &p, Form form) {
     const Operand a{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]};
     const int64_t strips = form.strips(p.n), busiest = (strips + p.n_threads - 1) / p.n_threads;
-    const bool stays_near = kWordBlocks && form.parts ? p.m * form.elements(p.k) <= kOwnLeftFloats : p.m <= kOwnRows && is_read_in_place(form, a, p.k);
+    const bool stays_near = kWordBlocks && form.parts ? form.parts < 3 && p.m * form.elements(p.k) <= kOwnLeftFloats
+                                                      : p.m <= kOwnRows && is_read_in_place(form, a, p.k);
     return stays_near && busiest * p.n_threads * 4 <= strips * 5;
 }
 

@@ -215,14 +215,15 @@ void row_tile(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t 
     if constexpr (Rows > 1 && Vectors > 1) _tile_stored(3, lower_c + kLanes, ldc * 4);
 }
 
-// Of a last tile of fewer than 16 rows C holds no more than those.
+// Of a last tile of fewer than 16 rows C holds no more than those. They are summed as in a whole one, however rows are shared out.
 template <int Vectors>
 void last_row_tile(int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t k, float *c, int64_t ldc, bool accumulate) {
     constexpr int64_t kWidth = Vectors * kLanes;
     alignas(64) float sums[16 * kWidth];
-    row_tile<1, Vectors>(a, lda, b, ldb, k, sums, kWidth, false);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t v = 0; v < kWidth; v += kLanes) store(c + r * ldc + v, load(sums + r * kWidth + v) + (accumulate ? load(c + r * ldc + v) : zero()));
+    for (int64_t r = 0; accumulate && r < rows; r++) memcpy(sums + r * kWidth, c + r * ldc, kWidth * 4);
+    __asm__ volatile("" : : "r"(sums) : "memory");  // GCC does not know that tiles are loaded from there
+    row_tile<1, Vectors>(a, lda, b, ldb, k, sums, kWidth, accumulate);
+    for (int64_t r = 0; r < rows; r++) memcpy(c + r * ldc, sums + r * kWidth, kWidth * 4);
 }
 
 template <int Vectors>

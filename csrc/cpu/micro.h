@@ -42,7 +42,7 @@ struct RowsAhead {
     }
 };
 
-// What a product of float32 fetches with every kTileRows rows of C; the next product goes on with what is left.
+// What a product fetches with every kTileRows rows of C; the next product goes on with what is left.
 struct Fetches {
     RowsAhead rows[2];
 };

@@ -156,7 +156,7 @@ static inline WordsTarget left_words(Form form, int64_t depth, float *target) {
 }
 #endif
 
-constexpr int64_t kOwnRows = 1024;  // of A, read in place, by which each thread multiplies strips that it packs for itself (gemm.cpp)
+constexpr int64_t kOwnRows = 1024;  // of A, where it is read in place, by which each thread multiplies strips that it packs for itself (gemm.cpp)
 
 // Whether the micro-kernel reads A where it lies: float32 by rows, and bfloat16 whose pairs along a row are words.
 static inline bool is_read_in_place(Form form, const Operand &a, int64_t k) {

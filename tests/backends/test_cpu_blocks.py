@@ -81,6 +81,39 @@ def test_the_base_of_the_softmax_follows_its_maximum(isa: str, step: float, dtyp
         assert not failures(checked), (mask, failures(checked))
 
 
+@pytest.mark.parametrize(("size", "scale"), [(3e4, None), (1e5, None), (1.0, 1e-40), (1.0, 1e30)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_of_any_size(isa: str, size: float, scale: float | None) -> None:
+    """Beyond 2^24 neighbouring scores of float32 are more than e apart; a scale may be no normal number."""
+    q, k, v = (torch.randn(1, 2, 200, 64).bfloat16() for _ in range(3))
+    with cpu.use_isa(isa):
+        out, lse = fastattn.attention(q * size, k * size, v, scale=scale, return_lse=True, backend="cpu")
+    truth, true_lse = fastattn.reference.attention(
+        *((tensor * size).double() for tensor in (q, k)), v.double(), scale=scale, return_lse=True
+    )
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gradients_do_not_depend_on_the_threads(isa: str) -> None:
+    """One head is shared by the threads, which cut its keys between and within blocks."""
+    before = torch.get_num_threads()
+    try:
+        for length, mask in ((1032, None), (1100, Causal()), (1161, SlidingWindow(70, 0))):
+            leaves = [torch.randn(1, 1, length, 64).bfloat16().requires_grad_() for _ in range(3)]
+            grad, found = torch.randn(1, 1, length, 64).bfloat16(), []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                with cpu.use_isa(isa):
+                    out = fastattn.attention(*leaves, mask=mask, backend="cpu")
+                    found.append((out, *torch.autograd.grad(out, leaves, grad)))
+            for name, one, other in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+                assert torch.equal(one, other), (name, length, mask)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 65504.0])
 @pytest.mark.parametrize("where", ["x", "weight"])
 @pytest.mark.parametrize("isa", ISAS)

@@ -194,7 +194,11 @@ struct TileBuffers {
           seen(pieces.take(kKeyBlock * seen_width(p))),
           key_words(p, WordBlocks::rows, p.dim_qk, pieces),
           key_columns(p, WordBlocks::columns, p.dim_qk, pieces),
-          value_words(p, WordBlocks::rows, p.dim_v, pieces) {}
+          value_words(p, WordBlocks::rows, p.dim_v, pieces) {
+        key_words.clear();
+        key_columns.clear();
+        value_words.clear();
+    }
     float *queries, *grads, *grad_queries;  // (column, lane), the first two of pairs (word, lane)
     float *keep, *keys, *values, *seen;
     WordBlocks key_words, key_columns, value_words;

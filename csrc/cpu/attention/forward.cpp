@@ -2,9 +2,9 @@
 //
 // Shapes: q (B,Hq,Sq,D), k (B,Hkv,Skv,D), v (B,Hkv,Skv,Dv), out (B,Hq,Sq,Dv), lse (B,Hq,Sq); float32, bfloat16, float16; any strides with a
 //   contiguous last dimension; a head group shares its K and V.
-// Numerics: scores, softmax and sums in float32, the scale folded into the queries; a query that sees no key gives 0 and -inf. bfloat16 is multiplied
-//   in pairs where AVX-512 BF16 is there (pair_tile.h).
-// Algorithm: online softmax (Milakov & Gimelshein 2018; Dao et al. 2022) over tiles of up to 48 queries x 64 keys. Blocks of keys that no query of
+// Numerics: scores, softmax and sums in float32, the scale folded into the queries or, of pairs, the softmax; a query that sees no key gives 0 and -inf.
+//   bfloat16 is multiplied in pairs where AVX-512 BF16 or AMX is there (pair_tile.h), which take subnormal numbers for 0.
+// Algorithm: online softmax (softmax.h) over tiles of up to 48 queries, with AMX 64 in bfloat16, x 64 keys. Blocks of keys that no query of
 //   the tile sees are not visited, fully visible ones run no mask code (mask.h). Work is shared out by (batch, head, query tile).
 //
 // Ladder, float32, GFLOP/s at (B, H, S, D) = (8, 12, 360, 32) and (1, 8, 2048, 64) on 2 cores of an Intel Xeon (model 167, VM), 2026-11-22; torch
@@ -161,6 +161,9 @@ int attention_forward(const fastattn_attention &p) {
         if (buffers.scratch.failed()) {
 #pragma omp atomic write
             status = FASTATTN_OUT_OF_MEMORY;
+        } else {
+            buffers.key_words.clear();
+            buffers.value_words.clear();
         }
 #pragma omp for schedule(dynamic, larger(1, smaller(8, items / (16 * p.n_threads))))
         for (int64_t item = 0; item < items; item++)

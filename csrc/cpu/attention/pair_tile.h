@@ -107,9 +107,9 @@ class WordBlocks {
     }
     WordBlocks(const fastattn_attention &p, Kind kind, int64_t width, Pieces &pieces)
         : kind_(kind), width_(width), slots_(slots(p, kind, width)), entries_((Entry *)pieces.take(slots_ * (int64_t)(sizeof(Entry) / 4))),
-          words_(pieces.take(slots_ * block_floats(width))) {
-        for (int64_t slot = 0; slot < slots_; slot++) entries_[slot].count = 0;
-    }
+          words_(pieces.take(slots_ * block_floats(width))) {}
+    // Before the first use, once there is memory.
+    void clear() { memset(entries_, 0, (size_t)slots_ * sizeof(Entry)); }
 
     // The words of a block of `source`, the rows of a sequence's head; `scratch` takes what is not kept.
     Left words(const QueryTile &tile, int64_t head, Rows source, const KeyBlock &block, const BlockScratch &scratch) {

@@ -12,7 +12,7 @@ FASTATTN_NAMESPACE_BEGIN
 class Softmax {
   public:
     // Terms are e^(factor (score - base)).
-    explicit Softmax(float factor) : factor_(factor) {
+    explicit Softmax(float factor) : factor_(factor), rate_(factor * kLog2e) {
         for (int v = 0; v < kMaxVectors; v++) base_[v] = broadcast(-kInf), total_[v] = zero();
     }
 
@@ -69,18 +69,17 @@ class Softmax {
                 highest[1][v] = max(highest[1][v], load(odd + v * kLanes));
             }
         }
-        const float slack = kSlack / (factor_ * kLog2e);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) {
             highest[0][v] = max(highest[0][v], highest[1][v]);
-            raised[v] = (vint)(highest[0][v] > base_[v] + slack);
+            raised[v] = (vint)((highest[0][v] - base_[v]) * rate_ > kSlack);  // not where both are -inf
             any_raised |= raised[v];
         }
         if (!any(any_raised)) return false;
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) {
             const vfloat next = select(raised[v], highest[0][v], base_[v]);
-            correction[v] = exp2((base_[v] - softmax_base(next)) * (factor_ * kLog2e));
+            correction[v] = softmax_term(base_[v], softmax_base(next), rate_);
             total_[v] *= correction[v];
             base_[v] = next;
         }
@@ -89,7 +88,6 @@ class Softmax {
 
     template <int Vectors>
     void terms(float *scores, int64_t count) {
-        const float rate = factor_ * kLog2e;
         vfloat base[Vectors], block[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; v++) base[v] = softmax_base(base_[v]), block[v] = zero();
@@ -97,7 +95,7 @@ class Softmax {
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; v++) {
                 float *target = scores + (row * Vectors + v) * kLanes;
-                const vfloat term = softmax_term(load(target), base[v], rate);
+                const vfloat term = softmax_term(load(target), base[v], rate_);
                 block[v] += term;
                 store(target, term);
             }
@@ -106,25 +104,14 @@ class Softmax {
     }
 
 #if defined(__AVX512BF16__)
-    // Products of queries and keys as they are, with a factor, need no more than float32 has: their exponent is one fused product. Scores with a
-    // bias, which may be finfo.min, have the base taken off first.
     template <int Vectors, bool keeps>
     void terms_of_pairs(float *scores, const float *keep, int64_t count) {
-        if (factor_ == 1.0f)
-            write_pairs<Vectors, keeps>(scores, keep, count, [](vfloat score, vfloat base) { return (score - base) * kLog2e; }, 1.0f);
-        else
-            write_pairs<Vectors, keeps>(scores, keep, count, [c = broadcast(factor_ * kLog2e)](vfloat score, vfloat base) { return score * c - base; },
-                                        factor_ * kLog2e);
-    }
-
-    template <int Vectors, bool keeps, class Exponent>
-    void write_pairs(float *scores, const float *keep, int64_t count, Exponent &&exponent, float of_base) {
         vfloat base[Vectors], block[Vectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) base[v] = softmax_base(base_[v]) * of_base, block[v] = zero();
+        for (int v = 0; v < Vectors; v++) base[v] = softmax_base(base_[v]), block[v] = zero();
         const auto term = [&](int64_t row, int v) {
             const int64_t at = (row * Vectors + v) * kLanes;
-            const vfloat e = exp2_of_term(exponent(load(scores + at), base[v]));
+            const vfloat e = exp2_of_term((load(scores + at) - base[v]) * rate_);
             block[v] += e;
             return keeps ? e * load(keep + at) : e;
         };
@@ -142,7 +129,7 @@ class Softmax {
     }
 #endif
 
-    float factor_;
+    const float factor_, rate_;  // rate: of exponents of 2
     vfloat base_[kMaxVectors], total_[kMaxVectors];
 };
 
