@@ -3,7 +3,7 @@
 // Numerics: float32 sums. Where B lies by columns (a weight as nn.Linear keeps it), every lane of a vector sums its share of k; where it lies by rows
 //   (transposed weights), sums over k are blocked (kDepth), as in gemm.cpp.
 // Algorithm: by columns, dot products, a few rows and columns at a time, that share the loads of both. By rows, kRowsOfB rows at a time are added to sums
-//   in the level-1 cache, so that B is read in the order of memory. While a row is read, the next ones are fetched.
+//   in the level-1 cache, so that B is read in the order of memory. While a row is read, the next ones are fetched. bfloat16 with AMX: see below.
 //
 // Ladder, 2,048 x 8,192 weights, GB/s of them read with 1 and 8 rows of A: float32 by columns, float32 by rows, bfloat16 by columns, bfloat16 by rows, on
 // 2 cores of an AMD EPYC (Zen 3, AVX2, VM), 2026-11-26; torch 2.13 in the same runs: 26 7, 28 8, 20 2.6, 0.3 0.03.
@@ -24,6 +24,12 @@
 // come from memory, as in generation, before and now, 4, 8, 12, 16 and 24 rows: 768 x 3,072 2.1 2.9, 1.2 2.4, 0.67 1.45, 0.69 1.33, 0.70 1.11; 2,048 x 2,048
 // 2.4 2.9, 1.4 2.7, 0.71 1.8, 0.71 1.4, 0.73 1.2; 32 rows, packed, 0.75. From the caches 0.93 1.48, 0.60 1.27, 0.84 0.77, 0.88 0.75 of the first. Tried: sums of 64
 // columns in registers over a block of k, so that B is read by pieces of rows: from the caches as fast, from memory 4 rows 1.5, 8 rows 1.0.
+// bfloat16 with AMX: by columns the unit reads weights where they lie, C^T = B^T A^T, and B is never packed; by rows pairs of rows are put together 64 rows
+// by 512 columns at a time. Times as fast as before (pairs up to 8 rows, then packed), weights from memory, one core of an Intel Xeon (Emerald Rapids,
+// VM), 2026-11-28, by columns of 1, 8, 16, 32, 64 and 128 rows: 768 x 3,072 1.3 1.8 2.0 1.7 1.1 1.5; 16 rows of 4,096 x 4,096 2.5; by rows of 8, 16 and 64
+// rows 1.1 3.1 1.9. Torch's time over ours, by columns, 1, 16, 64 and 128 rows: 768 x 3,072 1.6 1.9 1.4 1.2; 4,096 x 11,008 1.6 1.7 1.4 1.3; by rows of 1,
+// 4, 8, 16 and 32 rows 2.4 1.3 1.06 1.1 0.87. An A too large for the level-2 cache a block of k at a time: 128 and 64 rows of 14,336 x 4,096 2.1 and
+// 1.6. Tried by rows: 32 rows by 1,024 columns 0.8, in strips of 32 columns 0.88.
 // Beside weights that were packed in an earlier call: most_beside_packed(). GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -176,6 +182,8 @@ void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const voi
 
 constexpr int kRowsOfB = 4;
 constexpr int64_t kMostLanes = 128;    // of A for the matrix unit, which reads a B by columns where it lies
+constexpr int64_t kNearWords = 1 << 17;  // of that A, which a level-2 cache holds beside the sums of a panel
+constexpr int64_t kNearPanel = 64, kFarPanel = 256;  // of columns: the more, the seldomer an A goes by that it does not hold
 constexpr int64_t kMatrixPanel = 512;  // of the matrix unit's, by rows
 constexpr int64_t kPairedRows = 4;     // of A: up to here pairs from memory are faster than the matrix unit
 constexpr int64_t kPanel = (1024 + kTileWidth - 1) / kTileWidth * kTileWidth;  // kRowsOfB rows of it, and the sums of two rows of A, in the level-1 cache
@@ -326,42 +334,29 @@ void pairs_by_rows(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t l
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kTileColumns = 2 * kLanes;  // of B at a time
-
-// The sums of `count` columns of B from `first` on; of the first `skipped` of them nothing is wanted.
-void matrix_tile_sums(const FewRows &p, const float *a, int64_t first, int64_t count, int64_t skipped, float *sums, int64_t ld) {
-    const int64_t lanes = p.left_stride();
-    alignas(64) float tile[kTileColumns * kMostLanes];
-    multiply_word_rows(count, lanes / kLanes, p.k / 2, (const float *)p.b.at(0, first), p.b.across / 2, a, lanes, tile, lanes, false);
-    for (int64_t column = 0; column < count; column += kLanes)
+// B by columns is B^T by rows, which the unit reads where it lies: C^T = B^T A^T, over all of k where A stays near, else over as much as does.
+void matrix_sums_of_columns(const FewRows &p, const float *a, Range columns, float *sums, int64_t ld) {
+    const int64_t lanes = p.left_stride(), words = p.k / 2;
+    const int64_t depth = words * lanes <= kNearWords ? words : kNearWords / 2 / lanes / kWordDepth * kWordDepth;
+    const int64_t rest = columns.size() % kLanes, whole = columns.size() - rest, skipped = rest ? kLanes - rest : 0;
+    alignas(64) float transposed[(kFarPanel + kLanes) * kMostLanes];  // (column, lane)
+    for (int64_t first = 0; first < words; first += depth) {
+        const auto multiply_columns = [&](int64_t from, int64_t count, int64_t column) {
+            multiply_word_rows(count, lanes / kLanes, smaller(depth, words - first), (const float *)p.b.at(2 * first, from), p.b.across / 2, a + first * lanes,
+                               lanes, transposed + column * lanes, lanes, first > 0);
+        };
+        for (int64_t c = 0; c < whole; c += 2 * kLanes) multiply_columns(columns.begin + c, smaller(2 * kLanes, whole - c), c);
+        if (rest) multiply_columns(columns.end - kLanes, kLanes, whole);  // the last few are read with those before them
+    }
+    for (int64_t column = 0; column < columns.size(); column += kLanes)
         for (int64_t row = 0; row < p.m; row += kLanes) {
+            const float *source = transposed + (column + (column == whole ? skipped : 0)) * lanes + row;
             vfloat block[kLanes];
 #pragma GCC unroll 16
-            for (int i = 0; i < kLanes; i++) block[i] = load(tile + (column + i) * lanes + row);
+            for (int i = 0; i < kLanes; i++) block[i] = load(source + i * lanes);
             transpose(block);
-            const int64_t rows = smaller(kLanes, p.m - row);
-            for (int64_t r = 0; r < rows; r++) {
-                float *target = sums + (row + r) * ld + column;
-                if (skipped == 0) {
-                    store(target, block[r]);
-                    continue;
-                }
-                float columns[2 * kLanes] = {};
-                store(columns, block[r]);
-                store(target, load(columns + skipped));
-            }
+            for (int64_t r = 0; r < smaller(kLanes, p.m - row); r++) store(sums + (row + r) * ld + column, block[r]);
         }
-}
-
-// B by columns is B^T by rows, which the unit reads where it lies: C^T = B^T A^T.
-void matrix_sums_of_columns(const FewRows &p, const float *a, Range columns, float *sums, int64_t ld) {
-    for (int64_t c = columns.begin; c < columns.end; c += kTileColumns) {
-        const int64_t whole = smaller(kTileColumns, columns.end - c) / kLanes * kLanes, rest = smaller(kTileColumns, columns.end - c) - whole;
-        float *target = sums + (c - columns.begin);
-        if (whole) matrix_tile_sums(p, a, c, whole, 0, target, ld);
-        // The last few columns are read with those before them.
-        if (rest) matrix_tile_sums(p, a, c + whole + rest - kLanes, kLanes, kLanes - rest, target + whole, ld);
-    }
 }
 
 constexpr int64_t kRowsAtOnce = 64;  // of B
@@ -448,7 +443,8 @@ int64_t FewRows::most_beside_packed() const {
 int64_t FewRows::panel() const {
     if (left() == Left::row_words) return kMatrixPanel;
     if (b.down != 1) return kPanel;
-    return left() == Left::lane_words ? 4 * kLanes : kTileWidth;
+    if (left() != Left::lane_words) return kTileWidth;
+    return k / 2 * left_stride() <= kNearWords ? kNearPanel : kFarPanel;
 }
 
 void FewRows::sums(const void *a, int64_t lda, Range columns, float *sums, int64_t ld) const {

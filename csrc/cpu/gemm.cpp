@@ -1,13 +1,13 @@
 // C = dropout(act(A B + bias) * multiplier): the matrix product behind linear_act, ffn and gated_ffn, forward and backward.
 //
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
-//   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums. With AMX
-//   float32 is, too, from kSplitRows rows on, as three bfloat16 parts (pairs.h): 0.5 to 0.7 of the error MKL's float32 product has.
-//   float16, as two.
+//   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums, subnormal numbers as 0.
+//   With AMX float16 is, too, as two bfloat16 parts, and from kSplitRows rows on float32 as three (pairs.h): 0.5 to 0.7 of the error MKL's product has.
 // Algorithm: an A that stays near, up to kOwnRows rows read in place or with AMX as many words as a level-2 cache holds, goes by strips of columns of B,
-//   which each thread packs for itself and for its level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out the chunk's C as a grid; each walks its
-//   part in blocks of rows, blocks of k and tiles of the micro-kernel. A is read in place when it is float32, or bfloat16 to be multiplied in
-//   pairs, by rows; with AMX all of it is packed once, but for float32 in parts. The epilogue runs on a finished tile while it is in the level-1 cache.
+//   which each thread packs for itself and for its level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out
+//   its C as a grid; each walks its part in blocks of rows, blocks of k and tiles of the micro-kernel. A is read in place when it is float32, or bfloat16
+//   to be multiplied in pairs, by rows; with AMX all of it is packed once, but for parts of float32. The epilogue runs on a finished tile while it is in
+//   the level-1 cache.
 //
 // Ladder, float32, GFLOP/s at (m, k, n) = (2880, 384, 384), (2880, 384, 1536), (2880, 1536, 384) on 2 cores of an Intel Xeon with AMX (model 167, VM),
 // 2026-11-22; torch 2.13 with MKL in the same runs: 339, 338, 325.
@@ -32,6 +32,13 @@
 //   2,048 x 2,048 bfloat16   few rows          221 -> 261        247 -> 310        246 -> 329        337 -> 395        402 -> 441
 // By rows (Conv1D), 768 x 3,072, float32 and bfloat16: 16 rows 98 -> 137 and 83 -> 231, 33 rows 117 -> 163 and 137 -> 290. The kernels for AVX2,
 // float32: 33 rows 1.07 to 1.15 times as fast. Halves that are multiplied as float32: 1.00 to 1.07 (float16, AVX-512), 0.93 to 1.02 (AVX2).
+// Halves with AMX, times as fast as with blocks of A packed for every chunk of B, a strip of rows of B at a time, and float16 as float32; medians of
+// calls in turns, weights from memory, one core of an Intel Xeon (Emerald Rapids, VM), 2026-11-28:
+//   bfloat16             256 and 1,024 rows by 768 x 3,072 1.38, 1.32; 512 and 2,048 by 4,096 x 4,096 1.20, 1.49
+//   bfloat16 by rows     256 and 1,024 rows by 768 x 3,072 1.54, 1.39; 512 by 4,096 x 4,096 1.21
+//   float16              32, 64, 256 and 1,024 rows by 768 x 3,072 1.25, 1.34, 2.7, 2.7; 512 by 4,096 x 4,096 1.64
+// At 1,024 rows by 768 x 3,072: A packed once 1.10, loaded past the level-1 cache and strip by strip 1.06, rows of C written whole and fetched ahead 1.18.
+// The products alone would take 2.2 ms of the 5.4 there; other sizes of chunks and blocks of rows make no difference.
 // Few rows: few_rows.cpp.
 #include <omp.h>
 

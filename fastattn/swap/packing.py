@@ -100,7 +100,7 @@ def prepack(model: nn.Module) -> Prepacked:
 
     Memory: what is packed takes about as much again as the weight. Parts of a weight that calls read apart, as q, k and
     v of an in_proj_weight, are kept apart. Kept are float32, and bfloat16 where the CPU multiplies it (AVX-512 BF16,
-    AMX); halves that it multiplies as float32 would take twice their memory and gain nothing, and are left alone.
+    AMX); halves that it multiplies as float32, or in two parts, would take twice their memory, and are left alone.
 
     A weight that is changed in place, by an optimiser, by load_state_dict or by any other operation that torch counts,
     is no longer read packed from that moment on, and the handle says so. Call prepack again to keep the new values. Of
@@ -287,7 +287,7 @@ def _why_not(parameter: Tensor) -> str | None:
     if not parameter.numel() or not parameter.untyped_storage().nbytes():
         return "it has no memory"
     if not native().packs(DTYPES[parameter.dtype]):
-        return f"{cpu.isa()} multiplies {str(parameter.dtype).removeprefix('torch.')} as float32, and gains nothing"
+        return f"{cpu.isa()} keeps no {str(parameter.dtype).removeprefix('torch.')}: it would take twice its memory"
     return None
 
 

@@ -38,6 +38,7 @@ def test_products_read_nothing_beyond_their_operands(isa: str, dtype: torch.dtyp
             *((9, 544, columns) for columns in (16, 17, 31, 50, 131)),
             *((40, inner, 70) for inner in (1, 31, 66, 96)),
             *((150, 1060, columns) for columns in (33, 260)),
+            (40, 5504, 300),
         ):
             x, bias = torch.randn(rows, inner).to(dtype), torch.randn(columns).to(dtype)
             weight = (torch.randn(columns, inner) * inner**-0.5).to(dtype)

@@ -163,7 +163,7 @@ def test_what_is_left_out_says_why() -> None:
         model.append(nn.Linear(4, 4))
     handle = fastattn.prepack(model)
     assert reasons(handle)[2:] == [
-        *[f"{cpu.isa()} multiplies float16 as float32, and gains nothing"] * 2,
+        *[f"{cpu.isa()} keeps no float16: it would take twice its memory"] * 2,
         "it lies on meta",
         "it was made in inference mode, where torch does not count its changes",
     ]
