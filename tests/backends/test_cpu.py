@@ -364,6 +364,13 @@ def test_values_that_do_not_split_into_bfloat16(isa: str, where: str, value: flo
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight), equal_nan=True, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_amx_counts_as_avx512(isa: str) -> None:
+    """What was measured with AVX-512 holds there, too: a LayerNorm of many elements runs on the kernel."""
+    with cpu.use_isa(isa):
+        assert cpu.has_avx512() == (isa in ("avx512", "avx512bf16", "amx"))
+
+
 def test_refusals_name_what_is_not_supported() -> None:
     attention = AttentionProblem("cpu", torch.float64, 1, 1, 1, 4, 4, 8, 8, bias=torch.float32, bias_requires_grad=True)
     assert cpu.not_supported_reasons(attention) == ["dtype torch.float64 is not float32, bfloat16 or float16"]

@@ -53,8 +53,8 @@ def isa() -> str:
 
 
 def has_avx512() -> bool:
-    """Whether the kernels are here and use AVX-512, with or without its bfloat16 products."""
-    return unavailable_reason() is None and isa().startswith("avx512")
+    """Whether the kernels are here and use AVX-512, with or without its bfloat16 products and AMX."""
+    return unavailable_reason() is None and (isa().startswith("avx512") or isa() == "amx")
 
 
 def available_isas() -> list[str]:
