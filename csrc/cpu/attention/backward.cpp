@@ -21,7 +21,7 @@
 //   18, 36      as float32 (measured in float32, which takes as long)
 //   12.7, 22.2  products of pairs
 // bfloat16 with AMX, times as fast as by float32, medians of calls in turns, one core of an Intel Xeon (Emerald Rapids, VM), 2026-11-28, at (2, 12, 512,
-// 64), (1, 8, 1024, D) for D of 32, 64, 128 and 256, causal (1, 8, 4096, 64): 2.3, 2.0, 2.3, 2.6, 3.5, 2.5. The passes over scores are most of it.
+// 64), (1, 8, 1024, D) for D of 32, 64, 128 and 256, causal (1, 8, 4096, 64): 2.3, 2.0, 2.3, 2.6, 3.5, 2.5.
 // Memory: the sums of one KV head and a strip of 2 floats (3 with a softcap) per query of a tile and key that it sees, for each thread.
 #include <omp.h>
 

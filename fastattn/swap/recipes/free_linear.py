@@ -12,7 +12,7 @@ Where the kernel was found faster than torch's it runs, else the original forwar
   Transposed up to 24 rows, from memory: 1 to 4 rows 2.6 to 3.2, 8 rows 2.4 to 2.7, 16 rows 1.3 to 1.4, 24 rows 1.1 to
   1.2; of 32 it would be 0.75 [1].
 - With AMX [3]: bfloat16, up to 128 rows 1.14 (128 rows) to 1.85 times as fast, transposed up to 16 rows 1.04 to 3;
-  float16, any number of rows, 1.1 (24 rows) to 2.7, transposed up to 8 rows 1.2 to 2.7, from 256 on 1.1 to 2.
+  float16, any number of rows, 1.1 (24 rows) to 2.7, transposed up to 8 rows 1.2 to 2.7, from 256 on 1.0 to 1.8.
 - Smaller weights, 128 x 128 and up, where the call takes less time than it saves (PAYS_BY_LONG_CALLS) or, by the short
   way of fastattn.functional.direct, 7 us less (PAYS_BY_SHORT_CALLS). By that way, times as fast for weights of 16, 32,
   64, 144 and 256 thousand elements [1]; by way of AVX2 [2]:
