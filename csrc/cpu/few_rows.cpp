@@ -181,11 +181,6 @@ void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const voi
 // ---- B by rows ---------------------------------------------------------------------------------------------------------------------------
 
 constexpr int kRowsOfB = 4;
-constexpr int64_t kMostLanes = 128;    // of A for the matrix unit, which reads a B by columns where it lies
-constexpr int64_t kNearWords = 1 << 17;  // of that A, which a level-2 cache holds beside the sums of a panel
-constexpr int64_t kNearPanel = 64, kFarPanel = 256;  // of columns: the more, the seldomer an A goes by that it does not hold
-constexpr int64_t kMatrixPanel = 512;  // of the matrix unit's, by rows
-constexpr int64_t kPairedRows = 4;     // of A: up to here pairs from memory are faster than the matrix unit
 constexpr int64_t kPanel = (1024 + kTileWidth - 1) / kTileWidth * kTileWidth;  // kRowsOfB rows of it, and the sums of two rows of A, in the level-1 cache
 
 // sums(r, c) (+)= sum over Depth rows of B, for Rows rows of A; `add` where the sums hold something.
@@ -332,6 +327,12 @@ void pairs_by_rows(int64_t m, int64_t n, int64_t k, const uint16_t *a, int64_t l
 
 // ---- With the matrix unit ----------------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kMostLanes = 128;  // of A: so many rows, side by side
+constexpr int64_t kNearWords = 1 << 17;  // of that A, which a level-2 cache holds beside the sums of a panel
+constexpr int64_t kNearPanel = 64, kFarPanel = 256;  // of columns: the more, the seldomer an A goes by that it does not hold
+constexpr int64_t kMatrixPanel = 512, kRowsAtOnce = 64;  // of a B by rows
+constexpr int64_t kPairedRows = 4;  // of A with such a B: up to here pairs from memory are faster than the unit
+
 #if defined(__AMX_BF16__)
 
 // B by columns is B^T by rows, which the unit reads where it lies: C^T = B^T A^T, over all of k where A stays near, else over as much as does.
@@ -358,8 +359,6 @@ void matrix_sums_of_columns(const FewRows &p, const float *a, Range columns, flo
             for (int64_t r = 0; r < smaller(kLanes, p.m - row); r++) store(sums + (row + r) * ld + column, block[r]);
         }
 }
-
-constexpr int64_t kRowsAtOnce = 64;  // of B
 
 // B by rows is paired a few rows at a time, in the order of memory, and multiplied from the caches.
 void matrix_sums_of_rows(const FewRows &p, const float *a, int64_t lda, Range columns, float *sums, int64_t ld) {

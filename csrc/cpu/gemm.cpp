@@ -71,7 +71,7 @@ void finish_rows(const fastattn_gemm &p, const float *sums, int64_t ld, Range ro
     const int64_t kept_from = columns.begin / 32 * 32;
     int16_t keep[extras ? (kBlockRows + 2) * kKeepStrip : 1];
     if (extras && p.dropout.threshold) keep_strip(p.dropout, rows.begin, rows.size(), kept_from, keep);
-    float bias[kKeepStrip];
+    float bias[kTileWidth];
     for (int64_t c = columns.begin; c < columns.end; c += kLanes)
         store(bias + (c - columns.begin), added ? load_any(offset(added, p.bias_dtype, c), p.bias_dtype, lanes_left(c, columns.end)) : zero());
     for (int64_t r = rows.begin; r < rows.end; r++, sums += ld) {

@@ -104,24 +104,35 @@ void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) 
     _tile_dpbf16ps(2, 5, 6);                           \
     if constexpr (Vectors > 1) _tile_dpbf16ps(3, 5, 7)
 
-template <int Vectors, int parts>
-void matrix_tile(const float *upper, const float *lower, const float *b, int64_t k, float *c, int64_t ldc, bool accumulate, Ahead ahead) {
-    constexpr int64_t kBlock = 256;
-    // Parts of float32 are added to C last, which keeps the accuracy of blocked summation; to what becomes a half it makes no difference.
-    const bool starts_from_c = accumulate && parts < 3;
-    if (starts_from_c) {
-        _tile_loadd(0, c, ldc * 4);
-        _tile_loadd(2, c + 16 * ldc, ldc * 4);
-        if constexpr (Vectors > 1) {
-            _tile_loadd(1, c + kLanes, ldc * 4);
-            _tile_loadd(3, c + 16 * ldc + kLanes, ldc * 4);
-        }
-    } else {
+// The accumulator tiles from C, or from nothing, and back: 16 Rows x 16 Vectors of it.
+template <int Rows, int Vectors>
+FASTATTN_INLINE void start_sums(const float *c, int64_t ldc, bool from_c) {
+    if (!from_c) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
+        return;
     }
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (Vectors > 1) _tile_loadd(1, c + kLanes, ldc * 4);
+    if constexpr (Rows > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+    if constexpr (Rows > 1 && Vectors > 1) _tile_loadd(3, c + 16 * ldc + kLanes, ldc * 4);
+}
+
+template <int Rows, int Vectors>
+FASTATTN_INLINE void store_sums(float *c, int64_t ldc) {
+    _tile_stored(0, c, ldc * 4);
+    if constexpr (Vectors > 1) _tile_stored(1, c + kLanes, ldc * 4);
+    if constexpr (Rows > 1) _tile_stored(2, c + 16 * ldc, ldc * 4);
+    if constexpr (Rows > 1 && Vectors > 1) _tile_stored(3, c + 16 * ldc + kLanes, ldc * 4);
+}
+
+template <int Vectors, int parts>
+void matrix_tile(const float *upper, const float *lower, const float *b, int64_t k, float *c, int64_t ldc, bool accumulate, Ahead ahead) {
+    constexpr int64_t kBlock = 256;
+    // Parts of float32 are added to C last, which keeps the accuracy of blocked summation; to what becomes a half it makes no difference.
+    start_sums<2, Vectors>(c, ldc, accumulate && parts < 3);
     for (int64_t i = 0; i < k; i += kWordDepth) {
         for (int64_t line = 0; line < ahead.lines; line++) __builtin_prefetch(ahead.data + line * 16, 0, 2);
         ahead.data += ahead.lines * 16;
@@ -158,12 +169,7 @@ void matrix_tile(const float *upper, const float *lower, const float *b, int64_t
     float sums[kWordRows * kWordVectors * kLanes];
     float *target = added_last ? sums : c;
     const int64_t ld = added_last ? kWordVectors * kLanes : ldc;
-    _tile_stored(0, target, ld * 4);
-    _tile_stored(2, target + 16 * ld, ld * 4);
-    if constexpr (Vectors > 1) {
-        _tile_stored(1, target + kLanes, ld * 4);
-        _tile_stored(3, target + 16 * ld + kLanes, ld * 4);
-    }
+    store_sums<2, Vectors>(target, ld);
     for (int r = 0; added_last && r < kWordRows; r++)
         for (int v = 0; v < Vectors; v++) add_to(c + r * ldc + v * kLanes, load(sums + (r * kWordVectors + v) * kLanes));
 }
@@ -183,18 +189,7 @@ void matrix_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b,
 template <int Rows, int Vectors>
 void row_tile(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t k, float *c, int64_t ldc, bool accumulate) {
     const float *lower = a + (Rows - 1) * 16 * lda;
-    float *lower_c = c + (Rows - 1) * 16 * ldc;
-    if (accumulate) {
-        _tile_loadd(0, c, ldc * 4);
-        if constexpr (Vectors > 1) _tile_loadd(1, c + kLanes, ldc * 4);
-        if constexpr (Rows > 1) _tile_loadd(2, lower_c, ldc * 4);
-        if constexpr (Rows > 1 && Vectors > 1) _tile_loadd(3, lower_c + kLanes, ldc * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    start_sums<Rows, Vectors>(c, ldc, accumulate);
     for (int64_t i = 0; i < k; i += kWordDepth) {
         _tile_loadd(4, a + i, lda * 4);
         _tile_loadd(6, b + i * ldb, ldb * 4);
@@ -209,10 +204,7 @@ void row_tile(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t 
             if constexpr (Vectors > 1) _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, c, ldc * 4);
-    if constexpr (Vectors > 1) _tile_stored(1, c + kLanes, ldc * 4);
-    if constexpr (Rows > 1) _tile_stored(2, lower_c, ldc * 4);
-    if constexpr (Rows > 1 && Vectors > 1) _tile_stored(3, lower_c + kLanes, ldc * 4);
+    store_sums<Rows, Vectors>(c, ldc);
 }
 
 // Of a last tile of fewer than 16 rows C holds no more than those. They are summed as in a whole one, however rows are shared out.

@@ -118,11 +118,11 @@ static inline void multiply_lanes(int64_t m, int64_t vectors, int64_t k, Left a,
 // Rows of A times B with sums over k in blocks: one chain of 256 additions would be less accurate than what it is measured against.
 static inline void multiply_blocked(int64_t m, int64_t vectors, int64_t k, Left rows, const float *b, float *c,
                                     Fetches *fetches = nullptr) {
-    const int64_t kDepth = kWordBlocks && rows.parts ? k : 64;  // the matrix unit adds 32 products at once
-    multiply_lanes(m, vectors, smaller(k, kDepth), rows, b, c, false, fetches);
-    for (int64_t begin = kDepth; begin < k; begin += kDepth) {
+    const int64_t depth = kWordBlocks && rows.parts ? k : 64;  // the matrix unit adds 32 products at once
+    multiply_lanes(m, vectors, smaller(k, depth), rows, b, c, false, fetches);
+    for (int64_t begin = depth; begin < k; begin += depth) {
         const Left rest = {rows.data + begin, rows.stride, rows.layout, rows.parts};
-        multiply_lanes(m, vectors, smaller(kDepth, k - begin), rest, b + begin * vectors * kLanes, c, true, fetches);
+        multiply_lanes(m, vectors, smaller(depth, k - begin), rest, b + begin * vectors * kLanes, c, true, fetches);
     }
 }
 
