@@ -66,6 +66,12 @@ static inline void pack_rows(Rows source, int64_t rows, int64_t columns, float s
     });
 }
 
+// Rows of halves as they are; `ld` floats to a row, of which those past the columns read 0.
+static inline void copy_rows(Rows source, int64_t rows, int64_t columns, float *target, int64_t ld) {
+    memset(target, 0, (size_t)(rows * ld) * 4);
+    for (int64_t r = 0; r < rows; r++) memcpy(target + r * ld, source.at(r, 0), (size_t)(columns * size_of(source.dtype)));
+}
+
 static inline void unpack_rows(const float *source, int64_t ld, int64_t rows, int64_t columns, float scale, void *target, int32_t target_dtype,
                                int64_t stride) {
     with_dtype(target_dtype, [&]<int dtype>() {

@@ -38,6 +38,37 @@ FASTATTN_INLINE void widen_two(vfloat words, vfloat &first, vfloat &second) {
     second = from_bfloat16(halves[1]);
 }
 
+// The first `count` of 2 kLanes halves; the others read 0.
+FASTATTN_INLINE vfloat load_words(const void *p, int count) {
+    if (count < 2 * kLanes) return (vfloat)_mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), p);
+    vfloat words;
+    __builtin_memcpy(&words, p, sizeof words);
+    return words;
+}
+
+// Words of two rows of halves, the first in the low ones: columns 0 to 3, 8 to 11, 16 to 19 and 24 to 27, and the others.
+FASTATTN_INLINE void interleave(vfloat first, vfloat second, vfloat &low, vfloat &high) {
+    low = (vfloat)_mm512_unpacklo_epi16((__m512i)first, (__m512i)second);
+    high = (vfloat)_mm512_unpackhi_epi16((__m512i)first, (__m512i)second);
+}
+// What was summed in that order of columns.
+static inline void put_in_order(float *sums, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+        const vfloat low = load(sums + c), high = load(sums + c + kLanes);
+        const vfloat even = halves<false, 4>(low, high), odd = halves<true, 4>(low, high);
+        store(sums + c, halves<false, 8>(even, odd));
+        store(sums + c + kLanes, halves<true, 8>(even, odd));
+    }
+}
+
+// Floats to words of two neighbours each, in the place of the floats; zeros up to `room` floats' words.
+static inline void narrow_in_place(float *floats, int64_t count, int64_t room) {
+    for (int64_t c = 0; c < room; c += 2 * kLanes) {
+        const vfloat first = c < count ? load(floats + c) : zero(), second = c + kLanes < count ? load(floats + c + kLanes) : zero();
+        store(floats + c / 2, narrow_two(first, second));
+    }
+}
+
 // Words of two rows of floats, rounded: the first in the low halves.
 FASTATTN_INLINE vfloat row_pair(vfloat first, vfloat second) {
     typedef uint16_t Halves __attribute__((vector_size(64)));
@@ -212,6 +243,12 @@ static bool pack_words_of_columns(Rows source, int64_t rows, int64_t columns, Wo
         }
     return any((vint)(poison != poison));
 }
+
+#else
+
+// Never called.
+static inline void put_in_order(float *, int64_t) {}
+static inline void narrow_in_place(float *, int64_t, int64_t) {}
 
 #endif
 

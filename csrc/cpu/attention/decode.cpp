@@ -3,7 +3,7 @@
 // Shapes: q (B,Hq,Sq,D), out (B,Hq,Sq,Dv), lse (B,Hq,Sq); the cache (B,Hkv,S,D) and (B,Hkv,S,Dv) through its strides, or in pages: (pages, page
 //   size, Hkv, D), the n-th page of sequence b being block_table[b][n]. cache_lengths (B) counts the keys in use, those of the queries themselves
 //   included: query i sits at position cache_length - Sq + i, and key j is visible to it by band, intervals (of key positions) and bias.
-// Numerics: as forward.cpp.
+// Numerics: as forward.cpp; by the matrix unit, too, probabilities are rounded to bfloat16.
 // Algorithm: a head group's queries go together, so that each key is read once for all of them. The keys of a sequence are cut into parts of
 //   equal size, which are the unit of work: a few sequences then keep every core busy. Each part makes its own softmax; the parts are put together in
 //   order (Flash-Decoding, Dao et al. 2023), so that the result does not depend on the thread count. Keys and values are read where they lie,
@@ -24,8 +24,14 @@
 //   25.0, 22.0  parts of 384 keys again, for more cores than parts; each fetches the first keys of the next, and a thread takes several in a row
 // Heads side by side instead of keys, as in pages of 16 keys: 18.5, 13.6; all heads of a part before the next part 20.7, 15.8.
 // Slower there: rows fetched twice, or two blocks ahead (17.9); fetched by columns (15.4); blocks of 48 keys (equal).
+// bfloat16 with AMX, several queries to a head of keys by the matrix unit (decode_tiles.h), times as fast as by vectors, medians of calls in turns, caches
+// from memory, one core of an Intel Xeon (Emerald Rapids, VM, in use by others too), 2026-11-28; queries of a group 8, 16, 32 and 64:
+//   4,096 keys x 128       0.94  1.56  2.3        a block's keys, then its product, then the block's values
+//                          1.09  1.78  2.5        16 keys, or 64 columns of values, and their product; the next lines into the level-2 cache
+//   2,048 keys x 80        1.06  1.67  2.2   2.4  in the end; 128 queries of 4,096 keys x 128: 3.0
+// Tried: pairs by vectors (vdpbf16ps), 1.07 with one query, 1.01 with four, 0.80 to 0.93 with eight: the instruction is slow there.
 #include "../kernels.h"
-#include "../pack.h"
+#include "decode_tiles.h"
 #include "distance.h"
 #include "words.h"
 
@@ -34,12 +40,8 @@ namespace {
 
 constexpr int64_t kPart = 384;                        // keys with a softmax of their own
 constexpr int64_t kMostParts = 8;                     // that a thread takes at once: it fetches the next part's first keys during the last block of one
-constexpr int64_t kBlock = kManyRegisters ? 32 : 24;  // keys whose scores are formed together: their keys and values fit the level-1 cache
-// Accumulators: enough of them to hide the latency of two fused multiply-adds a cycle, and with their operands no more than there are registers.
-constexpr int kRows = kManyRegisters ? 8 : 4, kKeys = kManyRegisters ? 2 : 3;  // dot products at a time
-constexpr int kSumVectors = kManyRegisters ? 2 : 3;                             // of a row's output at a time
-constexpr int64_t kProducts = kManyRegisters ? 16 : 24;                         // keys whose products are added up together
-static_assert(kPart % kBlock == 0 && kBlock % kProducts == 0 && kProducts % kLanes == 0 && kProducts % kKeys == 0);
+constexpr int64_t kFirstTileRow = 8;                  // queries of a group from which on the matrix unit is faster
+static_assert(kPart % kBlock == 0);
 
 // The queries of one head group and one sequence, and the keys that some of them may see.
 struct Group {
@@ -49,14 +51,19 @@ struct Group {
 
 struct Shape {
     int64_t heads_per_group, rows, width_qk, width_v, parts;
+    bool in_tiles;  // by the matrix unit
     explicit Shape(const fastattn_decode &p)
         : heads_per_group(p.heads_q / p.heads_kv),
           rows(heads_per_group * p.len_q),
           width_qk(round_up(p.dim_qk, kLanes)),
           width_v(round_up(p.dim_v, kLanes)),
-          parts(parts_of(p.max_length)) {}
+          parts(parts_of(p.max_length)),
+          in_tiles(DecodeTiles::kAreThere && p.dtype == FASTATTN_BFLOAT16 && rows >= kFirstTileRow) {
+        if (in_tiles) width_qk = DecodeTiles::width(p.dim_qk) / 2, width_v = DecodeTiles::width(p.dim_v);
+    }
     static int64_t parts_of(int64_t keys) { return (keys + kPart - 1) / kPart; }
-    int64_t partial_floats() const { return rows * (width_v + 2); }
+    int64_t rows_held() const { return in_tiles ? DecodeTiles::held(rows) : rows; }
+    int64_t partial_floats() const { return rows_held() * width_v + 2 * rows; }
 };
 
 // One query of a group, and its visible keys: its share of the band, and of each interval, within the cache.
@@ -127,18 +134,22 @@ Group group_at(const fastattn_decode &p, const Shape &shape, int64_t index) {
 
 // What one thread works with; `totals` are the softmax sums of a part, lane by lane.
 struct DecodeBuffers {
-    explicit DecodeBuffers(const Shape &shape)
-        : scratch(Scratch::padded(shape.rows * kQueryFloats) + Scratch::padded(shape.rows * shape.width_qk) + Scratch::padded(shape.rows * kBlock) +
-                  Scratch::padded(shape.rows * kLanes) + shape.width_v + 64),
+    DecodeBuffers(const fastattn_decode &p, const Shape &shape)
+        : tile_floats(shape.in_tiles ? DecodeTiles::floats(shape.rows, p.dim_qk, p.dim_v) : 0),
+          scratch(Scratch::padded(shape.rows * kQueryFloats) + Scratch::padded(shape.rows * shape.width_qk) + shape.rows_held() * kBlock +
+                  Scratch::padded(shape.rows * kLanes) + shape.width_v + tile_floats + 64),
           query((Query *)scratch.take(shape.rows * kQueryFloats)),
           queries(scratch.take(shape.rows * shape.width_qk)),
-          scores(scratch.take(shape.rows * kBlock)),
+          scores(scratch.take(shape.rows_held() * kBlock)),
           totals(scratch.take(shape.rows * kLanes)),
-          sums(scratch.take(shape.width_v)) {}
+          sums(scratch.take(shape.width_v)),
+          tiles(shape.rows, p.dim_qk, p.dim_v, scratch.take(tile_floats)) {}
     static constexpr int64_t kQueryFloats = sizeof(Query) / sizeof(float);
+    int64_t tile_floats;
     Scratch scratch;
     Query *query;
     float *queries, *scores, *totals, *sums;
+    DecodeTiles tiles;
 };
 
 // Keys [begin, begin + count); bit i of `seen` says that some query of the group sees key begin + i.
@@ -146,148 +157,6 @@ struct KeyBlock {
     int64_t begin = 0, count = 0;
     uint64_t seen = 0;
 };
-
-// Where the rows of a block of keys, or of values, lie; for those that nobody sees zeros, because NaN may lie there.
-struct BlockRows {
-    static constexpr int64_t kMaxDim = 256;
-    alignas(64) static constexpr char kZeros[kMaxDim * 4] = {};
-    const char *row[kBlock];
-
-    BlockRows(const fastattn_decode &p, const fastattn_tensor &cache, const Group &group, const KeyBlock &block) {
-        const int64_t begin = block.begin, count = block.count;
-        const int64_t head_stride = p.block_table ? cache.stride[2] : cache.stride[1];
-        const int64_t row_bytes = (p.block_table ? cache.stride[1] : cache.stride[2]) * size_of(p.dtype);
-        for (int64_t i = 0; i < count;) {
-            int64_t outer = group.batch, within = begin + i, run = count - i;
-            if (p.block_table) {
-                outer = p.block_table[group.batch * p.block_table_stride + within / p.page_size];
-                within %= p.page_size;
-                run = smaller(run, p.page_size - within);
-            }
-            const char *at = (const char *)offset((const void *)cache.data, p.dtype, outer * cache.stride[0] + group.head_kv * head_stride) + within * row_bytes;
-            for (; run > 0; run--, at += row_bytes) row[i++] = at;
-        }
-        for (uint64_t hidden = bits_below(count) & ~block.seen; hidden; hidden &= hidden - 1) row[__builtin_ctzll(hidden)] = kZeros;
-        for (int64_t i = count; i < kBlock; i++) row[i] = kZeros;  // read, never used
-    }
-};
-
-// The rows that are needed next, fetched in order and at the pace at which others are read: processors drop requests that come in bursts, and
-// those out of order cost more than they save.
-class NextRows {
-  public:
-    NextRows(const BlockRows &rows, int64_t bytes, int64_t count) : row_(rows.row), bytes_(bytes), lines_(count * ((bytes + kLine - 1) / kLine)) {}
-
-    // So many bytes were read.
-    void read(int64_t bytes) {
-        credit_ += bytes;
-        const int64_t due = smaller(lines_, credit_ / kLine);
-        credit_ %= kLine;
-        fetch(due);
-    }
-    void rest() { fetch(lines_); }
-
-  private:
-    static constexpr int64_t kLine = 64;
-
-    void fetch(int64_t lines) {
-        lines_ -= lines;
-        for (; lines > 0; lines--) {
-            __builtin_prefetch(*row_ + at_, 0, 3);
-            at_ += kLine;
-            const bool ended = at_ >= bytes_;
-            row_ += ended;
-            at_ = ended ? 0 : at_;
-        }
-    }
-
-    const char *const *row_;
-    int64_t bytes_, lines_, at_ = 0;
-    uint64_t credit_ = 0;
-};
-
-// scores(row, key) = q(row) . k(key) for Rows queries and the block's keys. Not inlined, nor is block_values: its loops need all the registers.
-template <int dtype, int Rows>
-__attribute__((noinline)) void block_scores(const float *queries, int64_t width, int64_t dim, const BlockRows &keys, int64_t count, NextRows &shared_ahead,
-                                            float *scores) {
-    NextRows ahead = shared_ahead;  // in registers
-    for (int64_t first = 0; first < count; first += kProducts) {
-        vfloat products[Rows][kProducts];
-#pragma GCC unroll 1  // else all products would be given registers, and go to memory and back
-        for (int64_t key = 0; key < kProducts; key += kKeys) {
-            vfloat acc[Rows][kKeys] = {};
-            const auto add = [&](int64_t c, int lanes) {
-                vfloat k[kKeys];
-#pragma GCC unroll 4
-                for (int i = 0; i < kKeys; i++) k[i] = load_any(offset((const void *)keys.row[first + key + i], dtype, c), dtype, lanes);
-#pragma GCC unroll 8
-                for (int r = 0; r < Rows; r++) {
-                    const vfloat q = in_register(load(queries + r * width + c));
-#pragma GCC unroll 4
-                    for (int i = 0; i < kKeys; i++) acc[r][i] += q * k[i];
-                }
-            };
-            over_columns(dim, add);
-#pragma GCC unroll 8
-            for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 4
-                for (int i = 0; i < kKeys; i++) products[r][key + i] = acc[r][i];
-            ahead.read(kKeys * dim * size_of(dtype));
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++)
-            for (int64_t key = 0; key < kProducts; key += kLanes) store(scores + r * kBlock + first + key, sums(*(vfloat(*)[kLanes])(products[r] + key)));
-    }
-    shared_ahead = ahead;
-}
-
-// out(row) += sum over the block of p(row, key) v(key) for Rows queries and Vectors vectors of values at column c, the last of which has `last` lanes.
-template <int dtype, int Rows, int Vectors>
-FASTATTN_INLINE void block_columns(const float *probabilities, const BlockRows &values, int64_t count, int64_t c, int last, float *out, int64_t width,
-                                   NextRows &ahead) {
-    vfloat acc[Rows][Vectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) acc[r][v] = load(out + r * width + c + v * kLanes);
-    for (int64_t key = 0; key < count; key++) {
-        vfloat value[Vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++)
-            value[v] = load_any(offset((const void *)values.row[key], dtype, c + v * kLanes), dtype, v + 1 < Vectors ? kLanes : last);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++) {
-            const vfloat probability = in_register(broadcast(probabilities[r * kBlock + key]));
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; v++) acc[r][v] += probability * value[v];
-        }
-        ahead.read(Vectors * kLanes * size_of(dtype));
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; v++) store(out + r * width + c + v * kLanes, acc[r][v]);
-}
-
-// out(row) += sum over the block of p(row, key) v(key) for Rows queries.
-template <int dtype, int Rows>
-__attribute__((noinline)) void block_values(const float *probabilities, const BlockRows &values, int64_t count, int64_t dim, NextRows &shared_ahead, float *out,
-                                            int64_t width) {
-    NextRows ahead = shared_ahead;  // in registers
-    const int64_t whole = dim / kLanes;
-    int64_t done = 0;
-    const auto columns = [&]<int Vectors>(int last) {
-        block_columns<dtype, Rows, Vectors>(probabilities, values, count, done * kLanes, last, out, width, ahead);
-        done += Vectors;
-    };
-    // Never one vector by itself where two and two, or two and three, will do.
-    if constexpr (kSumVectors == 3)
-        while (whole - done == 3 || whole - done > 4) columns.template operator()<3>(kLanes);
-    while (whole - done >= 2) columns.template operator()<2>(kLanes);
-    if (done < whole) columns.template operator()<1>(kLanes);
-    if (done * kLanes < dim) columns.template operator()<1>((int)(dim - done * kLanes));
-    shared_ahead = ahead;
-}
 
 // Calls f.template operator()<dtype, Rows>(first row) until all rows are done.
 template <class F>
@@ -301,27 +170,53 @@ void for_rows(int32_t dtype_at_run, int64_t rows, F &&f) {
     });
 }
 
+// Where the rows of a block of keys, or of values, lie; for those that nobody sees zeros, because NaN may lie there.
+BlockRows block_rows(const fastattn_decode &p, const fastattn_tensor &cache, const Group &group, const KeyBlock &block) {
+    constexpr int64_t kMaxDim = 256;
+    alignas(64) static constexpr char kZeros[kMaxDim * 4] = {};
+    BlockRows rows;
+    const int64_t begin = block.begin, count = block.count;
+    const int64_t head_stride = p.block_table ? cache.stride[2] : cache.stride[1];
+    const int64_t row_bytes = (p.block_table ? cache.stride[1] : cache.stride[2]) * size_of(p.dtype);
+    for (int64_t i = 0; i < count;) {
+        int64_t outer = group.batch, within = begin + i, run = count - i;
+        if (p.block_table) {
+            outer = p.block_table[group.batch * p.block_table_stride + within / p.page_size];
+            within %= p.page_size;
+            run = smaller(run, p.page_size - within);
+        }
+        const char *at = (const char *)offset((const void *)cache.data, p.dtype, outer * cache.stride[0] + group.head_kv * head_stride) + within * row_bytes;
+        for (; run > 0; run--, at += row_bytes) rows.row[i++] = at;
+    }
+    for (uint64_t hidden = bits_below(count) & ~block.seen; hidden; hidden &= hidden - 1) rows.row[__builtin_ctzll(hidden)] = kZeros;
+    for (int64_t i = count; i < kBlock; i++) rows.row[i] = kZeros;  // read; by vectors never used
+    return rows;
+}
+
 // One part of a group's keys: each row's softmax maximum and sum, and its weighted values.
 class PartWorker {
   public:
     PartWorker(const fastattn_decode &p, const Shape &shape, const Group &group, DecodeBuffers &buffers, float *partial)
-        : p_(p), shape_(shape), group_(group), buffers_(buffers), out_(partial), maximum_(partial + shape.rows * shape.width_v), total_(maximum_ + shape.rows) {}
+        : p_(p),
+          shape_(shape),
+          group_(group),
+          buffers_(buffers),
+          out_(partial),
+          maximum_(partial + shape.rows_held() * shape.width_v),
+          total_(maximum_ + shape.rows) {}
 
     void run(int64_t begin, int64_t end) {
-        memset(out_, 0, (size_t)(shape_.rows * shape_.width_v) * 4);
+        memset(out_, 0, (size_t)(shape_.rows_held() * shape_.width_v) * 4);
         memset(buffers_.totals, 0, (size_t)(shape_.rows * kLanes) * 4);
         for (int64_t row = 0; row < shape_.rows; row++) maximum_[row] = -kInf;
         pack_queries();
         const int64_t key_bytes = p_.dim_qk * size_of(p_.dtype), value_bytes = p_.dim_v * size_of(p_.dtype);
         KeyBlock block = next_block(begin, end);
-        BlockRows keys(p_, p_.k, group_, block);
+        BlockRows keys = block_rows(p_, p_.k, group_, block);
         while (block.count) {
-            const BlockRows values(p_, p_.v, group_, block);
+            const BlockRows values = block_rows(p_, p_.v, group_, block);
             NextRows ahead(values, value_bytes, block.count);
-            for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
-                block_scores<dtype, Rows>(buffers_.queries + row * shape_.width_qk, shape_.width_qk, p_.dim_qk, keys, block.count, ahead,
-                                          buffers_.scores + row * kBlock);
-            });
+            form_scores(keys, block.count, ahead);
             ahead.rest();
             for (int64_t row = 0; row < shape_.rows; row++) {
                 finish_scores(row, block.begin, block.count, buffers_.scores + row * kBlock);
@@ -329,18 +224,31 @@ class PartWorker {
             }
             const KeyBlock next = next_block(block.begin + kBlock, end);
             const KeyBlock fetched = next.count ? next : block_at(end, group_.span.end);
-            keys = BlockRows(p_, p_.k, group_, fetched);
+            keys = block_rows(p_, p_.k, group_, fetched);
             ahead = NextRows(keys, key_bytes, fetched.count);
-            for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
-                block_values<dtype, Rows>(buffers_.scores + row * kBlock, values, block.count, p_.dim_v, ahead, out_ + row * shape_.width_v, shape_.width_v);
-            });
+            add_values(values, block.count, ahead);
             ahead.rest();
             block = next;
         }
         for (int64_t row = 0; row < shape_.rows; row++) total_[row] = sum(load(buffers_.totals + row * kLanes));
+        if (shape_.in_tiles) put_in_order(out_, shape_.rows * shape_.width_v);
     }
 
   private:
+    void form_scores(const BlockRows &keys, int64_t count, NextRows &ahead) {
+        if (shape_.in_tiles) return buffers_.tiles.form_scores(keys, p_.dim_qk, p_.scale, ahead, buffers_.scores);
+        for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
+            block_scores<dtype, Rows>(buffers_.queries + row * shape_.width_qk, shape_.width_qk, p_.dim_qk, keys, count, ahead, buffers_.scores + row * kBlock);
+        });
+    }
+
+    void add_values(const BlockRows &values, int64_t count, NextRows &ahead) {
+        if (shape_.in_tiles) return buffers_.tiles.add_values(buffers_.scores, values, p_.dim_v, ahead, out_);
+        for_rows(p_.dtype, shape_.rows, [&]<int dtype, int Rows>(int64_t row) {
+            block_values<dtype, Rows>(buffers_.scores + row * kBlock, values, count, p_.dim_v, ahead, out_ + row * shape_.width_v, shape_.width_v);
+        });
+    }
+
     // The first block from `begin` on, whole blocks further, of which some query sees a key; of no keys where there is none before `end`.
     KeyBlock next_block(int64_t begin, int64_t end) const {
         for (; begin < end; begin += kBlock) {
@@ -362,8 +270,11 @@ class PartWorker {
         for (int64_t g = 0; g < shape_.heads_per_group; g++) {
             const int64_t head = group_.head_kv * shape_.heads_per_group + g;
             const Rows q{offset((const void *)p_.q.data, p_.dtype, group_.batch * p_.q.stride[0] + head * p_.q.stride[1]), p_.dtype, p_.q.stride[2]};
-            pack_rows(q, p_.len_q, p_.dim_qk, p_.scale, buffers_.queries + g * p_.len_q * shape_.width_qk, shape_.width_qk);
+            float *target = buffers_.queries + g * p_.len_q * shape_.width_qk;
+            if (shape_.in_tiles) copy_rows(q, p_.len_q, p_.dim_qk, target, shape_.width_qk);
+            else pack_rows(q, p_.len_q, p_.dim_qk, p_.scale, target, shape_.width_qk);
         }
+        if (shape_.in_tiles) buffers_.tiles.take_queries(buffers_.queries);
     }
 
     // Softcap, bias and mask; -inf past the last key up to a whole vector.
@@ -396,7 +307,7 @@ class PartWorker {
         for (int64_t c = count; c < round_up(count, kLanes); c++) scores[c] = -kInf;
     }
 
-    // Scores to probabilities against the running maximum; what was summed before is brought to it.
+    // Scores to probabilities, for tiles in words of two, against the running maximum; what was summed before is brought to it.
     void softmax(int64_t row, int64_t count, float *scores) {
         float *totals = buffers_.totals + row * kLanes;
         vfloat highest = load(scores);
@@ -410,6 +321,7 @@ class PartWorker {
             total += probability;
         }
         store(totals, total);
+        if (shape_.in_tiles) narrow_in_place(scores, count, kBlock);
     }
 
     void raise_maximum(int64_t row, vfloat highest) {
@@ -443,8 +355,9 @@ struct Unit {
 
 // Puts the parts of one row together, in order.
 void combine(const fastattn_decode &p, const Shape &shape, const Group &group, const float *partials, int64_t parts, int64_t row, float *sums) {
-    const auto maximum = [&](int64_t part) { return partials[part * shape.partial_floats() + shape.rows * shape.width_v + row]; };
-    const auto total = [&](int64_t part) { return partials[part * shape.partial_floats() + shape.rows * (shape.width_v + 1) + row]; };
+    const int64_t after = shape.rows_held() * shape.width_v;
+    const auto maximum = [&](int64_t part) { return partials[part * shape.partial_floats() + after + row]; };
+    const auto total = [&](int64_t part) { return partials[part * shape.partial_floats() + after + shape.rows + row]; };
     float top = -kInf, all = 0;
     for (int64_t part = 0; part < parts; part++) top = maximum(part) > top ? maximum(part) : top;
     const float base = top == -kInf ? 0.0f : top;
@@ -479,7 +392,8 @@ int attention_decode(const fastattn_decode &p) {
     const int64_t items = groups * shape.parts, chunk = larger(1, smaller(kMostParts, items / (8 * p.n_threads)));
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
-        DecodeBuffers buffers(shape);
+        const MatrixUnit unit(shape.in_tiles);
+        DecodeBuffers buffers(p, shape);
         if (buffers.scratch.failed()) {
 #pragma omp atomic write
             status = FASTATTN_OUT_OF_MEMORY;

@@ -76,7 +76,7 @@ EMULATED void mask_storeu_ps(void *p, __mmask16 mask, __m512 v) {
     }
 }
 
-EMULATED __m256i maskz_loadu_epi16(__mmask16 mask, const void *p) {
+EMULATED __m256i maskz_loadu_16_halves(__mmask16 mask, const void *p) {
     Halves v = {};
     for (int lane = 0; lane < 16; lane++)
         if (mask >> lane & 1) v[lane] = read<uint16_t>(p, lane);
@@ -128,6 +128,26 @@ EMULATED __m512 permutex2var_ps(__m512 a, __m512i index, __m512 b) {
     for (int lane = 0; lane < 16; lane++) {
         const int from = ((Words)index)[lane];
         result[lane] = from & 16 ? b[from & 15] : a[from & 15];
+    }
+    return result;
+}
+
+EMULATED __m512i maskz_loadu_epi16(__mmask32 mask, const void *p) {
+    __m512i v = {};
+    for (int lane = 0; lane < 32; lane++) {
+        const uint16_t half = mask >> lane & 1 ? read<uint16_t>(p, lane) : 0;
+        memcpy((char *)&v + lane * 2, &half, sizeof half);
+    }
+    return v;
+}
+
+// In every 128 bits the four halves from `first` on, of a and of b by turns.
+template <int first>
+EMULATED __m512i unpack_epi16(__m512i a, __m512i b) {
+    __m512i result;
+    for (int lane = 0; lane < 32; lane++) {
+        const uint16_t half = read<uint16_t>(lane & 1 ? &b : &a, lane / 8 * 8 + first + lane % 8 / 2);
+        memcpy((char *)&result + lane * 2, &half, sizeof half);
     }
     return result;
 }
@@ -303,7 +323,8 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #define _mm512_movepi32_mask emulation::movepi32_mask
 #define _mm512_maskz_loadu_ps emulation::maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulation::mask_storeu_ps
-#define _mm256_maskz_loadu_epi16 emulation::maskz_loadu_epi16
+#define _mm256_maskz_loadu_epi16 emulation::maskz_loadu_16_halves
+#define _mm512_maskz_loadu_epi16 emulation::maskz_loadu_epi16
 #define _mm256_mask_storeu_epi16 emulation::mask_storeu_epi16
 #define _mm512_maskz_cvtph_ps emulation::maskz_cvtph_ps
 #define _mm512_maskz_cvtps_ph(mask, v, rounding) emulation::maskz_cvtps_ph<rounding>(mask, v)
@@ -312,6 +333,8 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #define _mm512_maskz_roundscale_ps(mask, v, control) emulation::maskz_roundscale_ps<control>(mask, v)
 #define _mm512_permutex2var_ps emulation::permutex2var_ps
 #define _mm512_maskz_permutexvar_epi16 emulation::maskz_permutexvar_epi16
+#define _mm512_unpacklo_epi16 emulation::unpack_epi16<0>
+#define _mm512_unpackhi_epi16 emulation::unpack_epi16<4>
 #define _mm512_loadu_si512 emulation::loadu_si512
 #define _mm512_test_epi8_mask emulation::test_epi8_mask
 #define _mm512_fpclass_ps_mask emulation::fpclass_ps_mask
