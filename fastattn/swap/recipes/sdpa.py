@@ -23,7 +23,7 @@ from fastattn.graphs import constant
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes.sdpa_copies import THEIRS, Copied, codes, copied, names_it
+from fastattn.swap.recipes.sdpa_copies import THEIRS, Copied, codes, copied, layers, names_it
 from fastattn.swap.swapped import Swapped
 
 
@@ -90,7 +90,8 @@ def read(original: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward, or a method that it calls, calls torch's function."""
     methods = reached_methods(original)
     copies = {name: copy for name, method in methods.items() if (copy := copy_of(method)) is not None}
-    if not copies or any(names_it(method.__code__) and name not in copies for name, method in methods.items()):
+    named = {name for name, method in methods.items() if any(names_it(layer.__code__) for layer in layers(method))}
+    if not copies or named - copies.keys():
         return None
     attributes: dict[str, Any] = {name: copy.function for name, copy in copies.items()}
     forward = attributes.get("forward", methods["forward"])
@@ -165,7 +166,7 @@ def reached_methods(original: type[nn.Module]) -> dict[str, FunctionType]:
         if name in found or not is_own or not isinstance(_definition(original, name), FunctionType):
             continue
         found[name] = method
-        waiting += [other for code in codes(method.__code__) for other in code.co_names]
+        waiting += [other for layer in layers(method) for code in codes(layer.__code__) for other in code.co_names]
     return found if "forward" in found else {}
 
 

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 from torch.nn import functional as F
@@ -36,7 +36,12 @@ class Copied:
 
 
 def copied(function: FunctionType, attend: Attend, depth: int = _DEPTH) -> Copied | None:
-    """The function with `attend` in the place of torch's; None where it does not call that, or not plainly."""
+    """The function with `attend` in the place of torch's; None where it does not call that, or not plainly. Of one that
+    is decorated what it wraps is copied, and called as before."""
+    inner = _wrapped(function)
+    if inner is not None and not names_it(function.__code__):
+        copy = copied(inner, attend, depth)
+        return None if copy is None else Copied(_wrapping(function, inner, copy.function), copy.through)
     code, scope = function.__code__, function.__globals__
     names: dict[str, str] = {}
     if names_it(code):
@@ -57,6 +62,37 @@ def copied(function: FunctionType, attend: Attend, depth: int = _DEPTH) -> Copie
             scope[_OURS + name] = other.function
             through += [(scope, name, value), *other.through]
     return Copied(with_code(function, _renamed(code, names)), tuple(through)) if names else None
+
+
+def layers(function: FunctionType) -> Iterator[FunctionType]:
+    """A function, and what it wraps where it is decorated."""
+    layer: FunctionType | None = function
+    while layer is not None:
+        yield layer
+        layer = _wrapped(layer)
+
+
+def _wrapped(function: FunctionType) -> FunctionType | None:
+    """What a decorated function wraps, and closes over."""
+    inner = getattr(function, "__wrapped__", None)
+    if not isinstance(inner, FunctionType):
+        return None
+    return inner if any(_content(cell) is inner for cell in function.__closure__ or ()) else None
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _wrapping(function: FunctionType, inner: FunctionType, other: FunctionType) -> FunctionType:
+    """A decorated function with `other` in the place of what it wraps."""
+    cells = tuple(CellType(other) if _content(cell) is inner else cell for cell in function.__closure__ or ())
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(function)(copy)  # type: ignore[return-value]
 
 
 def with_code(function: FunctionType, code: CodeType) -> FunctionType:

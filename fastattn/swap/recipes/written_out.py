@@ -44,6 +44,7 @@ from fastattn.swap.deferred.tensor import PLAIN, TELLS_SAVING_HOOKS, Deferral, D
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa import reached_methods
+from fastattn.swap.recipes.sdpa_copies import layers
 from fastattn.swap.swapped import Swapped
 
 SMALLEST = {False: 80_000, True: 160_000}
@@ -289,6 +290,7 @@ def _all_codes(original: type[nn.Module]) -> Iterator[CodeType]:
         if id(function) in seen:
             continue
         seen.add(id(function))
+        waiting += list(layers(function))[1:]
         package = (function.__module__ or "").partition(".")[0]
         codes = [function.__code__]
         while codes:

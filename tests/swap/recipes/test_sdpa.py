@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,30 @@ class InAClosure(Attention):
         return (lambda parts: torch.cat(parts))(each).transpose(1, 2).flatten(2)
 
 
+def doubled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def run(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return 2 * function(self, *args, **kwargs)
+
+    return run
+
+
+class Decorated(Attention):
+    """Twice, and with super() in it."""
+
+    @doubled
+    @doubled
+    def forward(self, x: Tensor) -> Tensor:
+        q = heads_of(x)
+        return F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2) + super().extra_repr().count("x")
+
+
+class DecoratedMethod(InAMethod):
+    @doubled
+    def attend(self, q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q)
+
+
 class LocalName(Attention):
     def forward(self, x: Tensor) -> Tensor:
         functional, q = F, heads_of(x)
@@ -92,7 +118,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("kind", (Attention, FullPath, ByName, InAMethod, InAClosure))
+@pytest.mark.parametrize("kind", (Attention, FullPath, ByName, InAMethod, InAClosure, Decorated, DecoratedMethod))
 def test_the_answers_and_gradients_stay(kind: type[Attention]) -> None:
     module = kind()
     x = draw(2, 50, WIDTH).requires_grad_()
@@ -175,6 +201,15 @@ def test_a_forced_backend_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch)
 def test_a_method_replaced_later_runs() -> None:
     module = InAMethod()
     report = swap(module)
+    module.attend = lambda q: q * 0
+    with report.counting():
+        assert not module(draw(2, 5, WIDTH)).any()
+    assert report.rows[0].fallbacks == {"its attend was replaced": 1}
+
+
+def test_a_decorated_method_replaced_later_runs() -> None:
+    report = swap(DecoratedMethod())
+    module = report.swapped_modules[""]
     module.attend = lambda q: q * 0
     with report.counting():
         assert not module(draw(2, 5, WIDTH)).any()
