@@ -9,6 +9,7 @@ called.
 from __future__ import annotations
 
 import sys
+from types import MethodType
 from typing import TypeGuard
 
 import torch
@@ -75,7 +76,7 @@ def why_not_unwatched(child: nn.Module) -> str | None:
     """No hook, of the child or global, and no forward put in the place of the class's own may see the call."""
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
         return "has hooks"
-    if "forward" in child.__dict__:
+    if "forward" in child.__dict__ and not holds_its_own_forward(child):
         return "has its forward replaced on the instance"
     kind = original_class(child)
     if kind in _FORWARDS and kind.forward is not _FORWARDS[kind]:
@@ -88,6 +89,15 @@ def why_not_unwatched(child: nn.Module) -> str | None:
     ):
         return "is under global module hooks"
     return None
+
+
+def holds_its_own_forward(module: nn.Module) -> bool:
+    """Whether the forward on the instance is the class's: accelerate leaves it there when it removes its hooks, and
+    transformers 4 when it has collected attention weights."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, MethodType):
+        return False
+    return forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def why_not_parameter(child: nn.Module, name: str, *, optional: bool) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from fastattn.dispatch import backends, check_backend_name
 from fastattn.errors import NotSupported
+from fastattn.nn.checks import holds_its_own_forward
 from fastattn.swap.configs import ConfigMove, config_moves
 from fastattn.swap.planning import Decision, Target, decide
 from fastattn.swap.recipe import PARTS
@@ -117,11 +117,13 @@ class _Set:
     state: dict[str, Any]
 
     def apply(self) -> None:
+        if holds_its_own_forward(self.module):
+            del self.module.forward
         self.module.__class__ = self.swapped
         self.module.__dict__.update(self.state)
 
     def undo(self) -> None:
-        if _holds_its_own_forward(self.module):
+        if holds_its_own_forward(self.module):
             del self.module.forward
         self.module.__class__ = self.original
         for name in self.state:
@@ -174,7 +176,7 @@ class _Change:
                     f"undo: {each.path or 'the model'} is now a {found.__module__}.{found.__qualname__}, not the "
                     "class that swap set; undo what changed it first (nothing was undone)"
                 )
-            if "forward" in each.module.__dict__ and not _holds_its_own_forward(each.module):
+            if "forward" in each.module.__dict__ and not holds_its_own_forward(each.module):
                 raise RuntimeError(
                     f"undo: the forward of {each.path or 'the model'} was replaced on the instance since the swap; "
                     "undo that first (nothing was undone)"
@@ -186,11 +188,3 @@ class _Change:
                         f"undo: a {type(holder).__name__} has another config than the one that swap set; put it back "
                         "first (nothing was undone)"
                     )
-
-
-def _holds_its_own_forward(module: nn.Module) -> bool:
-    """Whether the forward on the instance is the class's: accelerate leaves it there when it removes its hooks."""
-    forward = module.__dict__.get("forward")
-    if not isinstance(forward, MethodType):
-        return False
-    return forward.__self__ is module and forward.__func__ is type(module).forward

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fastattn.nn.checks import holds_its_own_forward
 from fastattn.swap.swapped import Swapped
 
 PARTS = ("attention", "norms", "ffns", "linears")
@@ -93,7 +94,7 @@ class Recipe:
         reasons = []
         if self.takes is not None and found != self.takes:
             reasons.append(f"its forward takes {', '.join(found)}; the recipe knows {', '.join(self.takes)}")
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not holds_its_own_forward(module):
             reasons.append("its forward is replaced on the instance (by an offloading hook, say): swap before that")
         return reasons + self.refuse(module)
 
