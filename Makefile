@@ -23,7 +23,7 @@ endef
 BENCH := build/bench
 STAGE ?= all
 
-.PHONY: demo test test-all bench gpu-check wheel clean
+.PHONY: demo test test-all test-transformers bench gpu-check wheel clean
 
 # Embeds real text with a real BERT, before and after the swap. Leaves build/demo/demo.json and demo.png.
 demo: $(VENV)/.demo
@@ -71,6 +71,21 @@ test test-all:
 	"$$bin/mypy" --config-file "$$checkout/pyproject.toml" -p fastattn && \
 	FASTATTN_CHECKOUT="$$checkout" "$$bin/python" -m pytest -c "$$checkout/pyproject.toml" --rootdir "$$scratch" \
 	    -p no:cacheprovider -n 2 $(MARKS) tests
+
+# Every model of another version of transformers: what it says swapped, learns and generates is what it did before.
+TRANSFORMERS ?= 4.57.6
+test-transformers:
+	$(PYTHON) -m venv --clear $(TEST_VENV)
+	$(TEST_VENV)/bin/python -m pip install --quiet -c constraints.txt pip
+	rm -rf $(WHEELS)
+	$(call build-wheel,$(TEST_VENV),$(WHEELS))
+	grep -vE "^(transformers|huggingface_hub|tokenizers|sentence-transformers)==" constraints.txt > $(TEST_VENV)/constraints.txt
+	$(TEST_VENV)/bin/python -m pip install --quiet -c $(TEST_VENV)/constraints.txt \
+	    "$$(ls $(WHEELS)/fastattn-*.whl)[test]" "transformers==$(TRANSFORMERS)"
+	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && cp -R tests "$$scratch/tests" && \
+	checkout=$$PWD && bin=$$PWD/$(TEST_VENV)/bin && cd "$$scratch" && \
+	HF_HUB_OFFLINE=1 "$$bin/python" -m pytest -c "$$checkout/pyproject.toml" --rootdir "$$scratch" -p no:cacheprovider -n 2 \
+	    tests/integrations tests/swap/test_originals.py tests/swap/recipes/test_every_model.py
 
 # For the Python in use; build/native keeps what the wheels of other Pythons share.
 wheel: $(VENV)/.pip

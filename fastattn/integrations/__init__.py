@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import re
 
-_FIRST_TRANSFORMERS = (5, 20)
+_FIRST_TRANSFORMERS = (4, 57)
 
 
 @functools.cache

@@ -6,7 +6,7 @@
 
 Two functions are registered under one name, and belong together: `attention_forward` runs the attention,
 `attention_mask` builds what it is given as a mask. Read against transformers 5.23 and 5.24 (masking_utils.py,
-integrations/sdpa_attention.py).
+integrations/sdpa_attention.py); what older ones do otherwise: `transformers_versions`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ from fastattn.nn.fused import Fused
 
 try:
     from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import (
-        and_masks,
+    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
+    from transformers.utils import logging
+    from transformers.utils.import_utils import is_torchdynamo_exporting
+
+    from fastattn.integrations.transformers_versions import (
         bidirectional_mask_function,
-        causal_mask_function,
         eager_mask,
-        prepare_padding_mask,
+        is_tracing,
+        padding_mask,
         sdpa_mask,
         sliding_window_bidirectional_overlay,
-        sliding_window_overlay,
+        taking_positions,
+        weights_are_collected,
     )
-    from transformers.utils import logging, output_capturing
-    from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 except ImportError as error:
     raise ImportError(f"fastattn.integrations.transformers: {why_not_transformers() or error}") from error
 
@@ -56,7 +58,7 @@ logger = logging.get_logger(__name__)
 def register() -> None:
     """Makes attn_implementation="fastattn" known to transformers, with its mask function; again, it changes nothing."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    AttentionMaskInterface.register(NAME, taking_positions(attention_mask))
 
 
 def attention_forward(
@@ -72,6 +74,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     indices: Tensor | None = None,
+    head_mask: Tensor | None = None,
     cache: object | None = None,
     sinks: object | None = None,
     block_indices: object | None = None,
@@ -85,7 +88,8 @@ def attention_forward(
     when `is_causal`, or else the module's attribute of that name (True where it has none), says so; with Lq == 1 every
     key is visible. softcap, s_aux (one sink logit per head) and position_bias (broadcastable to (B, Hq, Lq, Lk), added
     to the scores) are those of fastattn.attention. indices (B, Lq, n): the keys that an indexer chose for each query,
-    which sees no other (DeepSeek-V3.2). Other keyword arguments are ignored, as every attention function of
+    which sees no other (DeepSeek-V3.2). head_mask (Hq) or (1|B, Hq, 1, 1): what transformers 4 multiplies each head's
+    weights by. Other keyword arguments are ignored, as every attention function of
     transformers does.
 
     Head dims over 256, which no kernel takes, run on torch's attention; of a swapped module that is a fallback.
@@ -118,9 +122,10 @@ def attention_forward(
             "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
         )
     own = module if isinstance(module, Fused) else None
-    if own is not None and own.fastattn_forms_weights and (kwargs.get("output_attentions") or weights_are_collected()):
+    wants_weights = kwargs.get("output_attentions") or weights_are_collected(own)
+    if own is not None and own.fastattn_forms_weights and wants_weights:
         given = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
-        given["indices"] = indices
+        given |= {"indices": indices, "head_mask": head_mask}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         return _eagerly(own, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if kwargs.get("output_attentions"):
@@ -144,14 +149,13 @@ def attention_forward(
     if reason is not None:
         _note_torch(own, reason)
         out = torch_attention(query, key, value, mask, position_bias, scaling, softcap or 0.0, s_aux, dropout)
-        return out.transpose(1, 2).contiguous(), None
+        return _result(out, head_mask)
     is_plain = (mask is None or isinstance(mask, Causal)) and position_bias is None and s_aux is None
     is_plain = is_plain and not softcap and dropout == 0.0
     if is_plain and torch_is_as_fast(query, key, value, mask is not None, scaling, backend):
         if own is not None:
             note_choice(own, AS_FAST)
-        out = on_torch(query, key, value, mask is not None, scaling)
-        return out.transpose(1, 2).contiguous(), None
+        return _result(on_torch(query, key, value, mask is not None, scaling), head_mask)
     out = attention(
         query,
         key,
@@ -164,6 +168,12 @@ def attention_forward(
         dropout_p=dropout,
         backend=backend,
     )
+    return _result(out, head_mask)
+
+
+def _result(out: Tensor, head_mask: Tensor | None) -> tuple[Tensor, None]:
+    if head_mask is not None:  # of the weights, after the softmax
+        out = out * head_mask.view(1 if head_mask.ndim == 1 else head_mask.shape[0], -1, 1, 1)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -184,16 +194,6 @@ def _eagerly(
     if mask is None and query.shape[2] > 1 and _is_causal(own, given.get("is_causal")):
         mask = Causal("top-left")
     return eager(own, query, key, value, added_mask(mask, query, key.shape[2]), **given)
-
-
-def weights_are_collected() -> bool:
-    """Whether transformers collects attention weights from the modules' outputs now."""
-    collector = output_capturing._active_collector
-    if torch.compiler.is_compiling():  # which does not trace `get`
-        collected = collector.global_var if getattr(collector, "compiling", False) else None
-    else:
-        collected = collector.get()
-    return collected is not None and ("attentions" in collected or "cross_attentions" in collected)
 
 
 def _note_torch(own: Fused | None, reason: str) -> None:
@@ -225,7 +225,7 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: int | Tensor | None = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -234,12 +234,14 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function of the transformers contract: what `attention_forward` will be given as its mask.
 
     attention_mask: bool (B, keys seen so far), True = a real token. Query i stands at position i + q_offset, key j at
-    j + kv_offset; mask_function says which positions see which.
+    j + kv_offset; mask_function says which positions see which. q_offset None: the queries stand where cache_position
+    says (transformers up to 5.3).
 
     Returns, in this order of preference:
       None                               where nothing is hidden, or is_causal alone says what is;
@@ -266,18 +268,16 @@ def attention_mask(
         "allow_is_bidirectional_skip": False,
         "use_vmap": use_vmap,
         "device": device,
+        "cache_position": cache_position,
     }
     masks = _masks_of(kwargs.get("config"))
     if masks == "eager":
         return eager_mask(**{**dense, **kwargs})
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     padding = attention_mask
-    if use_vmap or not may_skip or (padding is not None and padding.ndim != 2):
+    if use_vmap or not may_skip or q_offset is None or (padding is not None and padding.ndim != 2):
         return sdpa_mask(**dense)
-    keys = None
-    if padding is not None:
-        padding = prepare_padding_mask(padding.to(torch.bool), kv_length, kv_offset)
-        keys = padding[:, kv_offset : kv_offset + kv_length]
+    keys = None if padding is None else padding_mask(padding.to(torch.bool), kv_length, kv_offset)
     if mask_function is bidirectional_mask_function:
         if keys is None and masks == "explicit":
             keys = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
@@ -392,10 +392,15 @@ def _masks_of(config: object | None) -> str:
     DeepSeek-V4's compressed keys), or take the name "fastattn" and still add the mask in an attention of its own
     (Bloom, GPT-1).
     """
+    if getattr(config, "model_type", None) in _READ_THEIR_MASKS:
+        return "eager"
     # Gemma 4 cuts its queries where layers share their keys, and only for "sdpa" knows that a missing mask cannot be.
     if getattr(config, "num_kv_shared_layers", 0):
         return "explicit"
     return "compact" if config is None else _masks_of_class(type(config))
+
+
+_READ_THEIR_MASKS = {"doge"}  # which adds to them; up to transformers 5.18 it does not ask for dense ones
 
 
 @constant

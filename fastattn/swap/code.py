@@ -12,8 +12,10 @@ from typing import Any
 
 
 def is_copy(function: object, other: object, *, ignoring_global: str | None = None) -> bool:
-    """Both do the same, as far as instructions, defaults, closures and globals say. One global may be named that is
-    not compared, neither in these functions nor in those that they call."""
+    """Both are there and do the same, as far as instructions, defaults, closures and globals say. One global may be
+    named that is not compared, neither in these functions nor in those that they call."""
+    if function is None or other is None:
+        return False
     try:
         return _is_copy(function, other, set(), ignoring_global)
     except (RuntimeError, ValueError):  # a comparison without an answer, as of tensors, or an empty cell
@@ -34,7 +36,9 @@ def _is_copy(one: object, other: object, compared: set[tuple[int, int]], ignored
         return False
     if _constant(one.__kwdefaults__) != _constant(other.__kwdefaults__):
         return False
-    pairs = [(global_named(one, name), global_named(other, name)) for name in _globals(one.__code__) if name != ignored]
+    pairs = [
+        (global_named(one, name), global_named(other, name)) for name in globals_of(one.__code__) if name != ignored
+    ]
     # Equal instructions close over as many variables.
     for cell, other_cell in zip(one.__closure__ or (), other.__closure__ or (), strict=True):
         pairs.append((cell.cell_contents, other_cell.cell_contents))
@@ -62,13 +66,13 @@ def _instructions(code: types.CodeType) -> list[tuple[str, Any]]:
     ]
 
 
-def _globals(code: types.CodeType) -> set[str]:
+def globals_of(code: types.CodeType) -> set[str]:
     names = set()
     for instruction in dis.get_instructions(code):
         if instruction.opname == "LOAD_GLOBAL":
             names.add(instruction.argval)
         elif isinstance(instruction.argval, types.CodeType):
-            names |= _globals(instruction.argval)
+            names |= globals_of(instruction.argval)
     return names
 
 

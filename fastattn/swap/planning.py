@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastattn.integrations import why_not_transformers
+from fastattn.swap.originals import why_unknown
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import recipe_for
 from fastattn.swap.report import Row
@@ -103,7 +104,8 @@ def _why_no_recipe(module: nn.Module, asked: frozenset[str]) -> str:
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
     if any(part in asked for part in _parts_by_name(module_class)):
         is_theirs = module_class.__module__.startswith("transformers.")
-        return (is_theirs and why_not_transformers()) or f"no recipe for class {module_class.__name__}"
+        known = (is_theirs and why_not_transformers()) or why_unknown(module_class.forward)
+        return known or f"no recipe for class {module_class.__name__}"
     return ""
 
 

@@ -117,6 +117,23 @@ def test_undo_after_hooks_that_were_removed(tiny_bert, batch) -> None:
         assert torch.equal(model(**batch).last_hidden_state, expected)
 
 
+def test_a_module_that_holds_its_own_forward_is_swapped(tiny_bert, batch) -> None:
+    """As accelerate leaves it when it removes its hooks, and transformers 4 when it has collected attention weights."""
+    model = tiny_bert()
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state
+    for module in model.modules():
+        module.forward = module.forward
+    report = swap(model, strict=True)
+    with report.counting(), torch.no_grad():
+        torch.testing.assert_close(model(**batch).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
+    assert report.all_called
+    assert not any(row.fallbacks for row in report.rows)
+    report.undo()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+
+
 def test_undo_refuses_a_replaced_config(tiny_bert) -> None:
     model = tiny_bert()
     report = swap(model)
@@ -428,7 +445,7 @@ def test_an_old_transformers_is_named(tiny_bert, monkeypatch: pytest.MonkeyPatch
     from fastattn import integrations
     from fastattn.swap import recognised
 
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.57.1")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "4.56.2")
     integrations.why_not_transformers.cache_clear()
     monkeypatch.setattr(recognised, "_remembered", {})
     try:
@@ -436,5 +453,5 @@ def test_an_old_transformers_is_named(tiny_bert, monkeypatch: pytest.MonkeyPatch
     finally:
         integrations.why_not_transformers.cache_clear()
     reasons = {row.reason for row in rows if row.action == "left"}
-    assert "transformers 4.57.1 is older than 5.20: install a newer one" in reasons
+    assert "transformers 4.56.2 is older than 4.57: install a newer one" in reasons
     assert any(row.action == "swapped" for row in rows)

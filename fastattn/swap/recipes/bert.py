@@ -19,6 +19,7 @@ from fastattn.nn.checks import full_name, why_not_dropout, why_not_linear, why_n
 from fastattn.nn.counting import note_call
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import ReadForward, Reading, classes_beside, why_not_as_read
 from fastattn.swap.recipe import PARTS, Recipe, always, parameters
 from fastattn.swap.recipes.activations import activation_name
@@ -231,9 +232,15 @@ def _is_layer(module_class: type[nn.Module]) -> bool:
     return is_copy(module_class.forward, _LAYER) and is_copy(chunk, _CHUNK)
 
 
-# As they are when this file is imported: another library may replace them later.
-_ATTENTION, _BLOCK = modeling_bert.BertSelfAttention.forward, modeling_bert.BertAttention.forward
-_LAYER, _CHUNK = modeling_bert.BertLayer.forward, modeling_bert.BertLayer.feed_forward_chunk
+_ATTENTION, _BLOCK, _LAYER, _CHUNK = (
+    original("models.bert.modeling_bert", path)
+    for path in (
+        "BertSelfAttention.forward",
+        "BertAttention.forward",
+        "BertLayer.forward",
+        "BertLayer.feed_forward_chunk",
+    )
+)
 
 
 def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:

@@ -8,7 +8,6 @@ The biases of a key are the same for every query, so that they stay (B, H, 1, Sk
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from fastattn.nn.checks import (
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.eager_mask import compact
@@ -148,11 +148,12 @@ def _why_not_gelu(child: nn.Module) -> str | None:
 # ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-# As they are when this file is imported: another library may replace them later.
-_METHODS: dict[str, Callable[..., Any]] = {
-    name: getattr(modeling_bloom.BloomAttention, name) for name in ("forward", "_reshape", "_merge_heads")
+_METHODS = {
+    name: original("models.bloom.modeling_bloom", f"BloomAttention.{name}")
+    for name in ("forward", "_reshape", "_merge_heads")
 }
-_MLP, _GELU = modeling_bloom.BloomMLP.forward, modeling_bloom.BloomGelu.forward
+_MLP = original("models.bloom.modeling_bloom", "BloomMLP.forward")
+_GELU = original("models.bloom.modeling_bloom", "BloomGelu.forward")
 
 
 def read(module_class: type[nn.Module]) -> Reading | None:

@@ -10,12 +10,10 @@ other parts of a layer are recognised by `norm` and `feedforward`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from fastattn.functional import attention
 from fastattn.masks.cache import Cache
@@ -23,6 +21,7 @@ from fastattn.nn.checks import why_not_dropout, why_not_head_dim, why_not_input,
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.eager_mask import can_be_read, compact_seen
@@ -185,9 +184,8 @@ def _bias(
 # ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-# As they are when this file is imported: another library may replace them later.
-_METHODS: dict[str, Callable[..., Any]] = {
-    name: getattr(modeling_deberta_v2.DisentangledSelfAttention, name)
+_METHODS = {
+    name: original("models.deberta_v2.modeling_deberta_v2", f"DisentangledSelfAttention.{name}")
     for name in ("forward", "transpose_for_scores", "disentangled_attention_bias")
 }
 

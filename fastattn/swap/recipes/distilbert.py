@@ -5,15 +5,15 @@ from __future__ import annotations
 from types import FunctionType
 
 from torch import nn
-from transformers.models.distilbert import modeling_distilbert
 
 from fastattn.swap.code import is_copy
 from fastattn.swap.expression import Input, Spelling, argument_names
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipes.feedforward import Block, FeedForward, Named, feed_forward
 
 _METHODS = ("forward", "ff_chunk")
-_ORIGINALS = {name: getattr(modeling_distilbert.FFN, name) for name in _METHODS}
+_ORIGINALS = {name: original("models.distilbert.modeling_distilbert", f"FFN.{name}") for name in _METHODS}
 _BLOCK = Block("lin1", Named("activation"), (Named("lin2"), Named("dropout")))
 
 

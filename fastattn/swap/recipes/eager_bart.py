@@ -16,16 +16,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.models.led import modeling_led
-from transformers.models.mvp import modeling_mvp
-from transformers.models.trocr import modeling_trocr
-from transformers.models.xglm import modeling_xglm
 
 from fastattn.functional import attention
-from fastattn.integrations.transformers import weights_are_collected
+from fastattn.integrations.transformers_versions import weights_are_collected
 from fastattn.nn.checks import MAX_DROPOUT, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.eager_mask import compact
@@ -115,7 +112,7 @@ class XGLMAttention(_Attention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         note_call(self)
-        reason = _why_not(self, hidden_states, kwargs, kwargs.get("output_attentions") or weights_are_collected())
+        reason = _why_not(self, hidden_states, kwargs, kwargs.get("output_attentions") or weights_are_collected(self))
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(  # type: ignore[misc, no-any-return]
@@ -205,12 +202,23 @@ def _keys_and_values(module: _Attention, call: _Call) -> tuple[Tensor, Tensor]:
 
 
 _FIRST = ("self", "hidden_states", "key_value_states", "cache", "attention_mask")
-# The forwards as they are when this file is imported: another library may replace them later.
 _KNOWN: tuple[tuple[object, type[_Attention], tuple[str, ...]], ...] = (
-    (modeling_led.LEDDecoderAttention.forward, LEDDecoderAttention, (*_FIRST, "output_attentions")),
-    (modeling_trocr.TrOCRAttention.forward, TrOCRAttention, (*_FIRST, "output_attentions", "kwargs")),
-    (modeling_xglm.XGLMAttention.forward, XGLMAttention, (*_FIRST, "kwargs")),
-    (modeling_mvp.MvpAttention.forward, MvpAttention, (*_FIRST, "attn_prompt", "output_attentions", "kwargs")),
+    (
+        original("models.led.modeling_led", "LEDDecoderAttention.forward"),
+        LEDDecoderAttention,
+        (*_FIRST, "output_attentions"),
+    ),
+    (
+        original("models.trocr.modeling_trocr", "TrOCRAttention.forward"),
+        TrOCRAttention,
+        (*_FIRST, "output_attentions", "kwargs"),
+    ),
+    (original("models.xglm.modeling_xglm", "XGLMAttention.forward"), XGLMAttention, (*_FIRST, "kwargs")),
+    (
+        original("models.mvp.modeling_mvp", "MvpAttention.forward"),
+        MvpAttention,
+        (*_FIRST, "attn_prompt", "output_attentions", "kwargs"),
+    ),
 )
 
 

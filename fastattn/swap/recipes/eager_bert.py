@@ -14,18 +14,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.models.flava import modeling_flava
-from transformers.models.megatron_bert import modeling_megatron_bert
-from transformers.models.rembert import modeling_rembert
-from transformers.models.roformer import modeling_roformer
-from transformers.models.tapas import modeling_tapas
-from transformers.models.vilt import modeling_vilt
 
 from fastattn.functional import attention
 from fastattn.nn.checks import why_not_dropout, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, always, parameters
 from fastattn.swap.recipes.eager_mask import compact
@@ -174,17 +169,16 @@ def _why_not_alone(encoder_states: Tensor | None, cache: object | None) -> str |
 # ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-# As they are when this file is imported: another library may replace them later.
-_ENCODERS: tuple[object, ...] = (
-    modeling_flava.FlavaSelfAttention.forward,
-    modeling_vilt.ViltSelfAttention.forward,
+_ENCODERS = (
+    original("models.flava.modeling_flava", "FlavaSelfAttention.forward"),
+    original("models.vilt.modeling_vilt", "ViltSelfAttention.forward"),
 )
-_DECODERS: tuple[object, ...] = (
-    modeling_megatron_bert.MegatronBertSelfAttention.forward,
-    modeling_rembert.RemBertSelfAttention.forward,
+_DECODERS = (
+    original("models.megatron_bert.modeling_megatron_bert", "MegatronBertSelfAttention.forward"),
+    original("models.rembert.modeling_rembert", "RemBertSelfAttention.forward"),
 )
-_TAPAS: object = modeling_tapas.TapasSelfAttention.forward
-_ROFORMER: object = modeling_roformer.RoFormerSelfAttention.forward
+_TAPAS = original("models.tapas.modeling_tapas", "TapasSelfAttention.forward")
+_ROFORMER = original("models.roformer.modeling_roformer", "RoFormerSelfAttention.forward")
 
 
 def read(module_class: type[nn.Module]) -> Reading | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers.utils.import_utils import is_tracing
 
+from fastattn.integrations.transformers_versions import is_tracing
 from fastattn.masks.cache import Cache
 
 _remembered = Cache(entries=16, size=1 << 28)

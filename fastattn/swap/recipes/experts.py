@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
-from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from fastattn.functional import gated_ffn
 from fastattn.functional.checks import resolve_backend
@@ -28,6 +27,7 @@ from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.ops.library import is_recorded, tracks_gradients
 from fastattn.swap.code import is_copy
 from fastattn.swap.expression import Input, Spelling, argument_names
+from fastattn.swap.originals import original
 from fastattn.swap.reading import ReadForward, Reading, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes import free_linear
@@ -174,8 +174,9 @@ class _Asks(nn.Module):
 
 
 _ASKS_THE_INTERFACE = _Asks.forward
-_EAGER = inspect.unwrap(modeling_qwen3_moe.Qwen3MoeExperts.forward)
-_APPLY_GATE: Any = moe._default_apply_gate
+_INTERFACE = original("integrations.moe", "use_experts_implementation")
+_EAGER = original("models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts.forward")
+_APPLY_GATE = original("integrations.moe", "_default_apply_gate")
 
 
 def eager_of(module_class: type[nn.Module]) -> FunctionType | None:
@@ -183,7 +184,7 @@ def eager_of(module_class: type[nn.Module]) -> FunctionType | None:
     behind it."""
     forward = module_class.forward
     eager = inspect.unwrap(forward)
-    if not isinstance(forward, FunctionType) or not isinstance(eager, FunctionType):
+    if _INTERFACE is None or not isinstance(forward, FunctionType) or not isinstance(eager, FunctionType):
         return None
     if forward is eager or forward.__code__ is not _ASKS_THE_INTERFACE.__code__:
         return None
@@ -196,7 +197,7 @@ def eager_of(module_class: type[nn.Module]) -> FunctionType | None:
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is a copy of Qwen3-MoE's, behind transformers' interface of experts."""
     eager = eager_of(module_class)
-    if eager is None or not is_copy(eager, _EAGER):
+    if eager is None or not is_copy(eager, inspect.unwrap(_EAGER)):
         return None
     apply_gate: Any = getattr(module_class, "_apply_gate", None)
     if not is_copy(apply_gate, _APPLY_GATE):

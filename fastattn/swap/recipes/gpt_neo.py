@@ -7,13 +7,11 @@ The original keeps a bool matrix of what is seen, `bias`; where it is the one th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.models.gpt_neo import modeling_gpt_neo
 
 from fastattn.functional import attention
 from fastattn.masks import Causal, Mask, SlidingWindow
@@ -22,6 +20,7 @@ from fastattn.nn.checks import why_not_dropout, why_not_head_dim, why_not_input,
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.eager_mask import can_be_read, compact
@@ -140,9 +139,8 @@ def _spells(bias: Tensor, rule: SlidingWindow) -> tuple[Tensor, ...]:
 # ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-# As they are when this file is imported: another library may replace them later.
-_METHODS: dict[str, Callable[..., Any]] = {
-    name: getattr(modeling_gpt_neo.GPTNeoSelfAttention, name)
+_METHODS = {
+    name: original("models.gpt_neo.modeling_gpt_neo", f"GPTNeoSelfAttention.{name}")
     for name in ("forward", "_attn", "_split_heads", "_merge_heads")
 }
 

@@ -13,13 +13,11 @@ seen. The other parts of a layer are recognised by `norm` (LongformerSelfOutput,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.longformer import modeling_longformer
 
 from fastattn.functional import attention
 from fastattn.functional.checks import resolve_backend
@@ -27,6 +25,7 @@ from fastattn.masks import KeyMask, Mask, SinkTokens, SlidingWindow
 from fastattn.nn.checks import MAX_DROPOUT, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading, ReadMethods, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.linear import linear, split_heads
@@ -198,11 +197,21 @@ def _attend(module: LongformerSelfAttention, q: Tensor, k: Tensor, v: Tensor, ma
 # ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-# As they are when this file is imported: another library may replace them later.
-_METHODS: dict[str, Callable[..., Any]] = {
-    name: getattr(modeling_longformer.LongformerSelfAttention, name)
-    for name in vars(modeling_longformer.LongformerSelfAttention)
-    if not name.startswith("__") and callable(getattr(modeling_longformer.LongformerSelfAttention, name))
+_METHODS = {
+    name: original("models.longformer.modeling_longformer", f"LongformerSelfAttention.{name}")
+    for name in (
+        "forward",
+        "_chunk",
+        "_compute_attn_output_with_global_indices",
+        "_compute_global_attn_output_from_hidden",
+        "_concat_with_global_key_attn_probs",
+        "_get_global_attn_indices",
+        "_mask_invalid_locations",
+        "_pad_and_diagonalize",
+        "_pad_and_transpose_last_two_dims",
+        "_sliding_chunks_matmul_attn_probs_value",
+        "_sliding_chunks_query_key_matmul",
+    )
 }
 
 

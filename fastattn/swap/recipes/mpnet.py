@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.mpnet import modeling_mpnet
 
 from fastattn.functional import attention
 from fastattn.nn.checks import why_not_dropout, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.eager_mask import compact
@@ -66,7 +66,7 @@ class MPNetSelfAttention(Swapped):
         return (linear(self, "o", out.transpose(1, 2).flatten(2), "linears"),)
 
 
-_ATTENTION = modeling_mpnet.MPNetSelfAttention.forward  # as it is when this file is imported
+_ATTENTION = original("models.mpnet.modeling_mpnet", "MPNetSelfAttention.forward")
 
 
 def read(module_class: type[nn.Module]) -> Reading | None:

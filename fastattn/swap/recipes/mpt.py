@@ -12,13 +12,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.models.mpt import modeling_mpt
 
 from fastattn.functional import attention, ffn
 from fastattn.nn.checks import MAX_DROPOUT, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
@@ -150,9 +150,8 @@ class MptMLP(Swapped):
 # ---- which classes ---------------------------------------------------------------------------------------------------
 
 
-# As they are when this file is imported: another library may replace them later.
 _ATTENTION, _BLOCK, _MLP = (
-    module_class.forward for module_class in (modeling_mpt.MptAttention, modeling_mpt.MptBlock, modeling_mpt.MptMLP)
+    original("models.mpt.modeling_mpt", f"{name}.forward") for name in ("MptAttention", "MptBlock", "MptMLP")
 )
 
 

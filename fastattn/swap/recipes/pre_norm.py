@@ -16,7 +16,6 @@ cores of an AMD EPYC (Zen 5), torch 2.13.0, 2026-11-27:
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
@@ -27,6 +26,7 @@ from fastattn.nn.checks import why_not_dropout, why_not_linear, why_not_unwatche
 from fastattn.nn.counting import note_call
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap.code import is_copy
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading, classes_beside
 from fastattn.swap.recipe import PARTS, Recipe, parameters
 from fastattn.swap.recipes.feedforward import FeedForward, dropout_rate
@@ -44,9 +44,6 @@ class _Layer(NamedTuple):
     mlp: str
     dropout: str | None = None
     """Of both branches' results."""
-
-    def names(self) -> set[str]:
-        return {self.attention, *self.norms, self.mlp, *(() if self.dropout is None else (self.dropout,))}
 
 
 class _Attention(NamedTuple):
@@ -133,7 +130,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is a copy of one of these."""
     if parameters(module_class.forward) != _TAKES:
         return None
-    layer = next((each for forward, each in _layers() if is_copy(module_class.forward, forward)), None)
+    layer = next((each for forward, each in _LAYERS if is_copy(module_class.forward, forward)), None)
     if layer is None:
         return None
     siblings = _siblings(module_class)
@@ -146,32 +143,30 @@ def read(module_class: type[nn.Module]) -> Reading | None:
 _TAKES = ("self", "hidden_states", "attention_mask", "kwargs")
 
 
-@functools.cache
-def _layers() -> list[tuple[object, _Layer]]:
-    """The forwards of layers that are known, where the installed transformers has them as they were read."""
-    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-    from transformers.models.vit.modeling_vit import ViTLayer
-
-    known = (
-        (CLIPEncoderLayer, _Layer("self_attn", ("layer_norm1", "layer_norm2"), "mlp")),
-        (ViTLayer, _Layer("attention", ("layernorm_before", "layernorm_after"), "mlp", "dropout")),
-    )
-    return [(kind.forward, layer) for kind, layer in known if _attributes(kind.forward) == layer.names()]
-
-
-@functools.cache
-def _attentions() -> list[tuple[object, _Attention]]:
-    """The same of attentions."""
-    from transformers.models.clip.modeling_clip import CLIPAttention
-    from transformers.models.siglip.modeling_siglip import SiglipAttention
-    from transformers.models.vit.modeling_vit import ViTAttention
-
-    known = (
-        (CLIPAttention, _Attention("out_proj", "scale", "dropout", takes_is_causal=True)),
-        (SiglipAttention, _Attention("out_proj", "scale", "dropout", takes_is_causal=False)),
-        (ViTAttention, _Attention("o_proj", "scaling", "attention_dropout", takes_is_causal=True)),
-    )
-    return [(kind.forward, each) for kind, each in known if {each.out, each.scale} <= _attributes(kind.forward)]
+_LAYERS = (
+    (
+        original("models.clip.modeling_clip", "CLIPEncoderLayer.forward"),
+        _Layer("self_attn", ("layer_norm1", "layer_norm2"), "mlp"),
+    ),
+    (
+        original("models.vit.modeling_vit", "ViTLayer.forward"),
+        _Layer("attention", ("layernorm_before", "layernorm_after"), "mlp", "dropout"),
+    ),
+)
+_ATTENTIONS = (
+    (
+        original("models.clip.modeling_clip", "CLIPAttention.forward"),
+        _Attention("out_proj", "scale", "dropout", takes_is_causal=True),
+    ),
+    (
+        original("models.siglip.modeling_siglip", "SiglipAttention.forward"),
+        _Attention("out_proj", "scale", "dropout", takes_is_causal=False),
+    ),
+    (
+        original("models.vit.modeling_vit", "ViTAttention.forward"),
+        _Attention("o_proj", "scaling", "attention_dropout", takes_is_causal=True),
+    ),
+)
 
 
 def _attributes(forward: Any) -> set[str]:
@@ -181,7 +176,7 @@ def _attributes(forward: Any) -> set[str]:
 
 def _siblings(layer_class: type[nn.Module]) -> tuple[type[nn.Module], ...]:
     """The classes of modules in the file of a layer's class that ask the attention interface."""
-    return tuple(each for each in classes_beside(layer_class) if "get_interface" in _attributes(each.forward))
+    return tuple(each for each in classes_beside(layer_class) if "ALL_ATTENTION_FUNCTIONS" in _attributes(each.forward))
 
 
 _EAGER = "eager_attention_forward"
@@ -190,7 +185,7 @@ _EAGER = "eager_attention_forward"
 def _attentions_of(siblings: Iterable[type[nn.Module]]) -> dict[type[nn.Module], tuple[object, _Attention]]:
     found: dict[type[nn.Module], tuple[object, _Attention]] = {}
     for sibling in siblings:
-        for forward, attention in _attentions():
+        for forward, attention in _ATTENTIONS:
             # With fastattn's attention named by the config nobody calls the eager one, of which there are many.
             recipe = recipe_for(sibling) if is_copy(sibling.forward, forward, ignoring_global=_EAGER) else None
             if recipe is not None:

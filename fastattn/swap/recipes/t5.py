@@ -10,18 +10,17 @@ from __future__ import annotations
 from types import FunctionType
 
 from torch import nn
-from transformers.models.t5 import modeling_t5
 
 from fastattn.swap.code import is_copy
 from fastattn.swap.expression import Input, Spelling, argument_names
+from fastattn.swap.originals import original
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipes.feedforward import Block, Named, feed_forward
 from fastattn.swap.recipes.norm import NormNames, spelled_norm
 
-# As they are when this file is imported: another library may replace them later.
 _NORM, _DENSE, _GATED = (
-    module_class.forward
-    for module_class in (modeling_t5.T5LayerNorm, modeling_t5.T5DenseActDense, modeling_t5.T5DenseGatedActDense)
+    original("models.t5.modeling_t5", f"{name}.forward")
+    for name in ("T5LayerNorm", "T5DenseActDense", "T5DenseGatedActDense")
 )
 _TAIL = (Named("dropout"), Named("wo"))
 

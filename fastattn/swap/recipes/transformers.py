@@ -33,9 +33,7 @@ from fastattn.swap.recipes import (
     distilbert,
     eager_bart,
     eager_bert,
-    experts,
     free_linear,
-    general_experts,
     gpt_neo,
     longformer,
     mpnet,
@@ -46,6 +44,13 @@ from fastattn.swap.recipes import (
 from fastattn.swap.recipes.interface import gives_weights, note_interface
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
+
+try:
+    from fastattn.swap.recipes import experts, general_experts
+except ImportError:  # transformers 4.57 has no interface of experts
+    _EXPERTS: tuple[Any, ...] = ()
+else:
+    _EXPERTS = (experts, general_experts)
 
 _RECIPES: tuple[Any, ...] = (
     bert,
@@ -60,8 +65,7 @@ _RECIPES: tuple[Any, ...] = (
     deberta,
     pre_norm,
     distilbert,
-    experts,
-    general_experts,
+    *_EXPERTS,
 )
 
 interface.register()
@@ -91,7 +95,7 @@ def _interface_attention(module_class: type[nn.Module]) -> Reading | None:
     forward = inspect.unwrap(module_class.forward)
     if not isinstance(forward, FunctionType):
         return None
-    if not {"get_interface", "config", "_attn_implementation"} <= set(forward.__code__.co_names):
+    if not {"ALL_ATTENTION_FUNCTIONS", "config", "_attn_implementation"} <= set(forward.__code__.co_names):
         return None
     return Reading(InterfaceAttention, _interface_recipe)
 
@@ -114,6 +118,9 @@ def _refuse_attention(module: nn.Module) -> list[str]:
     constants = _constants(forward)
     if "sdpa" in constants and "indices" not in constants:
         reasons.append('it gives its attention function another mask where that is "eager" or "sdpa"')
+    is_told = hasattr(module, "is_causal") or "is_causal" in constants
+    if not is_told and not any("mask" in name for name in parameters(forward)):
+        reasons.append("it takes no mask, and does not say whether it is causal")
     widths = [width for name in _HEAD_DIMS if isinstance(width := getattr(module, name, 0), int)]
     too_wide = why_not_head_dim(max(widths))
     return reasons if too_wide is None else [*reasons, too_wide]

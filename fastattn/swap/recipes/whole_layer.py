@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import encoder_layer
-from fastattn.integrations import transformers as interface
+from fastattn.integrations.transformers import NAME
+from fastattn.integrations.transformers_versions import weights_are_collected
 from fastattn.masks import Causal
 from fastattn.nn.checks import why_not_head_dim, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
@@ -57,7 +58,7 @@ class WholeLayer(NamedTuple):
         """In inference, with fastattn's attention, all in one dtype and with a mask that hides keys."""
         features = x.shape[-1]
         return (
-            self.attention.config._attn_implementation == interface.NAME
+            self.attention.config._attn_implementation == NAME
             and not self.drops
             and (mask is None or (mask.dim() == 4 and (mask.dtype is torch.bool or mask.dtype is torch.int32)))
             and all([t is not None and t.shape[0] == features for t in self.tensors[:6:2]])  # as many heads of k and v
@@ -117,7 +118,7 @@ def _only_idle_hooks(attention: nn.Module) -> bool:
         return False
     if any(getattr(hook, "__qualname__", "") != _COLLECTING_HOOK for hook in hooks.values()):
         return False
-    return not interface.weights_are_collected()
+    return not weights_are_collected(attention)
 
 
 _COLLECTING_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"

@@ -1,0 +1,105 @@
+"""What differs between the supported versions of transformers, by the names and arguments of the newest.
+
+Up to 5.3 mask functions are given the positions of the queries (cache_position) instead of their number and the first;
+up to 5.1 attention weights are collected by forwards that stand on the modules during a call; 4.57 makes no masks of
+attention that looks both ways. Read against transformers 4.57.6, 5.0, 5.3, 5.4 and 5.20 to 5.24 (masking_utils.py,
+utils).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import masking_utils
+from transformers.utils import import_utils
+
+from fastattn.nn.checks import holds_its_own_forward
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:
+    output_capturing = None
+
+# Where they are missing, what no mask function is or is made by.
+bidirectional_mask_function = getattr(masking_utils, "bidirectional_mask_function", None)
+sliding_window_bidirectional_overlay: Any = getattr(
+    masking_utils, "sliding_window_bidirectional_overlay", lambda size: lambda: size
+)
+
+_BY_POSITIONS = "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters
+_SLICES_PADDING = "_slice" in inspect.signature(masking_utils.prepare_padding_mask).parameters
+
+
+@functools.cache
+def taking_positions(mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """A mask function to register, of one that takes q_length and q_offset. It also takes cache_position, for
+    `sdpa_mask` and `eager_mask`; q_offset is None where the positions do not follow one another."""
+    if not _BY_POSITIONS:
+        return mask
+
+    def by_positions(batch_size: int, cache_position: Tensor, kv_length: int, **given: Any) -> Tensor | None:
+        length = len(cache_position)
+        offset: int | Tensor | None = cache_position[0] if length else 0
+        if length and not is_tracing(cache_position):
+            first, last = cache_position[[0, -1]].tolist()
+            offset = first if last - first == length - 1 else None
+        given |= {"q_offset": offset, "device": cache_position.device, "cache_position": cache_position}
+        return mask(batch_size, length, kv_length, **given)
+
+    return by_positions
+
+
+def sdpa_mask(**given: Any) -> Tensor:
+    """transformers' dense bool mask."""
+    mask: Tensor = masking_utils.sdpa_mask(**_as_taken(given))
+    return mask
+
+
+def eager_mask(**given: Any) -> Tensor:
+    """transformers' dense float mask."""
+    mask: Tensor = masking_utils.eager_mask(**_as_taken(given))
+    return mask
+
+
+def _as_taken(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that mask functions of this version take."""
+    others = {"q_length", "q_offset", "device"} if _BY_POSITIONS else {"cache_position"}
+    taken = {name: value for name, value in given.items() if name not in others}
+    if _BY_POSITIONS and taken.get("cache_position") is None:
+        taken["cache_position"] = torch.arange(given["q_length"], device=given.get("device")) + given.get("q_offset", 0)
+    return taken
+
+
+def padding_mask(padding: Tensor, kv_length: int, kv_offset: int) -> Tensor:
+    """(B, kv_length) of a mask of all keys seen so far, with False for keys that are still to come."""
+    options = {"_slice": False} if _SLICES_PADDING else {}
+    padded: Tensor = masking_utils.prepare_padding_mask(padding, kv_length, kv_offset, **options)
+    return padded[:, kv_offset : kv_offset + kv_length]
+
+
+def weights_are_collected(attention: nn.Module | None) -> bool:
+    """Whether transformers collects attention weights from the modules' outputs now: from this one's, as far as the
+    version says."""
+    if output_capturing is None:
+        return attention is not None and "forward" in vars(attention) and not holds_its_own_forward(attention)
+    collector = output_capturing._active_collector
+    if torch.compiler.is_compiling():  # which does not trace `get`
+        collected = collector.global_var if getattr(collector, "compiling", False) else None
+    else:
+        collected = collector.get()
+    return collected is not None and ("attentions" in collected or "cross_attentions" in collected)
+
+
+def is_tracing(tensor: Tensor) -> bool:
+    """Whether a graph is traced or captured, which cannot look at the tensor's values."""
+    if hasattr(import_utils, "is_tracing"):
+        return bool(import_utils.is_tracing(tensor))
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or capturing
+    return recorded or isinstance(tensor, (FakeTensor, torch.fx.Proxy))
