@@ -98,8 +98,10 @@ def weights_are_collected(attention: nn.Module | None) -> bool:
 
 def is_tracing(tensor: Tensor) -> bool:
     """Whether a graph is traced or captured, which cannot look at the tensor's values."""
+    if torch.compiler.is_compiling():
+        return True
     if hasattr(import_utils, "is_tracing"):
         return bool(import_utils.is_tracing(tensor))
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or capturing
-    return recorded or isinstance(tensor, (FakeTensor, torch.fx.Proxy))
+    if torch._C._get_tracing_state() is not None or isinstance(tensor, (FakeTensor, torch.fx.Proxy)):
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
