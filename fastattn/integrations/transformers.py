@@ -88,8 +88,8 @@ def attention_forward(
     when `is_causal`, or else the module's attribute of that name (True where it has none), says so; with Lq == 1 every
     key is visible. softcap, s_aux (one sink logit per head) and position_bias (broadcastable to (B, Hq, Lq, Lk), added
     to the scores) are those of fastattn.attention. indices (B, Lq, n): the keys that an indexer chose for each query,
-    which sees no other (DeepSeek-V3.2). head_mask (Hq) or (1|B, Hq, 1, 1): what transformers 4 multiplies each head's
-    weights by. Other keyword arguments are ignored, as every attention function of
+    which sees no other (DeepSeek-V3.2). head_mask (), (Hq) or (1|B, Hq, 1, 1): what transformers 4 multiplies each
+    head's weights by. Other keyword arguments are ignored, as every attention function of
     transformers does.
 
     Head dims over 256, which no kernel takes, run on torch's attention; of a swapped module that is a fallback.
@@ -122,6 +122,8 @@ def attention_forward(
             "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
         )
     own = module if isinstance(module, Fused) else None
+    if own is not None and own.fastattn_forms_weights and _is_head_mask(attention_mask, query, key):
+        head_mask, attention_mask = attention_mask, None
     wants_weights = kwargs.get("output_attentions") or weights_are_collected(own)
     if own is not None and own.fastattn_forms_weights and wants_weights:
         given = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
@@ -171,9 +173,17 @@ def attention_forward(
     return _result(out, head_mask)
 
 
+def _is_head_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Of a model that ran "eager": ViT and its copies in transformers 4 hand a head mask on where a mask belongs, and
+    multiply by it."""
+    if mask is None or not mask.is_floating_point() or mask.ndim != 4 or key.shape[2] == 1:
+        return False
+    return mask.shape[1] == query.shape[1] and mask.shape[2:] == (1, 1)
+
+
 def _result(out: Tensor, head_mask: Tensor | None) -> tuple[Tensor, None]:
     if head_mask is not None:  # of the weights, after the softmax
-        out = out * head_mask.view(1 if head_mask.ndim == 1 else head_mask.shape[0], -1, 1, 1)
+        out = out * head_mask.view(1 if head_mask.ndim <= 1 else head_mask.shape[0], -1, 1, 1)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +20,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import masking_utils
 from transformers.utils import import_utils
-
-from fastattn.nn.checks import holds_its_own_forward
 
 try:
     from transformers.utils import output_capturing
@@ -39,20 +39,30 @@ _SLICES_PADDING = "_slice" in inspect.signature(masking_utils.prepare_padding_ma
 @functools.cache
 def taking_positions(mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """A mask function to register, of one that takes q_length and q_offset. It also takes cache_position, for
-    `sdpa_mask` and `eager_mask`; q_offset is None where the positions do not follow one another."""
+    `sdpa_mask` and `eager_mask`; q_offset is None where the positions do not follow one another, or cannot be read."""
     if not _BY_POSITIONS:
         return mask
 
     def by_positions(batch_size: int, cache_position: Tensor, kv_length: int, **given: Any) -> Tensor | None:
-        length = len(cache_position)
-        offset: int | Tensor | None = cache_position[0] if length else 0
-        if length and not is_tracing(cache_position):
-            first, last = cache_position[[0, -1]].tolist()
-            offset = first if last - first == length - 1 else None
-        given |= {"q_offset": offset, "device": cache_position.device, "cache_position": cache_position}
-        return mask(batch_size, length, kv_length, **given)
+        return mask(
+            batch_size,
+            len(cache_position),
+            kv_length,
+            q_offset=_first(cache_position),
+            device=cache_position.device,
+            cache_position=cache_position,
+            **given,
+        )
 
     return by_positions
+
+
+def _first(positions: Tensor) -> int | None:
+    """The first position where each is one more than that before; None where they are not, or nobody can look."""
+    if len(positions) == 0 or positions.is_meta or is_tracing(positions):
+        return None
+    first, follow = torch.stack([positions[0], (positions.diff() == 1).all()]).tolist()
+    return first if follow else None
 
 
 def sdpa_mask(**given: Any) -> Tensor:
@@ -87,13 +97,41 @@ def weights_are_collected(attention: nn.Module | None) -> bool:
     """Whether transformers collects attention weights from the modules' outputs now: from this one's, as far as the
     version says."""
     if output_capturing is None:
-        return attention is not None and "forward" in vars(attention) and not holds_its_own_forward(attention)
+        return attention is not None and (_asked.weights or _is_collecting(vars(attention).get("forward")))
     collector = output_capturing._active_collector
     if torch.compiler.is_compiling():  # which does not trace `get`
         collected = collector.global_var if getattr(collector, "compiling", False) else None
     else:
         collected = collector.get()
     return collected is not None and ("attentions" in collected or "cross_attentions" in collected)
+
+
+class _Asked(threading.local):
+    weights = False
+
+
+_asked = _Asked()
+
+
+@contextmanager
+def weights_asked_for() -> Iterator[None]:
+    """Within the block the attention of this thread is to form its weights, where transformers 4 does not tell it."""
+    before, _asked.weights = _asked.weights, True
+    try:
+        yield
+    finally:
+        _asked.weights = before
+
+
+def _is_collecting(forward: object) -> bool:
+    """Whether a forward on an instance is the one by which transformers up to 5.1 collects what it gives."""
+    code = getattr(forward, "__code__", None)
+    return code is not None and code.co_name == "wrapped_forward" and "transformers" in code.co_filename
+
+
+def is_collecting_hook(hook: object) -> bool:
+    """Whether a hook is the one by which transformers collects outputs, from 5.2 on; its name was spelt in two ways."""
+    return getattr(hook, "__qualname__", "").endswith(".<locals>.output_capturing_hook")
 
 
 def is_tracing(tensor: Tensor) -> bool:

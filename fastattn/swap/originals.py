@@ -20,16 +20,16 @@ from typing import Any
 
 from fastattn.swap.code import global_named, globals_of, is_copy
 
-_CALLED = {"eager_attention_forward"}  # by recipes as by the originals
+_CALLED = {"eager_attention_forward"}  # not computed by recipes: where they need it they call the installed one
 
 unknown: dict[str, FunctionType] = {}
-"""The functions by the names of recipes that are no longer, or not yet, what these were written for."""
+"""Those that were asked for and are no longer, or not yet, what a recipe was written for."""
 
 
 @functools.cache
 def original(file: str, path: str) -> FunctionType | None:
     """The function at `path` of a file of the installed transformers, as it was when it was first asked for: another
-    library may replace it later. None where it is not one of those that are known, or none is there."""
+    library may replace it later. None where there is none, or, then kept in `unknown`, none that is known."""
     try:
         function = attrgetter(path)(import_module(f"transformers.{file}"))
     except (ImportError, AttributeError):
@@ -52,26 +52,47 @@ def why_unknown(function: object) -> str | None:
 
 
 def fingerprint(function: FunctionType) -> str | None:
-    """Of what a function and those of its own file that it calls compute: the same for every version of Python, and
-    whatever the comments, docstrings and annotations. None without its source."""
+    """Of what a function, and the functions and classes of its own file that it names, compute: the same for every
+    version of Python, and whatever the comments, docstrings and annotations. None without its source, or where a
+    function of another package stands around it."""
     found: dict[str, str] = {}
+    package = _package(inspect.unwrap(function))
+    layer: Any = function
+    while hasattr(layer, "__wrapped__"):
+        if _package(layer) != package:
+            return None
+        layer = layer.__wrapped__
     try:
-        _collect(inspect.unwrap(function), found)
-    except (OSError, SyntaxError):
+        _collect(layer, found)
+    except (OSError, SyntaxError, TypeError):
         return None
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:12]
 
 
+def _package(function: Any) -> str:
+    return str(function.__globals__.get("__name__", "")).partition(".")[0]
+
+
 def _collect(function: FunctionType, found: dict[str, str]) -> None:
+    """Raises TypeError for a name of something that has no source to ask for, a scripted function."""
     if function.__qualname__ in found:
         return
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    found[function.__qualname__] = _shape(definition)
+    found[function.__qualname__] = _source_shape(function)
     for name in sorted(globals_of(function.__code__) - _CALLED):
-        called = global_named(function, name)
-        called = inspect.unwrap(called) if callable(called) else None
-        if isinstance(called, FunctionType) and called.__module__ == function.__module__:
-            _collect(called, found)
+        named: Any = global_named(function, name)
+        named = inspect.unwrap(named) if callable(named) else named
+        if isinstance(named, (bool, int, float, str)):
+            found[name] = repr(named)
+        elif getattr(named, "__module__", None) == function.__module__ and callable(named):
+            if isinstance(named, FunctionType):
+                _collect(named, found)
+            else:
+                found[name] = _source_shape(named)
+
+
+def _source_shape(defined: Any) -> str:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(defined))).body
+    return _shape(definition)
 
 
 _IGNORED = {"annotation", "returns", "type_comment", "type_params", "ctx", "kind"}
@@ -91,7 +112,8 @@ def _shape(node: Any) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_shape(value)}' for name, value in fields)})"
 
 
-# Of transformers 5.20 to 5.24, oldest first. tests/swap/test_originals.py prints those of another version.
+# Of transformers 5.20 to 5.24, oldest first; some are those of older versions as well. tests/swap/test_originals.py
+# prints those of another version.
 KNOWN: dict[str, tuple[str, ...]] = {
     "integrations.moe:_default_apply_gate": ("fb8ee13c6da1",),
     "integrations.moe:use_experts_implementation": ("fa2c3a8db73e",),
@@ -111,7 +133,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "models.bloom.modeling_bloom:BloomAttention._merge_heads": ("508986ccf8cb",),
     "models.bloom.modeling_bloom:BloomAttention._reshape": ("b9af2eba9923",),
     "models.bloom.modeling_bloom:BloomAttention.forward": ("c459d93faa6a",),
-    "models.bloom.modeling_bloom:BloomGelu.forward": ("e30c52bb3c36",),
+    "models.bloom.modeling_bloom:BloomGelu.forward": ("33a8c3bf1bb1",),
     "models.bloom.modeling_bloom:BloomMLP.forward": ("cea9feb2fc1e",),
     "models.clip.modeling_clip:CLIPAttention.forward": ("3c8a2d5fa660",),
     "models.clip.modeling_clip:CLIPEncoderLayer.forward": ("1300530a18f3",),

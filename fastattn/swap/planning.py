@@ -104,8 +104,9 @@ def _why_no_recipe(module: nn.Module, asked: frozenset[str]) -> str:
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
     if any(part in asked for part in _parts_by_name(module_class)):
         is_theirs = module_class.__module__.startswith("transformers.")
-        known = (is_theirs and why_not_transformers()) or why_unknown(module_class.forward)
-        return known or f"no recipe for class {module_class.__name__}"
+        known = why_unknown(module_class.forward)
+        no_recipe = f"no recipe for class {module_class.__name__}" + ("" if known is None else f": {known}")
+        return (is_theirs and why_not_transformers()) or no_recipe
     return ""
 
 

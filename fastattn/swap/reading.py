@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from fastattn.nn.checks import holds_its_own_forward
 from fastattn.swap.expression import Spelling
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.swapped import Swapped
@@ -66,7 +67,8 @@ def why_not_as_read(module: ReadMethods) -> str | None:
     """None where the methods of the original class are those that were read: other libraries replace them, too."""
     own, original = module.__dict__, module.fastattn_original
     for name, method in module.fastattn_methods.items():
-        if name in own or getattr(original, name) is not method:
+        is_own = name == "forward" and holds_its_own_forward(module)
+        if (name in own and not is_own) or getattr(original, name) is not method:
             return f"its {name} was replaced"
     return None
 

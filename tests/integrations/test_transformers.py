@@ -492,6 +492,15 @@ def test_a_head_mask_multiplies_the_weights_of_each_head(shape: tuple[int, ...],
     assert weights is None
 
 
+@pytest.mark.parametrize("positions", ([8, 9, 10, 11], [8, 10, 9, 11], [8, 8, 9, 11], [8, 9, 11, 12], [3, 4, 5, 6]))
+def test_queries_at_any_positions(positions: list[int]) -> None:
+    """As transformers up to 5.3 tells mask functions where queries stand: in trees they do not follow one another."""
+    found = versions._first(torch.tensor(positions))
+    follow = positions == list(range(positions[0], positions[0] + len(positions)))
+    assert found == (positions[0] if follow else None)
+    assert versions._first(torch.tensor(positions, device="meta")) is None
+
+
 # ---- the mask function alone -----------------------------------------------------------------------------------------
 
 

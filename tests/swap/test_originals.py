@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -29,23 +30,33 @@ def test_the_originals_of_the_versions_that_were_read_are_known() -> None:
 
 
 PLAIN = """
+STEP = 1
+
+class Holder:
+    factor = 1
+
 def helper(x):
-    return x + 1
+    return x + STEP
 
 def function(x, by=2):
     y = helper(x)
-    return y * by
+    return y * by * Holder.factor
 """
 SAYS_MORE = '''
+STEP = 1
+
+class Holder:
+    factor = 1
+
 def helper(x: int) -> int:
     """One more."""
-    return x + 1
+    return x + STEP
 
 def function(x: int, by: int = 2) -> int:
     """The same."""
     # and more
     y: int = helper(x)
-    return y * by
+    return y * by * Holder.factor
 '''
 
 
@@ -69,13 +80,27 @@ def test_a_fingerprint_is_of_what_is_computed(tmp_path: Path) -> None:
     plain = of(PLAIN)
     assert plain is not None
     assert of(SAYS_MORE) == plain
-    for change in (
+    changes = (
         ("by=2", "by=3"),
         ("y * by", "y + by"),
-        ("x + 1", "x + 1.0"),
+        ("x + STEP", "x - STEP"),
+        ("STEP = 1", "STEP = 2"),
+        ("factor = 1", "factor = 2"),
         ("def function", "@staticmethod\ndef function"),
-    ):
+    )
+    for change in changes:
         assert of(PLAIN.replace(*change)) != plain, change
+
+
+def test_what_another_package_wraps_is_not_the_original(tmp_path: Path) -> None:
+    function = function_of(PLAIN, tmp_path)
+
+    @functools.wraps(function)
+    def tripled(x: int) -> int:
+        return 3 * int(function(x))
+
+    assert fingerprint(function) is not None
+    assert fingerprint(tripled) is None
 
 
 def test_without_its_source_a_function_has_no_fingerprint() -> None:

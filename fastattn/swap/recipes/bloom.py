@@ -161,7 +161,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     methods = {name: getattr(module_class, name, None) for name in _METHODS}
     if all(is_copy(methods[name], _METHODS[name]) for name in _METHODS):
         return Reading(BloomAttention, _attention_recipe, {"fastattn_methods": methods})
-    if is_copy(module_class.forward, _MLP):
+    if _GELU is not None and is_copy(module_class.forward, _MLP):
         return Reading(BloomMLP, _mlp_recipe)
     return None
 

@@ -19,9 +19,11 @@ import inspect
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastattn.integrations import transformers as interface
+from fastattn.integrations.transformers_versions import weights_asked_for
 from fastattn.nn.checks import why_not_head_dim
 from fastattn.nn.counting import note_call
 from fastattn.swap.reading import Reading
@@ -77,6 +79,9 @@ class InterfaceAttention(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         note_call(self)
         note_interface(self)
+        if self.fastattn_forms_weights and kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+            with weights_asked_for():
+                return super().forward(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastattn.functional import encoder_layer
 from fastattn.integrations.transformers import NAME
-from fastattn.integrations.transformers_versions import weights_are_collected
+from fastattn.integrations.transformers_versions import is_collecting_hook, weights_are_collected
 from fastattn.masks import Causal
 from fastattn.nn.checks import why_not_head_dim, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
@@ -116,9 +116,6 @@ def _only_idle_hooks(attention: nn.Module) -> bool:
     hooks = attention._forward_hooks
     if not hooks or attention._forward_pre_hooks or attention._backward_hooks or attention._backward_pre_hooks:
         return False
-    if any(getattr(hook, "__qualname__", "") != _COLLECTING_HOOK for hook in hooks.values()):
+    if not all(map(is_collecting_hook, hooks.values())):
         return False
     return not weights_are_collected(attention)
-
-
-_COLLECTING_HOOK = "install_output_capuring_hook.<locals>.output_capturing_hook"
