@@ -89,8 +89,7 @@ def attention_forward(
     key is visible. softcap, s_aux (one sink logit per head) and position_bias (broadcastable to (B, Hq, Lq, Lk), added
     to the scores) are those of fastattn.attention. indices (B, Lq, n): the keys that an indexer chose for each query,
     which sees no other (DeepSeek-V3.2). head_mask (), (Hq) or (1|B, Hq, 1, 1): what transformers 4 multiplies each
-    head's weights by. Other keyword arguments are ignored, as every attention function of
-    transformers does.
+    head's weights by. Other keyword arguments are ignored, as every attention function of transformers does.
 
     Head dims over 256, which no kernel takes, run on torch's attention; of a swapped module that is a fallback.
 
@@ -122,10 +121,10 @@ def attention_forward(
             "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
         )
     own = module if isinstance(module, Fused) else None
-    if own is not None and own.fastattn_forms_weights and _is_head_mask(attention_mask, query, key):
+    ran_eager = own is not None and own.fastattn_forms_weights
+    if ran_eager and _is_head_mask(attention_mask, query, key):
         head_mask, attention_mask = attention_mask, None
-    wants_weights = kwargs.get("output_attentions") or weights_are_collected(own)
-    if own is not None and own.fastattn_forms_weights and wants_weights:
+    if own is not None and ran_eager and (kwargs.get("output_attentions") or weights_are_collected(own)):
         given = {"is_causal": is_causal, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given |= {"indices": indices, "head_mask": head_mask}
         kwargs |= {name: value for name, value in given.items() if value is not None}

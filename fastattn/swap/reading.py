@@ -65,12 +65,16 @@ def _forward_that_takes(names: tuple[str, ...]) -> Callable[..., Any]:
 
 def why_not_as_read(module: ReadMethods) -> str | None:
     """None where the methods of the original class are those that were read: other libraries replace them, too."""
-    own, original = module.__dict__, module.fastattn_original
     for name, method in module.fastattn_methods.items():
-        is_own = name == "forward" and holds_its_own_forward(module)
-        if (name in own and not is_own) or getattr(original, name) is not method:
+        if is_replaced(module, name, method):
             return f"its {name} was replaced"
     return None
+
+
+def is_replaced(module: Any, name: str, method: object) -> bool:
+    """Whether something else stands in the place of a method that was read, on the module or in its original class."""
+    on_module = name in module.__dict__ and not (name == "forward" and holds_its_own_forward(module))
+    return on_module or getattr(module.fastattn_original, name) is not method
 
 
 def calls_forward_as_it_is(original: type[nn.Module]) -> bool:

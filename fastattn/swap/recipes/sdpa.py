@@ -20,9 +20,8 @@ from fastattn.functional import scaled_dot_product_attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.functional.sdpa import directly, is_overridden, on_kernels, why_torch
 from fastattn.graphs import constant
-from fastattn.nn.checks import holds_its_own_forward
 from fastattn.nn.counting import note_call, note_choice, note_fallback
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import Reading, is_replaced
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa_copies import THEIRS, Copied, codes, copied, layers, names_it
 from fastattn.swap.swapped import Swapped
@@ -123,8 +122,7 @@ def counted(forward: Callable[..., Any], copies: tuple[Copied, ...] = ()) -> Cal
         note_call(self)
         original = self.fastattn_original
         for name, method in self.fastattn_methods.items():
-            is_own = name == "forward" and holds_its_own_forward(self)
-            if (name in self.__dict__ and not is_own) or getattr(original, name) is not method:
+            if is_replaced(self, name, method):
                 note_fallback(self, f"its {name} was replaced")
                 return original.forward(self, *args, **kwargs)
         reason = why_not() if through else None

@@ -38,11 +38,10 @@ from torch.utils._pytree import tree_map
 
 from fastattn.functional.checks import resolve_backend
 from fastattn.modes import has_function_mode
-from fastattn.nn.checks import holds_its_own_forward
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.deferred.steps import deferral
 from fastattn.swap.deferred.tensor import PLAIN, TELLS_SAVING_HOOKS, Deferral, Deferred, made, storage_of
-from fastattn.swap.reading import Reading
+from fastattn.swap.reading import Reading, is_replaced
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa import reached_methods
 from fastattn.swap.recipes.sdpa_copies import layers
@@ -238,10 +237,8 @@ def _why_not(module: WritesOut, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 return f"an input is a {type(value).__name__}, not a plain tensor"
             if not value.is_cpu:
                 return f"an input lies on {value.device.type}"
-    original = module.fastattn_original
     for name, method in module.fastattn_methods.items():
-        is_own = name == "forward" and holds_its_own_forward(module)
-        if (name in module.__dict__ and not is_own) or getattr(original, name) is not method:
+        if is_replaced(module, name, method):
             return f"its {name} was replaced"
     return _why_watched(module)
 
