@@ -85,7 +85,7 @@ test-transformers:
 	scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && cp -R tests "$$scratch/tests" && \
 	checkout=$$PWD && bin=$$PWD/$(TEST_VENV)/bin && cd "$$scratch" && \
 	HF_HUB_OFFLINE=1 "$$bin/python" -m pytest -c "$$checkout/pyproject.toml" --rootdir "$$scratch" -p no:cacheprovider -n 2 \
-	    tests/integrations tests/swap/test_originals.py tests/swap/recipes/test_every_model.py
+	    tests/integrations tests/swap/test_originals.py tests/swap/recipes/test_experts.py tests/swap/recipes/test_every_model.py
 
 # For the Python in use; build/native keeps what the wheels of other Pythons share.
 wheel: $(VENV)/.pip

@@ -112,11 +112,19 @@ def _shape(node: Any) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_shape(value)}' for name, value in fields)})"
 
 
-# Of transformers 5.20 to 5.24, oldest first; some are those of older versions as well. tests/swap/test_originals.py
-# prints those of another version.
+# Of transformers 5.20 to 5.24, those of experts from 5.0 on, oldest first; some are those of older versions as well.
+# tests/swap/test_originals.py prints those of another version.
 KNOWN: dict[str, tuple[str, ...]] = {
     "integrations.moe:_default_apply_gate": ("fb8ee13c6da1",),
-    "integrations.moe:use_experts_implementation": ("fa2c3a8db73e",),
+    "integrations.moe:use_experts_implementation": (
+        "5ef9037284a1",
+        "1a20d3c168e6",
+        "079a7eb8bfc5",
+        "16fe95907ffe",
+        "ba0040ab90c5",
+        "c416ef0c8a08",
+        "fa2c3a8db73e",
+    ),
     "models.bert.modeling_bert:BertAttention.forward": (
         "cbc283f81cfa",
         "9f0c2b49f279",
@@ -197,7 +205,10 @@ KNOWN: dict[str, tuple[str, ...]] = {
         "d19e4c914c3d",
         "be6ada6cc1bb",
     ),
-    "models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts.forward": ("5e7c9e0a4fc7",),
+    "models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts.forward": (
+        "62bdd837c1a9",
+        "5e7c9e0a4fc7",
+    ),
     "models.rembert.modeling_rembert:RemBertSelfAttention.forward": (
         "e82d1bdf3f0e",
         "2c052afe5f6c",

@@ -18,8 +18,9 @@ from fastattn.swap.swapped import Swapped
 _LOOKS_LIKE = {
     "attention": re.compile(r"Attention"),
     "norms": re.compile(r"(Layer|RMS|Rms)_?Norm"),
-    "ffns": re.compile(r"(MLP|Mlp|FeedForward|FFN|Ffn|DenseActDense|DenseGatedActDense|Intermediate)$"),
+    "ffns": re.compile(r"(MLP|Mlp|FeedForward|FFN|Ffn|DenseActDense|DenseGatedActDense|Intermediate|Experts)$"),
 }
+_KNOWN_IN_SILENCE = re.compile(r"Experts$")  # where their recipe does not apply: they are small, or not on a CPU
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def _decide(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decis
 def _why_no_recipe(module: nn.Module, asked: frozenset[str]) -> str:
     """The reason to print for a module that looks swappable, "" for any other."""
     module_class = type(module)
-    for base in module_class.__mro__[1:]:
-        recipe = recipe_for(base) if issubclass(base, nn.Module) else None
-        if recipe is None or recipe_for(module_class) is not None:
-            continue
-        if recipe.parts(asked) and recipe.applies(module):
+    recipe = recipe_for(module_class)
+    for base in module_class.__mro__[1:] if recipe is None else ():
+        of_base = recipe_for(base) if issubclass(base, nn.Module) else None
+        if of_base is not None and of_base.parts(asked) and of_base.applies(module):
             return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
+    if recipe is not None and "ffns" in recipe.kernels and _KNOWN_IN_SILENCE.search(module_class.__name__):
+        return ""
     if any(part in asked for part in _parts_by_name(module_class)):
         is_theirs = module_class.__module__.startswith("transformers.")
         known = why_unknown(module_class.forward)

@@ -83,7 +83,7 @@ def _is_of_transformers(original: type[nn.Module]) -> bool:
     """A class of transformers, or one that asks its interfaces for attention or experts: model code that comes with a
     checkpoint."""
     codes = [getattr(forward, "__code__", None) for forward in (original.forward, inspect.unwrap(original.forward))]
-    interfaces = {"get_interface", "ALL_ATTENTION_FUNCTIONS"}
+    interfaces = {"get_interface", "ALL_ATTENTION_FUNCTIONS", "ALL_EXPERTS_FUNCTIONS"}
     asks = any(code is not None and not interfaces.isdisjoint(code.co_names) for code in codes)
     return asks or original.__module__.startswith("transformers.")
 

@@ -37,6 +37,9 @@ from fastattn.swap.swapped import Swapped
 _WEIGHTS = ("gate_up_proj", "down_proj")
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
+_LATER = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm": False, "_is_expert_parallel": False}
+"""Flags that transformers 5.0 did not have, and what they would have said of its experts."""
+
 
 class Experts(ReadForward):
     """sum over a token's experts of w * down(act(gate(x)) * up(x)), x (tokens, N), their indices and w (tokens, k)."""
@@ -127,7 +130,7 @@ def why_not_called(
     implementation = getattr(module.config, "_experts_implementation", None)
     if implementation not in implementations:
         return f"its config asks for the experts of {implementation}"
-    if module._is_expert_parallel:
+    if flag(module, "_is_expert_parallel"):
         return "its experts are shared out over processes"
     if any(module._parameters[name].dtype is not x.dtype for name in names):
         return "its weights are not of the input's dtype"
@@ -137,6 +140,11 @@ def why_not_called(
 
 
 MISFIT = "its inputs and weights do not fit together"
+
+
+def flag(module: Any, name: str) -> Any:
+    """What the class was put behind the interface with; None where it was not."""
+    return getattr(module, name, _LATER.get(name))
 
 
 def _is_traced() -> bool:
@@ -189,7 +197,7 @@ def eager_of(module_class: type[nn.Module]) -> FunctionType | None:
     if forward is eager or forward.__code__ is not _ASKS_THE_INTERFACE.__code__:
         return None
     closure = inspect.getclosurevars(forward).nonlocals
-    if closure.get("experts_interface") is not moe.ALL_EXPERTS_FUNCTIONS:
+    if closure.get("experts_interface", moe.ALL_EXPERTS_FUNCTIONS) is not moe.ALL_EXPERTS_FUNCTIONS:
         return None
     return eager if closure.get("original_forward") is eager else None
 
@@ -218,9 +226,10 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
 def _applies(module: nn.Module) -> bool:
     """Whether the module is laid out as the forward reads it, large, on a CPU, and its activation has a kernel."""
     layout = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    if any(getattr(module, name, None) is not value for name, value in layout.items()):
+    layout["has_post_expert_norm"] = False
+    if any(flag(module, name) is not value for name, value in layout.items()):
         return False
-    if getattr(module, "has_post_expert_norm", False) or any(name not in module._parameters for name in _WEIGHTS):
+    if any(name not in module._parameters for name in _WEIGHTS):
         return False
     gate_up: Any = module._parameters["gate_up_proj"]
     is_here = gate_up is not None and gate_up.is_cpu and gate_up.dim() == 3

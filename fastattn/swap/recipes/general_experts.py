@@ -28,6 +28,7 @@ from fastattn.swap.recipes.experts import (
     Experts,
     added_up,
     eager_of,
+    flag,
     is_large,
     may_gain,
     rows_of_experts,
@@ -47,7 +48,7 @@ class GeneralExperts(Experts):
         if reason is not None:
             return reason
         up, down = _weights(self)
-        hidden = up.shape[1] // 2 if self.has_gate else up.shape[1]
+        hidden = up.shape[1] // 2 if flag(self, "has_gate") else up.shape[1]
         biases = [self._parameters[name].shape for name in _names(self)[2:]]  # type: ignore[union-attr]
         fit = down.shape[::2] == (len(up), hidden) and biases in ([], [up.shape[:2], down.shape[:2]])
         return None if fit and up.shape[2:] == x.shape[1:] else MISFIT
@@ -68,7 +69,7 @@ class GeneralExperts(Experts):
         if not rows:
             return x * 0.0
         hidden = torch.cat([self._fastattn_linear(row, up, up_bias, expert) for expert, row in rows])
-        between = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
+        between = self._apply_gate(hidden) if flag(self, "has_gate") else self.act_fn(hidden)
         pieces = between.split([len(row) for _, row in rows])
         y = torch.cat(
             [
@@ -76,7 +77,7 @@ class GeneralExperts(Experts):
                 for (expert, _), piece in zip(rows, pieces, strict=True)
             ]
         )
-        if getattr(self, "has_post_expert_norm", False):
+        if flag(self, "has_post_expert_norm"):
             y = self.post_expert_norm(y)
         return added_up(y, order, scale).to(x.dtype)
 
@@ -87,7 +88,7 @@ class GeneralExperts(Experts):
 
 def _names(module: Any) -> tuple[str, ...]:
     """Its parameters: the first weight and the last, and their biases if there are any."""
-    names = "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+    names = "gate_up_proj" if flag(module, "has_gate") else "up_proj", "down_proj"
     return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
 
 
@@ -118,14 +119,14 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
 
 def _applies(module: nn.Module) -> bool:
     """Whether the module has the weights that its flags promise, large, on a CPU, and runs what they say."""
-    if any(type(getattr(module, name, None)) is not bool for name in _FLAGS):
+    if any(type(flag(module, name)) is not bool for name in _FLAGS):
         return False
     config = getattr(module, "config", None)
     if getattr(config, "_experts_implementation", None) not in _BY_FLAGS:
         return False
     if any(not isinstance(module._parameters.get(name), Tensor) for name in _names(module)):
         return False
-    if getattr(module, "has_post_expert_norm", False) and not callable(getattr(module, "post_expert_norm", None)):
+    if flag(module, "has_post_expert_norm") and not callable(getattr(module, "post_expert_norm", None)):
         return False
     up, down = _weights(module)
     are_here = up.is_cpu and down.is_cpu and up.dim() == down.dim() == 3 and len(up) > 0 and len(down) > 0
