@@ -17,7 +17,8 @@ Numerics
     weight. So the queries kernel sums e and e dp over its keys, which gives both exactly. The product with k has by
     then been taken with the estimates; a wrong norm is a factor of the row, corrected afterwards, and only where the
     estimated centre was off by more than rounding ds costs anyway (half inputs, rows with one or two keys that matter)
-    is the tile walked a second time. Heads of up to 16 columns always are.
+    is the tile walked a second time. Heads of up to 16 columns always are. Beside a sink the gradient of lse, which is
+    without it, has another factor: with both, float32 is walked again as well.
 
 Algorithm
     queries: a program keeps a query tile and walks the key tiles it sees, three products each. keys: a program keeps a

@@ -281,6 +281,22 @@ def test_a_row_of_lowest_biases_is_a_uniform_one() -> None:
     assert torch.allclose(dv, grad.mean(dim=2, keepdim=True).expand_as(dv), atol=1e-6)
 
 
+def test_the_gradient_of_lse_beside_a_sink_where_lse_lost_the_number_of_keys() -> None:
+    """A row of lowest biases has its lse's gradient alone: its keys' weights are 0 beside the sink."""
+    draw = torch.Generator().manual_seed(5)
+    q, k, v, grad = (torch.randn(1, 1, n, 32, generator=draw) for n in (3, 5, 5, 3))
+    bias = torch.zeros(1, 1, 3, 5)
+    bias[:, :, 1] = torch.finfo(F32).min
+    extras = (LoweredMask(), LoweredBias(bias), None, torch.zeros(1), None, 0.25, 0.0, 0.0)
+    found = []
+    for module in (backend, reference):
+        out, lse = module.attention_forward(q, k, v, *extras)
+        grad_lse = torch.ones_like(lse)
+        found.append(module.attention_backward(grad, grad_lse, q, k, v, out, lse, *extras, *[False] * 4, True)[:3])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_one_visible_key_has_no_score_gradient(dtype: torch.dtype) -> None:
     """ds = p (dp - delta) is 0 where p is 1: a delta from the rounded output would leave rounding errors."""

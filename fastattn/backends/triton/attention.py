@@ -147,11 +147,12 @@ def _launch_queries(call: Call, grad_q: Tensor, sink_terms: Tensor | None) -> No
     tiles = -(-call.len_q // tile.block_q)
     plan = plan_keys(call.mask, call.len_q, call.len_k, tile.block_q, tile.block_k)
     arguments = call.arguments | call.of_tile(tile, plan, tiles)
+    has_two_factors = arguments["sinks"] is not None and arguments["grad_lse"] is not None
     arguments |= {
         "grad_q": grad_q,
         **call.strides("grad_q", grad_q),
         "sink_terms": sink_terms,
-        "CHECKED": call.q.dtype != torch.float32,
+        "CHECKED": has_two_factors or call.q.dtype != torch.float32,
         # Of a narrow head nothing averages a rounded out: its tiles are always walked again.
         "tolerance": 0.0 if call.arguments["WIDE"] <= NARROW_HEAD else torch.finfo(call.q.dtype).eps / 4,
     }
