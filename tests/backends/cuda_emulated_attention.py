@@ -20,7 +20,7 @@ from fastattn.parity.bound import unit_roundoff
 from fastattn.parity.guards import poisoned_outputs
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
+WIDE = pytest.param(192, marks=pytest.mark.slow)  # seconds each in the emulation
 
 # mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p
 Rest = tuple[LoweredMask, LoweredBias, Packed | None, Tensor | None, Tensor | None, float, float, float]
@@ -147,7 +147,7 @@ def blocks_of(visible: Tensor) -> Blocks:
     return Blocks(pointers, columns, names, torch.stack(bitmaps), col_ptr, rows[order], names[order])
 
 
-@pytest.mark.parametrize("dim", [64, 192])  # 128 and 64 queries to a tile
+@pytest.mark.parametrize("dim", [64, WIDE])  # 128 and 64 queries to a tile
 @pytest.mark.parametrize("kind", ["random", "blocks", "diagonal", "nothing"])
 def test_blocks(dim: int, kind: str) -> None:
     len_q, len_k = 300, 270
@@ -164,7 +164,7 @@ def test_blocks(dim: int, kind: str) -> None:
     check(Attention(dim, dim, len_q, len_k), LoweredMask(blocks=blocks_of(visible)), visible)
 
 
-@pytest.mark.parametrize("dim", [64, 192])
+@pytest.mark.parametrize("dim", [64, WIDE])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_intervals(dim: int, count: int) -> None:
     len_q, len_k = 200, 400
@@ -208,7 +208,7 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("dim", [64, 128, 192])
+@pytest.mark.parametrize("dim", [64, 128, WIDE])
 @pytest.mark.parametrize("name", BIASES)
 def test_biases_by_distance(name: str, dim: int) -> None:
     shape = Attention(dim, dim, 150, 213, softcap=15.0 if name == "all" else 0.0)

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-DRIVERS = [
-    Path(__file__).with_name(name)
-    for name in ("cuda_emulated.py", "cuda_emulated_attention.py", "cuda_emulated_decode.py")
-]
+ATTENTION = Path(__file__).with_name("cuda_emulated_attention.py")
+DRIVERS = [ATTENTION, *(Path(__file__).with_name(name) for name in ("cuda_emulated.py", "cuda_emulated_decode.py"))]
 
 
 def environment(folder: Path, seed: int = 0, kernels: str = "") -> dict[str, str]:
@@ -59,13 +57,17 @@ def test_verify_runs_long_in_the_emulation(emulated_cuda: Path, op: str, kernels
 
 @pytest.mark.parametrize("driver", DRIVERS, ids=lambda path: path.stem)
 def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path) -> None:
-    run_driver(driver, environment(emulated_cuda, seed=1))
+    run_driver(driver, environment(emulated_cuda, seed=1), "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_each_attention_kernel_equals_the_reference_for_long(emulated_cuda: Path) -> None:
+    run_driver(ATTENTION, environment(emulated_cuda, seed=1), "-m", "slow")
 
 
 def test_the_kernels_for_hopper_equal_the_reference(emulated_cuda: Path) -> None:
     """Wider heads run on the other kernels."""
-    driver = Path(__file__).with_name("cuda_emulated_attention.py")
-    run_driver(driver, environment(emulated_cuda, seed=2, kernels="sm90"), "-k", "not 192 and not 256")
+    run_driver(ATTENTION, environment(emulated_cuda, seed=2, kernels="sm90"), "-k", "not 192 and not 256")
 
 
 def run_driver(driver: Path, own: dict[str, str], *options: str) -> None:
