@@ -1,14 +1,12 @@
 """Tunes tile tables: times every choice a backend offers for a kernel, and says which is fastest. Changes no table.
 
-A backend that has something to tune offers `tunables()` in a module `fastattn.backends.<name>.tuning`. New figures are
-proposals: a person puts them into the backend's table, with the device and the date.
+New figures are proposals: a person puts them into the backend's table, with the device and the date.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +17,7 @@ from fastattn.bench.providers.base import Job
 from fastattn.bench.providers.ours import Ours
 from fastattn.bench.run import check_provider, inputs_and_truth
 from fastattn.bench.timing import QUICK, Effort, own_stream, time_jobs
-from fastattn.dispatch import NAMES
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """One entry of a table. name: what it is for. suite, sizes: a case that uses it, as the fields of the case's class.
-    choices: the values to try; now: the table's own, None where the table goes by more than the case says. use: makes
-    calls inside the block take a value."""
-
-    name: str
-    suite: str
-    sizes: dict[str, Any]
-    choices: Sequence[Any]
-    now: Any
-    use: Callable[[Any], AbstractContextManager[None]]
+from fastattn.bench.tunables import Tunable, tunables
 
 
 @dataclass(frozen=True)
@@ -57,21 +41,6 @@ class Tuned:
         mine = self.times.get(str(self.now))
         gain = "" if mine is None else f", {mine / self.times[self.best]:.2f} times as fast as now ({self.now})"
         return f"{self.backend} {self.name}, {self.direction}: {self.best}{gain}"
-
-
-def tunables(device: str) -> dict[str, list[Tunable]]:
-    """What each backend usable on that device offers to tune; backends that offer nothing are left out."""
-    found = {}
-    for name in NAMES:
-        if Ours(name).unavailable_reason(device) is not None:
-            continue
-        home = f"fastattn.backends.{name}.tuning"
-        try:
-            found[name] = importlib.import_module(home).tunables()
-        except ModuleNotFoundError as error:
-            if error.name != home:
-                raise
-    return found
 
 
 def tune(

@@ -1,18 +1,18 @@
-"""What of the Triton backend can be tuned: warps of the norms, and tiles of the attention kernels where they exist.
+"""What backends have to tune: warps of Triton's norms, and tiles of its attention kernels.
 
-Read by `fastattn bench tune`. A choice replaces, inside a with block, the function that looks the table up.
+A choice replaces, inside a with block, the function that looks the table up.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from fastattn.backends.triton import interpreting, norm
-from fastattn.bench.tune import Tunable
+from fastattn.bench.providers.ours import Ours
 
 _NORM_WIDTHS = (768, 1024, 4096, 8192)
 _NORM_WARPS = (1, 2, 4, 8, 16)
@@ -21,9 +21,24 @@ _BLOCKS = ((16, 32), (32, 32), (32, 64), (64, 32), (64, 64), (64, 128), (128, 32
 _WARPS, _STAGES = (4, 8), (1, 2, 3)
 
 
-def tunables() -> list[Tunable]:
-    """Every entry; under the interpreter with sizes that it gets through."""
-    return [*_norms(), *_attention()]
+@dataclass(frozen=True)
+class Tunable:
+    """One entry of a table. name: what it is for. suite, sizes: a case that uses it, as the fields of the case's class.
+    choices: the values to try; now: the table's own, None where the table goes by more than the case says. use: makes
+    calls inside the block take a value."""
+
+    name: str
+    suite: str
+    sizes: dict[str, Any]
+    choices: Sequence[Any]
+    now: Any
+    use: Callable[[Any], AbstractContextManager[None]]
+
+
+def tunables(device: str) -> dict[str, list[Tunable]]:
+    """Every entry of each backend that is usable on that device and offers some; under Triton's interpreter with sizes
+    that it gets through."""
+    return {"triton": [*_norms(), *_attention()]} if Ours("triton").unavailable_reason(device) is None else {}
 
 
 def _norms() -> list[Tunable]:
@@ -52,10 +67,9 @@ def _norm_warps(warps: int) -> Iterator[None]:
 
 
 def _attention() -> list[Tunable]:
-    """An entry per kernel and head dim; [] in a version without attention kernels."""
-    if importlib.util.find_spec("fastattn.kernels.tiles") is None:
-        return []
-    tiles: Any = importlib.import_module("fastattn.kernels.tiles")
+    """An entry per kernel and head dim."""
+    from fastattn.kernels import tiles
+
     length, heads = (64, 1) if interpreting() else (4096, 16)
     found = []
     for kernel in ("forward", "queries", "keys"):
@@ -68,10 +82,11 @@ def _attention() -> list[Tunable]:
     return found
 
 
-def _tile(kernel: str) -> Any:
+def _tile(kernel: str) -> Callable[[Any], AbstractContextManager[None]]:
+    from fastattn.kernels import tiles
+
     @contextlib.contextmanager
     def use(tile: Any) -> Iterator[None]:
-        tiles: Any = importlib.import_module("fastattn.kernels.tiles")
         look_up = tiles.attention_tile
 
         def chosen(asked: str, *arguments: Any) -> Any:
