@@ -297,6 +297,18 @@ def test_the_gradient_of_lse_beside_a_sink_where_lse_lost_the_number_of_keys() -
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
+def test_without_a_key_every_gradient_is_zero() -> None:
+    """A bias that is broadcast along keys has a gradient all the same, to which no program adds."""
+    q, k, v = torch.randn(2, 3, 40, 64), torch.randn(2, 3, 0, 64), torch.randn(2, 3, 0, 64)
+    bias = LoweredBias(torch.randn(2, 1, 40, 1), torch.randn(3, 5), -2, torch.rand(1, 3))
+    extras = (LoweredMask(), bias, None, torch.zeros(3), None, 0.25, 0.0, 0.0)
+    out, lse = backend.attention_forward(q, k, v, *extras)
+    with poisoned_outputs():
+        found = backend.attention_backward(out, lse, q, k, v, out, lse, *extras, *[True] * 5)
+    assert [grad.shape for grad in found] == [t.shape for t in (q, k, v, bias.dense, bias.table, bias.slopes, extras[3])]
+    assert not any(grad.any() for grad in found)  # NaN is true
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_one_visible_key_has_no_score_gradient(dtype: torch.dtype) -> None:
     """ds = p (dp - delta) is 0 where p is 1: a delta from the rounded output would leave rounding errors."""

@@ -100,10 +100,11 @@ def attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     written = [_writable(grad) for grad in (dq, dk, dv)]
     call = Call(q, k, v, mask, bias, packed, sinks, dropout_seed, scale, softcap, dropout_p)
-    if packed is not None or lse.numel() == 0:  # what belongs to no sequence, or is seen by no query
+    is_empty = 0 in (call.batch, lse.numel(), call.len_q, call.len_k)
+    if packed is not None or is_empty:  # what belongs to no sequence, is seen by no query or sees no key
         for wide in written:
             wide.zero_()
-    if 0 in (call.batch, lse.numel(), call.len_q):
+    if is_empty:
         dbias, dtable, dslopes = (
             lse.new_zeros((0,) if t is None or not asked else t.shape)
             for t, asked in (
