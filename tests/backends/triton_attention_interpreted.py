@@ -305,7 +305,9 @@ def test_without_a_key_every_gradient_is_zero() -> None:
     out, lse = backend.attention_forward(q, k, v, *extras)
     with poisoned_outputs():
         found = backend.attention_backward(out, lse, q, k, v, out, lse, *extras, *[True] * 5)
-    assert [grad.shape for grad in found] == [t.shape for t in (q, k, v, bias.dense, bias.table, bias.slopes, extras[3])]
+    assert [grad.shape for grad in found] == [
+        t.shape for t in (q, k, v, bias.dense, bias.table, bias.slopes, extras[3])
+    ]
     assert not any(grad.any() for grad in found)  # NaN is true
 
 
