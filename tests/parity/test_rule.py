@@ -21,6 +21,7 @@ from fastattn.parity import (
     parity,
 )
 from fastattn.parity.bound import unit_roundoff
+from fastattn.parity.eager import eager_linear_act
 
 REAL_ATTENTION = functional.attention
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -242,3 +243,19 @@ def test_linears_pass_and_a_neighbouring_activation_is_caught(monkeypatch, activ
     real = functional.linear_act
     monkeypatch.setattr(functional, "linear_act", lambda x, w, b, _: real(x, w, b, other))
     assert {"y", "dx", "dweight"} <= _failed(check_linear_act(x, w, b, activation, backend="reference"))
+
+
+def test_the_yardstick_is_taken_of_tensors_without_gaps(monkeypatch):
+    """torch's bfloat16 products by AMX read what lies behind a row of an odd number of elements, which may be NaN."""
+    seen = []
+
+    def watched(x, weight, bias, activation):
+        seen.append((x.dtype, x.is_contiguous() and weight.is_contiguous()))
+        return eager_linear_act(x, weight, bias, activation)
+
+    monkeypatch.setattr("fastattn.parity.rule.eager_linear_act", watched)
+    generator = torch.Generator().manual_seed(0)
+    wide = (torch.full((rows, 40), math.nan, dtype=torch.bfloat16) for rows in (7, 5))
+    x, weight = (t[:, :33].copy_(torch.randn(len(t), 33, generator=generator)) for t in wide)
+    assert not failures(check_linear_act(x, weight, None, None, backend="reference"))
+    assert (torch.bfloat16, True) in seen and (torch.bfloat16, False) not in seen
