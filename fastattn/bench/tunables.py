@@ -6,6 +6,7 @@ A choice replaces, inside a with block, the function that looks the table up.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def _attention() -> list[Tunable]:
 
 
 def _tile(kernel: str) -> Callable[[Any], AbstractContextManager[None]]:
-    from fastattn.kernels import tiles
+    tiles: Any = importlib.import_module("fastattn.kernels.tiles")
 
     @contextlib.contextmanager
     def use(tile: Any) -> Iterator[None]:
