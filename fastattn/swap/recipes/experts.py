@@ -225,8 +225,13 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
 
 def _applies(module: nn.Module) -> bool:
     """Whether the module is laid out as the forward reads it, large, on a CPU, and its activation has a kernel."""
-    layout = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
-    layout["has_post_expert_norm"] = False
+    layout = {
+        "has_gate": True,
+        "is_concatenated": True,
+        "is_transposed": False,
+        "has_bias": False,
+        "has_post_expert_norm": False,
+    }
     if any(flag(module, name) is not value for name, value in layout.items()):
         return False
     if any(name not in module._parameters for name in _WEIGHTS):
