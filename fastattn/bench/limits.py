@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastattn.bench.cases.base import Work, dtype_name
+from fastattn.bench.cases.base import dtype_name
 from fastattn.bench.providers.base import Job
 from fastattn.bench.timing import Effort, empty_graph_ms, time_jobs
 
@@ -36,24 +36,27 @@ class Limits:
     empty_ms: float | None = None
     notes: tuple[str, ...] = ()
 
-    def seconds(self, work: Work, dtype: str) -> float:
+    def seconds(self, flops: float, bytes: float, dtype: str) -> float:
         """The least time that the measured limits allow for that work: arithmetic or memory, whichever is longer."""
-        flops = max(self.product[dtype], self.fma or 0.0)  # a CPU can do the arithmetic of every dtype in float32
-        return max(work.flops / flops, work.bytes / self.copy)
+        rate = max(self.product[dtype], self.fma or 0.0)  # a CPU can do the arithmetic of every dtype in float32
+        return max(flops / rate, bytes / self.copy)
 
     def best(self, other: Limits) -> Limits:
-        """The better of two measurements, each of the same dtypes."""
+        """The better of two measurements, with the dtypes of both."""
 
         def better(choose: Callable[[Iterable[float]], float], a: float | None, b: float | None) -> float | None:
             known = [x for x in (a, b) if x is not None]
             return choose(known) if known else None
 
         return Limits(
-            product={dtype: max(rate, other.product[dtype]) for dtype, rate in self.product.items()},
+            product={
+                dtype: max(rates.product.get(dtype, 0.0) for rates in (self, other))
+                for dtype in {**self.product, **other.product}
+            },
             copy=max(self.copy, other.copy),
             fma=better(max, self.fma, other.fma),
             empty_ms=better(min, self.empty_ms, other.empty_ms),
-            notes=self.notes,
+            notes=tuple(dict.fromkeys([*self.notes, *other.notes])),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ class Row:
     """One provider on one case in one direction.
 
     verified: the results obey the parity rule; None where it did not run. worst: error / bound where that is largest.
-    median_ms, iqr_ms: per call; iqr_ms holds the first and third quartile. work, work_unit: what counts as done, FLOP
-    of visible work or bytes moved once. rate: work per second (FLOP/s or B/s). ratio: the fastest other provider's
-    median over this one's (above 1: this one is faster); for a backend of fastattn, the others are those that are not.
-    share_of_limit: the least time that the limits of this run allow, over the median. peak_memory: bytes above the
-    inputs. reason: why there are no times.
+    median_ms, iqr_ms: per call; iqr_ms holds the first and third quartile. flops, bytes: operations of visible work and
+    bytes moved once; files of before 2026-11-28 lack them. work, work_unit: the one of them that rates are given in.
+    rate: work per second (FLOP/s or B/s). ratio: the fastest other provider's median over this one's (above 1: this one
+    is faster); for a backend of fastattn, the others are those that are not. share_of_limit: the least time that the
+    limits allow for both, over the median. peak_memory: bytes above the inputs. reason: why there are no times.
     """
 
     suite: str
@@ -41,6 +42,8 @@ class Row:
     median_ms: float | None = None
     iqr_ms: tuple[float, float] | None = None
     samples: int = 0
+    flops: float | None = None
+    bytes: float | None = None
     work: float = 0.0
     work_unit: str = "FLOP"
     rate: float | None = None
@@ -60,6 +63,12 @@ class Row:
     def question(self) -> tuple[str, str, str, str]:
         """What the row is one provider's answer to."""
         return self.key[:-1]
+
+    def against(self, limits: Limits) -> Row:
+        """The row with its share of these limits."""
+        if self.median_ms is None or self.flops is None or self.bytes is None:
+            return self
+        return replace(self, share_of_limit=limits.seconds(self.flops, self.bytes, self.dtype) / (self.median_ms / 1e3))
 
 
 @dataclass
@@ -124,16 +133,17 @@ def read_result(source: Path) -> Result:
 
 
 def merge(parts: Iterable[Result]) -> Result:
-    """Results of one machine measured in pieces, as one; a later row replaces an earlier one of the same key."""
+    """Results of one machine measured in pieces, as one; a later row replaces an earlier one of the same key, and what
+    the machine can do at most is what it did at best in any of them."""
     results = list(parts)
     last = results[-1]
     rows = {row.key: row for result in results for row in result.rows}
     peers = {name: version for result in results for name, version in result.environment.get("peers", {}).items()}
     reached = {f"{row.suite}: {row.case}, {row.direction}" for row in rows.values()}
-    product = {dtype: rate for result in results for dtype, rate in result.limits.product.items()}
+    limits = reduce(Limits.best, (result.limits for result in results))
     return Result(
-        rows=list(rows.values()),
-        limits=replace(last.limits, product=product),
+        rows=[row.against(limits) for row in rows.values()],
+        limits=limits,
         environment={**last.environment, "peers": peers},
         date=last.date,
         seconds=sum(result.seconds for result in results),

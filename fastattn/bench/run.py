@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from fastattn.bench.cases.base import Case, OpCase, Work, dtype_name
+from fastattn.bench.cases.base import Case, OpCase, dtype_name
 from fastattn.bench.cases.grid import SHARES
 from fastattn.bench.cases.model import ModelCase
 from fastattn.bench.limits import Limits, measure_limits
@@ -114,20 +114,18 @@ class _Found:
         self.options, self.began = options, began
         self.environment = device_environment(options.device)
         self.rows: list[Row] = []
-        self.works: dict[tuple[str, str, str, str], Work] = {}
         self.failures: list[str] = []
         self.left_out: list[str] = []
 
     def add(self, question: _Question) -> None:
         rows, failures = question.answer()
         self.rows += rows
-        self.works |= {row.question: question.case.work(question.direction) for row in rows}
         self.failures += failures
 
     def result(self, limits: Limits, ahead: Sequence[tuple[Case, str]] = ()) -> Result:
         """All of it as the result of a run that ends here, without the questions that lie ahead."""
         return Result(
-            rows=[_with_share(row, self.works[row.question], limits) for row in self.rows],
+            rows=[row.against(limits) for row in self.rows],
             limits=limits,
             environment={**self.environment, "peers": _peers(self.rows)},
             date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -150,12 +148,6 @@ def _peers(rows: list[Row]) -> dict[str, str]:
     timed = {row.provider for row in rows if row.median_ms is not None}
     packages = {provider.package for provider in PROVIDERS if provider.name in timed and provider.package}
     return {package: version_of(package) or "unknown" for package in sorted(packages)}
-
-
-def _with_share(row: Row, work: Work, limits: Limits) -> Row:
-    if row.median_ms is None:
-        return row
-    return replace(row, share_of_limit=limits.seconds(work, row.dtype) / (row.median_ms / 1e3))
 
 
 class _Question:
@@ -213,6 +205,8 @@ class _Question:
             provider=provider.name,
             ours=provider.ours,
             parameters=case.parameters(),
+            flops=work.flops,
+            bytes=work.bytes,
             work=work.amount,
             work_unit=work.counted,
             reason=reason,

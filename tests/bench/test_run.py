@@ -14,7 +14,6 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch
 from fastattn.bench import run as run_module
-from fastattn.bench.cases.base import Work
 from fastattn.bench.cases.grid import SHARES, SUITES
 from fastattn.bench.limits import Limits, measure_limits
 from fastattn.bench.providers import PROVIDERS
@@ -163,8 +162,8 @@ def test_the_better_of_two_measurements_is_the_limit() -> None:
 def test_a_half_dtype_on_a_cpu_is_held_to_what_float32_can_do() -> None:
     """torch multiplies bfloat16 element by element on CPUs without instructions for it: that is no limit."""
     limits = Limits({"bfloat16": 1.0, "float32": 80.0}, copy=10.0, fma=100.0)
-    assert limits.seconds(Work(200.0, 1.0, "FLOP"), "bfloat16") == 2.0
-    assert limits.seconds(Work(200.0, 40.0, "FLOP"), "bfloat16") == 4.0
+    assert limits.seconds(200.0, 1.0, "bfloat16") == 2.0
+    assert limits.seconds(200.0, 40.0, "bfloat16") == 4.0
 
 
 def test_a_product_that_takes_long_is_timed_at_an_eighth_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +212,20 @@ def test_merging_replaces_rows_of_the_same_key(result) -> None:
     earlier = replace(result, left_out=[reached, "ffn: another, both"])
     assert merge([earlier, later]).left_out == ["ffn: another, both"], "what a later run reaches is not left out"
     assert len(whole.rows) == len(result.rows) and whole.rows[0].note == "later" and whole.failures == ["x"]
+
+
+def test_merged_runs_have_the_best_limits_of_all_and_shares_of_those(result) -> None:
+    first, *_ = (row for row in result.rows if row.median_ms is not None)
+    slow = replace(result, rows=[first], limits=Limits({first.dtype: 1.0}, copy=1.0, fma=2.0))
+    other = replace(first, dtype="another")
+    fast = replace(result, rows=[other], limits=Limits({"another": 8e9}, copy=2e9, fma=1.0, notes=("a note",)))
+    whole = merge([slow, fast])
+    assert whole.limits == Limits({first.dtype: 1.0, "another": 8e9}, copy=2e9, fma=2.0, notes=("a note",))
+    seconds = first.median_ms / 1e3
+    assert whole.rows[0].share_of_limit == max(first.flops / 2.0, first.bytes / 2e9) / seconds
+    assert whole.rows[1].share_of_limit == max(first.flops / 8e9, first.bytes / 2e9) / seconds
+    of_before = replace(first, flops=None, bytes=None)
+    assert merge([replace(slow, rows=[of_before]), fast]).rows[0] == of_before, "what it was, where work is not known"
 
 
 def test_models_are_verified_and_say_what_was_swapped() -> None:
