@@ -461,6 +461,8 @@ cudaError_t launch_shape(const Backward &p, const Shape &shape, void *stream) {
     allowed -= STATIC_BYTES_BESIDE_DYNAMIC;  // those of exchange()
     const auto bytes = [&] { return Room(p, shape.lanes, teams, CHUNKS, ASYNC).bytes(); };
     while (teams > 1 && bytes() > allowed) teams--;
+    if constexpr (ASYNC)  // three wide rows of one team, and 99 KiB to a block: then none is on its way
+        if (bytes() > allowed) return launch_shape<VECTOR, false, ANY_DTYPE, true, CHUNKS>(p, shape, stream);
     const Launch how = {"norm_backward", dim3(static_cast<unsigned>(p.parts)), dim3(static_cast<unsigned>(shape.lanes), static_cast<unsigned>(teams)),
                         bytes(), stream, allowed};
     return launch<THREADS>(how, norm_backward_kernel<VECTOR, EXACT, DTYPE, DROPOUT, CHUNKS>, p);

@@ -55,6 +55,9 @@ NORMS = [
     Norm("layer", (11, 1280), BF16, weight=None, bias=None),
     Norm("layer", (17, 3584), F16, residual=F16, weight=F16, bias=F16, grad_z=True),
     Norm("rms", (7, 8192), BF16, weight=BF16, bias=None),
+    # Three rows of one team on their way: more than the 99 KiB of compute capability 8.6 hold.
+    Norm("rms", (7, 8192), BF16, residual=BF16, weight=BF16, bias=None, grad_z=True),
+    Norm("layer", (3, 6160), F16, residual=F16, weight=F16, bias=F16, grad_z=True),
     Norm("layer", (9, 7168), F32, residual=F32, grad_z=True),
     Norm("layer", (3, 768), BF16, residual=F16, bias=BF16),
     Norm("layer", (5, 2048), F32),

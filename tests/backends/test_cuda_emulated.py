@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ATTENTION = Path(__file__).with_name("cuda_emulated_attention.py")
-DRIVERS = [ATTENTION, *(Path(__file__).with_name(name) for name in ("cuda_emulated.py", "cuda_emulated_decode.py"))]
+NORMS, ATTENTION, DECODE = (
+    Path(__file__).with_name(f"cuda_emulated{suffix}.py") for suffix in ("", "_attention", "_decode")
+)
 
 
 def environment(folder: Path, seed: int = 0, kernels: str = "") -> dict[str, str]:
@@ -55,9 +56,10 @@ def test_verify_runs_long_in_the_emulation(emulated_cuda: Path, op: str, kernels
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("driver", DRIVERS, ids=lambda path: path.stem)
-def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path) -> None:
-    run_driver(driver, environment(emulated_cuda, seed=1), "-m", "not slow")
+# Odd seeds draw a device with 227 KiB of shared memory for a block, even ones with 99.
+@pytest.mark.parametrize(("driver", "seed"), [(NORMS, 1), (NORMS, 2), (ATTENTION, 1), (DECODE, 1)])
+def test_each_kernel_equals_the_reference(emulated_cuda: Path, driver: Path, seed: int) -> None:
+    run_driver(driver, environment(emulated_cuda, seed), "-m", "not slow")
 
 
 @pytest.mark.slow

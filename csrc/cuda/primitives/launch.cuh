@@ -9,7 +9,7 @@ struct Launch {
     dim3 grid, block;
     int shared_bytes;  // dynamic shared memory
     void *stream;
-    int most_shared_bytes = 0;  // of any launch of the kernel, where they differ: asking is for all of them, and threads launch side by side
+    int most_shared_bytes = 0;  // what the device has, where launches of a kernel differ: asking is for all of them, and threads launch side by side
 };
 
 // How many bytes of shared memory a block of the present device may have, static and dynamic ones together.

@@ -18,5 +18,6 @@ inline cudaError_t max_shared_bytes(int *bytes) {
 template <int THREADS, typename... Parameters, typename... Arguments>
 cudaError_t launch(const Launch &how, void (*kernel)(Parameters...), const Arguments &...arguments) {
     if (how.block.x * how.block.y * how.block.z > THREADS) return cudaErrorInvalidConfiguration;
+    if (how.most_shared_bytes != 0 && how.shared_bytes > how.most_shared_bytes) return cudaErrorInvalidValue;  // as cudaFuncSetAttribute does
     return emulation::run_grid(how.name, how.grid, how.block, how.shared_bytes, [&] { kernel(arguments...); });
 }
