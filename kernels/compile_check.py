@@ -1,7 +1,7 @@
 """Compiles the Triton kernels ahead of time, without a GPU: python -m fastattn.kernels.compile_check
 
 The calls of VARIANTS run through the backend with meta tensors, and what it would launch is compiled for sm_80, sm_90
-and sm_100, some for sm_86: the same tiles, arguments and options as on a GPU. One line each: kernel, call,
+and sm_100, some for sm_86 and sm_120: the same tiles, arguments and options as on a GPU. One line each: kernel, call,
 architecture, registers, stack bytes, shared memory, tensor-core instructions. Exit code 1 where
 - shared memory is over the architecture's limit,
 - a kernel that multiplies half-precision tiles has no tensor-core instruction,
@@ -9,7 +9,7 @@ architecture, registers, stack bytes, shared memory, tensor-core instructions. E
 - a stack is larger than compiled.json, beside this file, says. --write writes that file anew.
 
 --drawn N asks another question: whether what the random cases of `fastattn verify` launch, with their every mixture of
-options, compiles for sm_90 at all.
+options, compiles for sm_90, or the architecture that --arch names, at all.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastattn.kernels.tiles import SHARED_BYTES
+
 COMMITTED = Path(__file__).with_name("compiled.json")
-SHARED_LIMIT = {86: 99 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one block
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 MULTIPLYING = (
     "attention_forward_kernel",
@@ -49,7 +50,8 @@ class Variant(NamedTuple):
     """A call of the backend. mask: of attention; "cache" or "pages" for decoding over one; or the name of another
     operation, whose width is dim. options: bias, softcap, sinks and dropout of attention, all at once; of decoding all
     but dropout, and a window and intervals too. distance: biases by distance, with gradients. packed: of attention.
-    tokens: new ones of a sequence in decoding; from 16 on, Hopper's instructions multiply their tile."""
+    tokens: new ones of a sequence in decoding; from 16 on, Hopper's instructions multiply their tile. bias: the dtype
+    of the options' bias, where it is another one."""
 
     dtype: str
     dim: int
@@ -61,12 +63,14 @@ class Variant(NamedTuple):
     archs: tuple[int, ...] = (80, 90, 100)
     short: bool = False
     tokens: int = 1
+    bias: str = ""
 
     @property
     def name(self) -> str:
         dims = f"d{self.dim}" if self.dim == self.dim_v else f"d{self.dim}/{self.dim_v}"
         extras = [name for name in ("options", "distance", "packed") if getattr(self, name)]
         extras += [f"{self.tokens} tokens"] if self.tokens > 1 else []
+        extras += [f"{self.bias} bias"] if self.bias else []
         return " ".join([self.dtype, dims, self.mask, *extras])
 
 
@@ -87,6 +91,11 @@ VARIANTS = [
     Variant("bfloat16", 128, 128, "intervals", archs=(90,)),
     Variant("bfloat16", 64, 64, "causal", distance=True),
     Variant("bfloat16", 128, 128, "none", distance=True, archs=(90,)),
+    Variant("bfloat16", 64, 64, "none", distance=True, archs=(86, 120)),
+    Variant("bfloat16", 64, 64, "dense", options=True, distance=True, bias="float32", archs=(80, 86, 90, 100, 120)),
+    Variant("bfloat16", 128, 128, "dense", options=True, distance=True, bias="float32", archs=(80, 86, 90, 100, 120)),
+    Variant("bfloat16", 256, 256, "dense", options=True, distance=True, bias="float32", archs=(86, 90)),
+    Variant("float32", 128, 128, "dense", options=True, distance=True, archs=(86,)),
     Variant("float32", 64, 64, "intervals", distance=True, packed=True, archs=(80,)),
     Variant("bfloat16", 64, 64, "causal", packed=True, archs=(80, 90)),
     Variant("bfloat16", 128, 128, "causal", packed=True, archs=(90,)),
@@ -94,6 +103,8 @@ VARIANTS = [
     Variant("bfloat16", 128, 128, "cache", options=True, distance=True, archs=(80, 90)),
     Variant("bfloat16", 128, 128, "pages", short=True),
     Variant("bfloat16", 64, 64, "cache", options=True, archs=(90, 100), tokens=16),
+    Variant("bfloat16", 128, 128, "cache", options=True, distance=True, bias="float32", archs=(86, 120)),
+    Variant("bfloat16", 128, 128, "cache", options=True, distance=True, bias="float32", archs=(86, 90), tokens=16),
     Variant("float16", 256, 256, "pages", archs=(86, 90)),
     Variant("float32", 256, 256, "cache", archs=(86, 90)),
     Variant("bfloat16", 1024, 1024, "norm", short=True),
@@ -169,11 +180,12 @@ def _call_decode(variant: Variant) -> None:
         return tensor(*shape, dtype=torch.int32)
 
     batch, heads, heads_kv, room, page = 4, 16, 4, 2048, 16
+    bias_dtype = getattr(torch, variant.bias or variant.dtype)
     pages = variant.mask == "pages"
     shape = (batch * room // page, page, heads_kv) if pages else (batch, heads_kv, room)
     mask = LoweredMask(band_left=1000, band_right=0, intervals=numbers(2, batch, 1, 1, 2))
     bias = LoweredBias(
-        dense=tensor(1, heads, variant.tokens, room) if variant.options else None,
+        dense=tensor(1, heads, variant.tokens, room, dtype=bias_dtype) if variant.options else None,
         table=tensor(heads, 257, dtype=torch.float32) if variant.distance else None,
         first=-128,
         slopes=tensor(1, heads, dtype=torch.float32) if variant.distance else None,
@@ -200,6 +212,7 @@ def _call_attention(variant: Variant) -> None:
 
     dtype, meta = getattr(torch, variant.dtype), torch.device("meta")
     batch, heads, heads_kv, length = 2, 8, 4, 1024
+    bias_dtype = getattr(torch, variant.bias or variant.dtype)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=meta)
@@ -234,7 +247,7 @@ def _call_attention(variant: Variant) -> None:
     v = tensor(*rows, heads_kv, variant.dim_v).transpose(1, 2)
     packed = Packed(numbers(batch + 1), numbers(batch + 1), length, length) if variant.packed else None
     bias = LoweredBias(
-        dense=tensor(1, heads, length, length) if variant.options else None,
+        dense=tensor(1, heads, length, length, dtype=bias_dtype) if variant.options else None,
         table=tensor(heads, 257, dtype=torch.float32) if variant.distance else None,
         first=-128,
         slopes=tensor(1, heads, dtype=torch.float32) if variant.distance else None,
@@ -351,8 +364,8 @@ def troubles(found: Compiled, variant: Variant, committed: dict[str, int]) -> li
     """What is wrong with a compiled kernel, by the rules of this module."""
     wrong = []
     half = variant.dtype != "float32"
-    if found.shared > SHARED_LIMIT[found.arch]:
-        wrong.append(f"{found.shared} bytes of shared memory, {SHARED_LIMIT[found.arch]} are there")
+    if found.shared > SHARED_BYTES[found.arch]:
+        wrong.append(f"{found.shared} bytes of shared memory, {SHARED_BYTES[found.arch]} are there")
     if half and found.kernel in MULTIPLYING and found.tensor_core == "-":
         wrong.append("no tensor-core instruction")
     plain = half and max(variant.dim, variant.dim_v) <= 128 and not (variant.options or variant.distance)
@@ -365,7 +378,7 @@ def troubles(found: Compiled, variant: Variant, committed: dict[str, int]) -> li
     return wrong
 
 
-def check_drawn(cases: int, processes: int, arch: int = 90) -> int:
+def check_drawn(cases: int, processes: int, arch: int) -> int:
     """Compiles what drawn cases launch, all of which has to fit a block's shared memory. Returns the exit code."""
     context = multiprocessing.get_context("spawn")
     compiled, failed = 0, 0
@@ -382,7 +395,7 @@ def check_drawn(cases: int, processes: int, arch: int = 90) -> int:
                 continue
             found = future.result()
             compiled += 1
-            if found.shared > SHARED_LIMIT[arch]:
+            if found.shared > SHARED_BYTES[arch]:
                 failed += 1
                 print(f"FAILED: {where}: {found.kernel} with {found.shared} bytes of shared memory", flush=True)
     print(f"{compiled} kernels of drawn cases compiled, {failed} failed")
@@ -396,6 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--drawn", type=int, metavar="N", help="instead what the first N cases of each operation of verify launch"
     )
+    parser.add_argument("--arch", type=int, choices=SHARED_BYTES, default=90, help="for which --drawn compiles")
     parser.add_argument("--write", action="store_true", help="write compiled.json from what was found")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many compile at a time")
     given = parser.parse_args(arguments)
@@ -403,7 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
 
     if given.drawn:
-        return check_drawn(given.drawn, given.processes)
+        return check_drawn(given.drawn, given.processes, given.arch)
     jobs = []
     for variant in VARIANTS:
         if given.short and not variant.short:

@@ -6,7 +6,7 @@ Every row of TABLE says on what it was measured. Those that say "unmeasured" wer
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BASE_BLOCK = 64  # of form D, see fastattn.masks.lowered
 
@@ -29,6 +29,7 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # of one block
 # GPUs with 99 KiB of shared memory a block and mma.sync alone: their tiles are those of 86.
 _SMALL = (86, 89, 120, 121)
 
@@ -111,11 +112,24 @@ def pieces(dim: int) -> tuple[int, int]:
     return (half, rest) if half + rest < power else (power, 0)
 
 
+def bytes_of_pairs(*loaded: Any) -> int:
+    """What a loop loads for each pair of a query and a key from those of these tensors that there are."""
+    return sum(tensor.element_size() for tensor in loaded if tensor is not None)
+
+
 def attention_tile(
-    kernel: str, arch: int, itemsize: int, dim_qk: int, dim_v: int, blocks: bool, plain: bool = True
+    kernel: str,
+    arch: int,
+    itemsize: int,
+    dim_qk: int,
+    dim_v: int,
+    blocks: bool,
+    plain: bool = True,
+    pair_bytes: int = 0,
 ) -> Tile:
     """The tile of an attention kernel. arch: compute capability as 90 for 9.0, 0 for the interpreter. With `blocks`
-    (form D) a tile has keys of one base block. plain: as in Tile.options."""
+    (form D) a tile has keys of one base block. plain: as in Tile.options. pair_bytes: what the loop loads for each pair
+    of a query and a key, from a dense bias, a dense mask and a table."""
     tile = INTERPRETED
     if arch:
         by_arch = TABLE[kernel]
@@ -128,4 +142,36 @@ def attention_tile(
         tile = next(tile for limit, tile in rows if width <= limit)
         if width <= NARROW_HEAD and itemsize == 2:
             tile = NARROW_TILES.get(kernel, tile)
+        if kernel == "forward" and pair_bytes:
+            tile = _with_room(tile, known, itemsize * width, pair_bytes)
     return tile._replace(block_k=min(tile.block_k, BASE_BLOCK)) if blocks else tile
+
+
+def decode_tile(arch: int, rows: int, dim: int, itemsize: int, pair_bytes: int) -> Tile:
+    """The tile of the decoding kernel for so many rows, of all query heads of a key head and all new tokens: the
+    largest of few tried that spill nothing. dim: the larger head dim. pair_bytes: as in attention_tile."""
+    most = 16 if itemsize == 4 else 64 if dim <= 128 else 32
+    block_q = min(most, max(16, 1 << (rows - 1).bit_length()))
+    if itemsize == 4:
+        return Tile(block_q, 16, 4, 3 if dim <= 128 else 2)
+    has_room = arch not in _SMALL or (block_q == 16 and pair_bytes <= 4)
+    return Tile(block_q, 64 if dim <= 128 else 32, 4, 3 if has_room else 2)
+
+
+def _with_room(tile: Tile, arch: int, row_bytes: int, pair_bytes: int) -> Tile:
+    """The tile of a forward with fewer stages where shared memory is too small for more: the compiler keeps what is
+    loaded for pairs as often as keys and values. With half the queries where two stages are still too many."""
+    while tile.stages > 2 and _forward_bytes(tile, arch, row_bytes, pair_bytes) > SHARED_BYTES[arch]:
+        tile = tile._replace(stages=tile.stages - 1, measured="unmeasured")
+    if tile.stages == 2 and _forward_bytes(tile, arch, row_bytes, pair_bytes) > SHARED_BYTES[arch]:
+        tile = tile._replace(block_q=tile.block_q // 2, warps=4, measured="unmeasured")
+    return tile
+
+
+def _forward_bytes(tile: Tile, arch: int, row_bytes: int, pair_bytes: int) -> int:
+    """As much shared memory as Triton 3.4 to 3.7 take at most for a forward of several stages. Hopper's products read
+    the tile that the next one's copy must not overwrite yet."""
+    pairs = tile.block_q * tile.block_k
+    copies = tile.stages if arch >= 90 else tile.stages - 1
+    walked = copies * 2 * tile.block_k * row_bytes + (tile.stages - 1) * pairs * pair_bytes
+    return tile.block_q * row_bytes + walked + pairs + 9 * 1024  # to change layouts by

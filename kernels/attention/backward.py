@@ -105,11 +105,11 @@ def attention_queries_kernel(
     first_q = tile_q * BLOCK_Q
     rows = first_q + tl.arange(0, BLOCK_Q)
     within = rows < len_q
-    k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s)
-    v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s)
-    q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
-    g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s)
-    o_base = base_of(out, batch, out_b, head, out_h, start_q, out_s)
+    k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s, DIM)
+    v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s, DIM_V)
+    q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s, DIM)
+    g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s, DIM_V)
+    o_base = base_of(out, batch, out_b, head, out_h, start_q, out_s, DIM_V)
     q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)
     g_one, g_two = load_rows(g_base, first_q, grad_out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V)
     o_one, o_two = load_rows(o_base, first_q, out_s, within, BLOCK_Q, DIM_V, WIDE_V, REST_V)
@@ -250,8 +250,8 @@ def attention_keys_kernel(
     first_k = tile_k * BLOCK_K
     keys = first_k + tl.arange(0, BLOCK_K)
     seen = visible_keys(key_mask, batch, keys, len_k)
-    k_base = base_of(k, batch, k_b, head_kv, k_h, start_k, k_s)
-    v_base = base_of(v, batch, v_b, head_kv, v_h, start_k, v_s)
+    k_base = base_of(k, batch, k_b, head_kv, k_h, start_k, k_s, DIM)
+    v_base = base_of(v, batch, v_b, head_kv, v_h, start_k, v_s, DIM_V)
     k_one, k_two = load_rows(k_base, first_k, k_s, seen, BLOCK_K, DIM, WIDE, REST)
     v_one, v_two = load_rows(v_base, first_k, v_s, seen, BLOCK_K, DIM_V, WIDE_V, REST_V)
     unit = unit_of(scale, FOLDED)
@@ -269,8 +269,8 @@ def attention_keys_kernel(
     for member in range(group):
         head = head_kv * group + member
         entry = batch * heads_q + head
-        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
-        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s)
+        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s, DIM)
+        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s, DIM_V)
         first_row = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + start_q
         full, partial, low, full_low, full_high, position = plan_queries(
             key_mask, pair_mask, plan, batch, head, tile_k, tiles_k, tiles_q, len_q, len_k, LISTED, HAS_BAND,

@@ -124,11 +124,11 @@ def attention_bias_kernel(
             origin = ends * 0
         bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
                    origin)  # fmt: skip
-        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
-        k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s)
-        v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s)
+        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s, DIM)
+        k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s, DIM)
+        v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s, DIM_V)
         keys_at = (k_base, k_s, v_base, v_s)
-        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s)
+        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s, DIM_V)
         first_row = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + start_q
         for tile_q in range(begin_q, end_q):
             first_q = tile_q * BLOCK_Q
@@ -217,11 +217,11 @@ def attention_distance_kernel(
             origin = ends * 0
         bias_of = (bias, bias_b, bias_h, bias_q, bias_k, table, table_h, table_first, table_last, slopes, slopes_b,
                    origin)  # fmt: skip
-        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
-        k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s)
-        v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s)
+        q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s, DIM)
+        k_base = base_of(k, batch, k_b, head // group, k_h, start_k, k_s, DIM)
+        v_base = base_of(v, batch, v_b, head // group, v_h, start_k, v_s, DIM_V)
         keys_at = (k_base, k_s, v_base, v_s)
-        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s)
+        g_base = base_of(grad_out, batch, grad_out_b, head, grad_out_h, start_q, grad_out_s, DIM_V)
         first_row = batch.to(tl.int64) * lse_b + head.to(tl.int64) * lse_h + start_q
         first_q = tile_q * BLOCK_Q
         rows = first_q + tl.arange(0, BLOCK_Q)

@@ -87,9 +87,9 @@ def attention_forward_kernel(
     rows = first_q + tl.arange(0, BLOCK_Q)
     within = rows < len_q
     head_kv = head // group
-    q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s)
-    k_base = base_of(k, batch, k_b, head_kv, k_h, start_k, k_s)
-    v_base = base_of(v, batch, v_b, head_kv, v_h, start_k, v_s)
+    q_base = base_of(q, batch, q_b, head, q_h, start_q, q_s, DIM)
+    k_base = base_of(k, batch, k_b, head_kv, k_h, start_k, k_s, DIM)
+    v_base = base_of(v, batch, v_b, head_kv, v_h, start_k, v_s, DIM_V)
     q_one, q_two = load_rows(q_base, first_q, q_s, within, BLOCK_Q, DIM, WIDE, REST)
     unit = unit_of(scale, FOLDED)
     if seed_pointer is not None:

@@ -112,8 +112,8 @@ def visible_pairs(
 @triton.jit
 def interval_of(intervals, r, by_interval, intervals_b, intervals_h, batch, head, queries, len_q):
     """Start and end of interval r of each query; those past the last query are empty."""
-    at = intervals + r * by_interval + batch.to(tl.int64) * intervals_b + head.to(tl.int64) * intervals_h
-    at += queries.to(tl.int64) * 2
+    at = intervals + batch.to(tl.int64) * intervals_b + head.to(tl.int64) * intervals_h
+    at += tl.cast(by_interval, tl.int64) * r + queries.to(tl.int64) * 2
     return tl.load(at, mask=queries < len_q, other=0), tl.load(at + 1, mask=queries < len_q, other=0)
 
 

@@ -32,17 +32,33 @@ def scheduled(entries, tiles, section):
 
 
 @triton.jit
-def base_of(tensor, batch, by_batch, head, by_head, start, by_row):
-    """Where the rows of a batch entry and head begin; `start` is that of its sequence in a packed batch."""
+def base_of(tensor, batch, by_batch, head, by_head, start, by_row, DIM: tl.constexpr = 16):
+    """Where the rows of a batch entry and head begin; `start` is that of its sequence in a packed batch. DIM: of rows
+    that begin at multiples of 16 bytes."""
+    by_batch = in_vectors(by_batch, tensor.dtype.element_ty, DIM)
+    by_head = in_vectors(by_head, tensor.dtype.element_ty, DIM)
+    by_row = in_vectors(by_row, tensor.dtype.element_ty, DIM)
     return tensor + batch.to(tl.int64) * by_batch + head.to(tl.int64) * by_head + start.to(tl.int64) * by_row
+
+
+@triton.jit
+def in_vectors(stride, DTYPE: tl.constexpr, DIM: tl.constexpr):
+    """A stride between rows that begin at multiples of 16 bytes, so that the compiler knows it: all by itself it looks
+    for multiples of 16 elements, which head dims such as 40 and 72 have not, and would load one element at a time."""
+    if DIM % 16 != 0:
+        VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        stride = stride // VECTOR * VECTOR
+    return stride
 
 
 @triton.jit
 def load_piece(
     base, first_row, stride, within, ROWS: tl.constexpr, DIM: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """(ROWS, WIDTH) from row first_row and column FROM on; 0 past column DIM and where `within` (ROWS,) is False."""
+    """(ROWS, WIDTH) from row first_row and column FROM on; 0 past column DIM and where `within` (ROWS,) is False. Rows
+    begin at multiples of 16 bytes."""
     rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
+    stride = in_vectors(stride, base.dtype.element_ty, DIM)
     at = base + first_row.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     if FROM + WIDTH > DIM:
         if within is None:

@@ -147,9 +147,11 @@ def test_refusals_say_why(changes: dict[str, object], words: str) -> None:
         (ATTENTION, {"dim_v": 0}, "Dv is 0"),
         (ATTENTION, {"len_k": 2**30, "batch": 1, "heads_q": 1}, "Skv is 1073741824"),
         (ATTENTION, {"batch": 2**29}, "too many tiles"),
+        (ATTENTION, {"dense_mask": True, "len_k": 2**21, "batch": 1}, "dense masks of up to 2097120 keys, not 2097152"),
+        (DECODING, {"heads_q": 64, "heads_kv": 1, "len_q": 2**14}, "queries of one key head, not 1048576"),
         (LINEAR, {"dtype": torch.float64, "weight_dtype": torch.float64}, "x is float64"),
         (LINEAR, {"weight_dtype": torch.float32}, "weight torch.float32"),
-        (LINEAR, {"hidden_features": 2**23}, "not 8388608"),
+        (LINEAR, {"hidden_features": 2**23 - 127}, "up to 8388480 features, not 8388481"),
     ],
 )
 def test_other_operations_say_why_too(problem: Problem, changes: dict[str, object], words: str) -> None:
@@ -169,6 +171,29 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     assert backend.not_supported_reasons(problem) == ["the Triton backend does not run on cpu tensors"]
     if not torch.cuda.is_available():
         assert "TRITON_INTERPRET=1" in (backend.unavailable_reason() or "")
+
+
+PRECISION = """
+import torch
+from fastattn.backends.triton.launch import dot_precision
+
+found = [dot_precision()]
+if given == "as before":
+    torch.set_float32_matmul_precision("high")
+elif given == "of products":
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+else:
+    torch.backends.fp32_precision = "tf32"
+print(*found, dot_precision())
+"""
+
+
+@pytest.mark.parametrize("given", ["as before", "of products", "of all"])
+def test_float32_is_rounded_where_the_user_lets_torch(fresh_process, given: str) -> None:
+    """In a process of its own: once set in the newer way, torch refuses to be asked in the older one."""
+    if given != "as before" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    assert fresh_process(f"given = {given!r}\n{PRECISION}").stdout.split() == ["ieee", "tf32"]
 
 
 def test_without_triton_the_reason_names_the_remedy(fresh_process) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastattn.kernels.tiles import TABLE, attention_tile, pieces
+from fastattn.kernels.tiles import TABLE, attention_tile, decode_tile, pieces
 
 
 def test_pieces_cover_a_head_dim_with_little_padding() -> None:
@@ -39,3 +39,33 @@ def test_only_plain_calls_have_a_register_limit_and_tight_tiles() -> None:
         plain, roomy = (attention_tile(kernel, 90, 2, 64, 64, False, plain) for plain in (True, False))
         assert plain.warps < roomy.warps
         assert attention_tile(kernel, 80, 2, 64, 64, False, False) == attention_tile(kernel, 80, 2, 64, 64, False)
+
+
+# The comments say what triton 3.7 takes for more, in KiB; compile_check compiles what is chosen.
+@pytest.mark.parametrize(
+    ("arch", "dim", "pair_bytes", "expected"),
+    [
+        (90, 64, 0, (128, 64, 3)),
+        (86, 64, 2, (128, 64, 3)),
+        (86, 64, 4, (128, 64, 2)),  # 112 of 99 with three stages
+        (120, 64, 4, (128, 64, 2)),
+        (86, 64, 9, (64, 64, 2)),  # 104 of 99 with two
+        (86, 128, 5, (64, 64, 2)),
+        (80, 128, 5, (128, 64, 2)),  # 168 of 163
+        (90, 128, 5, (128, 64, 3)),
+        (90, 128, 9, (128, 64, 2)),  # 264 of 227
+        (90, 256, 1, (128, 64, 2)),
+        (90, 256, 5, (64, 64, 2)),  # 232 of 227
+    ],
+)
+def test_what_a_forward_loads_for_pairs_has_room(
+    arch: int, dim: int, pair_bytes: int, expected: tuple[int, int, int]
+) -> None:
+    tile = attention_tile("forward", arch, 2, dim, dim, False, pair_bytes == 0, pair_bytes)
+    assert (tile.block_q, tile.block_k, tile.stages) == expected
+    assert tile.warps == (8 if tile.block_q == 128 else 4)
+
+
+def test_decoding_on_small_gpus_has_two_stages_for_many_rows_or_biases() -> None:
+    assert decode_tile(90, 64, 128, 2, 8).stages == decode_tile(86, 16, 128, 2, 4).stages == 3
+    assert decode_tile(86, 64, 128, 2, 0).stages == decode_tile(120, 1, 128, 2, 8).stages == 2

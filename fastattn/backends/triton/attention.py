@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.backends.few import as_decoding
 from fastattn.backends.triton import flash
 from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
-from fastattn.backends.triton.launch import architecture, launch
+from fastattn.backends.triton.launch import architecture, dot_precision, launch
 from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
 from fastattn.backends.views import copied, empty_out, writable
 from fastattn.biases.lowered import LoweredBias
@@ -20,6 +20,7 @@ from fastattn.problems import AttentionProblem
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 _MAX_PROGRAMS = 2**31
+_MAX_MASKED_KEYS = (2**16 - 1) * 32  # in tiles of at least 32, of a grid's second dimension
 _BIAS_PROGRAMS = 512  # what keeps a GPU busy; with fewer tiles of the bias its gradient is summed up in parts
 _TABLE_SUMS = 2**24  # numbers of all partial sums of a table's gradient
 _SECTION_BYTES = 32 * 2**20  # keys and values that programs running at the same time may share an L2 cache for
@@ -31,6 +32,8 @@ def attention_reasons(problem: AttentionProblem) -> list[str]:
     tiles = -(-max(problem.len_q, problem.len_k) // 16)
     if problem.batch * problem.heads_q * tiles >= _MAX_PROGRAMS:
         reasons.append(f"the Triton attention has too many tiles: {problem.batch} x {problem.heads_q} x {tiles}")
+    if problem.dense_mask and problem.len_k > _MAX_MASKED_KEYS:
+        reasons.append(f"the Triton attention takes dense masks of up to {_MAX_MASKED_KEYS} keys, not {problem.len_k}")
     return reasons
 
 
@@ -313,7 +316,7 @@ class Call:
             "REST_V": rest_v,
             "FOLDED": scale > 0.0 and softcap == 0.0 and not biased,
             "SOFTCAP": softcap != 0.0,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": dot_precision(),
         }
 
     def strides(self, name: str, tensor: Tensor) -> dict[str, int]:
@@ -323,12 +326,12 @@ class Call:
 
     def tile(self, kernel: str) -> Any:
         """The Tile of a kernel for this call."""
-        from fastattn.kernels.tiles import attention_tile
+        from fastattn.kernels.tiles import attention_tile, bytes_of_pairs
 
         arch = architecture(self.q.device)
-        return attention_tile(
-            kernel, arch, self.q.element_size(), self.q.shape[3], self.v.shape[3], self.mask.has_blocks, self.plain
-        )
+        dims = self.q.shape[3], self.v.shape[3]
+        pair_bytes = bytes_of_pairs(*(self.arguments[name] for name in ("bias", "dense", "table")))
+        return attention_tile(kernel, arch, self.q.element_size(), *dims, self.mask.has_blocks, self.plain, pair_bytes)
 
     def of_tile(self, tile: Any, plan: Plan, tiles: int) -> dict[str, Any]:
         """The arguments that depend on the tile shape. tiles: how many programs a batch entry and head has."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.parts import cut, keys_seen
-from fastattn.backends.triton.launch import launch, multiprocessors
+from fastattn.backends.triton.launch import architecture, dot_precision, launch, multiprocessors
 from fastattn.backends.triton.plan import FAR, near
 from fastattn.backends.views import empty_out
 from fastattn.biases.lowered import LoweredBias
@@ -19,6 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 256
 _MAX_LENGTH = 2**30  # positions and band limits are added in int32
 MAX_ENTRIES = 2**16  # of a grid's second dimension
+_MAX_ROWS = (2**16 - 1) * 16  # in tiles of at least 16, of a grid's third dimension
 _PROGRAMS_PER_PROCESSOR = 2
 _PROCESSORS = 3  # to plan for in the interpreter, so that a cache has several parts there
 
@@ -44,6 +45,9 @@ def decode_reasons(problem: DecodeProblem) -> list[str]:
     reasons = input_reasons("decoding", problem)
     if problem.batch * problem.heads_kv >= MAX_ENTRIES:
         reasons.append(f"the Triton decoding takes fewer than 2**16 of B x Hkv, not {problem.batch * problem.heads_kv}")
+    rows = problem.heads_q // max(problem.heads_kv, 1) * problem.len_q
+    if rows > _MAX_ROWS:
+        reasons.append(f"the Triton decoding takes up to {_MAX_ROWS} queries of one key head, not {rows}")
     return reasons
 
 
@@ -61,6 +65,7 @@ def attention_decode(
 ) -> tuple[Tensor, Tensor]:
     """See the protocol."""
     from fastattn.kernels.attention.decode import attention_combine_kernel, attention_decode_kernel
+    from fastattn.kernels.tiles import bytes_of_pairs, decode_tile
 
     batch, heads, len_q, dim = q.shape
     dim_v = v_cache.shape[3]
@@ -77,10 +82,11 @@ def attention_decode(
         steps = {name: _strides(name, cache, (0, 2, 1)) for name, cache in (("k", k_cache), ("v", v_cache))}
     group = heads // heads_kv
     rows = group * len_q
-    block_q, block_k, stages = _tile(rows, max(dim, dim_v), q.element_size())
-    tiles = -(-rows // block_q)
+    pair_bytes = bytes_of_pairs(bias.dense, bias.table)
+    tile = decode_tile(architecture(q.device), rows, max(dim, dim_v), q.element_size(), pair_bytes)
+    tiles = -(-rows // tile.block_q)
     wanted = _PROGRAMS_PER_PROCESSOR * (multiprocessors(q.device) or _PROCESSORS)
-    parts, part_keys = cut(batch * heads_kv * tiles, keys_seen(room, len_q, mask), block_k, wanted)
+    parts, part_keys = cut(batch * heads_kv * tiles, keys_seen(room, len_q, mask), tile.block_k, wanted)
     whole = parts == 1
     sums, highests, totals = (None if whole else lse.new_empty(parts, lse.numel() * n) for n in (dim_v, 1, 1))
     full = (batch, heads, len_q, room)
@@ -137,29 +143,20 @@ def attention_decode(
         "softcap": softcap,
         "DIM": dim,
         "WIDE": _wide(dim),
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
         "HAS_BAND": has_band,
         "INTERVALS": 0 if intervals is None else intervals.shape[0],
         "WHOLE": whole,
         "FOLDED": scale > 0.0 and softcap == 0.0 and not biased,
         "SOFTCAP": softcap != 0.0,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": dot_precision(),
     }
-    launch(attention_decode_kernel, (parts, batch * heads_kv, tiles), arguments, num_warps=4, num_stages=stages)
+    launch(attention_decode_kernel, (parts, batch * heads_kv, tiles), arguments, **tile.options(plain=False))
     if not whole:
         together = shared | {"rows": lse.numel(), "BLOCK_Q": 4}
         launch(attention_combine_kernel, (-(-lse.numel() // 4),), together, num_warps=4, num_stages=1)
     return out, lse
-
-
-def _tile(rows: int, dim: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows and keys of a tile, and stages of its loop: unmeasured, the largest of few tried that spill nothing."""
-    most = 16 if itemsize == 4 else 64 if dim <= 128 else 32
-    block_q = min(most, max(16, 1 << (rows - 1).bit_length()))
-    if itemsize == 4:
-        return block_q, 16, 3 if dim <= 128 else 2
-    return block_q, 64 if dim <= 128 else 32, 3
 
 
 def _strides(name: str, tensor: Tensor, order: tuple[int, int, int]) -> dict[str, int]:

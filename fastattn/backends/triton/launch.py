@@ -78,6 +78,15 @@ def multiprocessors(device: torch.device) -> int:
     return 132 if _recorder is not None else 0
 
 
+def dot_precision() -> str:
+    """What tl.dot multiplies float32 tiles in: "tf32" where the user lets torch's products round so, else "ieee"."""
+    matmul = torch.backends.cuda.matmul
+    allowed = getattr(matmul, "fp32_precision", None)  # torch >= 2.9; once it is set, the older question raises
+    if allowed is None:
+        allowed = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allowed == "tf32" else "ieee"
+
+
 @functools.cache
 def _count(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)

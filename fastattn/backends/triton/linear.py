@@ -22,7 +22,7 @@ from fastattn.reference.philox import dropout_scale, dropout_threshold
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_R, _BLOCK_C = 16, 128
 _PARTS = 64  # backward programs per block of columns, at most: rows of partial sums
-_MAX_COLUMNS = 2**16 * _BLOCK_C - 1  # blocks of columns are the second grid dimension, of at most 65,535
+_MAX_COLUMNS = (2**16 - 1) * _BLOCK_C  # blocks of columns are the second grid dimension, of at most 65,535
 
 
 def linear_reasons(problem: LinearProblem) -> list[str]:
@@ -34,8 +34,8 @@ def linear_reasons(problem: LinearProblem) -> list[str]:
     if problem.weight_dtype != problem.dtype:
         reasons.append(f"the Triton {problem.op} takes one dtype; x is {problem.dtype}, weight {problem.weight_dtype}")
     widest = max(problem.hidden_features, problem.out_features)
-    if widest >= _MAX_COLUMNS:
-        reasons.append(f"the Triton {problem.op} takes fewer than {_MAX_COLUMNS} features, not {widest}")
+    if widest > _MAX_COLUMNS:
+        reasons.append(f"the Triton {problem.op} takes up to {_MAX_COLUMNS} features, not {widest}")
     return reasons
 
 
