@@ -9,7 +9,7 @@ from torch import nn
 
 from fastattn.integrations import why_not_transformers
 from fastattn.swap.originals import why_unknown
-from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipe import AS_FAST, Recipe
 from fastattn.swap.recipes import recipe_for
 from fastattn.swap.report import Row
 from fastattn.swap.swapped import Swapped
@@ -20,7 +20,6 @@ _LOOKS_LIKE = {
     "norms": re.compile(r"(Layer|RMS|Rms)_?Norm"),
     "ffns": re.compile(r"(MLP|Mlp|FeedForward|FFN|Ffn|DenseActDense|DenseGatedActDense|Intermediate|Experts)$"),
 }
-_KNOWN_IN_SILENCE = re.compile(r"Experts$")  # where their recipe does not apply: they are small, or not on a CPU
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,13 @@ class Target:
 
 @dataclass
 class Decision:
-    """One row; `target` is None where the module is left as it is."""
+    """One row; `target` is None where the module is left as it is. is_guess: nothing but its class's name speaks for
+    it."""
 
     row: Row
     module: nn.Module
     target: Target | None = None
+    is_guess: bool = False
 
 
 def decide(model: nn.Module, asked: frozenset[str]) -> list[Decision]:
@@ -73,9 +74,14 @@ def _decide(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decis
         row.reason = "swapped before"
         return Decision(row, module)
     recipe = recipe_for(module_class)
-    if recipe is None or not recipe.applies(module):
-        row.reason = _why_no_recipe(module, asked)
-        return Decision(row, module) if row.reason else None
+    if recipe is None:
+        return _decide_unknown(module, row, asked)
+    misfit = recipe.misfit(module)
+    if misfit is not None:
+        promised = asked.intersection(_parts_by_name(module_class))
+        if not promised or misfit == AS_FAST:
+            return None
+        return _left(module, row, misfit if promised.intersection(recipe.kernels) else _no_recipe(module_class))
     parts = recipe.parts(asked)
     if not parts:
         row.asked = False
@@ -94,22 +100,29 @@ def _decide(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decis
     return Decision(row, module, Target(row.path, module, recipe, parts))
 
 
-def _why_no_recipe(module: nn.Module, asked: frozenset[str]) -> str:
-    """The reason to print for a module that looks swappable, "" for any other."""
+def _decide_unknown(module: nn.Module, row: Row, asked: frozenset[str]) -> Decision | None:
+    """A row for a module that looks swappable though no recipe knows its class, None for any other."""
     module_class = type(module)
-    recipe = recipe_for(module_class)
-    for base in module_class.__mro__[1:] if recipe is None else ():
+    for base in module_class.__mro__[1:]:
         of_base = recipe_for(base) if issubclass(base, nn.Module) else None
-        if of_base is not None and of_base.parts(asked) and of_base.applies(module):
-            return f"only the exact class {base.__name__} is swapped, this is a subclass of it"
-    if recipe is not None and "ffns" in recipe.kernels and _KNOWN_IN_SILENCE.search(module_class.__name__):
-        return ""
-    if any(part in asked for part in _parts_by_name(module_class)):
-        is_theirs = module_class.__module__.startswith("transformers.")
-        known = why_unknown(module_class.forward)
-        no_recipe = f"no recipe for class {module_class.__name__}" + ("" if known is None else f": {known}")
-        return (is_theirs and why_not_transformers()) or no_recipe
-    return ""
+        if of_base is not None and of_base.parts(asked) and of_base.misfit(module) is None:
+            row.reason = f"only the exact class {base.__name__} is swapped, this is a subclass of it"
+            return Decision(row, module)
+    if not asked.intersection(_parts_by_name(module_class)):
+        return None
+    return _left(module, row, _no_recipe(module_class))
+
+
+def _no_recipe(module_class: type[nn.Module]) -> str:
+    known = why_unknown(module_class.forward)
+    return f"no recipe for class {module_class.__name__}" + ("" if known is None else f": {known}")
+
+
+def _left(module: nn.Module, row: Row, reason: str) -> Decision:
+    """A module for whose row its class's name alone speaks, but where a too old transformers is why it is left."""
+    too_old = why_not_transformers() if type(module).__module__.startswith("transformers.") else None
+    row.reason = too_old or reason
+    return Decision(row, module, is_guess=too_old is None)
 
 
 def _parts_by_name(module_class: type[nn.Module]) -> list[str]:
@@ -136,10 +149,9 @@ def _innermost(decisions: list[Decision]) -> list[Decision]:
     kept = []
     for decision in decisions:
         prefix = decision.row.path + "." if decision.row.path else ""
-        is_guess = decision.row.reason.startswith("no recipe for class")
         inner = [other for other in decisions if other is not decision and other.row.path.startswith(prefix)]
         same_part = any(set(_parts_by_name(type(decision.module))) & _parts_of(other) for other in inner)
-        if not (is_guess and same_part):
+        if not (decision.is_guess and same_part):
             kept.append(decision)
     return kept
 

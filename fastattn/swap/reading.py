@@ -14,6 +14,8 @@ from fastattn.swap.expression import Spelling
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.swapped import Swapped
 
+FLAGGED = "its flags are those of another branch"
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -16,6 +16,7 @@ from fastattn.swap.swapped import Swapped
 
 PARTS = ("attention", "norms", "ffns", "linears")
 Check = Callable[[Any], "str | None"]
+AS_FAST = "torch's kernel is as fast"
 Child = tuple[str, str, Check]
 
 
@@ -27,8 +28,8 @@ def _never(module: nn.Module) -> bool:
     return False
 
 
-def _always(module: nn.Module) -> bool:
-    return True
+def _no_reason(module: nn.Module) -> None:
+    return None
 
 
 def _child(module: nn.Module, path: str) -> Any:
@@ -58,7 +59,8 @@ class Recipe:
                 library may have others, and is left alone. None where the forward itself was read, or is called.
     children    of a module, (name, part, check): children, or children of those by a path with dots, whose tensors the
                 swapped forward reads for that part, where check allows it. An activation may be a function.
-    applies     whether a module of the class is what its forward looks like; else it is no business of a swap.
+    misfit      why a module of the class is not what its forward looks like, None where it is: no business of a swap,
+                which speaks of it only where the class's name promises more, and not where AS_FAST is why.
     refuse      why a module must be left alone; empty when it need not.
     core        the part without which the original forward runs whole; None where each part stands alone.
     whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
@@ -70,7 +72,7 @@ class Recipe:
     kernels: dict[str, str]
     takes: tuple[str, ...] | None = None
     children: Callable[[nn.Module], Iterable[Child]] = _nothing
-    applies: Callable[[nn.Module], bool] = _always
+    misfit: Callable[[nn.Module], str | None] = _no_reason
     refuse: Callable[[nn.Module], list[str]] = _nothing
     core: str | None = None
     whole: bool = False

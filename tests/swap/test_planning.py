@@ -104,9 +104,60 @@ def test_attention_that_is_none_of_the_known_is_left_with_a_reason() -> None:
     )
     found = rows(transformers.ReformerModel(config))
     layer = "encoder.layers.0.attention"
-    assert (f"{layer}.self_attention", "left", "no recipe for class LSHSelfAttention") in found
+    assert (f"{layer}.self_attention", "left", "it takes no softmax") in found
     assert (f"{layer}.layer_norm", "swap", "") in found
     assert not any(path == layer for path, _, _ in found)
+
+
+class ReadFeedForward(nn.Module):
+    """One that a recipe knows, with children that it may not know."""
+
+    def __init__(self, up: nn.Module, act: object) -> None:
+        super().__init__()
+        self.up, self.act, self.down = up, act, nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class FlaggedNorm(nn.Module):
+    def __init__(self, subtracts: bool) -> None:
+        super().__init__()
+        self.subtracts, self.weight = subtracts, nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.subtracts:
+            return x - self.weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (ReadFeedForward(nn.Conv1d(4, 8, 1), nn.GELU()), "up is a torch.nn.modules.conv.Conv1d, not a linear"),
+        (ReadFeedForward(nn.Linear(4, 8), nn.Softsign()), "the activation Softsign has no kernel"),
+        (
+            ReadFeedForward(nn.Linear(4, 8), nn.PReLU()),
+            "act is a torch.nn.modules.activation.PReLU, which has parameters",
+        ),
+        (
+            ReadFeedForward(nn.Linear(4, 8), nn.Identity()),
+            "act is a torch.nn.modules.linear.Identity, not an activation",
+        ),
+    ],
+    ids=["conv", "unknown", "learns", "none"],
+)
+def test_a_module_that_its_recipe_does_not_fit_is_left_and_says_why(module: nn.Module, reason: str) -> None:
+    assert rows(Block(ffn=module)) == [("ffn", "left", reason)]
+    assert rows(Block(ffn=module), ffns=False, linears=False) in ([], [("ffn", "left", "turned off: ffns=False")])
+
+
+def test_flags_of_another_branch_are_named() -> None:
+    class FlaggedLayerNorm(FlaggedNorm):
+        """By its name a norm, whatever the flag says."""
+
+    assert rows(Block(norm=FlaggedLayerNorm(False))) == [("norm", "swap", "")]
+    assert rows(Block(norm=FlaggedLayerNorm(True))) == [("norm", "left", "its flags are those of another branch")]
 
 
 def test_a_module_whose_forward_is_replaced_is_left() -> None:

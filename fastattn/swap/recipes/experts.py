@@ -28,8 +28,8 @@ from fastattn.ops.library import is_recorded, tracks_gradients
 from fastattn.swap.code import is_copy
 from fastattn.swap.expression import Input, Spelling, argument_names
 from fastattn.swap.originals import original
-from fastattn.swap.reading import ReadForward, Reading, spelled_as, why_not_as_read
-from fastattn.swap.recipe import Recipe, always
+from fastattn.swap.reading import FLAGGED, ReadForward, Reading, spelled_as, why_not_as_read
+from fastattn.swap.recipe import AS_FAST, Recipe, always
 from fastattn.swap.recipes import free_linear
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
 from fastattn.swap.swapped import Swapped
@@ -55,7 +55,7 @@ class Experts(ReadForward):
             note_fallback(self, reason)
             return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
         if not is_forced and not self.fastattn_is_faster(x, index):
-            note_choice(self, free_linear.AS_FAST)
+            note_choice(self, AS_FAST)
             return super().forward(x, index, scale)  # type: ignore[misc, no-any-return]
         y = self.fastattn_run(x, index, scale)
         if y is None:
@@ -219,12 +219,12 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
         swapped,
         kernels={"ffns": "gated_ffn of each expert"},
         children=always(("act_fn", "ffns", why_not_activation)),
-        applies=_applies,
+        misfit=_misfit,
     )
 
 
-def _applies(module: nn.Module) -> bool:
-    """Whether the module is laid out as the forward reads it, large, on a CPU, and its activation has a kernel."""
+def _misfit(module: nn.Module) -> str | None:
+    """It is laid out as the forward reads it, large, on a CPU, and its activation has a kernel."""
     layout = {
         "has_gate": True,
         "is_concatenated": True,
@@ -233,14 +233,11 @@ def _applies(module: nn.Module) -> bool:
         "has_post_expert_norm": False,
     }
     if any(flag(module, name) is not value for name, value in layout.items()):
-        return False
-    if any(name not in module._parameters for name in _WEIGHTS):
-        return False
-    gate_up: Any = module._parameters["gate_up_proj"]
-    is_here = gate_up is not None and gate_up.is_cpu and gate_up.dim() == 3
-    return (
-        is_here
-        and free_linear.is_measured(gate_up.dtype)
-        and _is_large(gate_up)
-        and activation_name(module.act_fn) is not None
-    )
+        return FLAGGED
+    gate_up, down = (module._parameters.get(name) for name in _WEIGHTS)
+    if gate_up is None or down is None or gate_up.dim() != 3:
+        return f"its {' and '.join(_WEIGHTS)} are not the weights of all experts"
+    if not gate_up.is_cpu or not free_linear.is_measured(gate_up.dtype) or not _is_large(gate_up):
+        return AS_FAST
+    reason = why_not_activation(module.act_fn)
+    return None if reason is None else f"act_fn {reason}"

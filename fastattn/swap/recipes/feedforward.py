@@ -25,7 +25,7 @@ from fastattn.nn.checks import MAX_DROPOUT, full_name, why_not_dropout, why_not_
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import original_class
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
-from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
+from fastattn.swap.reading import FLAGGED, ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, activation_of, why_not_activation
 from fastattn.swap.recipes.linear import is_projection, projection, why_not_projection
@@ -336,27 +336,39 @@ def _children(module: nn.Module, block: Block) -> Iterable[Child]:
         yield tail.hidden.name, "ffns", why_not_dropout
 
 
-def _applies(module: nn.Module, as_read: Block) -> bool:
-    """Whether the children are what the names stand for: linears, adapted or quantised ones too, and an activation."""
+def _misfit(module: nn.Module, as_read: Block) -> str | None:
+    """Why the children are not what the names stand for: linears, adapted or quantised ones too, and an activation."""
     block = _as_in(module, as_read)
-    if block.norm is not None and not _is_norm(getattr(module, block.norm)):
-        return False
+    if block.norm is not None and not _is_norm(norm := getattr(module, block.norm)):
+        return f"{block.norm} is {_named(norm)}, not torch's LayerNorm or RMSNorm"
     tail = _tail(module, block.tail)
     if tail is None and (as_read.tail or isinstance(module, nn.Sequential)):
-        return False
-    if not all(is_linear(getattr(module, name)) for name in _linears(block, tail)):
-        return False
+        return "its children are not those of a feed-forward block"
+    for name in _linears(block, tail):
+        reason = why_no_linear(name, getattr(module, name))
+        if reason is not None:
+            return reason
     if isinstance(block.activation, Activated):
-        return True
-    act = getattr(module, block.activation.name)
-    if isinstance(act, nn.Module):
-        return not isinstance(act, (nn.Dropout, nn.Identity)) and next(act.parameters(), None) is None
-    return callable(act)
+        return None
+    return _why_no_activation(block.activation.name, getattr(module, block.activation.name))
 
 
-def is_linear(child: object) -> bool:
+def why_no_linear(name: str, child: object) -> str | None:
     names_features = hasattr(child, "in_features") and hasattr(child, "out_features")
-    return is_projection(child) or (isinstance(child, nn.Module) and names_features)
+    if is_projection(child) or (isinstance(child, nn.Module) and names_features):
+        return None
+    return f"{name} is {_named(child)}, not a linear"
+
+
+def _why_no_activation(name: str, act: object) -> str | None:
+    if not callable(act) or isinstance(act, (nn.Dropout, nn.Identity)):
+        return f"{name} is {_named(act)}, not an activation"
+    learns = isinstance(act, nn.Module) and next(act.parameters(), None) is not None
+    return f"{name} is {_named(act)}, which has parameters" if learns else None
+
+
+def _named(child: object) -> str:
+    return f"a {full_name(child)}" if isinstance(child, nn.Module) else f"a {type(child).__name__}"
 
 
 def _refuse(module: nn.Module, block: Block) -> list[str]:
@@ -415,7 +427,7 @@ def recipe_of_blocks(swapped: type[Swapped], kernel: str, block_in: Callable[[nn
         swapped,
         kernels={"ffns": kernel},
         children=lambda module: _children(module, of(module)),
-        applies=lambda module: block_in(module) is not None and _applies(module, of(module)),
+        misfit=lambda module: FLAGGED if (block := block_in(module)) is None else _misfit(module, block),
         refuse=lambda module: _refuse(module, of(module)),
     )
 
@@ -423,15 +435,15 @@ def recipe_of_blocks(swapped: type[Swapped], kernel: str, block_in: Callable[[nn
 def _recipe_of_sequences(swapped: type[Swapped]) -> Recipe:
     """nn.Sequential(linear, activation, dropout, linear, dropout), with or without the dropouts; no other sequence."""
 
-    def applies(module: nn.Module) -> bool:
+    def misfit(module: nn.Module) -> str | None:
         block = _block_of_sequence(module)
-        return _applies(module, block) and not _refuse(module, block)
+        return _misfit(module, block) or "; ".join(_refuse(module, block)) or None
 
     return Recipe(
         swapped,
         kernels={"ffns": "ffn"},
         children=lambda module: _children(module, _block_of_sequence(module)),
-        applies=applies,
+        misfit=misfit,
     )
 
 

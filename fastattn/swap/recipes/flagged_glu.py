@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.expression import Call, Op, Own, Spelling, parts, spellings_of
-from fastattn.swap.reading import Reading, spelled_as
+from fastattn.swap.reading import FLAGGED, Reading, spelled_as
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.feedforward import Block, GatedFeedForward, block_of, recipe_of_blocks
 from fastattn.swap.swapped import Swapped
@@ -37,7 +37,7 @@ class FlaggedGatedFeedForward(GatedFeedForward):
         if _block_of(self, self.fastattn_blocks) is not None:
             return super().fastattn_forward(*inputs)
         note_call(self)
-        note_fallback(self, "its flags are those of another branch")
+        note_fallback(self, FLAGGED)
         return self.fastattn_original.forward(self, *inputs)  # type: ignore[no-any-return]
 
 

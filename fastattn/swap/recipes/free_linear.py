@@ -47,11 +47,9 @@ from fastattn.graphs import constant, is_exporting
 from fastattn.nn.checks import why_not_input
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.ops.library import is_recorded, tracks_gradients
-from fastattn.swap.recipe import Recipe
+from fastattn.swap.recipe import AS_FAST, Recipe
 from fastattn.swap.recipes.linear import conv1d, is_projection, projection, why_not_own_tensors, why_not_replaced
 from fastattn.swap.swapped import Swapped
-
-AS_FAST = "torch's kernel is as fast"
 
 FEW_ROWS = 32
 _FEW_ROWS_OF_TRANSPOSED = 24  # of bfloat16
@@ -125,23 +123,24 @@ class Conv1D(FreeLinear):
 def recipe(swapped: type[Swapped]) -> Recipe:
     """The recipe of nn.Linear or Conv1D."""
     why_not_replaced(swapped.fastattn_original)  # remembered for compiled graphs
-    return Recipe(swapped, kernels={"linears": "linear_act"}, takes=_takes(swapped), applies=_applies)
+    return Recipe(swapped, kernels={"linears": "linear_act"}, takes=_takes(swapped), misfit=_misfit)
 
 
 def _takes(swapped: type[Swapped]) -> tuple[str, ...]:
     return ("self", "x" if conv1d(swapped.fastattn_original) else "input")
 
 
-def _applies(module: nn.Module) -> bool:
-    """Whether the module could gain anything: it is large, and on this CPU."""
+def _misfit(module: nn.Module) -> str | None:
+    """AS_FAST where the module could gain nothing: it is small, or not on this CPU."""
     if not is_projection(module):
-        return False  # a subclass: of such linears no report needs to speak
-    if why_not_own_tensors(module) is not None or why_not_replaced(type(module)) is not None:
-        return False
+        return "it is a subclass"
+    reason = why_not_own_tensors(module) or why_not_replaced(type(module))
+    if reason is not None:
+        return f"it {reason}"
     weight: Any = module._parameters["weight"]
     if not weight.is_cpu or not is_measured(weight.dtype):
-        return False
-    return _fewest_rows(weight, _is_short()) < _NEVER
+        return AS_FAST
+    return None if _fewest_rows(weight, _is_short()) < _NEVER else AS_FAST
 
 
 def _is_short() -> bool:

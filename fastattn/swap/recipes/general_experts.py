@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fastattn.functional import linear_act
 from fastattn.swap.expression import Input, Spelling
-from fastattn.swap.reading import Reading, spelled_as
-from fastattn.swap.recipe import Recipe, parameters
+from fastattn.swap.reading import FLAGGED, Reading, spelled_as
+from fastattn.swap.recipe import AS_FAST, Recipe, parameters
 from fastattn.swap.recipes import free_linear
 from fastattn.swap.recipes.experts import (
     MISFIT,
@@ -114,20 +114,21 @@ def read(module_class: type[nn.Module]) -> Reading | None:
 
 
 def _recipe(swapped: type[Swapped]) -> Recipe:
-    return Recipe(swapped, kernels={"ffns": "two linears of each expert"}, applies=_applies)
+    return Recipe(swapped, kernels={"ffns": "two linears of each expert"}, misfit=_misfit)
 
 
-def _applies(module: nn.Module) -> bool:
-    """Whether the module has the weights that its flags promise, large, on a CPU, and runs what they say."""
+def _misfit(module: nn.Module) -> str | None:
+    """It has the weights that its flags promise, large, on a CPU, and runs what they say."""
     if any(type(flag(module, name)) is not bool for name in _FLAGS):
-        return False
-    config = getattr(module, "config", None)
-    if getattr(config, "_experts_implementation", None) not in _BY_FLAGS:
-        return False
+        return FLAGGED
     if any(not isinstance(module._parameters.get(name), Tensor) for name in _names(module)):
-        return False
+        return f"its {', '.join(_names(module))} are not its weights"
     if flag(module, "has_post_expert_norm") and not callable(getattr(module, "post_expert_norm", None)):
-        return False
+        return "it has no post_expert_norm"
     up, down = _weights(module)
-    are_here = up.is_cpu and down.is_cpu and up.dim() == down.dim() == 3 and len(up) > 0 and len(down) > 0
-    return are_here and free_linear.is_measured(up.dtype) and _are_large(up, down)
+    if not (up.dim() == down.dim() == 3 and len(up) > 0 and len(down) > 0):
+        return f"its {', '.join(_names(module))} are not the weights of all experts"
+    if not (up.is_cpu and down.is_cpu) or not free_linear.is_measured(up.dtype) or not _are_large(up, down):
+        return AS_FAST
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return None if implementation in _BY_FLAGS else f"its config asks for the experts of {implementation}"

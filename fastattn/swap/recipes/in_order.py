@@ -35,7 +35,7 @@ from fastattn.swap.expression import Call, Input, Op, Own, argument_names, has_e
 from fastattn.swap.reading import Reading, ReadMethods, calls_forward_as_it_is, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
-from fastattn.swap.recipes.feedforward import Named, first_half, halves_of, is_linear
+from fastattn.swap.recipes.feedforward import Named, first_half, halves_of, why_no_linear
 from fastattn.swap.recipes.linear import is_projection, projection, why_not_projection
 from fastattn.swap.swapped import Swapped
 
@@ -360,9 +360,11 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
             found.append((names["hidden"], "ffns", why_not_dropout))
         return found
 
-    def applies(module: nn.Module) -> bool:
+    def misfit(module: nn.Module) -> str | None:
         steps = _steps(module, name)
-        return steps is not None and all(map(is_linear, (steps.up, steps.down)))
+        if steps is None:
+            return f"its {name} are not those of a feed-forward block"
+        return why_no_linear(steps.names["up"], steps.up) or why_no_linear(steps.names["down"], steps.down)
 
     def refuse(module: nn.Module) -> list[str]:
         steps = _steps(module, name)
@@ -370,4 +372,4 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
         known = activation_name(steps.activation) is not None
         return [] if known else [f"the activation {_shown(steps.activation)} has no kernel"]
 
-    return Recipe(swapped, kernels={"ffns": "ffn or gated_ffn"}, children=children, applies=applies, refuse=refuse)
+    return Recipe(swapped, kernels={"ffns": "ffn or gated_ffn"}, children=children, misfit=misfit, refuse=refuse)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.graphs import constant
-from fastattn.nn.checks import FLOATS, why_not_dropout, why_not_input, why_not_linear, why_not_tensor
+from fastattn.nn.checks import FLOATS, full_name, why_not_dropout, why_not_input, why_not_linear, why_not_tensor
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.norm import AS_FAST, torch_is_as_fast, why_not_layer_norm
 from fastattn.nn.sublayers import add_and_normalise
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of, spellings_of
-from fastattn.swap.reading import ReadForward, Reading, attribute, spelled_as, why_not_as_read
+from fastattn.swap.reading import FLAGGED, ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Recipe, always
 from fastattn.swap.recipes.linear import linear
 from fastattn.swap.recipes.norm_spellings import GatedNames, NormNames, gated_names, norm_names, orders, shape_of
@@ -87,7 +87,7 @@ class SpelledNorm(_Norm):
         note_call(self)
         (x,) = inputs
         names = _names(self, self.fastattn_norms)
-        y = "its flags are those of another branch" if names is None else self.fastattn_norm_of(x, names)
+        y = FLAGGED if names is None else self.fastattn_norm_of(x, names)
         if isinstance(y, Tensor):
             return y
         if y == AS_FAST:
@@ -258,7 +258,7 @@ def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling,
         lambda swapped: Recipe(
             swapped,
             kernels={"norms": " or ".join(sorted(kernels))},
-            applies=lambda module: _names(module, norms) is not None,
+            misfit=lambda module: FLAGGED if _names(module, norms) is None else None,
             refuse=refuse,
         ),
         {"fastattn_norms": norms, **attributes},
@@ -299,6 +299,12 @@ def _residual(module_class: type[nn.Module], spelling: Spelling, children: tuple
     part = "linears" if "Self" in module_class.__name__ or "Attention" in module_class.__name__ else "ffns"
     dense, dropout, norm = children
 
+    def misfit(module: nn.Module) -> str | None:
+        linear, layer_norm = getattr(module, dense), getattr(module, norm)
+        if not hasattr(linear, "in_features"):
+            return f"{dense} is a {full_name(linear)}, not a linear"
+        return None if isinstance(layer_norm, nn.LayerNorm) else f"{norm} is a {full_name(layer_norm)}, not a LayerNorm"
+
     def recipe(swapped: type[Swapped]) -> Recipe:
         return Recipe(
             swapped,
@@ -306,9 +312,7 @@ def _residual(module_class: type[nn.Module], spelling: Spelling, children: tuple
             children=always(
                 (dense, part, why_not_linear), (norm, "norms", why_not_layer_norm), (dropout, "norms", why_not_dropout)
             ),
-            applies=lambda module: (
-                hasattr(getattr(module, dense), "in_features") and isinstance(getattr(module, norm), nn.LayerNorm)
-            ),
+            misfit=misfit,
         )
 
     attributes = {"fastattn_children": children, "fastattn_linear_part": part, **spelled_as(spelling)}

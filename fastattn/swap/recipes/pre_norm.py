@@ -197,14 +197,15 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
     layer: _Layer = swapped.fastattn_layer  # type: ignore[attr-defined]
     attentions = swapped.fastattn_attentions  # type: ignore[attr-defined]
 
-    def applies(module: nn.Module) -> bool:
+    def misfit(module: nn.Module) -> str | None:
         """Whether the children are what the names stand for; else each of them is swapped alone."""
         children = module._modules
         attention, mlp = children.get(layer.attention), children.get(layer.mlp)
         if _swapped_class(attention) not in attentions or not issubclass(_swapped_class(mlp), FeedForward):
-            return False
+            return "its attention or its feed-forward block is another one"
         norms = [children.get(name) for name in layer.norms]
-        return all(norm is not None and why_not_layer_norm(norm) is None for norm in norms)
+        known = all(norm is not None and why_not_layer_norm(norm) is None for norm in norms)
+        return None if known else "its norms are others"
 
     def refuse(module: nn.Module) -> list[str]:
         """Why the layer can never be one call."""
@@ -219,7 +220,7 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
         swapped,
         kernels=dict.fromkeys(PARTS, "encoder_layer"),
         takes=_TAKES,
-        applies=applies,
+        misfit=misfit,
         refuse=refuse,
         whole=True,
     )
@@ -230,4 +231,4 @@ def _swapped_class(child: nn.Module | None) -> type[nn.Module]:
     if child is None or isinstance(child, Swapped):
         return type(child)
     recipe = recipe_for(type(child))
-    return type(child) if recipe is None or not recipe.applies(child) else recipe.swapped
+    return type(child) if recipe is None or recipe.misfit(child) is not None else recipe.swapped

@@ -75,18 +75,20 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
         held = getattr(module, name)
         return [] if is_copied(type(held)) else [f"its {name} {_why_not(held)}"]
 
-    def applies(module: nn.Module) -> bool:
+    def misfit(module: nn.Module) -> str | None:
         held = getattr(module, name, None)
-        if held is None or (isinstance(held, nn.Module) and type(held).__call__ is nn.Module.__call__):
-            return False  # a module that is called is swapped on its own
-        return looks_like_it or not refuse(module)
+        if held is None:
+            return f"it has no {name}"
+        if isinstance(held, nn.Module) and type(held).__call__ is nn.Module.__call__:
+            return f"its {name} is a module, which is swapped on its own"
+        return None if looks_like_it or not refuse(module) else f"its {name} {_why_not(held)}"
 
     name: str = swapped.fastattn_holds  # type: ignore[attr-defined]
     looks_like_it = "Attention" in swapped.fastattn_original.__name__
     return Recipe(
         swapped,
         kernels={"attention": THEIRS},
-        applies=applies,
+        misfit=misfit,
         refuse=refuse,
     )
 

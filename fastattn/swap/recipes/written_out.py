@@ -85,23 +85,23 @@ def read(original: type[nn.Module]) -> Reading | None:
 
 
 def _recipe(swapped: type[Swapped]) -> Recipe:
-    return Recipe(swapped, kernels={"attention": "attention"}, applies=_applies, refuse=_refuse)
+    return Recipe(swapped, kernels={"attention": "attention"}, misfit=_misfit, refuse=_refuse)
 
 
-def _applies(module: nn.Module) -> bool:
+def _misfit(module: nn.Module) -> str | None:
     """There is a softmax, by code or by a child, and no attention of its own in a child."""
     from fastattn.swap.recipes import recipe_for
 
     has_softmax = any("softmax" in code.co_names for code in _all_codes(type(module)))
     if not has_softmax and not any(isinstance(child, nn.Softmax) for child in module.children()):
-        return False
-    for inner in module.modules():
+        return "it takes no softmax"
+    for name, inner in module.named_modules():
         if inner is not module:
             kind = inner.fastattn_original if isinstance(inner, Swapped) else type(inner)
             recipe = recipe_for(kind)
-            if recipe is not None and "attention" in recipe.kernels and recipe.applies(inner):
-                return False
-    return True
+            if recipe is not None and "attention" in recipe.kernels and recipe.misfit(inner) is None:
+                return f"its {name} has attention of its own"
+    return None
 
 
 def _refuse(module: nn.Module) -> list[str]:

@@ -387,15 +387,22 @@ def test_other_layouts_run_what_was_changed_since() -> None:
 
 
 def test_other_layouts_that_run_their_own_forward_are_left() -> None:
-    assert plan(general("gpt-oss", "eager")).rows == []
+    (row,) = plan(general("gpt-oss", "eager")).rows
+    assert (row.action, row.reason) == ("left", "its config asks for the experts of eager")
 
 
-def test_small_ones_and_those_of_other_activations_are_no_business_of_a_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_of_other_activations_are_left() -> None:
     module = drawn()
     module.act_fn = nn.Tanh()
-    assert plan(module).rows == []
+    (row,) = plan(module).rows
+    assert (row.action, row.reason) == ("left", "act_fn is Tanh, which has no kernel")
+
+
+def test_small_ones_are_no_business_of_a_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert plan(drawn()).rows == []
+    module = drawn()
+    module.act_fn = nn.Tanh()
+    assert plan(module).rows == plan(drawn()).rows == []
 
 
 @torch.no_grad()

@@ -378,7 +378,7 @@ def test_a_class_that_only_multiplies_is_no_attention() -> None:
             return q @ k.mT @ v
 
     found = row_of(fastattn.plan(OnlyMultipliesAttention()))
-    assert (found.action, found.reason) == ("left", "no recipe for class OnlyMultipliesAttention")
+    assert (found.action, found.reason) == ("left", "it takes no softmax")
 
 
 def test_a_module_with_attention_inside_is_left_to_that(module: Attention) -> None:
@@ -535,7 +535,7 @@ def test_a_module_within_another(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = parts_of(module, X)
     inner = swap(module.inner, linears=False)
     recipe = written_out.Recipe
-    monkeypatch.setattr(written_out, "Recipe", lambda *args, applies, **options: recipe(*args, **options))
+    monkeypatch.setattr(written_out, "Recipe", lambda *args, misfit, **options: recipe(*args, **options))
     report = swap(module, linears=False)
     with report.counting(), inner.counting():
         assert_same(parts_of(module, X), expected)
