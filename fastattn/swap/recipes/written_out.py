@@ -92,7 +92,7 @@ def _misfit(module: nn.Module) -> str | None:
     """There is a softmax, by code or by a child, and no attention of its own in a child."""
     from fastattn.swap.recipes import recipe_for
 
-    has_softmax = any("softmax" in code.co_names for code in _all_codes(type(module)))
+    has_softmax = any(not _SOFTMAXES.isdisjoint(code.co_names) for code in _all_codes(type(module)))
     if not has_softmax and not any(isinstance(child, nn.Softmax) for child in module.children()):
         return "it takes no softmax"
     for name, inner in module.named_modules():
@@ -267,6 +267,7 @@ def _why_watched(module: nn.Module) -> str | None:
 
 
 _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
+_SOFTMAXES = frozenset({"softmax", "Softmax"})  # nn.Softmax(dim=-1)(scores), as the first BERTs had it
 
 
 def _multiplies(code: CodeType) -> bool:

@@ -368,6 +368,27 @@ def test_on_another_device_it_is_left_with_a_reason(module: Attention) -> None:
     assert found.reason == "attention that a class writes out is taken over on CPUs, and it lies on meta"
 
 
+def test_a_softmax_that_is_made_in_the_call_is_one() -> None:
+    """As the first BERTs had it, and what was copied from them."""
+
+    class FirstBertAttention(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.softmax
+
+        def attend(self, q, k, v):
+            return nn.Softmax(dim=-1)(q @ k.mT * self.scale) @ v
+
+    module = FirstBertAttention().eval()
+    with torch.no_grad():
+        expected = module(X)
+        report = swap(module)
+        with report.counting():
+            found = module(X)
+    assert (row_of(report).calls, row_of(report).fallbacks) == (1, {})
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_class_that_only_multiplies_is_no_attention() -> None:
     class OnlyMultipliesAttention(Attention):
         def __init__(self) -> None:
