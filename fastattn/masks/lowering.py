@@ -128,9 +128,14 @@ def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: t
             "the mask outside of the transform"
         )
     if torch.compiler.is_compiling():
-        from fastattn.masks.outside import build_blocks_outside
+        from fastattn.masks.outside import blocks_outside
 
-        return build_blocks_outside(mask, size, device, within)
+        return blocks_outside(mask, size, device, within)
+    return remembered_blocks(mask, size, device, within)
+
+
+def remembered_blocks(mask: Mask, size: Size, device: torch.device, within: Mask | None) -> Blocks:
+    """The blocks of a mask, but for what `within` hides."""
     identity = (mask.identity(), None if within is None else within.identity())
     return _remember("blocks", identity, mask.holds(), size, device, lambda: build_blocks(mask, size, device, within))
 

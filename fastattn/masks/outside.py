@@ -5,6 +5,6 @@ from __future__ import annotations
 
 import torch
 
-from fastattn.masks.blocks import build_blocks
+from fastattn.masks.lowering import remembered_blocks
 
-build_blocks_outside = torch.compiler.disable(build_blocks)
+blocks_outside = torch.compiler.disable(remembered_blocks)

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
-from fastattn.masks import Causal, Document, KeyLengths, Longformer, Strided
+from fastattn.masks import Causal, Document, KeyLengths, Longformer, Strided, lowering
+from fastattn.masks.blocks import build_blocks
 
 
 def flat(results):
@@ -68,6 +69,15 @@ def test_intervals_are_lowered_in_the_graph_and_blocks_outside_of_it():
     assert torch.equal(compiled(q, ids, blocks.lower(2, 2, 70, 70, q.device)), expected)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(call, backend="aot_eager")(q, ids, blocks), expected)  # a graph may break there
+
+
+def test_blocks_are_built_once_for_all_calls_of_a_graph(monkeypatch):
+    built = []
+    monkeypatch.setattr(lowering, "build_blocks", lambda *args: built.append(args) or build_blocks(*args))
+    q, blocks = torch.randn(1, 1, 71, 8), Strided(11) & Causal()
+    compiled = torch.compile(lambda q: fastattn.attention(q, q, q, mask=blocks), backend="aot_eager")
+    found = [compiled(q) for _ in range(3)]
+    assert len(built) == 1 and all(torch.equal(y, found[0]) for y in found)
 
 
 def test_under_autocast():
