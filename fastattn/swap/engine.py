@@ -82,7 +82,7 @@ def _checked_decisions(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     _check_backend(backend)
-    decisions = decide(model, frozenset(part for part, on in zip(PARTS, flags, strict=True) if on))
+    decisions = decide(model, frozenset(part for part, on in zip(PARTS, flags, strict=True) if on), backend)
     original = {decision.row.path: [decision.row.reason] for decision in decisions if _runs_original_code(decision)}
     if strict and original:
         raise NotSwapped("swap", type(model).__name__, original)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastattn import dispatch
 from fastattn.integrations import why_not_transformers
 from fastattn.swap.originals import why_unknown
 from fastattn.swap.recipe import AS_FAST, Recipe
@@ -43,8 +44,9 @@ class Decision:
     is_guess: bool = False
 
 
-def decide(model: nn.Module, asked: frozenset[str]) -> list[Decision]:
-    """A decision for each module that a recipe knows, or that looks as if one should. Shared modules are met once."""
+def decide(model: nn.Module, asked: frozenset[str], backend: str | None = None) -> list[Decision]:
+    """A decision for each module that a recipe knows, or that looks as if one should. Shared modules are met once.
+    backend: the one that calls will be forced to."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -53,6 +55,8 @@ def decide(model: nn.Module, asked: frozenset[str]) -> list[Decision]:
     decisions = [
         decision for key, module in modules.items() if (decision := _decide_one(module, paths[key], asked)) is not None
     ]
+    if not (backend or dispatch.forced):
+        _leave_without_kernels(decisions)
     _mark_fused(decisions)
     return _innermost(decisions)
 
@@ -127,6 +131,18 @@ def _left(module: nn.Module, row: Row, reason: str) -> Decision:
 
 def _parts_by_name(module_class: type[nn.Module]) -> list[str]:
     return [part for part, pattern in _LOOKS_LIKE.items() if pattern.search(module_class.__name__)]
+
+
+def _leave_without_kernels(decisions: list[Decision]) -> None:
+    """Modules on a GPU that no backend has kernels for: the reference would run them, slower than they run now."""
+    verdicts = {name: dispatch.backends()[name] for name in dispatch.ORDER["cuda"] if name != "reference"}
+    if None in verdicts.values():
+        return
+    reason = "no kernels run on this GPU: " + "; ".join(f"{name}: {why}" for name, why in verdicts.items())
+    for decision in decisions:
+        if decision.target is not None and any(p.is_cuda for p in decision.module.parameters()):
+            decision.row.action, decision.row.kernel, decision.row.reason = "left", "", reason
+            decision.target = None
 
 
 def _mark_fused(decisions: list[Decision]) -> None:

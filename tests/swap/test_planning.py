@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
+from fastattn import dispatch
 from fastattn.swap import plan
 
 
@@ -158,6 +160,18 @@ def test_flags_of_another_branch_are_named() -> None:
 
     assert rows(Block(norm=FlaggedLayerNorm(False))) == [("norm", "swap", "")]
     assert rows(Block(norm=FlaggedLayerNorm(True))) == [("norm", "left", "its flags are those of another branch")]
+
+
+def test_on_a_gpu_without_kernels_nothing_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = {"cuda": "too old", "triton": "not installed", "cpu": None, "reference": None}
+    monkeypatch.setattr(dispatch, "backends", lambda: verdicts)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Block(here=nn.LayerNorm(4), there=nn.LayerNorm(4, device="cuda"))
+    reason = "no kernels run on this GPU: cuda: too old; triton: not installed"
+    assert rows(model) == [("here", "swap", ""), ("there", "left", reason)]
+    assert [row.action for row in plan(model, backend="reference").rows] == ["swap", "swap"]
+    verdicts["triton"] = None
+    assert [row.action for row in plan(model).rows] == ["swap", "swap"]
 
 
 def test_a_module_whose_forward_is_replaced_is_left() -> None:
