@@ -197,7 +197,7 @@ def ask_backends(check: Check, environment: Mapping[str, str] = MappingProxyType
     code, output = check.fastattn("info", "--json", **check.interpreted, **environment)
     if code:
         return None
-    found = json.loads(output[output.index("{") :])
+    found, _ = json.JSONDecoder().raw_decode(output, output.index("{"))  # warnings may stand behind it
     return Backends(found["backends"], found["refused_operations"])
 
 

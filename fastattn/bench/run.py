@@ -169,7 +169,11 @@ class _Question:
                 job = self._verified(provider, inputs, expected)
                 if job is not None:
                     jobs[provider.name] = job
-        for name, timing in time_jobs(jobs, self.options.device, self.options.effort).items():
+        timings = time_jobs(jobs, self.options.device, self.options.effort)
+        for name in jobs.keys() - timings.keys():
+            self.rows[name] = replace(self.rows[name], reason="out of memory")
+            del jobs[name]
+        for name, timing in timings.items():
             self.rows[name] = self._timed(self.rows[name], jobs[name], timing)
         if self.options.memory:
             for name, job in jobs.items():

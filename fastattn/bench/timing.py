@@ -135,9 +135,14 @@ class _CudaTimer:
     def time(self, jobs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
         replays, notes = {}, {}
         for name, call in jobs.items():
-            replays[name], notes[name] = self._graph(call)
-        samples: dict[str, list[float]] = {name: [] for name in jobs}
-        names = list(jobs)
+            try:
+                replays[name], notes[name] = self._graph(call)
+            except torch.OutOfMemoryError:  # beside the memory of the graphs before it
+                torch.cuda.empty_cache()
+        samples: dict[str, list[float]] = {name: [] for name in replays}
+        names = list(replays)
+        if not names:
+            return {}
         began = time.perf_counter()
         for number in range(0, self.effort.most, self._ROUNDS_QUEUED):
             queued = []
@@ -169,6 +174,8 @@ class _CudaTimer:
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 kept = call()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a kernel does that a capture forbids
             torch.cuda.synchronize()
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -52,7 +52,7 @@ class _Worker:
     def end(self) -> None:
         self.pipe.close()
         self.process.kill()  # it is idle, or nobody waits for its answer
-        self.process.join()
+        self.process.join(PATIENCE)  # a driver may hold it for longer
 
 
 def answers(

@@ -190,6 +190,18 @@ def test_a_call_far_behind_the_fastest_is_made_a_few_times_only() -> None:
     assert {name: len(timing.samples) for name, timing in found.items()} == {"fast": 5, "near": 5, "far": 2}
 
 
+def test_one_that_runs_out_of_memory_beside_others_costs_only_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = "torch eager"
+    monkeypatch.setattr(
+        "fastattn.bench.run.time_jobs",
+        lambda jobs, *rest: time_jobs({name: job for name, job in jobs.items() if name != lost}, *rest),
+    )
+    found = quick_run("norm", memory=True)
+    rows = {row.provider: row for row in found.rows if row.verified}
+    assert found.passed and rows[lost].reason == "out of memory" and rows[lost].median_ms is None
+    assert all(row.median_ms for name, row in rows.items() if name != lost)
+
+
 def test_json_round_trip(result, tmp_path) -> None:
     file = tmp_path / "results.json"
     result.write(file)
