@@ -44,12 +44,12 @@ def add_and_normalise(module: Fused, x: Tensor, residual: Tensor, dropout: str, 
             or child_reason(dropout, why_not_dropout(dropout_child))
         )
         if reason is None:
+            wide = torch.promote_types(x.dtype, residual.dtype)
             if x.dtype != residual.dtype:
                 # The sum, and with it the norm's output, has the wider dtype (half activations beside a float32
                 # residual stream under autocast); the kernel's output has x's.
-                wide = torch.promote_types(x.dtype, residual.dtype)
                 x, residual = x.to(wide), residual.to(wide)
-            return layer_norm(
+            y, total = layer_norm(
                 x,
                 norm_child.weight,
                 norm_child.bias,
@@ -59,6 +59,7 @@ def add_and_normalise(module: Fused, x: Tensor, residual: Tensor, dropout: str, 
                 return_residual=True,
                 backend=module.fastattn_backend,
             )
+            return y, total.to(wide)  # CUDA autocast takes the norm, not the sum, in float32
         note_fallback(module, reason)
     total = dropout_child(x) + residual
     return norm_child(total), total
