@@ -135,14 +135,17 @@ def _parts_by_name(module_class: type[nn.Module]) -> list[str]:
 
 def _leave_without_kernels(decisions: list[Decision]) -> None:
     """Modules on a GPU that no backend has kernels for: the reference would run them, slower than they run now."""
-    verdicts = {name: dispatch.backends()[name] for name in dispatch.ORDER["cuda"] if name != "reference"}
+    there = [d for d in decisions if d.target is not None and any(p.is_cuda for p in d.module.parameters())]
+    if not there:
+        return
+    usable = dispatch.backends()
+    verdicts = {name: usable[name] for name in dispatch.ORDER["cuda"] if name != "reference"}
     if None in verdicts.values():
         return
     reason = "no kernels run on this GPU: " + "; ".join(f"{name}: {why}" for name, why in verdicts.items())
-    for decision in decisions:
-        if decision.target is not None and any(p.is_cuda for p in decision.module.parameters()):
-            decision.row.action, decision.row.kernel, decision.row.reason = "left", "", reason
-            decision.target = None
+    for decision in there:
+        decision.row.action, decision.row.kernel, decision.row.reason = "left", "", reason
+        decision.target = None
 
 
 def _mark_fused(decisions: list[Decision]) -> None:
