@@ -65,10 +65,7 @@ def architecture(device: torch.device) -> int:
     """Compute capability to choose tiles by, as 90 for 9.0; 0 for the interpreter."""
     if _recorder is not None:
         return _recorder.arch
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _capability(device.index or 0) if device.type == "cuda" else 0
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -85,6 +82,12 @@ def dot_precision() -> str:
     if allowed is None:
         allowed = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return "tf32" if allowed == "tf32" else "ieee"
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 @functools.cache
