@@ -122,7 +122,9 @@ class ReadFeedForward(nn.Module):
         return self.down(self.act(self.up(x)))
 
 
-class FlaggedNorm(nn.Module):
+class FlaggedLayerNorm(nn.Module):
+    """By its name a norm, whatever the flag says."""
+
     def __init__(self, subtracts: bool) -> None:
         super().__init__()
         self.subtracts, self.weight = subtracts, nn.Parameter(torch.ones(4))
@@ -137,7 +139,6 @@ class FlaggedNorm(nn.Module):
     ("module", "reason"),
     [
         (ReadFeedForward(nn.Conv1d(4, 8, 1), nn.GELU()), "up is a torch.nn.modules.conv.Conv1d, not a linear"),
-        (ReadFeedForward(nn.Linear(4, 8), nn.Softsign()), "the activation Softsign has no kernel"),
         (
             ReadFeedForward(nn.Linear(4, 8), nn.PReLU()),
             "act is a torch.nn.modules.activation.PReLU, which has parameters",
@@ -147,17 +148,20 @@ class FlaggedNorm(nn.Module):
             "act is a torch.nn.modules.linear.Identity, not an activation",
         ),
     ],
-    ids=["conv", "unknown", "learns", "none"],
+    ids=["conv", "learns", "none"],
 )
 def test_a_module_that_its_recipe_does_not_fit_is_left_and_says_why(module: nn.Module, reason: str) -> None:
     assert rows(Block(ffn=module)) == [("ffn", "left", reason)]
-    assert rows(Block(ffn=module), ffns=False, linears=False) in ([], [("ffn", "left", "turned off: ffns=False")])
+    assert rows(Block(ffn=module), ffns=False) == []
+
+
+def test_a_module_whose_activation_has_no_kernel_is_left_or_turned_off() -> None:
+    model = Block(ffn=ReadFeedForward(nn.Linear(4, 8), nn.Softsign()))
+    assert rows(model) == [("ffn", "left", "the activation Softsign has no kernel")]
+    assert rows(model, ffns=False) == [("ffn", "left", "turned off: ffns=False")]
 
 
 def test_flags_of_another_branch_are_named() -> None:
-    class FlaggedLayerNorm(FlaggedNorm):
-        """By its name a norm, whatever the flag says."""
-
     assert rows(Block(norm=FlaggedLayerNorm(False))) == [("norm", "swap", "")]
     assert rows(Block(norm=FlaggedLayerNorm(True))) == [("norm", "left", "its flags are those of another branch")]
 

@@ -224,7 +224,7 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
 
 
 def _misfit(module: nn.Module) -> str | None:
-    """It is laid out as the forward reads it, large, on a CPU, and its activation has a kernel."""
+    """Why it is not laid out as the forward reads it, large, on a CPU, and of an activation with a kernel."""
     layout = {
         "has_gate": True,
         "is_concatenated": True,

@@ -118,7 +118,7 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
 
 
 def _misfit(module: nn.Module) -> str | None:
-    """It has the weights that its flags promise, large, on a CPU, and runs what they say."""
+    """Why it has not the weights that its flags promise, large, on a CPU, or runs not what they say."""
     if any(type(flag(module, name)) is not bool for name in _FLAGS):
         return FLAGGED
     if any(not isinstance(module._parameters.get(name), Tensor) for name in _names(module)):

@@ -198,7 +198,7 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
     attentions = swapped.fastattn_attentions  # type: ignore[attr-defined]
 
     def misfit(module: nn.Module) -> str | None:
-        """Whether the children are what the names stand for; else each of them is swapped alone."""
+        """Why the children are not what the names stand for: each of them is swapped alone then."""
         children = module._modules
         attention, mlp = children.get(layer.attention), children.get(layer.mlp)
         if _swapped_class(attention) not in attentions or not issubclass(_swapped_class(mlp), FeedForward):

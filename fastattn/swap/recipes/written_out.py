@@ -89,7 +89,7 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
 
 
 def _misfit(module: nn.Module) -> str | None:
-    """There is a softmax, by code or by a child, and no attention of its own in a child."""
+    """Why it is no attention: without a softmax, by code or by a child, or with attention of its own in a child."""
     from fastattn.swap.recipes import recipe_for
 
     has_softmax = any(not _SOFTMAXES.isdisjoint(code.co_names) for code in _all_codes(type(module)))

@@ -368,14 +368,18 @@ def test_on_another_device_it_is_left_with_a_reason(module: Attention) -> None:
     assert found.reason == "attention that a class writes out is taken over on CPUs, and it lies on meta"
 
 
+class WithoutSoftmax(Attention):
+    """That is no child of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.softmax
+
+
 def test_a_softmax_that_is_made_in_the_call_is_one() -> None:
     """As the first BERTs had it, and what was copied from them."""
 
-    class FirstBertAttention(Attention):
-        def __init__(self) -> None:
-            super().__init__()
-            del self.softmax
-
+    class FirstBertAttention(WithoutSoftmax):
         def attend(self, q, k, v):
             return nn.Softmax(dim=-1)(q @ k.mT * self.scale) @ v
 
@@ -390,11 +394,7 @@ def test_a_softmax_that_is_made_in_the_call_is_one() -> None:
 
 
 def test_a_class_that_only_multiplies_is_no_attention() -> None:
-    class OnlyMultipliesAttention(Attention):
-        def __init__(self) -> None:
-            super().__init__()
-            del self.softmax
-
+    class OnlyMultipliesAttention(WithoutSoftmax):
         def attend(self, q, k, v):
             return q @ k.mT @ v
 
