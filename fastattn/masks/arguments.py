@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastattn.masks.cache import Cache
+
 Align = Literal["bottom-right", "top-left"]
 Positions = Tensor | tuple[int, ...]
 """One key position per batch entry: an integer tensor (B,), or B numbers."""
@@ -15,6 +17,7 @@ Positions = Tensor | tuple[int, ...]
 _ALIGNMENTS = ("bottom-right", "top-left")
 _FAR = 2**30  # beyond every key; larger numbers mean the same
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+_copied = Cache(entries=128, size=1 << 24)
 
 
 def check_align(align: Align) -> None:
@@ -111,7 +114,11 @@ def positions_on(value: int | Positions, batch: int, device: torch.device) -> Te
             value = value.clamp(-_FAR, _FAR)
         return value.to(device, torch.int32)
     if isinstance(value, tuple):
-        return torch.tensor([min(max(n, -_FAR), _FAR) for n in value], dtype=torch.int32, device=device)
+        numbers = tuple(min(max(n, -_FAR), _FAR) for n in value)
+        if torch.compiler.is_compiling():
+            return torch.tensor(numbers, dtype=torch.int32, device=device)
+        # A copy to a GPU waits for it, and a CUDA graph cannot hold one.
+        return _copied.get((numbers, device), (), lambda: torch.tensor(numbers, dtype=torch.int32, device=device))
     return torch.full((batch,), min(value, _FAR), dtype=torch.int32, device=device)
 
 

@@ -3,6 +3,9 @@
 Keys name tensors (and functions) by identity and version: writing to a tensor in place makes its results stale. The
 cache holds neither, only weak references, and drops what belonged to those that died. It is bounded in entries and in
 bytes, and may be used from any thread.
+
+A CUDA graph that is captured holds addresses, and keeps alive nothing that was made before it: what a capture takes
+from here stays for good, beside these bounds.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class Cache:
         self._most_entries, self._most_bytes = entries, size
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._bytes = 0
+        self._captured: dict[int, Any] = {}  # by identity: the values that some CUDA graph reads
         self._dead: deque[Hashable] = deque()  # a collection may strike inside any call: it only appends here
         self._lock = threading.Lock()
 
@@ -42,7 +46,7 @@ class Cache:
             return len(self._entries)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything but what CUDA graphs read."""
         with self._lock:
             self._entries.clear()
             self._bytes = 0
@@ -62,6 +66,8 @@ class Cache:
             entry = self._entries.get(full)
             if entry is not None:
                 self._entries.move_to_end(full)
+                if is_capturing():
+                    self._captured[id(entry.value)] = entry.value
                 return entry.value
         # Inference tensors could not be saved for the backward of a later call.
         with torch.inference_mode(False), torch.no_grad():
@@ -71,8 +77,8 @@ class Cache:
 
     def _put(self, key: Hashable, watched: Sequence[Any], value: Any) -> None:
         found = tensors_in(value)
-        if any(_is_wrapped(t) for t in found):
-            return
+        if any(_is_wrapped(t) for t in found) or is_capturing():
+            return  # what a capture makes has no values before the graph runs, and others after each replay
         bury = self._dead.append
         references = tuple(weakref.ref(x, lambda _: bury(key)) for x in watched)
         entry = _Entry(value, sum(t.nbytes for t in found), references)
@@ -93,6 +99,11 @@ class Cache:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._bytes -= entry.size
+
+
+def is_capturing() -> bool:
+    """Whether this thread captures a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def tensors_in(value: Any) -> list[Tensor]:

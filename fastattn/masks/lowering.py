@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks.blocks import build_blocks
-from fastattn.masks.cache import Cache
+from fastattn.masks.cache import Cache, is_capturing
 from fastattn.masks.intervals import MOST, IntervalSet, intersection, intervals_tensor, row_bounds
 from fastattn.masks.lowered import NOTHING_HIDDEN, Blocks, LoweredMask, Size, intersect, replaced
 
@@ -150,7 +150,7 @@ def _remember(
 ) -> T:
     key: tuple[Any, ...] = (what, size, device, identity)
     if device.type == "cuda" and what != "blocks":  # which are finished when they are built
-        if torch.cuda.is_current_stream_capturing():
+        if is_capturing():
             return make()
         key = (*key, torch.cuda.current_stream(device))
     return remembered.get(key, holds, make)

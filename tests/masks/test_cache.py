@@ -103,6 +103,21 @@ def test_the_least_recently_used_goes_first():
     assert made == ["a", "b", "c", "b"]
 
 
+def test_what_a_cuda_graph_takes_stays_and_what_a_capture_makes_is_not_remembered(monkeypatch):
+    cache = Cache(entries=1, size=1000)
+    ids = torch.arange(3)
+    taken = weakref.ref(cache.get("taken", (ids,), torch.Generator))
+    with monkeypatch.context() as capture:
+        capture.setattr("fastattn.masks.cache.is_capturing", lambda: True)
+        assert cache.get("taken", (ids,), torch.Generator) is taken()
+        assert cache.get("made", (), torch.Generator) is not cache.get("made", (), torch.Generator)
+    other = weakref.ref(cache.get("other", (), torch.Generator))
+    cache.get("last", (), torch.Generator)
+    del ids
+    gc.collect()
+    assert taken() is not None and other() is None
+
+
 def test_inference_tensors_are_lowered_anew_and_do_not_leak_into_training():
     with torch.inference_mode():
         keep = torch.ones(2, 100, dtype=torch.bool)
