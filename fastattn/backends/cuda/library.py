@@ -138,7 +138,10 @@ def unavailable_reason() -> str | None:
     for index, device in enumerate(found):
         if device["capability"] < _OLDEST_CAPABILITY:
             major, minor = device["capability"]
-            return f"cuda:{index} ({device['name']}) has compute capability {major}.{minor}; the kernels need 8.0"
+            return (
+                f"cuda:{index} ({device['name']}) has compute capability {major}.{minor}; the kernels need 8.0 on "
+                "every visible GPU (hide older ones: CUDA_VISIBLE_DEVICES)"
+            )
     return None
 
 

@@ -95,5 +95,8 @@ def _capability_reason() -> str | None:
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
         if capability < _OLDEST_CAPABILITY:
-            return f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0"
+            return (
+                f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the Triton kernels need 8.0 on "
+                "every visible GPU (hide older ones: CUDA_VISIBLE_DEVICES)"
+            )
     return None
