@@ -126,6 +126,14 @@ def check_number(name: str, value: float) -> float:
     return number
 
 
+def check_eps(name: str, value: float) -> float:
+    """`value` as a float; ValueError where it is negative, and as `check_number`."""
+    eps = check_number(name, value)
+    if not eps >= 0.0:
+        raise ValueError(f"{name}={eps} is negative: pass 0 or a small positive number such as 1e-5")
+    return eps
+
+
 def _as_float(name: str, value: float) -> float:
     if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value

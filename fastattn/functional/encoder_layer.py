@@ -14,6 +14,7 @@ from fastattn.functional.checks import (
     check_activation,
     check_beside,
     check_cu_seqlens,
+    check_eps,
     check_number,
     check_shape,
     check_tensor,
@@ -95,41 +96,12 @@ def encoder_layer(
         if y is not None:
             return y
     name = check_activation(activation)
-    check_tensor("x", x)
-    if x.dim() != (3 if cu_seqlens is None else 2):
-        raise ValueError(
-            f"x has {x.dim()} dimensions, shape {tuple(x.shape)}: pass (batch, length, features), or packed rows "
-            "(T, features) together with cu_seqlens"
-        )
-    features = x.shape[-1]
+    features = _check_x(x, packed=cu_seqlens is not None)
     _check_heads(heads, features)
-    square = (features, features)
-    _check_weights(
-        x,
-        (("wq", wq, square), ("wk", wk, square), ("wv", wv, square), ("wo", wo, square)),
-        (("bq", bq), ("bk", bk), ("bv", bv), ("bo", bo), ("b2", b2)),
-    )
-    check_tensor("w1", w1)
-    if w1.dim() != 2:
-        raise ValueError(f"w1 has shape {tuple(w1.shape)}: pass (F, {features})")
-    hidden = w1.shape[0]
-    _check_weights(x, (("w1", w1, (hidden, features)), ("w2", w2, (features, hidden))), ())
-    if b1 is not None:
-        check_beside("b1", b1, "x", x, float32_too=False)
-        check_shape("b1", b1, (hidden,), "one element per row of w1")
-    for label, value in (
-        ("norm1_weight", norm1_weight),
-        ("norm1_bias", norm1_bias),
-        ("norm2_weight", norm2_weight),
-        ("norm2_bias", norm2_bias),
-    ):
-        if value is not None:
-            check_beside(label, value, "x", x)
-            check_shape(label, value, (features,), "one element per feature of x")
-    eps1, eps2 = check_number("eps1", eps1), check_number("eps2", eps2)
-    for label, eps in (("eps1", eps1), ("eps2", eps2)):
-        if not eps >= 0.0:
-            raise ValueError(f"{label}={eps} is negative: pass 0 or a small positive number such as 1e-5")
+    _check_projections(x, (wq, wk, wv, wo), (bq, bk, bv, bo))
+    _check_ffn(x, w1, b1, w2, b2)
+    _check_norms(x, norm1_weight, norm1_bias, norm2_weight, norm2_bias)
+    eps1, eps2 = check_eps("eps1", eps1), check_eps("eps2", eps2)
     scale = 1.0 / math.sqrt(features // heads) if scale is None else check_number("scale", scale)
     lowered = NOTHING_HIDDEN
     if cu_seqlens is not None:
@@ -142,7 +114,7 @@ def encoder_layer(
         lowered = _lower(mask, x, heads)
     if would_be_differentiated(x, *weights):
         _refuse_gradients()
-    y = invoke(
+    return invoke(
         encoder_layer_forward,
         x,
         *weights,
@@ -156,7 +128,6 @@ def encoder_layer(
         eps2,
         resolve_backend(backend),
     )
-    return y
 
 
 def _check_heads(heads: int, features: int) -> None:
@@ -169,17 +140,54 @@ def _check_heads(heads: int, features: int) -> None:
         )
 
 
-def _check_weights(
-    x: Tensor, weights: tuple[tuple[str, Tensor, tuple[int, int]], ...], biases: tuple[tuple[str, Tensor | None], ...]
-) -> None:
-    """Weights of these shapes and biases of one element per feature of x, in x's dtype and on its device."""
-    for name, value, shape in weights:
-        check_beside(name, value, "x", x, float32_too=False)
-        check_shape(name, value, shape, "out features by in features as nn.Linear stores it")
-    for name, bias in biases:
-        if bias is not None:
-            check_beside(name, bias, "x", x, float32_too=False)
-            check_shape(name, bias, x.shape[-1:], "one element per feature of x")
+def _check_x(x: Tensor, packed: bool) -> int:
+    """The number of features."""
+    check_tensor("x", x)
+    if x.dim() != (2 if packed else 3):
+        raise ValueError(
+            f"x has {x.dim()} dimensions, shape {tuple(x.shape)}: pass (batch, length, features), or packed rows "
+            "(T, features) together with cu_seqlens"
+        )
+    return x.shape[-1]
+
+
+def _check_projections(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> None:
+    features = x.shape[-1]
+    for letter, weight, bias in zip("qkvo", weights, biases, strict=True):
+        _check_weight(x, "w" + letter, weight, (features, features))
+        _check_bias(x, "b" + letter, bias)
+
+
+def _check_ffn(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+    features = x.shape[-1]
+    check_tensor("w1", w1)
+    if w1.dim() != 2:
+        raise ValueError(f"w1 has shape {tuple(w1.shape)}: pass (F, {features})")
+    hidden = w1.shape[0]
+    _check_weight(x, "w1", w1, (hidden, features))
+    _check_weight(x, "w2", w2, (features, hidden))
+    if b1 is not None:
+        check_beside("b1", b1, "x", x, float32_too=False)
+        check_shape("b1", b1, (hidden,), "one element per row of w1")
+    _check_bias(x, "b2", b2)
+
+
+def _check_weight(x: Tensor, name: str, weight: Tensor, shape: tuple[int, int]) -> None:
+    check_beside(name, weight, "x", x, float32_too=False)
+    check_shape(name, weight, shape, "out features by in features as nn.Linear stores it")
+
+
+def _check_bias(x: Tensor, name: str, bias: Tensor | None) -> None:
+    if bias is not None:
+        check_beside(name, bias, "x", x, float32_too=False)
+        check_shape(name, bias, x.shape[-1:], "one element per feature of x")
+
+
+def _check_norms(x: Tensor, *values: Tensor | None) -> None:
+    for name, value in zip(("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"), values, strict=True):
+        if value is not None:
+            check_beside(name, value, "x", x)
+            check_shape(name, value, x.shape[-1:], "one element per feature of x")
 
 
 def _lower(mask: Mask | Tensor, x: Tensor, heads: int) -> LoweredMask:

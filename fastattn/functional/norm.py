@@ -11,6 +11,7 @@ from fastattn.functional import direct
 from fastattn.functional.checks import (
     check_beside,
     check_dropout,
+    check_eps,
     check_number,
     check_shape,
     check_tensor,
@@ -178,10 +179,7 @@ def _norm(
         raise ValueError("x has no dimensions: pass (..., N), the norm runs over the last one")
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x, weight, bias, residual = _to_float32(x), _to_float32(weight), _to_float32(bias), _to_float32(residual)
-    if eps is None:
-        eps = torch.finfo(accumulate_dtype(x.dtype)).eps
-    if not eps >= 0.0:
-        raise ValueError(f"eps={eps} is negative: pass 0 or a small positive number such as 1e-5")
+    eps = torch.finfo(accumulate_dtype(x.dtype)).eps if eps is None else check_eps("eps", eps)
     if weight is not None:
         check_beside("weight", weight, "x", x)
         check_shape("weight", weight, x.shape[-1:], "one element per feature of x")

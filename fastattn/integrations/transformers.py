@@ -99,27 +99,7 @@ def attention_forward(
     Raises ValueError for a paged cache (`cache=`), for a mask that is not 4-D, for one sink per query (`sinks=`), and
     for chosen blocks of keys (`block_indices=`).
     """
-    if sinks is not None:
-        raise ValueError(
-            "sinks: the fastattn attention takes one sink per head (s_aux), not one per query; load the model with "
-            'attn_implementation="eager"'
-        )
-    if block_indices is not None:
-        raise ValueError(
-            "block_indices: the fastattn attention does not know the blocks of keys that this model chooses; load the "
-            'model with attn_implementation="sdpa"'
-        )
-    if cache is not None:
-        raise ValueError(
-            f"cache: the fastattn attention does not read paged caches (got {type(cache).__name__}); "
-            'load the model with attn_implementation="sdpa" for continuous batching'
-        )
-    if attention_mask is not None and attention_mask.ndim != 4:
-        raise ValueError(
-            f"attention_mask: expected None or a 4-D tensor, got shape {tuple(attention_mask.shape)}; "
-            'the mask must be built for the implementation "fastattn", "sdpa" or "eager" (config._attn_implementation '
-            "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
-        )
+    _check_known(attention_mask, cache, sinks, block_indices)
     own = module if isinstance(module, Fused) else None
     ran_eager = own is not None and own.fastattn_forms_weights
     if ran_eager and _is_head_mask(attention_mask, query, key):
@@ -135,14 +115,10 @@ def attention_forward(
             'Set the attention to "eager" to get them.'
         )
     query, key, value = _same_batch(query, key, value)
-    len_q = query.shape[2]
     mask: Tensor | Causal | None = attention_mask
-    if attention_mask is None and len_q > 1 and _is_causal(module, is_causal):
-        # An empty static cache: keys past the last query are not filled yet, and no query may see them.
-        if key.shape[2] > len_q:
-            key, value = key[:, :, :len_q], value[:, :, :len_q]
-            position_bias = None if position_bias is None else position_bias[..., :len_q]
+    if attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal):
         mask = Causal("top-left")
+        key, value, position_bias = _without_unfilled(query.shape[2], key, value, position_bias)
     if indices is not None:
         mask = chosen_keys(mask, indices, key.shape[2])
     backend = None if own is None else own.fastattn_backend
@@ -170,6 +146,33 @@ def attention_forward(
         backend=backend,
     )
     return _result(out, head_mask)
+
+
+def _check_known(
+    attention_mask: Tensor | None, cache: object | None, sinks: object | None, block_indices: object | None
+) -> None:
+    """ValueError for what some model gives its attention and no kernel takes."""
+    if sinks is not None:
+        raise ValueError(
+            "sinks: the fastattn attention takes one sink per head (s_aux), not one per query; load the model with "
+            'attn_implementation="eager"'
+        )
+    if block_indices is not None:
+        raise ValueError(
+            "block_indices: the fastattn attention does not know the blocks of keys that this model chooses; load the "
+            'model with attn_implementation="sdpa"'
+        )
+    if cache is not None:
+        raise ValueError(
+            f"cache: the fastattn attention does not read paged caches (got {type(cache).__name__}); "
+            'load the model with attn_implementation="sdpa" for continuous batching'
+        )
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise ValueError(
+            f"attention_mask: expected None or a 4-D tensor, got shape {tuple(attention_mask.shape)}; "
+            'the mask must be built for the implementation "fastattn", "sdpa" or "eager" (config._attn_implementation '
+            "of the model that builds it), or be given as (batch, heads or 1, queries, keys)"
+        )
 
 
 def _is_head_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
@@ -216,6 +219,15 @@ def _note_torch(own: Fused | None, reason: str) -> None:
 
 def _is_causal(module: nn.Module, asked: bool | None) -> bool:
     return asked if asked is not None else getattr(module, "is_causal", True)
+
+
+def _without_unfilled(
+    len_q: int, key: Tensor, value: Tensor, position_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys up to the last query: in an empty static cache those past it are not filled, and no query sees them."""
+    if key.shape[2] <= len_q:
+        return key, value, position_bias
+    return key[:, :, :len_q], value[:, :, :len_q], None if position_bias is None else position_bias[..., :len_q]
 
 
 def _same_batch(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

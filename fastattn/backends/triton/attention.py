@@ -11,7 +11,7 @@ from fastattn.backends.few import as_decoding
 from fastattn.backends.triton import flash
 from fastattn.backends.triton.decode import MAX_ENTRIES, attention_decode, input_reasons
 from fastattn.backends.triton.launch import architecture, dot_precision, launch
-from fastattn.backends.triton.plan import Mask, Plan, mask_arguments, near, plan_keys, plan_queries
+from fastattn.backends.triton.plan import Mask, Plan, bias_arguments, mask_arguments, plan_keys, plan_queries
 from fastattn.backends.views import copied, empty_out, writable
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
@@ -277,7 +277,6 @@ class Call:
         wide, rest = pieces(dim)
         wide_v, rest_v = pieces(dim_v)
         full = (self.batch, self.heads, self.len_q, self.len_k)
-        steps = (0, 0, 0, 0) if bias.dense is None else bias.dense.expand(full).stride()
         self.arguments: dict[str, Any] = {
             "q": q,
             "k": k,
@@ -288,15 +287,7 @@ class Call:
             "lse_b": 0 if self.is_packed else self.heads * rows_q,
             "lse_h": rows_q,
             **self.mask.arguments,
-            "bias": bias.dense,
-            **dict(zip(("bias_b", "bias_h", "bias_q", "bias_k"), steps, strict=True)),
-            "table": bias.table,
-            "table_h": 0 if bias.table is None or bias.table.shape[0] == 1 else bias.table.shape[1],
-            "table_first": near(bias.first),
-            "table_last": 0 if bias.table is None else bias.table.shape[1] - 1,
-            "slopes": bias.slopes,
-            "slopes_b": 0 if bias.slopes is None or bias.slopes.shape[0] == 1 else self.heads,
-            "TOP_LEFT": bias.top_left and (bias.table is not None or bias.slopes is not None),
+            **bias_arguments(bias, full),
             "sinks": None if sinks is None else sinks.float(),
             "seed_pointer": dropout_seed if dropout_p > 0.0 else None,
             "threshold": dropout_threshold(dropout_p),

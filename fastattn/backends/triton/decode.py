@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn.backends.parts import cut, keys_seen
 from fastattn.backends.triton.launch import architecture, dot_precision, launch, multiprocessors
-from fastattn.backends.triton.plan import FAR, near
+from fastattn.backends.triton.plan import FAR, bias_arguments, interval_arguments, near
 from fastattn.backends.views import empty_out
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
@@ -73,15 +73,9 @@ def attention_decode(
     lse = q.new_empty(batch, heads, len_q, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    if block_table is None:
-        heads_kv, room, page_size = k_cache.shape[1], k_cache.shape[2], 1
-        steps = {name: _strides(name, cache, (0, 1, 2)) for name, cache in (("k", k_cache), ("v", v_cache))}
-    else:
-        page_size, heads_kv = k_cache.shape[1], k_cache.shape[2]
-        room = block_table.shape[1] * page_size
-        steps = {name: _strides(name, cache, (0, 2, 1)) for name, cache in (("k", k_cache), ("v", v_cache))}
-    group = heads // heads_kv
-    rows = group * len_q
+    cache = _cache_arguments(k_cache, v_cache, block_table)
+    heads_kv, room = cache["heads_kv"], cache["room"]
+    rows = heads // heads_kv * len_q
     pair_bytes = bytes_of_pairs(bias.dense, bias.table)
     tile = decode_tile(architecture(q.device), rows, max(dim, dim_v), q.element_size(), pair_bytes)
     tiles = -(-rows // tile.block_q)
@@ -89,10 +83,6 @@ def attention_decode(
     parts, part_keys = cut(batch * heads_kv * tiles, keys_seen(room, len_q, mask), tile.block_k, wanted)
     whole = parts == 1
     sums, highests, totals = (None if whole else lse.new_empty(parts, lse.numel() * n) for n in (dim_v, 1, 1))
-    full = (batch, heads, len_q, room)
-    bias_steps = (0, 0, 0, 0) if bias.dense is None else bias.dense.expand(full).stride()
-    intervals = mask.intervals
-    wide = None if intervals is None else intervals.expand(intervals.shape[0], batch, heads, len_q, 2)
     shared: dict[str, Any] = {
         "out": out,
         **_strides("out", out, (0, 1, 2)),
@@ -107,37 +97,18 @@ def attention_decode(
         "DIM_V": dim_v,
         "WIDE_V": _wide(dim_v),
     }
-    has_band = mask.band_left is not None or mask.band_right is not None
+    full = (batch, heads, len_q, room)
     biased = any(t is not None for t in (bias.dense, bias.table, bias.slopes))
-    arguments = shared | {
-        "q": q,
-        **_strides("q", q, (0, 1, 2)),
-        "k": k_cache,
-        **steps["k"],
-        "v": v_cache,
-        **steps["v"],
-        "cache_lengths": cache_lengths,
-        "block_table": block_table,
-        "table_b": 0 if block_table is None else block_table.shape[1],
-        "page_size": page_size,
+    arguments = shared | cache | interval_arguments(mask) | bias_arguments(bias, full)
+    arguments |= {
         "band_low": -FAR if mask.band_left is None else near(-mask.band_left),
         "band_high": FAR if mask.band_right is None else near(mask.band_right),
-        "intervals": intervals,
-        "by_interval": 0 if wide is None else wide.stride(0),
-        "intervals_b": 0 if wide is None else wide.stride(1),
-        "intervals_h": 0 if wide is None else wide.stride(2),
-        "bias": bias.dense,
-        **dict(zip(("bias_b", "bias_h", "bias_q", "bias_k"), bias_steps, strict=True)),
-        "table": bias.table,
-        "table_h": 0 if bias.table is None or bias.table.shape[0] == 1 else bias.table.shape[1],
-        "table_first": near(bias.first),
-        "table_last": 0 if bias.table is None else bias.table.shape[1] - 1,
-        "slopes": bias.slopes,
-        "slopes_b": 0 if bias.slopes is None or bias.slopes.shape[0] == 1 else heads,
-        "heads_kv": heads_kv,
-        "group": group,
+        "HAS_BAND": mask.band_left is not None or mask.band_right is not None,
+        "q": q,
+        **_strides("q", q, (0, 1, 2)),
+        "cache_lengths": cache_lengths,
+        "group": heads // heads_kv,
         "rows": rows,
-        "room": room,
         "part_keys": part_keys,
         "scale": scale,
         "softcap": softcap,
@@ -145,8 +116,6 @@ def attention_decode(
         "WIDE": _wide(dim),
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
-        "HAS_BAND": has_band,
-        "INTERVALS": 0 if intervals is None else intervals.shape[0],
         "WHOLE": whole,
         "FOLDED": scale > 0.0 and softcap == 0.0 and not biased,
         "SOFTCAP": softcap != 0.0,
@@ -157,6 +126,27 @@ def attention_decode(
         together = shared | {"rows": lse.numel(), "BLOCK_Q": 4}
         launch(attention_combine_kernel, (-(-lse.numel() // 4),), together, num_warps=4, num_stages=1)
     return out, lse
+
+
+def _cache_arguments(k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None) -> dict[str, Any]:
+    """Where keys and values lie, in one piece or, with a block table, in pages; room: how many positions there are."""
+    if block_table is None:
+        order, heads_kv, room, page_size, table_b = (0, 1, 2), k_cache.shape[1], k_cache.shape[2], 1, 0
+    else:
+        page_size, heads_kv = k_cache.shape[1], k_cache.shape[2]
+        order, table_b = (0, 2, 1), block_table.shape[1]
+        room = table_b * page_size
+    return {
+        "k": k_cache,
+        **_strides("k", k_cache, order),
+        "v": v_cache,
+        **_strides("v", v_cache, order),
+        "block_table": block_table,
+        "table_b": table_b,
+        "page_size": page_size,
+        "heads_kv": heads_kv,
+        "room": room,
+    }
 
 
 def _strides(name: str, tensor: Tensor, order: tuple[int, int, int]) -> dict[str, int]:

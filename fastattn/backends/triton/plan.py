@@ -1,4 +1,4 @@
-"""The mask and the plan of tiles as arguments of the attention kernels (fastattn.kernels.attention.mask)."""
+"""The mask, the bias and the plan of tiles as arguments of the attention kernels (fastattn.kernels.attention)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.triton.launch import launch
+from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import Blocks, LoweredMask
 from fastattn.packed import Packed
 
@@ -66,10 +67,7 @@ def mask_arguments(
         "band_low": -FAR if mask.band_left is None else near(mask.band_offset - mask.band_left),
         "band_high": FAR if mask.band_right is None else near(mask.band_offset + mask.band_right),
     }
-    intervals = mask.intervals
-    arguments |= {"intervals": intervals, "INTERVALS": 0 if intervals is None else intervals.shape[0]}
-    steps = (0, 0, 0) if intervals is None else tuple(_stride(intervals, d) for d in range(3))
-    arguments |= dict(zip(("by_interval", "intervals_b", "intervals_h"), steps, strict=True))
+    arguments |= interval_arguments(mask)
     ids = None if mask.blocks is None else _block_ids(mask.blocks, len_k)
     arguments |= {"block_ids": ids, "bitmaps": None if mask.blocks is None else mask.blocks.bitmaps}
     steps = (0, 0, 0) if ids is None else tuple(_stride(ids, d) for d in range(3))
@@ -84,6 +82,33 @@ def mask_arguments(
     listed = any(arguments[name] is not None for name in ("key_bits", "key_flags", "intervals", "block_ids", "dense"))
     entries = (batch if by_batch else 1, heads if by_head else 1)
     return Mask(arguments, entries, listed and len_q > 0 and len_k > 0)
+
+
+def interval_arguments(mask: LoweredMask) -> dict[str, Any]:
+    """Kernel arguments for the intervals of a mask."""
+    intervals = mask.intervals
+    steps = (0, 0, 0) if intervals is None else tuple(_stride(intervals, d) for d in range(3))
+    return {
+        "intervals": intervals,
+        "INTERVALS": 0 if intervals is None else intervals.shape[0],
+        **dict(zip(("by_interval", "intervals_b", "intervals_h"), steps, strict=True)),
+    }
+
+
+def bias_arguments(bias: LoweredBias, full: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Kernel arguments for a bias of a call of B, Hq, Sq, Skv = full."""
+    steps = (0, 0, 0, 0) if bias.dense is None else bias.dense.expand(full).stride()
+    return {
+        "bias": bias.dense,
+        **dict(zip(("bias_b", "bias_h", "bias_q", "bias_k"), steps, strict=True)),
+        "table": bias.table,
+        "table_h": 0 if bias.table is None or bias.table.shape[0] == 1 else bias.table.shape[1],
+        "table_first": near(bias.first),
+        "table_last": 0 if bias.table is None else bias.table.shape[1] - 1,
+        "slopes": bias.slopes,
+        "slopes_b": 0 if bias.slopes is None or bias.slopes.shape[0] == 1 else full[1],
+        "TOP_LEFT": bias.top_left and (bias.table is not None or bias.slopes is not None),
+    }
 
 
 def plan_keys(mask: Mask, len_q: int, len_k: int, block_q: int, block_k: int) -> Plan:
