@@ -6,6 +6,7 @@ architecture, registers, stack bytes, shared memory, tensor-core instructions. E
 - shared memory is over the architecture's limit,
 - a kernel that multiplies half-precision tiles has no tensor-core instruction,
 - a forward for half inputs of head dims up to 128 without options or biases has a stack (spilled registers),
+- attention for half inputs without options or biases loads elements one by one, not 16 bytes at a time,
 - a stack is larger than compiled.json, beside this file, says. --write writes that file anew.
 
 --drawn N asks another question: whether what the random cases of `fastattn verify` launch, with their every mixture of
@@ -31,6 +32,7 @@ import torch
 from fastattn.kernels.tiles import SHARED_BYTES
 
 COMMITTED = Path(__file__).with_name("compiled.json")
+ONE_BY_ONE = re.compile(r"\bld\.global\S*\.[bu]16\b")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 MULTIPLYING = (
     "attention_forward_kernel",
@@ -80,6 +82,8 @@ VARIANTS = [
     Variant("bfloat16", 256, 256, "causal", archs=(80, 86, 90, 100)),
     Variant("float16", 80, 80, "none"),
     Variant("bfloat16", 16, 16, "causal"),
+    Variant("float16", 40, 40, "none", archs=(80, 90)),
+    Variant("bfloat16", 72, 72, "causal", packed=True, archs=(90,)),
     Variant("float16", 192, 128, "none", archs=(90,)),
     Variant("bfloat16", 96, 96, "none", options=True, archs=(90,)),
     Variant("float32", 64, 64, "causal", archs=(80, 90)),
@@ -124,6 +128,7 @@ class Compiled(NamedTuple):
     stack: int
     shared: int
     tensor_core: str
+    one_by_one: int  # instructions that load a single element of 16 bits
 
     @property
     def key(self) -> str:
@@ -308,8 +313,10 @@ def _compiled(launch: Any, name: str, arch: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     registers, stack = resources(compiled.asm["cubin"])
-    kinds = sorted(set(TENSOR_CORE.findall(compiled.asm["ptx"])))
-    return Compiled(kernel.__name__, name, arch, registers, stack, compiled.metadata.shared, "+".join(kinds) or "-")
+    text = compiled.asm["ptx"]
+    kinds = "+".join(sorted(set(TENSOR_CORE.findall(text)))) or "-"
+    shared, one_by_one = compiled.metadata.shared, len(ONE_BY_ONE.findall(text))
+    return Compiled(kernel.__name__, name, arch, registers, stack, shared, kinds, one_by_one)
 
 
 def _source(launch: Any) -> tuple[Any, dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[Any]]]:
@@ -371,6 +378,9 @@ def troubles(found: Compiled, variant: Variant, committed: dict[str, int]) -> li
     plain = half and max(variant.dim, variant.dim_v) <= 128 and not (variant.options or variant.distance)
     if plain and found.kernel == "attention_forward_kernel" and found.stack > 0:
         wrong.append(f"a stack of {found.stack} bytes in a plain forward")
+    attention = variant.mask not in ("norm", "linear_act", "gated_ffn", "cache", "pages")
+    if half and attention and not (variant.options or variant.distance) and found.one_by_one:
+        wrong.append(f"{found.one_by_one} loads of single elements")
     if found.key not in committed:
         wrong.append("not in compiled.json: run with --write")
     elif found.stack > committed[found.key]:

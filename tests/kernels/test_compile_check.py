@@ -18,7 +18,7 @@ RULES = """
 import json
 from fastattn.kernels import compile_check as check
 
-good = check.Compiled("attention_forward_kernel", "x", 90, 200, 0, 1000, "wgmma.mma_async")
+good = check.Compiled("attention_forward_kernel", "x", 90, 200, 0, 1000, "wgmma.mma_async", 0)
 half, options = check.Variant("bfloat16", 128, 128, "none"), check.Variant("bfloat16", 128, 128, "none", options=True)
 cases = [
     (good, half, {good.key: 0}),
@@ -29,6 +29,8 @@ cases = [
     (good._replace(stack=8), options, {good.key: 8}),
     (good._replace(stack=8), options, {good.key: 0}),
     (good, half, {}),
+    (good._replace(one_by_one=3), half, {good.key: 0}),
+    (good._replace(one_by_one=3), options, {good.key: 0}),
 ]
 print(json.dumps([check.troubles(*case) for case in cases]))
 """
@@ -44,12 +46,13 @@ def test_the_rules(fresh_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     found = fresh_process(RULES, TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
-    fine, shared, slow, wide, spilled, allowed, grown, unknown = json.loads(found.stdout)
-    assert fine == wide == allowed == []
+    fine, shared, slow, wide, spilled, allowed, grown, unknown, single, mixed = json.loads(found.stdout)
+    assert fine == wide == allowed == mixed == []
     assert "shared memory" in shared[0]
     assert slow == ["no tensor-core instruction"]
     assert spilled == ["a stack of 8 bytes in a plain forward"]
     assert grown == ["a stack of 8 bytes, 0 in compiled.json"]
+    assert single == ["3 loads of single elements"]
     assert "not in compiled.json" in unknown[0]
 
 
