@@ -102,18 +102,37 @@ def holds_its_own_forward(module: nn.Module) -> bool:
 
 def why_not_parameter(child: nn.Module, name: str, *, optional: bool) -> str | None:
     """The named parameter is registered, exactly an nn.Parameter, and holds data; None is allowed where optional."""
-    if name not in child._parameters:
+    if name not in child._parameters and not _takes_back(child, name):
         return f"has a computed {name}"
     parameter = child._parameters[name]
     if parameter is None:
         return None if optional else f"has no {name}"
-    if (type(parameter) is not nn.Parameter and not _is_exported(parameter, nn.Parameter)) or name in child.__dict__:
+    if (type(parameter) is not nn.Parameter and not _stands_in(parameter, child)) or name in child.__dict__:
         return f"has a {type(getattr(child, name)).__name__} as its {name}"
     if parameter.layout is not torch.strided:
         return f"has a {str(parameter.layout).removeprefix('torch.')} {name}"
     if parameter.is_meta:
         return f"has its {name} on the meta device"
     return None
+
+
+def _stands_in(parameter: Tensor, child: nn.Module) -> bool:
+    """Whether torch itself put it in a parameter's place: torch.export, or nn.DataParallel in a replica."""
+    if "_is_replica" in child.__dict__:
+        return type(parameter) is Tensor
+    return _is_exported(parameter, nn.Parameter)
+
+
+def _takes_back(child: nn.Module, name: str) -> bool:
+    """A replica of nn.DataParallel, which lives for one forward, holds its parameters as plain attributes, copies
+    through which gradients pass. They become parameters again, which every reader of them looks for."""
+    former = child.__dict__.get("_former_parameters")
+    if not former or name not in former:
+        return False
+    for each in former:
+        child.__dict__.pop(each, None)
+    child._parameters.update(former)
+    return True
 
 
 def why_not_tensor(name: str, value: object) -> str | None:

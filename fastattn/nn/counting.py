@@ -87,4 +87,7 @@ def note_fallback(module: Fused, reason: str) -> None:
 
 
 def _tallies(module: Fused) -> list[Tally]:
-    return [tallies[id(module)] for tallies in _counting if id(module) in tallies] if _counting else []
+    if not _counting:
+        return []
+    counted = module.fastattn_replica_of or id(module)
+    return [tallies[counted] for tallies in _counting if counted in tallies]

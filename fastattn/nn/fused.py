@@ -27,6 +27,13 @@ class Fused(nn.Module):
     """Whether the attention weights are given to who asks, as the original gives them: its config asked for "eager"."""
     fastattn_strict: bool = False
     """Whether a call that would run original code raises instead, as swap(strict=True) wants it."""
+    fastattn_replica_of: int | None = None
+    """In a replica of nn.DataParallel, under whose calls its own are counted: the id of what it is a replica of."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.fastattn_replica_of = id(self)
+        return replica
 
 
 def stands_for(module: nn.Module, original: type[ModuleT]) -> TypeGuard[ModuleT]:
