@@ -43,10 +43,9 @@ _HOMES = {
     "prepack": "fastattn.swap",
     "rms_norm": "fastattn.functional",
     "scaled_dot_product_attention": "fastattn.functional",
-    "swap": "fastattn.swap",
     "use_backend": "fastattn.dispatch",
 }
-_MODULES = ("biases", "integrations", "masks", "nn", "reference")
+_MODULES = ("biases", "dispatch", "functional", "integrations", "masks", "nn", "reference", "swap")
 
 __all__ = [
     "BackendWarning",

@@ -88,7 +88,8 @@ def check_backend_name(name: str, argument: str = "backend") -> str:
     automatically."""
     if name and name not in NAMES:
         known = ", ".join(map(repr, NAMES))
-        raise ValueError(f"{argument}={name!r} is unknown: pass one of {known}, or None to choose automatically")
+        otherwise = "pass None" if argument == "backend" else "leave it unset"
+        raise ValueError(f"{argument}={name!r} is unknown: pass one of {known}, or {otherwise} to choose automatically")
     return name
 
 

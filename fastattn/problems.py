@@ -6,14 +6,22 @@ the forward too. Problems are hashable, so a choice of backend is remembered per
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
+class _Shown:
+    """Shown without the fields that are at their defaults, most of them False."""
+
+    def __repr__(self) -> str:
+        named = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value, own in named if value != own)})"
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionProblem(_Shown):
     """One attention call. Lengths, heads and head dims in elements; `intervals` is the number of intervals per
     query, 0 where there are none; the other fields of the mask say which parts its lowered form has. `bias` is the
     dtype of a dense bias; `table` and `slopes` are biases by distance. A `packed` batch has the sizes of a padded one:
@@ -52,8 +60,8 @@ class AttentionProblem:
         return "attention"
 
 
-@dataclass(frozen=True)
-class DecodeProblem:
+@dataclass(frozen=True, repr=False)
+class DecodeProblem(_Shown):
     """One attention call over a key-value cache; `len_k` is the cache's room per sequence, `bias` a dense bias' dtype,
     `intervals` their number per query."""
 
@@ -80,8 +88,8 @@ class DecodeProblem:
         return "attention_decode"
 
 
-@dataclass(frozen=True)
-class NormProblem:
+@dataclass(frozen=True, repr=False)
+class NormProblem(_Shown):
     """One layer or RMS norm over `rows` rows of `width` elements; a dtype of None means that the tensor is absent."""
 
     device_type: str
@@ -100,8 +108,8 @@ class NormProblem:
         return "norm"
 
 
-@dataclass(frozen=True)
-class LinearProblem:
+@dataclass(frozen=True, repr=False)
+class LinearProblem(_Shown):
     """One linear layer with activation, or a feed-forward block; `hidden_features` is 0 for linear_act."""
 
     op: Literal["linear_act", "ffn", "gated_ffn"]
@@ -117,8 +125,8 @@ class LinearProblem:
     requires_grad: bool = False
 
 
-@dataclass(frozen=True)
-class EncoderLayerProblem:
+@dataclass(frozen=True, repr=False)
+class EncoderLayerProblem(_Shown):
     """One transformer encoder layer in inference; `packed` rows count as one batch entry of length `len`."""
 
     device_type: str

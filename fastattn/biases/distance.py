@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.biases.base import Bias
 from fastattn.biases.lowered import LoweredBias, of_slopes, of_table
-from fastattn.masks.arguments import Align, check_align, check_whole, describe
+from fastattn.masks.arguments import Align, as_whole, check_align, describe
 from fastattn.masks.lowered import Size
 from fastattn.masks.positional import aligned
 
@@ -55,7 +55,7 @@ class ALiBi(_OfDistance):
     def standard(cls, heads: int, device: torch.device | str | None = None, align: Align = "bottom-right") -> ALiBi:
         """The published slopes: 2^(-8 i / n) for i = 1 to n, with n the largest power of two up to `heads`; further
         heads get every other one of those for 2 n."""
-        check_whole("ALiBi", "heads", heads, 1, "heads")
+        heads = as_whole("ALiBi", "heads", heads, 1, "heads")
         n = 2 ** int(math.log2(heads))
         slopes = [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
         slopes += [2.0 ** (-4.0 * i / n) for i in range(1, 2 * (heads - n), 2)]
@@ -122,7 +122,9 @@ class T5Bias(_OfDistance):
         self, weight: Tensor, bidirectional: bool = True, max_distance: int = 128, align: Align = "bottom-right"
     ) -> None:
         super().__init__("weight", weight, align)
-        check_whole("T5Bias", "max_distance", max_distance, 1, "positions")
+        max_distance = as_whole("T5Bias", "max_distance", max_distance, 1, "positions")
+        if not isinstance(bidirectional, bool):
+            raise TypeError(f"T5Bias: bidirectional={bidirectional!r} is a {type(bidirectional).__name__}: pass a bool")
         if weight.dim() != 2:
             raise ValueError(f"T5Bias: weight has shape {tuple(weight.shape)}: pass (buckets, Hq)")
         buckets = weight.shape[0]

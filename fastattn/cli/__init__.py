@@ -11,6 +11,8 @@ def main() -> None:
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"The fastattn command needs {' and '.join(missing)}: pip install 'fastattn[cli]'")
-    from fastattn.cli.app import app
-
+    try:
+        from fastattn.cli.app import app
+    except ValueError as error:  # of a variable of the environment
+        sys.exit(f"fastattn: {error}")
     app()

@@ -9,6 +9,7 @@ import torch
 import typer
 from rich.table import Table
 
+from fastattn import dispatch
 from fastattn.cli.console import wide_console
 from fastattn.dispatch import Explanation, backends, check_backend_name, explain_problem
 from fastattn.functional.attention import MAX_HEAD_DIM
@@ -115,7 +116,7 @@ def explain(
     dropout: Annotated[bool, typer.Option("--dropout", help="Weights are dropped.")] = False,
     grad: Annotated[bool, typer.Option("--grad", help="q, k or v require a gradient.")] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The backward is to be repeatable.")] = False,
-    backend: Annotated[str, typer.Option(help="A backend that is forced; empty lets fastattn choose.")] = "",
+    backend: Annotated[str, typer.Option(help="A backend that is forced; empty: FASTATTN_BACKEND, or a choice.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show which backend runs an attention call, and why each other does not. Exit code 1 if none does."""
@@ -124,6 +125,9 @@ def explain(
     _choice(device, ("cpu", "cuda"), "--device")
     if bias is not None:
         _choice(bias, list(_DTYPES), "--bias")
+        if bias not in (dtype, "float32"):
+            allowed = " or ".join(dict.fromkeys((dtype, "float32")))
+            raise typer.BadParameter(f"--bias {bias}: beside q of {dtype} a bias is of {allowed}")
     if bias_grad and bias is None:
         raise typer.BadParameter("--bias-grad: there is no bias; add --bias float32")
     problem = problem_of(
@@ -140,7 +144,7 @@ def explain(
         deterministic=deterministic,
     )
     try:
-        found = explain_problem(problem, check_backend_name(backend))
+        found = explain_problem(problem, check_backend_name(backend) or dispatch.forced)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:

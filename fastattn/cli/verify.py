@@ -14,6 +14,7 @@ from rich.progress import TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastattn import dispatch
 from fastattn.backends import cuda, triton
 from fastattn.cli.console import output_file, progress_bar, wide_console
 from fastattn.dispatch import backends
@@ -26,10 +27,18 @@ _SHOWN_FAILURES = 10
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def default_backend() -> str:
-    """The first native backend that this machine can use, else the reference."""
+_NATIVE = ("cuda", "cpu")
+
+
+def default_backend(console: Console) -> str:
+    """That of FASTATTN_BACKEND, else the first native backend that this machine can use, else, which is said, the
+    reference."""
     usable = backends()
-    return next((name for name in ("cuda", "cpu") if usable[name] is None), "reference")
+    found = dispatch.forced or next((name for name in _NATIVE if usable[name] is None), "")
+    if not found:
+        reasons = "; ".join(f"{name}: {usable[name]}" for name in _NATIVE)
+        console.print(f"no native backend can be used, the reference is checked: {reasons}", style="bold yellow")
+    return found or "reference"
 
 
 def _ratio(ratio: float) -> Text:
@@ -100,7 +109,9 @@ def _device(backend: str) -> str:
 
 def verify(
     op: Annotated[str, typer.Option(help=f"Of {', '.join(OPERATIONS)}, with commas between them; or all.")] = "all",
-    backend: Annotated[str, typer.Option(help="The backend under test; empty takes the first native one.")] = "",
+    backend: Annotated[
+        str, typer.Option(help="That under test; empty: FASTATTN_BACKEND, or the first native one.")
+    ] = "",
     cases: Annotated[int, typer.Option(min=1, help="Random cases of each operation.")] = 200,
     first: Annotated[int, typer.Option(min=0, help="The first of them to run, for a count done in parts.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other cases.")] = 0,
@@ -119,7 +130,7 @@ def verify(
     where it refuses only the gradients, the forward is checked. A run that --seconds cuts off says what was left out.
     """
     console = wide_console(stderr=as_json)
-    name = backend or default_backend()
+    name = backend or default_backend(console)
     only = range(first, cases)
     try:
         if not only:

@@ -22,7 +22,7 @@ from fastattn.functional.checks import (
     is_autocast,
     resolve_backend,
 )
-from fastattn.masks import LoweredMask, Mask
+from fastattn.masks import LoweredMask, Mask, lowering
 from fastattn.masks.arguments import as_4d
 from fastattn.masks.lowered import NOTHING_HIDDEN, PackedSize, Size, check_lowered, replaced
 from fastattn.masks.packed import lower_packed
@@ -155,7 +155,7 @@ def explain(
 
     Raises what `attention` raises for a wrong argument.
     """
-    if dropout_p and dropout_seed is None:
+    if dropout_p and dropout_seed is None and isinstance(q, Tensor):
         dropout_seed = torch.zeros(1, dtype=torch.int64, device=q.device)  # none is drawn: nothing is computed
     q, k, v, call, flags, forced = prepare(
         q, k, v, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, deterministic, backend
@@ -316,7 +316,7 @@ def lower_mask_and_bias(
     if isinstance(mask, Mask):
         if isinstance(size, PackedSize):
             return lower_packed(mask, size, q.device), added
-        return mask.lower(*size, q.device), added
+        return lowering.lower(mask, size, q.device), added
     if isinstance(mask, LoweredMask):
         if isinstance(size, PackedSize):
             raise TypeError(
@@ -330,6 +330,8 @@ def lower_mask_and_bias(
             f"mask is a {type(mask).__name__}: pass an object of fastattn.masks, a bool, int32 or float tensor, or None"
         )
     check_device("mask", mask, "q", q)
+    if mask.layout is not torch.strided:
+        raise TypeError(f"mask has layout {mask.layout}: pass a strided tensor, for example mask.to_dense()")
     if mask.dtype == torch.bool:
         return LoweredMask(dense=as_4d("mask", mask, size)), added
     if mask.dtype == torch.int32:

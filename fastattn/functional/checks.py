@@ -61,7 +61,8 @@ def check_int32(name: str, value: Tensor, main_name: str, main: Tensor) -> None:
     """TypeError unless `value` is an int32 tensor, ValueError unless it lies on the device of `main`."""
     if not isinstance(value, Tensor) or value.dtype != torch.int32:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is of {kind}: pass an int32 tensor, for example {name}.to(torch.int32)")
+        how = f"{name}.to(torch.int32)" if isinstance(value, Tensor) else f"torch.tensor({name}, dtype=torch.int32)"
+        raise TypeError(f"{name} is of {kind}: pass an int32 tensor, for example {how}")
     check_device(name, value, main_name, main)
 
 
@@ -122,7 +123,7 @@ def check_number(name: str, value: float) -> float:
     """`value` as a float; TypeError unless it is a real number of the host, ValueError unless float32 holds it."""
     number = _as_float(name, value)
     if not torch.compiler.is_compiling() and type(number) is float and not abs(number) <= _LARGEST:
-        raise ValueError(f"{name}={value!r} is not finite in float32, in which kernels compute: pass a smaller number")
+        raise ValueError(f"{name}={value!r} is not finite in float32, in which kernels compute: pass a finite number")
     return number
 
 
@@ -134,10 +135,18 @@ def check_eps(name: str, value: float) -> float:
     return eps
 
 
+def check_flag(name: str, value: bool) -> None:
+    """TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass True or False")
+
+
 def _as_float(name: str, value: float) -> float:
     if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} is a tensor of shape {tuple(value.shape)}: pass a Python number")
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass a Python number")
     return float(value)
 

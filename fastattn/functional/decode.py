@@ -18,7 +18,7 @@ from fastattn.functional.checks import (
     is_batched,
     resolve_backend,
 )
-from fastattn.masks import LoweredMask, Mask
+from fastattn.masks import LoweredMask, Mask, lowering
 from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
 from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
 from fastattn.ops.library import invoke, would_be_differentiated
@@ -214,7 +214,7 @@ def _lower_object(
     _, _, len_q, room = size
     from_the_end = "top-left" not in _parts(mask)
     if from_the_end:
-        whole = mask.lower(*size, q.device)
+        whole = lowering.lower(mask, size, q.device)
         if _is_about_positions(whole, room - len_q) and whole.intervals is None:
             return hide_keys(whole, added, len_q, room, q.device)
     if is_batched(cache_lengths):
@@ -230,7 +230,7 @@ def _lower_object(
         shapes = CacheSize(size, cache_lengths)
         at = Index(entry.view(-1, 1, 1, 1), head.view(-1, 1, 1), query.view(-1, 1), key, shapes)
         return LoweredMask(), replaced(added, dense=hide(added.dense, mask.rule(at)))
-    forms = [mask.lower(*size[:3], length, q.device) for length in lengths]
+    forms = [lowering.lower(mask, Size(*size[:3], length), q.device) for length in lengths]
     if from_the_end and forms and all(_has_no_keys(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
         return replaced(forms[0], intervals=_stack_intervals(forms, size)), added
     seen = torch.zeros(size, dtype=torch.bool, device=q.device)

@@ -15,12 +15,14 @@ from fastattn.functional.checks import (
     check_beside,
     check_cu_seqlens,
     check_eps,
+    check_flag,
     check_number,
     check_shape,
     check_tensor,
     resolve_backend,
 )
 from fastattn.masks import LoweredMask, Mask
+from fastattn.masks.arguments import whole
 from fastattn.masks.lowered import NOTHING_HIDDEN, Size, flatten
 from fastattn.ops.encoder_layer import encoder_layer_forward
 from fastattn.ops.library import invoke, would_be_differentiated
@@ -97,10 +99,11 @@ def encoder_layer(
             return y
     name = check_activation(activation)
     features = _check_x(x, packed=cu_seqlens is not None)
-    _check_heads(heads, features)
+    heads = _check_heads(heads, features)
     _check_projections(x, (wq, wk, wv, wo), (bq, bk, bv, bo))
     _check_ffn(x, w1, b1, w2, b2)
     _check_norms(x, norm1_weight, norm1_bias, norm2_weight, norm2_bias)
+    check_flag("norm_first", norm_first)
     eps1, eps2 = check_eps("eps1", eps1), check_eps("eps2", eps2)
     scale = 1.0 / math.sqrt(features // heads) if scale is None else check_number("scale", scale)
     lowered = NOTHING_HIDDEN
@@ -130,14 +133,16 @@ def encoder_layer(
     )
 
 
-def _check_heads(heads: int, features: int) -> None:
-    if isinstance(heads, bool) or not isinstance(heads, (int, torch.SymInt)):
+def _check_heads(heads: int, features: int) -> int:
+    number = whole(heads)
+    if number is None:
         raise TypeError(f"heads={heads!r} is a {type(heads).__name__}: pass the number of attention heads")
-    if heads < 1 or features % heads != 0 or not 1 <= features // heads <= MAX_HEAD_DIM:
+    if number < 1 or features % number != 0 or not 1 <= features // number <= MAX_HEAD_DIM:
         raise ValueError(
             f"heads={heads} does not cut x's {features} features into heads: pass a divisor of {features} with "
             f"at most {MAX_HEAD_DIM} features to a head"
         )
+    return number
 
 
 def _check_x(x: Tensor, packed: bool) -> int:

@@ -91,6 +91,7 @@ def layer_norm(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call.
     """
+    _check_order(weight)
     eps = check_number("eps", eps)
     y, z = _norm(x, weight, bias, "layer", eps, 0.0, residual, dropout_p, dropout_seed, backend)
     return (y, z) if return_residual else y
@@ -149,6 +150,7 @@ def rms_norm(
 
     The other arguments, the results and the errors are those of `layer_norm`.
     """
+    _check_order(weight)
     if eps is not None:
         eps = check_number("eps", eps)
     offset = check_number("offset", offset)
@@ -196,6 +198,15 @@ def _norm(
     args = (x, weight, bias, residual, seed, kind, eps, offset, dropout_p, tracked, resolve_backend(backend))
     y, z, _, _ = apply(Norm, *args) if tracked else invoke(norm_forward, *args)
     return y, x if residual is None and seed is None else z
+
+
+def _check_order(weight: object) -> None:
+    """TypeError for a call in the order of torch's functions, whose second argument is the normalised shape."""
+    if isinstance(weight, (tuple, list, int)):
+        raise TypeError(
+            f"weight={weight!r} is a {type(weight).__name__}: the norm runs over the last dimension and takes no "
+            "normalized_shape, pass (x, weight, ...)"
+        )
 
 
 def _to_float32(tensor: _T) -> _T:

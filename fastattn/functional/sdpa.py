@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ def directly(
 ) -> Tensor | None:
     """The output of a plain call by the short way; None for any other."""
     mask: object = attn_mask
+    if type(is_causal) is not bool or type(enable_gqa) is not bool:
+        return None
     if attn_mask is not None:
         # Ranges of keys, as int32, and masks of one dimension the kernels take and torch does not.
         if is_causal or not isinstance(attn_mask, Tensor) or attn_mask.dtype is torch.int32 or attn_mask.dim() < 2:
@@ -164,8 +167,13 @@ def why_torch(
     for name, number in (("dropout_p", dropout_p), ("scale", scale)):
         if number is not None and not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
             return f"{name} is a {type(number).__name__}"
-    if not 0.0 <= dropout_p <= 65535 / 65536:
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            return f"{name} is a {type(flag).__name__}"
+    if dropout_p is None or not 0.0 <= dropout_p <= 65535 / 65536:
         return f"dropout_p={dropout_p}"
+    if isinstance(scale, bool) or (isinstance(scale, float) and not math.isfinite(scale)):
+        return f"scale={scale}"
     return _why_not_shapes(query, key, value, enable_gqa) or _why_not_mask(query, key, value, attn_mask, is_causal)
 
 
@@ -193,6 +201,8 @@ def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
             return f"key has {heads[1]} heads, value {heads[2]}"
         if heads[1] == 0 or heads[0] % heads[1] != 0:
             return f"{heads[0]} heads of query are no multiple of the {heads[1]} of key"
+    if min(query.dim(), key.dim()) > 2 and 0 in (query.shape[-3], key.shape[-3]):
+        return "there are no heads"
     shapes = (_lead(query, enable_gqa), _lead(key, enable_gqa), _lead(value, enable_gqa))
     return None if _broadcast(*shapes) is not None else "the batch dimensions do not broadcast"
 

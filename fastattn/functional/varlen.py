@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from fastattn import biases
@@ -17,6 +16,7 @@ from fastattn.functional.attention import (
 )
 from fastattn.functional.checks import check_cu_seqlens, is_batched
 from fastattn.masks import Mask
+from fastattn.masks.arguments import whole
 from fastattn.masks.lowered import PackedSize
 from fastattn.ops.attention import attend
 from fastattn.packed import Packed
@@ -170,8 +170,9 @@ def _longest(name: str, cu_seqlens: Tensor, given: int | None) -> int:
                 f"{name}=None reads on the host the lengths that vmap maps: pass the longest sequence's length"
             )
         return int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+    number = whole(given)
+    if number is None:
         raise TypeError(f"{name}={given!r} is a {type(given).__name__}: pass the longest sequence's length, or None")
-    if given < 0:
-        raise ValueError(f"{name}={given} is negative: pass the longest sequence's length, or None")
-    return given
+    if number < 0:
+        raise ValueError(f"{name}={number} is negative: pass the longest sequence's length, or None")
+    return number

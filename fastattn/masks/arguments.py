@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,28 +28,47 @@ def check_align(align: Align) -> None:
         raise ValueError(f"align={align!r} is unknown: pass 'bottom-right' or 'top-left'")
 
 
-def check_reach(name: str, value: int | None) -> None:
-    """TypeError or ValueError unless `value` is a number of positions >= 0, or None."""
+def whole(value: Any) -> int | None:
+    """`value` as an int where it is a whole number, NumPy's too; None where it is anything else, a bool too."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    return None if isinstance(value, Tensor) or not hasattr(value, "__index__") else operator.index(value)
+
+
+def as_reach(owner: str, name: str, value: int | None) -> int | None:
+    """A number of positions >= 0, or None; TypeError or ValueError for anything else."""
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: pass a whole number of positions, or None")
-    if value < 0:
-        raise ValueError(f"{name}={value} is negative: pass 0 or more positions, or None for unbounded")
+        return None
+    number = whole(value)
+    if number is None:
+        raise TypeError(
+            f"{owner}: {name}={value!r} is a {type(value).__name__}: pass a whole number of positions, or None"
+        )
+    if number < 0:
+        raise ValueError(f"{owner}: {name}={number} is negative: pass 0 or more positions, or None for unbounded")
+    return number
 
 
-def check_whole(owner: str, name: str, value: int, least: int, of: str) -> None:
-    """TypeError or ValueError unless `value` is an int >= least; `of` says what it counts."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name}={value!r} is a {type(value).__name__}: pass a whole number of {of}")
-    if value < least:
-        raise ValueError(f"{owner}: {name}={value} is too small: pass {least} or more {of}")
+def as_whole(owner: str, name: str, value: int, least: int, of: str) -> int:
+    """A number >= least; TypeError or ValueError for anything else. `of` says what it counts, if anything."""
+    number = whole(value)
+    if number is None:
+        raise TypeError(
+            f"{owner}: {name}={value!r} is a {type(value).__name__}: pass a whole number{of and f' of {of}'}"
+        )
+    if number < least:
+        raise ValueError(f"{owner}: {name}={number} is too small: pass {least} or more{of and f' {of}'}")
+    return number
 
 
 def check_bool(owner: str, name: str, value: Tensor) -> None:
     """TypeError unless `value` is a bool tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{owner}: {name} is a {type(value).__name__}: pass a bool tensor, True where visible")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{owner}: {name} has layout {value.layout}: pass a strided tensor, {name}.to_dense()")
     if value.dtype != torch.bool:
         raise TypeError(
             f"{owner}: {name} has dtype {value.dtype}: pass a bool tensor, True where visible "
@@ -69,33 +90,42 @@ def check_device(name: str, value: Tensor, device: torch.device | None) -> None:
         raise ValueError(f"{name} lies on {value.device} but q on {device}: move it with .to({str(device)!r})")
 
 
-def as_positions(name: str, value: Tensor | Sequence[int]) -> Positions:
+def as_positions(owner: str, name: str, value: Tensor | Sequence[int]) -> Positions:
     """One number per batch entry; TypeError or ValueError for anything else."""
     if not isinstance(value, Tensor):
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise TypeError(
-                f"{name}={value!r} is a {type(value).__name__}: pass an int32 tensor of shape (B,) or a list of B ints"
+                f"{owner}: {name}={value!r} is a {type(value).__name__}: pass an int32 tensor of shape (B,) or a list "
+                "of B ints"
             )
-        wrong = [v for v in value if isinstance(v, bool) or not isinstance(v, int)]
-        if wrong:
-            raise TypeError(f"{name} holds {wrong[0]!r}: pass whole numbers, one per batch entry")
-        return tuple(value)
+        numbers = tuple(whole(v) for v in value)
+        for given, number in zip(value, numbers, strict=True):
+            if number is None:
+                raise TypeError(f"{owner}: {name} holds {given!r}: pass whole numbers, one per batch entry")
+        return numbers  # type: ignore[return-value]
     if value.dtype not in _INTEGERS:
-        raise TypeError(f"{name} has dtype {value.dtype}: pass an int32 tensor of shape (B,), one per batch entry")
+        raise TypeError(
+            f"{owner}: {name} has dtype {value.dtype}: pass an int32 tensor of shape (B,), one per batch entry"
+        )
     if value.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: pass one number per batch entry, shape (B,)")
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(value.shape)}: pass one number per batch entry, shape (B,) or a list"
+        )
     return value
 
 
 def as_count(owner: str, name: str, value: int | Tensor | Sequence[int], of: str) -> int | Positions:
     """One number >= 0 for all, or one per batch entry. The values of a tensor are not read."""
-    if isinstance(value, (Tensor, Sequence)) and not isinstance(value, str):
-        positions = as_positions(name, value)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        raise ValueError(f"{owner}: {name} is a tensor without dimensions: pass a number, or a tensor of shape (B,)")
+    if isinstance(value, (Tensor, Sequence, np.ndarray)) and not isinstance(value, str):
+        positions = as_positions(owner, name, value)
         if isinstance(positions, tuple) and any(n < 0 for n in positions):
             raise ValueError(f"{owner}: {name} holds {min(positions)}: pass 0 or more {of} per batch entry")
         return positions
-    check_whole(owner, name, value, 0, of)
-    return value
+    return as_whole(owner, name, value, 0, of)
 
 
 def check_positions(name: str, value: Positions, batch: int, device: torch.device | None) -> None:

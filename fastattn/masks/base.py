@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import lowering, tiles
+from fastattn.masks.arguments import as_whole
 from fastattn.masks.intervals import IntervalSet, complement, intersection, union
-from fastattn.masks.lowered import Index, LoweredMask, Size
+from fastattn.masks.lowered import Index, LoweredMask, Size, replaced
 from fastattn.masks.tiles import EMPTY, FULL, TileRule, rule_of_intervals, unknown
 
 if TYPE_CHECKING:
@@ -30,15 +31,17 @@ class Mask(ABC):
 
     # ---------------------------------------------------------------------------------------------- what a user calls
 
-    def lower(self, batch: int, heads: int, len_q: int, len_k: int, device: torch.device) -> LoweredMask:
+    def lower(self, batch: int, heads: int, len_q: int, len_k: int, device: torch.device | str) -> LoweredMask:
         """The lowered form for these shapes, its tensors on `device`; see `fastattn.masks.lowering` for its choice.
 
         `attention` does this itself, and takes the result in the mask's place: a mask that needs blocks is lowered
         before a graph that may not break, under torch.compile(fullgraph=True) or while a CUDA graph is captured.
 
-        Raises ValueError where a tensor of the mask does not fit the shapes or lies on another device.
+        Raises ValueError where a tensor of the mask does not fit the shapes or lies on another device, TypeError for
+        sizes that are no whole numbers.
         """
-        return lowering.lower(self, Size(batch, heads, len_q, len_k), device)
+        size = _sizes(batch, heads, len_q, len_k)
+        return replaced(lowering.lower(self, size, torch.device(device)), lengths=(size.len_q, size.len_k))
 
     def to_dense(
         self, batch: int, heads: int, len_q: int, len_k: int, device: torch.device | str | None = None
@@ -48,7 +51,7 @@ class Mask(ABC):
         It does not go through the lowering, so that one checks the other. `device` defaults to that of the mask's
         tensors, or the CPU.
         """
-        size = Size(batch, heads, len_q, len_k)
+        size = _sizes(batch, heads, len_q, len_k)
         self.check(size, None)
         place = self.home() if device is None else torch.device(device)
         entry, head, query, key = (torch.arange(n, device=place) for n in size)
@@ -80,10 +83,17 @@ class Mask(ABC):
         return plot(self, len_q, len_k, ax, entry, head)
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        return And(self, other) if isinstance(other, Mask) else _no_mask(self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        return Or(self, other) if isinstance(other, Mask) else _no_mask(self, other)
+
+    __rand__ = __ror__ = __and__  # of what is no mask: none of them gets here
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{self!r} has no truth value, so `and`, `or` and `not` would drop a mask: combine masks with &, | and ~"
+        )
 
     def __invert__(self) -> Mask:
         return Not(self)
@@ -206,6 +216,21 @@ class Mask(ABC):
         size = Size(batch or own_batch, heads or own_heads, len_q, len_k)
         self.check(size, None)
         return size, device
+
+
+def _sizes(*numbers: int) -> Size:
+    """B, Hq, Sq, Skv; TypeError or ValueError where one is no number of 0 or more."""
+    names = ("batch", "heads", "len_q", "len_k")
+    return Size(*(as_whole("mask", name, n, 0, "") for name, n in zip(names, numbers, strict=True)))
+
+
+def _no_mask(mask: Mask, other: object) -> Any:
+    if isinstance(other, Tensor):
+        raise TypeError(
+            f"{mask!r} is combined with a tensor: make a mask of it first, Dense(tensor) of one that broadcasts to (B, "
+            "Hq, Sq, Skv) or KeyMask(tensor) of one of (B, Skv), both bool and True where visible"
+        )
+    return NotImplemented
 
 
 def _identity(part: Any) -> Any:

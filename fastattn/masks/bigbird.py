@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastattn.masks.arguments import Align, check_align, check_whole
+from fastattn.masks.arguments import Align, as_whole, check_align
 from fastattn.masks.base import Mask
 from fastattn.masks.intervals import BLOCK, HIGHEST, IntervalSet, interval
 from fastattn.masks.lowered import Index, Size
@@ -43,13 +43,13 @@ class BigBird(Mask):
         seed: int = 0,
         align: Align = "bottom-right",
     ) -> None:
-        check_whole("BigBird", "block", block, 1, "positions")
-        check_whole("BigBird", "window_blocks", window_blocks, 1, "blocks")
+        block = as_whole("BigBird", "block", block, 1, "positions")
+        window_blocks = as_whole("BigBird", "window_blocks", window_blocks, 1, "blocks")
         if window_blocks % 2 == 0:
             raise ValueError(f"BigBird: window_blocks={window_blocks} is even: pass an odd width such as 3")
-        check_whole("BigBird", "global_blocks", global_blocks, 0, "blocks")
-        check_whole("BigBird", "random_blocks", random_blocks, 0, "blocks")
-        check_whole("BigBird", "seed", seed, 0, "as the seed")
+        global_blocks = as_whole("BigBird", "global_blocks", global_blocks, 0, "blocks")
+        random_blocks = as_whole("BigBird", "random_blocks", random_blocks, 0, "blocks")
+        seed = as_whole("BigBird", "seed", seed, 0, "")
         check_align(align)
         self.block = block
         self.window_blocks = window_blocks

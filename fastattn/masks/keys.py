@@ -79,7 +79,7 @@ class KeyLengths(_Range):
     names = ("start", "lengths")
 
     def __init__(self, lengths: Tensor | Sequence[int]) -> None:
-        self.lengths = as_positions("lengths", lengths)
+        self.lengths = as_positions("KeyLengths", "lengths", lengths)
         super().__init__(None, self.lengths)
 
     def negated(self) -> Mask:
@@ -93,8 +93,8 @@ class KeyRange(_Range):
     """
 
     def __init__(self, start: Tensor | Sequence[int], end: Tensor | Sequence[int]) -> None:
-        self.start = as_positions("start", start)
-        self.end = as_positions("end", end)
+        self.start = as_positions("KeyRange", "start", start)
+        self.end = as_positions("KeyRange", "end", end)
         super().__init__(self.start, self.end)
 
 

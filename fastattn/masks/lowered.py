@@ -110,6 +110,7 @@ class LoweredMask(NamedTuple):
     blocks       form D.
     dense        bool, True is visible, 4-D. Lowering leaves dimensions of size 1; a backend gets it expanded to
                  (B, Hq, Sq, Skv) with strides 0. Strides 0 over heads and queries make it a key mask.
+    lengths      (Sq, Skv) that a caller had the mask lowered for; no backend gets it.
     """
 
     key_start: Tensor | None = None
@@ -122,13 +123,14 @@ class LoweredMask(NamedTuple):
     key_bits: Tensor | None = None
     bounds: Tensor | None = None
     blocks: Blocks | None = None
+    lengths: tuple[int, int] | None = None
 
 
 NOTHING_HIDDEN = LoweredMask()
 
-FLAT_FIELDS = len(LoweredMask._fields) - 1 + len(Blocks._fields)
-"""Length of the flat form of a lowered mask: its fields in order, those of its blocks in place of `blocks`, the last
-one."""
+FLAT_FIELDS = len(LoweredMask._fields) - 2 + len(Blocks._fields)
+"""Length of the flat form of a lowered mask: its fields in order, those of its blocks in place of `blocks`, without
+`lengths`."""
 
 
 TupleT = TypeVar("TupleT", bound=tuple[Any, ...])
@@ -144,19 +146,24 @@ def replaced(fields: TupleT, **changes: Any) -> TupleT:
 def flatten(mask: LoweredMask) -> tuple[Any, ...]:
     """The flat form, which operators take."""
     blocks = (None,) * len(Blocks._fields) if mask.blocks is None else tuple(mask.blocks)
-    return (*tuple(mask)[:-1], *blocks)  # a tuple: Dynamo of torch 2.7 cannot slice a named one
+    return (*tuple(mask)[:-2], *blocks)  # a tuple: Dynamo of torch 2.7 cannot slice a named one
 
 
 def unflatten(flat: Sequence[Any]) -> LoweredMask:
     """The lowered mask of a flat form."""
     own, blocks = flat[: -len(Blocks._fields)], flat[-len(Blocks._fields) :]
-    return LoweredMask._make((*own, None if blocks[0] is None else Blocks._make(blocks)))
+    return LoweredMask._make((*own, None if blocks[0] is None else Blocks._make(blocks), None))
 
 
 def check_lowered(mask: LoweredMask, size: Size, device: torch.device) -> None:
     """TypeError or ValueError where a tensor of a lowered mask does not have the dtype it has in every mask, or the
     shape of a call of this size, or lies elsewhere."""
     batch, heads, len_q, len_k = size
+    if mask.lengths is not None and mask.lengths != (len_q, len_k):
+        raise ValueError(
+            f"mask was lowered for (Sq, Skv) = {tuple(mask.lengths)}, but this call has {(len_q, len_k)}: lower it for "
+            "these lengths"
+        )
     rows, columns = (len_q + 63) // 64, (len_k + 63) // 64
     several = ((1, batch), (1, heads))
     shapes: dict[str, tuple[Tensor | None, torch.dtype, tuple[Any, ...]]] = {
@@ -257,7 +264,17 @@ def _visible_blocks(blocks: Blocks) -> Tensor:
 
 
 def intersect(a: LoweredMask, b: LoweredMask) -> LoweredMask:
-    """The mask that keeps what both keep, of fields that are numbers or of the keys alone: keys, band and dense."""
+    """The mask that keeps what both keep. ValueError where one has intervals or blocks, or they were lowered for other
+    lengths: `&` joins any masks before they are lowered."""
+    if any(m.intervals is not None or m.blocks is not None for m in (a, b)):
+        raise ValueError("intersect takes lowered masks of keys, band and dense alone: lower `a & b` of the masks")
+    if a.lengths is not None and b.lengths is not None and a.lengths != b.lengths:
+        raise ValueError(f"intersect: one mask was lowered for (Sq, Skv) = {a.lengths}, the other for {b.lengths}")
+    return replaced(meet(a, b), lengths=a.lengths or b.lengths)
+
+
+def meet(a: LoweredMask, b: LoweredMask) -> LoweredMask:
+    """What both keep by keys, band and dense; intervals and blocks are left to the caller."""
     offset = a.band_offset if _has_band(a) else b.band_offset
     lefts = [m.band_left + offset - m.band_offset for m in (a, b) if m.band_left is not None]
     rights = [m.band_right + m.band_offset - offset for m in (a, b) if m.band_right is not None]

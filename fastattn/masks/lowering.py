@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastattn.graphs import is_exporting
 from fastattn.masks.blocks import build_blocks
 from fastattn.masks.cache import Cache, is_capturing
 from fastattn.masks.intervals import MOST, IntervalSet, intersection, intervals_tensor, row_bounds
-from fastattn.masks.lowered import NOTHING_HIDDEN, Blocks, LoweredMask, Size, intersect, replaced
+from fastattn.masks.lowered import NOTHING_HIDDEN, Blocks, LoweredMask, Size, meet, replaced
 
 if TYPE_CHECKING:
     from fastattn.masks.base import Mask
@@ -81,7 +82,7 @@ def _lower_light(terms: Sequence[Mask], size: Size, device: torch.device) -> Low
     lowered: LoweredMask | None = None
     for term in terms:
         own = term.keys_and_band(size, device) or NOTHING_HIDDEN
-        lowered = own if lowered is None else intersect(lowered, own)
+        lowered = own if lowered is None else meet(lowered, own)
     return lowered or NOTHING_HIDDEN
 
 
@@ -102,7 +103,7 @@ def lower_simple(terms: Sequence[Mask], size: Size, device: torch.device) -> tup
     for term in terms:
         own = term.keys_and_band(size, device)
         if own is not None:
-            lowered = intersect(lowered, own)
+            lowered = meet(lowered, own)
             continue
         found = term.intervals(size, device)
         both = found if found is None or intervals is None else intersection(intervals, found)
@@ -112,7 +113,9 @@ def lower_simple(terms: Sequence[Mask], size: Size, device: torch.device) -> tup
             intervals = both
     if intervals is not None and not intervals.is_everything:
         tensor = intervals_tensor(intervals, size.len_q, size.len_k, device)
-        lowered = replaced(lowered, intervals=tensor, bounds=row_bounds(tensor))
+        # An exported graph would serve either one row of blocks or several, not both.
+        bounds = None if is_exporting() else row_bounds(tensor)
+        lowered = replaced(lowered, intervals=tensor, bounds=bounds)
     return lowered, rest
 
 
@@ -126,6 +129,11 @@ def _blocks(terms: Sequence[Mask], others: Sequence[Mask], size: Size, device: t
         raise NotImplementedError(
             f"{mask!r} holds a tensor that torch.func transforms and needs blocks, whose building reads values: build "
             "the mask outside of the transform"
+        )
+    if is_exporting() or device.type == "meta":
+        raise NotImplementedError(
+            f"{mask!r} needs blocks, whose building reads values, and here are none: pass what its lower(...) gave for "
+            "real tensors, as an input of the graph"
         )
     if torch.compiler.is_compiling():
         from fastattn.masks.outside import blocks_outside

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn.masks import lowering
 from fastattn.masks.base import Mask
 from fastattn.masks.blocks import build_blocks
-from fastattn.masks.lowered import Blocks, Index, LoweredMask, PackedSize, Size, intersect, replaced
+from fastattn.masks.lowered import Blocks, Index, LoweredMask, PackedSize, Size, meet, replaced
 from fastattn.masks.tiles import TileRule, tile_count
 
 
@@ -32,11 +32,11 @@ def lower_packed(mask: Mask, size: PackedSize, device: torch.device) -> LoweredM
         if own is None:
             heavy.append(term)
         else:
-            lowered = intersect(lowered, own)
+            lowered = meet(lowered, own)
     if not heavy:
         return lowered
     own, rest = lowering.lower_simple(heavy, size, device)
-    lowered = replaced(intersect(lowered, own), intervals=own.intervals, bounds=own.bounds)
+    lowered = replaced(meet(lowered, own), intervals=own.intervals, bounds=own.bounds)
     if not rest or size.batch == 0:
         return lowered
     if torch.compiler.is_compiling():

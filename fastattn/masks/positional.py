@@ -16,9 +16,9 @@ from fastattn.masks.arguments import (
     Align,
     Positions,
     as_count,
+    as_reach,
     check_align,
     check_positions,
-    check_reach,
     describe,
     positions_on,
 )
@@ -41,11 +41,9 @@ class SlidingWindow(Mask):
     by_distance = True
 
     def __init__(self, left: int | None, right: int | None, align: Align = "bottom-right") -> None:
-        check_reach("left", left)
-        check_reach("right", right)
         check_align(align)
-        self.left = left
-        self.right = right
+        self.left = as_reach("SlidingWindow", "left", left)
+        self.right = as_reach("SlidingWindow", "right", right)
         self.align = align
 
     def parts(self) -> tuple[Any, ...]:

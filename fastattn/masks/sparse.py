@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.masks.arguments import Align, check_align, check_whole
+from fastattn.masks.arguments import Align, as_whole, check_align
 from fastattn.masks.base import Mask
 from fastattn.masks.intervals import BLOCK, IntervalSet
 from fastattn.masks.lowered import Index, Size
@@ -59,11 +59,9 @@ class Dilated(Mask):
     """
 
     def __init__(self, window: int, dilation: int, align: Align = "bottom-right") -> None:
-        check_whole("Dilated", "window", window, 0, "keys on either side")
-        check_whole("Dilated", "dilation", dilation, 1, "positions from key to key")
         check_align(align)
-        self.window = window
-        self.dilation = dilation
+        self.window = as_whole("Dilated", "window", window, 0, "keys on either side")
+        self.dilation = as_whole("Dilated", "dilation", dilation, 1, "positions from key to key")
         self.align: Align = align
 
     def parts(self) -> tuple[Any, ...]:
@@ -102,9 +100,8 @@ class Strided(Mask):
     """
 
     def __init__(self, stride: int, align: Align = "bottom-right") -> None:
-        check_whole("Strided", "stride", stride, 1, "positions from key to key")
         check_align(align)
-        self.stride = stride
+        self.stride = as_whole("Strided", "stride", stride, 1, "positions from key to key")
         self.align: Align = align
 
     def parts(self) -> tuple[Any, ...]:
@@ -134,11 +131,9 @@ class Longformer(Mask):
     """
 
     def __init__(self, window: int, global_tokens: int, align: Align = "bottom-right") -> None:
-        check_whole("Longformer", "window", window, 0, "keys in the whole window")
-        check_whole("Longformer", "global_tokens", global_tokens, 0, "tokens")
         check_align(align)
-        self.window = window
-        self.global_tokens = global_tokens
+        self.window = as_whole("Longformer", "window", window, 0, "keys in the whole window")
+        self.global_tokens = as_whole("Longformer", "global_tokens", global_tokens, 0, "tokens")
         self.align: Align = align
 
     def parts(self) -> tuple[Any, ...]:

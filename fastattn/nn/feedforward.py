@@ -19,21 +19,21 @@ class FeedForward(Fused):
 
     Args:
         d_model, hidden: features in and out, and between.
-        activation: relu, gelu, gelu_tanh, silu, quick_gelu, relu2, or any callable. F.relu, F.gelu, F.silu, nn.ReLU,
-            nn.GELU and nn.SiLU run in the kernel as well; another callable is called, between two plain linears.
+        activation: relu, gelu, gelu_tanh, silu, quick_gelu, relu2, None, or any callable. F.relu, F.gelu, F.silu,
+            nn.ReLU, nn.GELU and nn.SiLU run in the kernel as well; another callable is called, between plain linears.
         dropout: share of the hidden features that training drops.
         bias: whether both linears have one.
 
     State dict: linear1.weight (hidden, d_model), linear1.bias, linear2.weight (d_model, hidden), linear2.bias; named
     and initialised as in nn.TransformerEncoderLayer. float32, bfloat16 and float16 run on kernels.
-    Raises ValueError for an unknown activation.
+    Raises ValueError for an unknown activation, TypeError for what is none.
     """
 
     def __init__(
         self,
         d_model: int,
         hidden: int,
-        activation: Activation = "gelu",
+        activation: Activation | None = "gelu",
         dropout: float = 0.0,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -66,7 +66,7 @@ class GatedFeedForward(Fused):
         self,
         d_model: int,
         hidden: int,
-        activation: Activation = "silu",
+        activation: Activation | None = "silu",
         dropout: float = 0.0,
         bias: bool = False,
         device: torch.device | str | None = None,
@@ -114,10 +114,18 @@ class GatedFeedForward(Fused):
         return _activation_repr(self.activation)
 
 
-def _checked(activation: Activation) -> Activation:
-    if isinstance(activation, str) and activation not in ACTIVATIONS:
-        known = ", ".join(name for name in ACTIVATIONS if name != "none")
-        raise ValueError(f"activation={activation!r} is unknown: pass one of {known}, or a callable")
+def _checked(activation: Activation | None) -> Activation:
+    if activation is None:
+        return "none"
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            known = ", ".join(name for name in ACTIVATIONS if name != "none")
+            raise ValueError(f"activation={activation!r} is unknown: pass one of {known}, a callable, or None")
+        return activation
+    if isinstance(activation, type):
+        raise TypeError(f"activation is the class {activation.__name__}: pass an object of it, {activation.__name__}()")
+    if not callable(activation):
+        raise TypeError(f"activation={activation!r} is a {type(activation).__name__}: pass a name, a callable, or None")
     return activation
 
 

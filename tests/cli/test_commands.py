@@ -73,6 +73,7 @@ def test_explain_of_a_forced_backend_that_refuses_exits_with_1():
         (("explain", "--dtype", "int8"), "int8"),
         (("explain", "--backend", "gpu"), "gpu"),
         (("explain", "--bias-grad"), "--bias"),
+        (("explain", "--bias", "float16"), "beside q of float32 a bias is of float32"),
         (("verify", "--op", "softmax"), "softmax"),
         (("verify", "--backend", "gpu"), "gpu"),
         (("verify", "--op", "norm", "--repro", "seventeen"), "seventeen"),
@@ -88,6 +89,27 @@ def test_explain_of_a_forced_backend_that_refuses_exits_with_1():
 def test_wrong_options_are_answered_by_a_sentence(arguments, said):
     text = _run(*arguments, code=2)
     assert said in text and "Traceback" not in text
+
+
+def test_the_backend_of_the_environment_is_the_one_that_is_explained_and_verified(monkeypatch):
+    monkeypatch.setattr("fastattn.dispatch.forced", "reference")
+    assert "reference runs this call" in _run("explain")
+    assert "backend reference, seed 0" in _run("verify", "--op", "norm", "--cases", "1")
+
+
+def test_verify_says_where_no_native_backend_can_be_used(monkeypatch):
+    usable = {"cuda": "no driver", "cpu": "no library", "triton": "none", "reference": None}
+    monkeypatch.setattr("fastattn.cli.verify.backends", lambda: usable)
+    text = _run("verify", "--op", "norm", "--cases", "1")
+    assert "the reference is checked: cuda: no driver; cpu: no library" in text and "backend reference" in text
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["verify", "--cases", "1"]])
+def test_a_wrong_backend_in_the_environment_is_a_sentence(arguments, fresh_process):
+    script = f"import sys; sys.argv[1:] = {arguments}; from fastattn.cli import main; main()"
+    found = fresh_process(script, FASTATTN_BACKEND="fast")
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert "FASTATTN_BACKEND='fast' is unknown" in found.stderr and "leave it unset" in found.stderr
 
 
 @pytest.mark.parametrize("op", ["attention", "norm", "linear_act", "ffn", "gated_ffn", "encoder_layer"])

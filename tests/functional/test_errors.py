@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.masks import KeyLengths, LoweredMask, PrefixLM, Strided
+from fastattn.masks import Causal, KeyLengths, LoweredMask, PrefixLM, Strided
 
 
 def t(*shape, dtype=torch.float32, device="cpu"):
@@ -77,7 +77,7 @@ ATTENTION = [
     (attention(scale=1e39), ValueError, r"scale=1e\+39 is not finite in float32"),
     (attention(mask=LoweredMask(key_end=torch.tensor([5, 3]))), TypeError, "mask.key_end has dtype torch.int64"),
     (lambda: fastattn.reference.attention(Q, K, V, dropout_p=0.5), ValueError, "dropout_seed is None beside"),
-    (attention(scale=t(1)), TypeError, "scale=.* is a Tensor: pass a Python number"),
+    (attention(scale=t(1)), TypeError, r"scale is a tensor of shape \(1,\): pass a Python number"),
     (
         attention(softcap=0.0),
         ValueError,
@@ -106,6 +106,16 @@ ATTENTION = [
     ),
     (
         attention(mask=Strided(2).lower(2, 4, 3, 70, Q.device)),
+        ValueError,
+        r"mask was lowered for \(Sq, Skv\) = \(3, 70\), but this call has \(3, 5\): lower it for these lengths",
+    ),
+    (
+        attention(mask=Causal().lower(2, 4, 5, 5, Q.device)),
+        ValueError,
+        r"mask was lowered for \(Sq, Skv\) = \(5, 5\), but this call has \(3, 5\)",
+    ),
+    (
+        attention(mask=Strided(2).lower(2, 4, 3, 70, Q.device)._replace(lengths=None)),
         ValueError,
         r"mask.blocks.col_ptr has shape \(1, 1, 3\), which is not that of a call with .* = \(2, 4, 3, 5\): lower the",
     ),

@@ -89,6 +89,11 @@ def test_children_that_are_not_plain_are_called(kind: type[nn.Module]) -> None:
 def test_the_activation_is_checked_and_printed() -> None:
     with pytest.raises(ValueError, match="activation='swish' is unknown: pass one of relu, gelu"):
         FeedForward(4, 8, "swish")
+    with pytest.raises(TypeError, match=r"activation is the class GELU: pass an object of it, GELU\(\)"):
+        FeedForward(4, 8, nn.GELU)
+    with pytest.raises(TypeError, match="activation=3 is a int: pass a name, a callable, or None"):
+        GatedFeedForward(4, 8, 3)
+    assert FeedForward(4, 8, None)(torch.ones(1, 4)).shape == (1, 4)
     assert "activation=gelu" in repr(FeedForward(4, 8)) and "activation=silu" in repr(GatedFeedForward(4, 8))
     assert "(activation): GELU" in repr(FeedForward(4, 8, nn.GELU()))
 

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastattn
-from fastattn.masks import Causal, Document, KeyLengths, Longformer, Strided, lowering
+from fastattn.masks import Causal, Document, KeyLengths, Longformer, PrefixLM, Strided, lowering
 from fastattn.masks.blocks import build_blocks
 
 
@@ -228,3 +228,35 @@ def test_derivatives_of_torch_func_inside_of_a_graph_are_refused_not_zero() -> N
     torch._dynamo.reset()
     batched = torch.compile(torch.vmap(norm), fullgraph=True, backend="eager")
     torch.testing.assert_close(batched(x), norm(x), atol=1e-6, rtol=1e-6)
+
+
+class _Attends(torch.nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, q):
+        return fastattn.attention(q, q, q, mask=self.mask)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "_is_exporting_flag"), reason="torch 2.7 does not tell an export")
+@pytest.mark.parametrize("mask", [PrefixLM(4), Longformer(8, 2)])
+def test_a_graph_of_intervals_is_exported_for_any_length(mask):
+    length = torch.export.Dim("length", min=2, max=4096)
+    exported = torch.export.export(_Attends(mask), (torch.randn(1, 2, 100, 8),), dynamic_shapes={"q": {2: length}})
+    for n in (5, 64, 65, 130):
+        q = torch.randn(1, 2, n, 8)
+        assert torch.equal(exported.module()(q), fastattn.attention(q, q, q, mask=mask)), n
+
+
+def test_a_mask_of_blocks_that_a_graph_cannot_build_says_what_to_do():
+    q = torch.randn(1, 2, 100, 8)
+    with pytest.raises(NotImplementedError, match=r"needs blocks.* pass what its lower\(...\) gave"):
+        fastattn.attention(*[q.to("meta")] * 3, mask=Strided(3))
+    if not hasattr(torch.compiler, "_is_exporting_flag"):  # torch 2.7, which takes no reason for a break either
+        return
+    with pytest.raises(NotImplementedError, match=r"needs blocks.* pass what its lower\(...\) gave"):
+        torch.export.export(_Attends(Strided(3)), (q,), strict=False)
+    compiled = torch.compile(_Attends(Strided(3)), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"pass mask.lower\(...\)"):
+        compiled(q)

@@ -388,7 +388,7 @@ def test_under_autocast_it_casts_as_linears_do() -> None:
 
 
 def test_names_of_children_hide_nothing() -> None:
-    """What the swapped classes add begins with fastattn or is every module's, so that no child of any class is hidden."""
+    """What the swapped classes add begins with fastattn or is every module's: no child of any class is hidden."""
     from fastattn.swap import recognised
     from fastattn.swap.recipes import feedforward, norm
 
