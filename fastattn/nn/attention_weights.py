@@ -50,7 +50,9 @@ def attention_by_weights(
 ) -> tuple[Tensor, Tensor]:
     """(output, weights), the weights after dropout."""
     added, blind = _additive(masks)
-    if tracks_gradients(q, k, v, added) or torch.compiler.is_compiling() or q.device.type != "cpu":
+    # Dropout is drawn for all at once: without gradients as with them, where a checkpoint runs the same again.
+    at_once = dropout_p > 0.0 or tracks_gradients(q, k, v, added)
+    if at_once or torch.compiler.is_compiling() or q.device.type != "cpu":
         output, weights = _attend(q, k, v, added, blind, dropout_p)
         return output, _averaged(weights, average).to(_weights_dtype(output))
     if blind is not None and not blind.any():
@@ -60,7 +62,7 @@ def attention_by_weights(
     weights = q.new_empty((batch, len_q, k.shape[2]) if average else (batch, heads, len_q, k.shape[2]))
     for entries, queries in _cached_parts(batch, heads, len_q, k.shape[2]):
         masked = _part(added, entries, queries), _part(blind, entries, queries)
-        some_output, some_weights = _attend(q[entries, :, queries], k[entries], v[entries], *masked, dropout_p)
+        some_output, some_weights = _attend(q[entries, :, queries], k[entries], v[entries], *masked, 0.0)
         output[entries, :, queries] = some_output
         weights[entries, ..., queries, :] = _averaged(some_weights, average)
     return output, weights

@@ -119,13 +119,13 @@ class _Set:
     def apply(self) -> None:
         if holds_its_own_forward(self.module):
             del self.module.forward
-        self.module.__class__ = self.swapped
+        object.__setattr__(self.module, "__class__", self.swapped)  # whatever the class does with attributes
         self.module.__dict__.update(self.state)
 
     def undo(self) -> None:
         if holds_its_own_forward(self.module):
             del self.module.forward
-        self.module.__class__ = self.original
+        object.__setattr__(self.module, "__class__", self.original)
         for name in self.state:
             self.module.__dict__.pop(name, None)
 

@@ -16,7 +16,7 @@ import fastattn
 import fastattn.swap.report
 from fastattn.dispatch import backends
 from fastattn.errors import NotSupported
-from fastattn.swap import NotSwapped, plan, swap
+from fastattn.swap import NotSwapped, engine, plan, swap
 
 
 def output(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -79,22 +79,44 @@ def test_undo_refuses_a_module_that_changed_class_and_changes_nothing() -> None:
     assert classes(model) == [nn.Sequential, nn.LayerNorm, nn.LayerNorm]
 
 
-def test_a_module_that_refuses_its_class_leaves_nothing_swapped(tiny_bert) -> None:
-    class Frozen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+class Frozen(nn.Module):
+    """Refuses attributes once it is built."""
 
-        def __setattr__(self, name, value):
-            if name == "__class__":
-                raise AttributeError("frozen")
-            super().__setattr__(name, value)
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
 
-        def forward(self, x):
-            return self.down(self.act(self.up(x)))
+    def __setattr__(self, name, value):
+        if name == "__class__":
+            raise AttributeError("frozen")
+        super().__setattr__(name, value)
 
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+def test_a_module_that_refuses_attributes_is_swapped_and_put_back() -> None:
+    module = Frozen()
+    x = torch.randn(3, 8)
+    expected = module(x)
+    report = swap(module)
+    assert type(module) is not Frozen
+    torch.testing.assert_close(module(x), expected)
+    report.undo()
+    assert type(module) is Frozen
+
+
+def test_a_swap_that_fails_midway_leaves_nothing_swapped(tiny_bert, monkeypatch) -> None:
     model = nn.Sequential(tiny_bert(), nn.LayerNorm(8), Frozen())
     before, config = classes(model), model[0].config
+    apply = engine._Set.apply
+
+    def fail_at_the_last(step: engine._Set) -> None:
+        if step.original is Frozen:
+            raise AttributeError("frozen")
+        apply(step)
+
+    monkeypatch.setattr(engine._Set, "apply", fail_at_the_last)
     with pytest.raises(AttributeError, match="frozen"):
         swap(model, backend="reference")
     assert classes(model) == before and model[0].config is config

@@ -95,7 +95,8 @@ def _are_plain(*tensors: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    """NumPy's float64, as of np.sqrt, is a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def can_be_added(added: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -157,11 +158,11 @@ def _attend(weights: Deferred, values: Tensor) -> Any:
     node, deferral = weights.node, running.deferral
     if node.is_made or not node.scores.is_softmaxed or node.tracks != torch.is_grad_enabled():
         return NotImplemented
-    if deferral is None or node.dtype != node.scores.q.dtype:
+    if deferral is None or node.dtype != node.scores.q.dtype or not deferral.defers_here():
         return NotImplemented
     if values.shape[-2] != node.scores.k.shape[-2]:
         return NotImplemented  # and an error
-    if node.tracks and deferral.smallest and _has_small_learned_bias(node.scores):
+    if deferral.smallest and _has_small_learned_bias(node.scores, node.tracks):
         deferral.is_small = True
         return None
     node.check()
@@ -171,15 +172,19 @@ def _attend(weights: Deferred, values: Tensor) -> Any:
         deferral.reason = deferral.reason or str(why)
         return NotImplemented
     deferral.attended += 1
-    return deferral.keep(out)
+    # Its backward reads the output, which a product's does not: the forward may write to what it gets.
+    return deferral.keep(out.clone() if out.requires_grad else out)
 
 
 _FEW_KEYS = 64
 
 
-def _has_small_learned_bias(scores: Scores) -> bool:
-    """Gradients of a bias, summed over the batch, take with so few keys what is gained else: windows of Swin."""
-    return scores.k.shape[-2] < _FEW_KEYS and any(part.tensor.requires_grad for part in scores.terms)
+def _has_small_learned_bias(scores: Scores, tracks: bool) -> bool:
+    """Gradients of a bias, summed over the batch, take with so few keys what is gained else: windows of Swin. With
+    dropout such a call is torch's without gradients too: they may be those of a checkpoint, which is run again."""
+    if scores.k.shape[-2] >= _FEW_KEYS or not scores.terms:
+        return False
+    return scores.dropout_p > 0.0 or (tracks and any(part.tensor.requires_grad for part in scores.terms))
 
 
 # ---- einsum ----------------------------------------------------------------------------------------------------------

@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from fastattn.nn.checks import FLOATS, MAX_DROPOUT
 from fastattn.swap.deferred.products import MATMULS, PRODUCTS, can_be_added, is_number, weighted, weighted_einsum
 from fastattn.swap.deferred.scores import Part, Scores
-from fastattn.swap.deferred.tensor import PLAIN, STEPS, Deferral, Deferred, Function, deferred, made, write
+from fastattn.swap.deferred.tensor import PLAIN, STEPS, Deferral, Deferred, Function, deferred, made, running, write
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
 def _open(value: object) -> Scores | None:
-    """The scores that a tensor stands for, where it is deferred still and gradients are on as they were."""
+    """The scores that a tensor stands for, where it is deferred still and everything is as it was when it became so."""
     if not isinstance(value, Deferred) or value.node.is_made or value.node.tracks != torch.is_grad_enabled():
         return None
-    return value.node.scores
+    return value.node.scores if running.deferral is None or running.deferral.defers_here() else None
 
 
 def _known_as(*functions: Any) -> Callable[[Any], Any]:
@@ -157,7 +157,7 @@ def _added(function: Function, args: Args, kwargs: Kwargs, sign: float) -> Any:
         return NotImplemented
     dtype = target.node.dtype
     if added.dim() and added.dtype != dtype:
-        dtype = torch.float32
+        dtype = torch.promote_types(dtype, added.dtype)
     part = Part(added, scores.leads[-1], sign * float(alpha))
     return _gives(scores._replace(terms=(*scores.terms, part)), target, function, args, kwargs, dtype)
 

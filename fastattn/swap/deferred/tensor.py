@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastattn.modes import Transparent
 from fastattn.swap.deferred.scores import Scores, drawn_weights
@@ -31,6 +32,8 @@ class Node:
         "_function",
         "_kwargs",
         "_made",
+        "_saving",
+        "_values",
         "_versions",
         "dtype",
         "is_made",
@@ -50,6 +53,8 @@ class Node:
         self.requires_grad = False
         self._function, self._kwargs = function, kwargs
         self._made: Tensor | None = None
+        self._values: Tensor | None = None
+        self._saving = saving_hooks()
         self._versions: list[tuple[Tensor, int]] = []
         stored: list[Any] = []
         for value in args:
@@ -80,9 +85,9 @@ class Node:
         """The tensor."""
         if self._made is None:
             self.check()
-            with torch._C.DisableTorchFunction(), torch.set_grad_enabled(self.tracks):
+            with torch._C.DisableTorchFunction(), torch.set_grad_enabled(self.tracks), _as_at_first(self._saving):
                 if self.scores.seeds and self.scores.seeds[0]:
-                    self._made = drawn_weights(self.scores, running.deferral.backend if running.deferral else None)
+                    self._made = drawn_weights(self.scores, _backend())
                 else:
                     args = [value.make() if isinstance(value, Node) else value for value in self._args]
                     self._made = self._function(*args, **self._kwargs)
@@ -90,6 +95,20 @@ class Node:
             self._args, self._kwargs, self._versions = (), {}, []
             self.scores = None  # type: ignore[assignment]
         return self._made
+
+    def values(self) -> Tensor:
+        """The numbers alone, for who asks below autograd, where the tensor would be made without its graph."""
+        if self._made is not None:
+            return self._made
+        if self._values is None:
+            self.check()
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                if self.scores.seeds:
+                    self._values = drawn_weights(self.scores, _backend())  # which attention will drop alike
+                else:
+                    args = [value.values() if isinstance(value, Node) else value for value in self._args]
+                    self._values = self._function(*args, **self._kwargs)
+        return self._values
 
     def become(self, tensor: Tensor) -> None:
         """Stands for a tensor from now on."""
@@ -103,6 +122,29 @@ def check_versions(versions: list[tuple[Tensor, int]]) -> None:
             "fastattn: queries, keys or a mask were written to in place, by code that torch functions do not show, "
             "before attention was computed: leave this module out of the swap"
         )
+
+
+def _backend() -> str | None:
+    return running.deferral.backend if running.deferral else None
+
+
+@contextmanager
+def _as_at_first(saving: object) -> Iterator[None]:
+    """Under what a node was deferred under: no autocast, and the hooks of saved tensors that there were then. Those of
+    checkpointing, met since, would find other tensors where the same is run again on what is made."""
+    hooks: list[Any] = []
+    while TELLS_SAVING_HOOKS and (top := saving_hooks()) is not None and top != saving:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        if torch._C._is_any_autocast_enabled():
+            with torch.autocast("cpu", enabled=False):
+                yield
+        else:
+            yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 class Deferred(Tensor):
@@ -120,15 +162,21 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Reached from C++ alone, which has its own way with gradients: those of _Link."""
+        """Reached from C++ alone, as by TorchScript, below autograd: gradients are those of _Link."""
         if func._schema.is_mutable:
             raise RuntimeError(f"fastattn: {func} writes to attention scores: leave this module out of the swap")
-        return func(*tree_map(made, args), **tree_map(made, kwargs or {}))
+        if running.deferral is not None:
+            running.deferral.note_made(func, args)
+        return func(*tree_map(_values, args), **tree_map(_values, kwargs or {}))
 
 
 def made(value: Any) -> Any:
     """The tensor that a deferred one stands for; anything else as it is."""
     return value.node.make() if isinstance(value, Deferred) else value
+
+
+def _values(value: Any) -> Any:
+    return value.node.values() if isinstance(value, Deferred) else value
 
 
 def deferred(
@@ -163,29 +211,39 @@ class _Link(torch.autograd.Function):
     def forward(ctx: Any, node: Node, shape: tuple[int, ...], dtype: torch.dtype, *tensors: Tensor) -> Deferred:
         ctx.function, ctx.args, ctx.kwargs, ctx.versions = node._function, node._args, node._kwargs, node._versions
         ctx.tensors = [t.node if isinstance(t, Deferred) else t for t in tensors]
+        ctx.node = node if node.scores.seeds else None
         return _empty(shape, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         check_versions(ctx.versions)
-        leaves = {id(value): _leaf(value) for value in ctx.tensors}
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
-            args = [leaves.get(id(value), value) for value in ctx.args]
-            out = ctx.function(*args, **ctx.kwargs)
-        wanted = [leaves[id(value)] for value in ctx.tensors]
-        first = {id(leaf): i for i, leaf in reversed(list(enumerate(wanted)))}
-        indices = [i for i, leaf in enumerate(wanted) if leaf.requires_grad and first[id(leaf)] == i]
-        found = torch.autograd.grad(out, [wanted[i] for i in indices], gradient, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(wanted)
+            # Of each its own: one may be made of another, as keys of queries, and gradients end at what they stand for.
+            own = {id(value): _alias(value) for value in ctx.tensors}
+            args = [own.get(id(value), value) for value in ctx.args]
+            out = _dropped(args[0], ctx.node) if ctx.node is not None else ctx.function(*args, **ctx.kwargs)
+        tensors = [own[id(value)] for value in ctx.tensors]
+        first = {id(tensor): i for i, tensor in reversed(list(enumerate(tensors)))}
+        indices = [i for i, tensor in enumerate(tensors) if tensor.requires_grad and first[id(tensor)] == i]
+        wanted = [tensors[i] for i in indices]
+        found = torch.autograd.grad(out, wanted, gradient, allow_unused=True, create_graph=again)
+        gradients: list[Tensor | None] = [None] * len(tensors)
         for i, each in zip(indices, found, strict=True):
             gradients[i] = each
         return (None, None, None, *gradients)
 
 
-def _leaf(value: Tensor | Node) -> Tensor:
+def _alias(value: Tensor | Node) -> Tensor:
     tensor = value.make() if isinstance(value, Node) else value
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
+    return tensor.view_as(tensor)
+
+
+def _dropped(weights: Tensor, node: Node) -> Tensor:
+    """The weights after the dropout that was drawn. Of a weight of 0, which has no gradient to pass on, nothing is
+    known."""
+    drawn = node.values().detach()
+    return weights * torch.where(weights == 0, 0.0, drawn / weights).detach()
 
 
 class _Relink(torch.autograd.Function):
@@ -330,7 +388,7 @@ class Deferral(Transparent):
         self._products = products
         self._outer: Deferral | None = None
         self.tracks = torch.is_grad_enabled()
-        self._saving = _saving_hooks()
+        self._saving = saving_hooks()
 
     def __torch_function__(
         self, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -372,8 +430,13 @@ class Deferral(Transparent):
 
     def defers_here(self) -> bool:
         """Not where forward has turned gradients off, or watches what they keep: activation checkpointing, which runs
-        the same operations again outside of this mode."""
-        return torch.is_grad_enabled() == self.tracks and _saving_hooks() == self._saving
+        the same operations again outside of this mode; nor under autocast or torch.func."""
+        return (
+            torch.is_grad_enabled() == self.tracks
+            and saving_hooks() == self._saving
+            and not torch._C._is_any_autocast_enabled()
+            and not torch._C._are_functorch_transforms_active()
+        )
 
     def note_made(self, function: Function, args: tuple[Any, ...]) -> None:
         """A reason for a module's fallback."""
@@ -388,15 +451,18 @@ class Deferral(Transparent):
         """Makes what is deferred still."""
         for node in self.deferred_still():
             node.make()
-        self.live.clear()
 
     def deferred_still(self) -> list[Node]:
         """What this mode has deferred, and is not made."""
-        return [node for reference in self.live if (node := reference()) is not None and not node.is_made]
+        return [node for node in self.held() if not node.is_made]
+
+    def held(self) -> list[Node]:
+        """Those of its nodes that somebody holds."""
+        return [node for reference in self.live if (node := reference()) is not None]
 
     def _before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes all that is deferred before one of the tensors that it is made of is written to."""
-        written = {storage_of(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+        written = {storage_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
         if not self._apart.isdisjoint(written):
             raise RuntimeError(
                 "fastattn: an output of attention, or a view of it, is written to after it was viewed in another "
@@ -417,7 +483,7 @@ class Deferral(Transparent):
         target: Any = args[0] if args else None
         if type(target) not in PLAIN or storage_of(target) not in self.outputs or target.is_contiguous():
             return function(*args, **kwargs)
-        if function is Tensor.view:
+        if function in (Tensor.view, Tensor.view_as):
             try:
                 return function(*args, **kwargs)
             except RuntimeError:  # it may have been fine for a product
@@ -430,15 +496,17 @@ class Deferral(Transparent):
 
 
 def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if type(tensor) in PLAIN and tensor.layout is torch.strided else 0
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
+        return 0
+    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.untyped_storage()._cdata
 
 
-_STRIDES = frozenset({Tensor.view, torch.as_strided, Tensor.as_strided})
+_STRIDES = frozenset({Tensor.view, Tensor.view_as, torch.as_strided, Tensor.as_strided})
 
 
 TELLS_SAVING_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 """Whether torch tells what hooks its saved tensors have, those of checkpointing say. 2.7 does not."""
 
 
-def _saving_hooks() -> object:
+def saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) if torch.is_grad_enabled() else None

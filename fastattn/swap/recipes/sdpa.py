@@ -23,7 +23,7 @@ from fastattn.graphs import constant
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading, is_replaced
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes.sdpa_copies import THEIRS, Copied, codes, copied, layers, names_it
+from fastattn.swap.recipes.sdpa_copies import THEIRS, TORCHS, Copied, codes, copied, layers, names_it
 from fastattn.swap.swapped import Swapped
 
 
@@ -62,6 +62,11 @@ def _attend(
         _running.has_called = True
     if module is None or is_overridden(query, key, value, attn_mask):
         return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if F.scaled_dot_product_attention is not TORCHS:
+        note_fallback(module, f"torch's {THEIRS} was replaced")
+        return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     backend = module.fastattn_backend

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType
 from typing import Any
 
 from torch.nn import functional as F
@@ -25,6 +25,9 @@ _DEPTH = 2
 NOT_CODE = ("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL")
 
 Attend = Callable[..., Any]
+
+TORCHS = F.scaled_dot_product_attention
+"""torch's own function, unless another took its place before fastattn was imported: nothing is copied then."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def copied(function: FunctionType, attend: Attend, depth: int = _DEPTH) -> Copie
             return None
         names[THEIRS] = _OURS + THEIRS
         setattr(F, _OURS + THEIRS, attend)
-        if scope.get(THEIRS) is F.scaled_dot_product_attention:
+        if scope.get(THEIRS) is TORCHS:
             scope[_OURS + THEIRS] = attend
     through: list[tuple[dict[str, Any], str, object]] = []
     for name in _functions_named(code) if depth else ():
@@ -156,11 +159,15 @@ def _is_torchs(path: list[str], scope: dict[str, Any]) -> bool:
     if not path or path[0] not in scope:
         return False
     if len(path) == 1:
-        return scope[path[0]] is F.scaled_dot_product_attention
+        return scope[path[0]] is TORCHS and _is_builtin()
     holder = scope[path[0]]
     for name in path[1:-1]:
         holder = getattr(holder, name, None)
-    return holder is F
+    return holder is F and F.scaled_dot_product_attention is TORCHS and _is_builtin()
+
+
+def _is_builtin() -> bool:
+    return isinstance(TORCHS, BuiltinFunctionType)
 
 
 def _renamed(code: CodeType, names: dict[str, str]) -> CodeType:

@@ -40,7 +40,15 @@ from fastattn.functional.checks import resolve_backend
 from fastattn.modes import has_function_mode
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.deferred.steps import deferral
-from fastattn.swap.deferred.tensor import PLAIN, TELLS_SAVING_HOOKS, Deferral, Deferred, made, storage_of
+from fastattn.swap.deferred.tensor import (
+    PLAIN,
+    TELLS_SAVING_HOOKS,
+    Deferral,
+    Deferred,
+    made,
+    saving_hooks,
+    storage_of,
+)
 from fastattn.swap.reading import Reading, is_replaced
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa import reached_methods
@@ -53,7 +61,8 @@ SMALLEST = {False: 80_000, True: 160_000}
 AS_FAST = "torch is as fast with so few scores"
 
 _PATIENCE = 3
-"""Calls in vain after which a module's original forward runs without the mode, but for each _RETRY-th call."""
+"""Calls in vain after which a module's original forward runs without the mode, but for each _RETRY-th call. With
+gradients, or in training, one call in vain is enough, and none is tried again: dropout would be drawn otherwise."""
 _RETRY = 32
 
 
@@ -62,10 +71,12 @@ class WritesOut(Swapped):
 
     fastattn_methods: ClassVar[dict[str, Callable[..., Any]]]
     """The methods of the original that were read."""
+    fastattn_stores: ClassVar[bool]
+    """Whether they set attributes: those that keep attention weights do."""
 
 
-_in_vain: weakref.WeakKeyDictionary[nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
-"""How many calls in a row did not come to attention, and why."""
+_in_vain: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], tuple[int, str]]] = weakref.WeakKeyDictionary()
+"""How many calls in a row did not come to attention, and why; by what the calls say beside tensors (`_said`)."""
 
 _too_small: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
 """The shapes of calls that had too few scores, and how many calls there were since one was looked at."""
@@ -78,9 +89,10 @@ def read(original: type[nn.Module]) -> Reading | None:
     another recipe's. Whether there is a softmax is seen of a module: it may be a child."""
     methods = reached_methods(original)
     codes = list(_all_codes(original)) if methods else []
-    if not any(map(_multiplies, codes)) or any("scaled_dot_product_attention" in code.co_names for code in codes):
+    if not any(map(_products, codes)) or any("scaled_dot_product_attention" in code.co_names for code in codes):
         return None
-    attributes = {"forward": _deferring(methods["forward"]), "fastattn_methods": methods}
+    stores = any(map(_stores, codes))
+    attributes = {"forward": _deferring(methods["forward"]), "fastattn_methods": methods, "fastattn_stores": stores}
     return Reading(WritesOut, _recipe, attributes)
 
 
@@ -95,6 +107,8 @@ def _misfit(module: nn.Module) -> str | None:
     has_softmax = any(not _SOFTMAXES.isdisjoint(code.co_names) for code in _all_codes(type(module)))
     if not has_softmax and not any(isinstance(child, nn.Softmax) for child in module.children()):
         return "it takes no softmax"
+    if sum(map(_products, _all_codes(type(module)))) < 2:
+        return "it multiplies once alone"
     for name, inner in module.named_modules():
         if inner is not module:
             kind = inner.fastattn_original if isinstance(inner, Swapped) else type(inner)
@@ -122,10 +136,10 @@ def _deferring(forward: Callable[..., Any]) -> Callable[..., Any]:
         if reason is not None:
             note_fallback(self, reason)
             return self.fastattn_original.forward(self, *args, **kwargs)
-        calls, why = _in_vain.get(self, (0, ""))
-        if calls >= _PATIENCE and calls % _RETRY:
-            _in_vain[self] = calls + 1, why
-            note_fallback(self, why)
+        said = _said(self, args, kwargs)
+        reason = _why_in_vain(self, said)
+        if reason is not None:
+            note_fallback(self, reason)
             return forward(self, *args, **kwargs)
         smallest = _smallest(self)
         key = _shapes(args, kwargs) if smallest else ()
@@ -135,26 +149,58 @@ def _deferring(forward: Callable[..., Any]) -> Callable[..., Any]:
         mode = deferral(self.fastattn_backend, smallest)
         with mode:
             result = forward(self, *args, **kwargs)
-        if mode.live and mode.deferred_still():
+        if mode.live and mode.held():
             result = _with_nothing_deferred(self, mode, result)
         if mode.outputs:
             result = _as_products_lie(mode, result)
-        _note(self, mode, calls, key)
+        _note(self, mode, said, key)
         return result
 
     return run
 
 
+def _why_in_vain(module: WritesOut, said: tuple[Any, ...]) -> str | None:
+    """Why the original forward runs without the mode: what it did with it before would be done in vain."""
+    calls, why = _in_vain[module].get(said, (0, "")) if module in _in_vain else (0, "")
+    if torch.is_grad_enabled() or module.training:
+        if not calls and module.fastattn_stores:
+            return "its forward stores what may be attention weights, which gradients shall reach"
+        return why if calls else None
+    if calls < _PATIENCE or calls % _RETRY == 0:
+        return None
+    if _may_change(module):
+        _in_vain[module][said] = calls + 1, why
+    return why
+
+
 def _smallest(module: WritesOut) -> int:
-    """Where a backend is forced, all calls are its."""
-    return 0 if resolve_backend(module.fastattn_backend) else SMALLEST[torch.is_grad_enabled()]
+    """Where a backend is forced, all calls are its. In training a call without gradients may be that of a checkpoint,
+    which is run again with them, and whose dropout has to be drawn alike."""
+    return 0 if resolve_backend(module.fastattn_backend) else SMALLEST[torch.is_grad_enabled() or module.training]
 
 
-def _note(module: WritesOut, mode: Deferral, calls: int, key: tuple[Any, ...]) -> None:
+def _said(module: WritesOut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What may make a call keep its weights where another does not: its flags, and whether it is one of training."""
+    named = ((name, value) for name, value in kwargs.items() if type(value) in _SAID)
+    return (module.training, *(value if type(value) in _SAID else ... for value in args), *named)
+
+
+_SAID = (bool, int, str, type(None))
+
+
+def _may_change(module: WritesOut) -> bool:
+    """Whether a call may change what is done with the next: not one that a checkpoint runs again, which has to do the
+    same. It is watched by hooks of saved tensors, or runs without gradients in training."""
+    if torch.is_grad_enabled():
+        return saving_hooks() is None
+    return not module.training
+
+
+def _note(module: WritesOut, mode: Deferral, said: tuple[Any, ...], key: tuple[Any, ...]) -> None:
     reason = mode.lost or mode.reason
     if mode.attended and mode.lost is None:
-        if calls:
-            _in_vain.pop(module, None)
+        if module in _in_vain and _may_change(module):
+            _in_vain[module].pop(said, None)
     elif mode.is_small and reason is None:
         note_choice(module, AS_FAST)
         known = _too_small.setdefault(module, {})
@@ -162,7 +208,10 @@ def _note(module: WritesOut, mode: Deferral, calls: int, key: tuple[Any, ...]) -
             known[key] = 0
     else:
         reason = reason or "its forward computed no attention that is known"
-        _in_vain[module] = calls + 1, reason
+        if _may_change(module):
+            known_calls = _in_vain.setdefault(module, {})
+            if said in known_calls or len(known_calls) < _REMEMBERED:
+                known_calls[said] = known_calls.get(said, (0, ""))[0] + 1, reason
         note_fallback(module, reason)
 
 
@@ -201,7 +250,7 @@ def _with_nothing_deferred(module: WritesOut, mode: Deferral, result: Any) -> An
                     found = tree_map(make, value)
                     if kept:
                         holder[name] = found
-    if kept:
+    if kept or mode.deferred_still():
         mode.lost = mode.lost or "its attention scores or weights are kept"
     mode.make_all()
     return result
@@ -270,14 +319,18 @@ _PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 _SOFTMAXES = frozenset({"softmax", "Softmax"})  # nn.Softmax(dim=-1)(scores), as the first BERTs had it
 
 
-def _multiplies(code: CodeType) -> bool:
-    if not _PRODUCTS.isdisjoint(code.co_names):
-        return True
-    return any(
+def _products(code: CodeType) -> int:
+    """How many products of matrices it names."""
+    return sum(
         instruction.opname == "BINARY_MATRIX_MULTIPLY"
         or (instruction.opname == "BINARY_OP" and instruction.argrepr in ("@", "@="))
+        or (instruction.opname.startswith("LOAD_") and instruction.argval in _PRODUCTS)
         for instruction in dis.get_instructions(code)
     )
+
+
+def _stores(code: CodeType) -> bool:
+    return any(instruction.opname == "STORE_ATTR" for instruction in dis.get_instructions(code))
 
 
 def _all_codes(original: type[nn.Module]) -> Iterator[CodeType]:

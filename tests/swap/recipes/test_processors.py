@@ -175,14 +175,27 @@ def test_answers_and_gradients_stay(processor: type[Processor], call: str) -> No
     assert type(module) is Attention and torch.equal(module(x, **CALLS[call]), expected)
 
 
-def test_the_kernels_run_and_options_are_sorted_out_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_run_and_options_are_sorted_out_as_before() -> None:
     module = build().eval()
     swap(module, strict=True, backend="reference")
     expected = build().eval()(X)
     torch.testing.assert_close(module(X, temb=3, unknown=4), expected, atol=1e-5, rtol=1e-5)
-    with torch.no_grad(), monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", None)
+    with torch.no_grad():
         torch.testing.assert_close(module(X), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_function_in_the_place_of_torchs_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build().eval()
+    report = swap(module)
+    calls: list[int] = []
+    theirs = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **kwargs: calls.append(1) or theirs(*args, **kwargs)
+    )
+    with report.counting(), torch.no_grad():
+        torch.testing.assert_close(module(X), build().eval()(X), atol=1e-5, rtol=1e-5)
+    assert len(calls) == 2  # of the module that is not swapped, too
+    assert only_row(report).fallbacks == {"torch's scaled_dot_product_attention was replaced": 1}
 
 
 def test_what_the_processor_holds_is_looked_at_at_every_call() -> None:

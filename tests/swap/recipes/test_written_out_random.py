@@ -93,8 +93,8 @@ class Program(Attention):
 def run_program(module: Program, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What it does depends on the seed and on shapes alone."""
     choose = random.Random(module.steps)
-    small, scores, log = [q * 1.0, k * 1.0, v * 1.0], [], []
-    module.log = log
+    small, scores, log = [q * 1.0, k * 1.0, v * 1.0], [], module.log
+    log.clear()  # nothing is set: a forward that stores what may be weights runs as it is where there are gradients
     see = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     masks = [~see, module.padding[:, None, None], module.lonely[:, None, None], ~see.flip(1) & ~see]
     out = v * 0.1
