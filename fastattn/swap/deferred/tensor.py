@@ -383,8 +383,9 @@ class Deferral(Transparent):
         self.lost: str | None = None
         self.is_small = False
         self.live: list[weakref.ref[Node]] = []
-        self.outputs: dict[int, object] = {}
-        self._apart: set[int] = set()
+        self.outputs: dict[int, torch.UntypedStorage] = {}
+        self._apart: list[tuple[int, int]] = []
+        """Storages of outputs, and of their copies in another shape, that a product and its view would share."""
         self._products = products
         self._outer: Deferral | None = None
         self.tracks = torch.is_grad_enabled()
@@ -463,7 +464,10 @@ class Deferral(Transparent):
     def _before_write(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes all that is deferred before one of the tensors that it is made of is written to."""
         written = {storage_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        if not self._apart.isdisjoint(written):
+        if any(
+            (one in written and self._is_held(other)) or (other in written and self._is_held(one))
+            for one, other in self._apart
+        ):
             raise RuntimeError(
                 "fastattn: an output of attention, or a view of it, is written to after it was viewed in another "
                 "shape: leave this module out of the swap"
@@ -491,8 +495,12 @@ class Deferral(Transparent):
         copy = target.contiguous()
         result = function(copy, *args[1:], **kwargs)
         self.outputs[storage_of(copy)] = copy.untyped_storage()
-        self._apart |= {storage_of(target), storage_of(copy)}
+        self._apart.append((storage_of(target), storage_of(copy)))
         return result
+
+    def _is_held(self, storage: int) -> bool:
+        """Whether a tensor still lies in an output's storage, which is held here once."""
+        return torch._C._storage_Use_Count(self.outputs[storage]._cdata) > 1
 
 
 def storage_of(tensor: Tensor) -> int:

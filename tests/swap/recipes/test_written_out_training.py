@@ -122,12 +122,20 @@ def viewed_as(module: nn.Module, scores: Tensor, v: Tensor) -> Tensor:
     return out.view_as(torch.empty(BATCH * HEADS, LENGTH, out.shape[-1])).view(out.shape)
 
 
+def written_to_in_another_shape(module: nn.Module, scores: Tensor, v: Tensor) -> Tensor:
+    out = (scores.softmax(-1) @ v).view(BATCH * HEADS, LENGTH, -1)
+    out += 1.0
+    return out.view(v.shape)
+
+
 def checkpointed_softmax(module: nn.Module, scores: Tensor, v: Tensor) -> Tensor:
     return checkpoint(lambda a, b: a.softmax(-1) @ b, scores, v, use_reentrant=False)
 
 
 @pytest.mark.parametrize(
-    "attend", [scripted, written_to, in_lists, by_numpy, viewed_as, checkpointed_softmax], ids=lambda f: f.__name__
+    "attend",
+    [scripted, written_to, in_lists, by_numpy, viewed_as, written_to_in_another_shape, checkpointed_softmax],
+    ids=lambda f: f.__name__,
 )
 def test_outputs_and_gradients_are_the_originals(attend: Callable[..., Tensor]) -> None:
     module, swapped, _ = both(attend)
