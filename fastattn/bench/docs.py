@@ -46,6 +46,8 @@ def _section(result: Result, link: Path, place: Path) -> str:
         "",
     ]
     lines += [*_score(result.rows), ""]
+    if result.failures:
+        lines += ["Failed, and so not timed:", "", *(f"- {failure}" for failure in result.failures), ""]
     if result.left_out:
         lines += [f"Not timed, time was up: {_counted(result.left_out)}; the report names them.", ""]
     for suite in dict.fromkeys(row.suite for row in result.rows):
@@ -66,17 +68,21 @@ def _counted(left_out: Iterable[str]) -> str:
 def _score(rows: Iterable[Row]) -> list[str]:
     """How often fastattn is the fastest and how often not, and a line for each that it loses, the worst first."""
     lost: list[tuple[float, str]] = []
-    count = 0
+    count = absent = 0
     for group in text.by_question(rows).values():
         ours, other = text.best_ours(group), text.best_other(group)
-        if ours is None or other is None or not ours.median_ms or not other.median_ms:
+        if other is None or not other.median_ms:
+            continue
+        if ours is None or not ours.median_ms:
+            absent += 1
             continue
         count += 1
         ratio = other.median_ms / ours.median_ms
         if ratio < 1:
             what = f"{ours.suite}: {ours.case}, {text.direction_name(ours)}, {ours.dtype}"
             lost.append((ratio, f"- {1 / ratio:.2f} times as long as {other.provider}: {what}"))
-    won = f"Of {count} cases and directions fastattn is the fastest in {count - len(lost)}"
+    without = f" ({absent} more have no time of fastattn's)" if absent else ""
+    won = f"Of {count} cases and directions{without} fastattn is the fastest in {count - len(lost)}"
     if not lost:
         return [f"{won}."]
     return [f"{won}, and slower than the fastest other in {len(lost)}:", "", *(line for _, line in sorted(lost))]

@@ -133,11 +133,18 @@ def read_result(source: Path) -> Result:
 
 
 def merge(parts: Iterable[Result]) -> Result:
-    """Results of one machine measured in pieces, as one; a later row replaces an earlier one of the same key, and what
-    the machine can do at most is what it did at best in any of them."""
+    """Results of one machine measured in pieces, as one. Rows of one question belong together, for their calls took
+    turns: those of a later run that timed any of them replace the earlier ones. What the machine can do at most is what
+    it did at best in any of them."""
     results = list(parts)
     last = results[-1]
-    rows = {row.key: row for result in results for row in result.rows}
+    rows: dict[tuple[str, ...], Row] = {}
+    for result in results:
+        timed = {row.question for row in result.rows if row.median_ms is not None}
+        rows = {key: row for key, row in rows.items() if row.question not in timed}
+        rows |= {row.key: row for row in result.rows if row.key not in rows or row.question in timed}
+    order = list(dict.fromkeys(row.question for result in results for row in result.rows))
+    rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1].question)))
     peers = {name: version for result in results for name, version in result.environment.get("peers", {}).items()}
     reached = {f"{row.suite}: {row.case}, {row.direction}" for row in rows.values()}
     limits = reduce(Limits.best, (result.limits for result in results))
@@ -151,6 +158,16 @@ def merge(parts: Iterable[Result]) -> Result:
         failures=[f for result in results for f in result.failures],
         left_out=list(dict.fromkeys(n for result in results for n in result.left_out if n not in reached)),
     )
+
+
+def why_apart(before: Result, environment: dict[str, Any], quick: bool) -> str | None:
+    """Why rows of a run in this environment do not belong beside those of an earlier one; None where they do."""
+    if before.quick != quick:
+        return "one is a quick trial"
+    for name in ("device", "threads", "isa", "torch"):
+        if before.environment.get(name) != environment.get(name):
+            return f"its {name} is {before.environment.get(name)}, now it is {environment.get(name)}"
+    return None
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:

@@ -181,6 +181,8 @@ class _Question:
         jobs.clear()
         if not self.options.quick:  # what a failed provider's traceback still holds may be large
             gc.collect()
+            if self.options.device == "cuda":
+                torch.cuda.empty_cache()
         return with_ratios([self.rows[p.name] for p in providers]), self.failures
 
     def _chosen(self, provider: Provider) -> bool:

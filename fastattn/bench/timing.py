@@ -10,8 +10,9 @@ this clock shows for a graph of one empty kernel is measured too and printed wit
 from __future__ import annotations
 
 import contextlib
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,12 +76,19 @@ def own_stream(device: str) -> Iterator[None]:
 
 
 def time_jobs(jobs: Mapping[str, Job], device: str, effort: Effort) -> dict[str, Timing]:
-    """Times each job, interleaved. Jobs have run before, inside the same `own_stream`, and are known to work."""
+    """Times each job, interleaved. Jobs have run before, inside the same `own_stream`, and are known to work; one that
+    raises when it is warmed up all the same has no times."""
     if not jobs:
         return {}
     with torch.set_grad_enabled(any(job.grad for job in jobs.values())):
         timer = _CudaTimer(effort) if device == "cuda" else _CpuTimer(effort)
         return timer.time({name: job.call for name, job in jobs.items()})
+
+
+def _turns(draw: random.Random, jobs: Iterable[str]) -> list[str]:
+    """An order for one round. Drawn, for in a fixed one each call would find the caches as the same other left them."""
+    names = list(jobs)
+    return draw.sample(names, len(names))
 
 
 @dataclass
@@ -97,12 +105,11 @@ class _CpuTimer:
             for _ in range(self.effort.warm_up - 1 if once <= _SLOW_SECONDS else 0):
                 once = min(once, self._seconds(call, 1))
             self._calls[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
-        names = list(jobs)
+        draw = random.Random(0)
         began = time.perf_counter()
         for number in range(self.effort.most):
-            turn = number % len(names)
             behind = self._far_behind(samples) if number else set()
-            for name in names[turn:] + names[:turn]:
+            for name in _turns(draw, jobs):
                 if name not in behind or len(samples[name]) < self.effort.few:
                     samples[name].append(1e3 * self._seconds(jobs[name], self._calls[name]))
             if number + 1 >= self.effort.rounds and time.perf_counter() - began > self.effort.seconds:
@@ -140,15 +147,14 @@ class _CudaTimer:
             except torch.OutOfMemoryError:  # beside the memory of the graphs before it
                 torch.cuda.empty_cache()
         samples: dict[str, list[float]] = {name: [] for name in replays}
-        names = list(replays)
-        if not names:
+        if not replays:
             return {}
+        draw = random.Random(0)
         began = time.perf_counter()
         for number in range(0, self.effort.most, self._ROUNDS_QUEUED):
             queued = []
-            for turn in range(number, min(number + self._ROUNDS_QUEUED, self.effort.most)):
-                first = turn % len(names)
-                queued += [(name, self._queue(replays[name])) for name in names[first:] + names[:first]]
+            for _ in range(number, min(number + self._ROUNDS_QUEUED, self.effort.most)):
+                queued += [(name, self._queue(replays[name])) for name in _turns(draw, replays)]
             torch.cuda.synchronize()
             for name, (start, end) in queued:
                 samples[name].append(start.elapsed_time(end))

@@ -116,10 +116,27 @@ def attention_truth(case: AttentionCase, tensors: Mapping[str, Tensor], grad: Te
             pick = of_keys if name in ("dk", "dv") else _rows_of(of_queries, chunks)
             ref, eager, size = (part[kind].get(name) for kind in _KINDS)
             found.append(Expected(name, ref, eager, size, pick, group_dims=2))
-    if table:
+    if grad is not None and table:
+        table["eager"] = _eager_dtable(case, tensors, grad, head)
         ref, eager, size = (table[kind] for kind in _KINDS)
         found.append(Expected("dtable", ref, eager, size, _at((slice(None), slice(-1, None)))))
     return found
+
+
+def _eager_dtable(case: AttentionCase, tensors: Mapping[str, Tensor], grad: Tensor, head: int) -> Tensor:
+    """The gradient of the judged head's biases as a model has it, (buckets, G): of all entries at once, whose half
+    gradients are added up in their own dtype. Entry by entry in float32 it would be a better one than torch's."""
+    group = case.heads_q // case.heads_kv
+    heads = slice(head * group, (head + 1) * group)
+    seen = [case.visible.rows(b, 0, case.len_q, case.len_q, case.len_k, case.device) for b in range(case.batch)]
+    keys = slice(head, head + 1)
+    chunk = {"q": tensors["q"][:, heads], "k": tensors["k"][:, keys], "v": tensors["v"][:, keys]}
+    leaves = _leaves({**chunk, "table": tensors["table"][:, heads]}, True, case.dtype)
+    whole = _AttentionChunk(case.scale, torch.stack(seen)[:, None], case.buckets())
+    with torch.enable_grad():
+        out = whole.eager(leaves)
+    (found,) = torch.autograd.grad(out, [leaves["table"]], grad[:, heads].to(case.dtype))
+    return found.detach()
 
 
 def _chunks(case: AttentionCase, *, backward: bool) -> list[tuple[int, int]]:
@@ -179,7 +196,7 @@ class _AttentionChunk:
         for kind, dtype in (("ref", torch.float64), ("eager", chunk["q"].dtype)):
             leaves = _leaves(chunk, wanted, dtype)
             with torch.set_grad_enabled(wanted):
-                out = self._truth(leaves) if kind == "ref" else self._eager(leaves)
+                out = self._truth(leaves) if kind == "ref" else self.eager(leaves)
             sums[kind].append("out", out)
             if grad is not None:
                 grads = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype))
@@ -202,8 +219,8 @@ class _AttentionChunk:
         found: Any = reference.attention(t["q"], t["k"], t["v"], mask=self.seen, bias=bias, scale=self.scale)
         return found
 
-    def _eager(self, t: dict[str, Tensor]) -> Tensor:
-        visible = self.seen.expand(1, t["q"].size(1), *self.seen.shape[2:])
+    def eager(self, t: dict[str, Tensor]) -> Tensor:
+        visible = self.seen.expand(-1, t["q"].size(1), -1, -1)
         biases = (self.bias(t["table"]),) if "table" in t else ()
         return eager_attention(t["q"], t["k"], t["v"], visible=visible, biases=biases, scale=self.scale)[0]
 

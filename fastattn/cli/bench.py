@@ -21,7 +21,7 @@ from fastattn.bench.compare import Change, compare_results
 from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.report import write_report
 from fastattn.bench.report.table import print_result
-from fastattn.bench.rows import Result, merge, read_result
+from fastattn.bench.rows import Result, merge, read_result, why_apart
 from fastattn.bench.run import Options, questions, run_bench
 from fastattn.cli.console import output_file, progress_bar, wide_console
 from fastattn.dispatch import BackendWarning
@@ -112,6 +112,10 @@ def run(
         raise typer.BadParameter("no case is left: loosen --shapes, --direction or --match")
     files = [file for file in (output, report and report / "results.json") if file is not None]
     held = {file: read_result(file) if append and file.exists() else None for file in files}
+    for file, before in held.items():
+        reason = None if before is None else why_apart(before, device_environment(where), quick)
+        if reason is not None:
+            raise typer.BadParameter(f"--append to {file}: {reason}; write to another file")
     result = _run(wanted, options, console, lambda so_far: _write(so_far, held))
     print_result(result, console)
     _write(result, held)

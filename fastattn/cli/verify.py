@@ -18,6 +18,7 @@ from fastattn import dispatch
 from fastattn.backends import cuda, triton
 from fastattn.cli.console import output_file, progress_bar, wide_console
 from fastattn.dispatch import backends
+from fastattn.environment import device_environment
 from fastattn.parity.cases import OPERATIONS, draw_case, parse_token
 from fastattn.parity.report import VerifyReport
 from fastattn.parity.run import operations
@@ -82,6 +83,8 @@ def _print(report: VerifyReport, console: Console) -> None:
     if len(report.failures) > _SHOWN_FAILURES:
         console.print(f"... and {len(report.failures) - _SHOWN_FAILURES} more failures", style="red")
     verdict = "all within the bound" if report.passed else f"{len(report.failures)} FAILED"
+    if report.passed and not report.checked:
+        verdict = "so nothing is known"
     forward = f" ({report.forward_only} forward only)" if report.forward_only else ""
     console.print(
         f"backend {report.backend}, seed {report.seed}: {report.checked} cases checked{forward}, "
@@ -147,12 +150,12 @@ def verify(
         report = _run(f"{op} on {name}", total, console, partial(run, jobs=jobs, seconds=seconds))
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
-    text = json.dumps({"note": note, **report.to_json()}, indent=2)
-    if output is not None:
-        output.write_text(text + "\n")
+    text = json.dumps({"note": note, "environment": device_environment(_device(name)), **report.to_json()}, indent=2)
     if as_json:
         typer.echo(text)
     else:
         _print(report, console)
+    if output is not None:
+        output.write_text(text + "\n")
     if not report.passed:
         raise typer.Exit(1)

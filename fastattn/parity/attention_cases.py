@@ -22,8 +22,8 @@ from fastattn.parity.mask_cases import MaskDraw
 from fastattn.parity.packing import Packing
 from fastattn.parity.rule import Conditions, ParityRow, check_attention
 
-_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 5, 17)
-_DIM_WEIGHTS = (1, 2, 3, 3, 4, 2, 5, 2, 2, 2, 0.4, 0.5, 0.5)
+_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 5, 17, 136, 192, 200)
+_DIM_WEIGHTS = (1, 2, 3, 3, 4, 2, 5, 2, 2, 2, 0.4, 0.5, 0.5, 0.2, 0.3, 0.2)
 _MAX_SCORES = 160_000  # elements of all score matrices of a case: keeps the float64 truth at a few milliseconds
 _ORDERS = ((0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3))  # of (B, H, S, D), outermost first; the first is (B, S, H, D)
 

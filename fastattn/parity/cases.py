@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,11 @@ from fastattn.parity.encoder_layer_cases import EncoderLayerCase
 from fastattn.parity.rule import Conditions, ParityRow, check_ffn, check_gated_ffn, check_linear_act, check_norm
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "relu2")
+_LEARNED = (
+    *("q", "k", "v", "bias", "mask", "sinks", "x", "weight", "residual"),
+    *("w1", "b1", "w2", "b2", "w_gate", "b_gate", "w_up", "b_up", "w_down", "b_down"),
+)
+"""The inputs of all operations that may have a gradient."""
 _TOKEN = re.compile(r"(\d+)\.(\d+)")
 
 
@@ -48,7 +54,11 @@ def draw_case(op: str, seed: int, index: int, device: str = "cpu") -> Case:
     """Draws a case. op: a key of `OPERATIONS`; raises ValueError for another."""
     if op not in OPERATIONS:
         raise ValueError(f"op={op!r} is unknown: pass one of {', '.join(OPERATIONS)}")
-    return OPERATIONS[op](Draw(seed, index, device))
+    draw = Draw(seed, index, device)
+    case: Case = OPERATIONS[op](draw)
+    if case.conditions.grad and draw.chance(0.25):  # after all else, which stays what it was
+        case.conditions = replace(case.conditions, frozen=frozenset(name for name in _LEARNED if draw.chance(0.5)))
+    return case
 
 
 def _conditions(draw: Draw, without: tuple[str, ...] = ()) -> Conditions:

@@ -20,8 +20,8 @@ from fastattn.parity.packing import Packing
 from fastattn.parity.probe import Conditions, Probe, Tensors, run_probe
 from fastattn.reference.decode import gather_pages
 
-_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 5, 17)
-_DIM_WEIGHTS = (1, 2, 3, 3, 4, 2, 5, 2, 2, 3, 0.4, 0.5, 0.5)
+_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 5, 17, 136, 192, 200)
+_DIM_WEIGHTS = (1, 2, 3, 3, 4, 2, 5, 2, 2, 3, 0.4, 0.5, 0.5, 0.2, 0.3, 0.2)
 
 
 def check_attention_decode(

@@ -56,9 +56,9 @@ class Conditions:
     """How a call is made, apart from what it computes.
 
     grad: also check the backward. seed: of the output gradients. poison: uninitialised memory holds NaN. shift:
-    elements by which every input is moved off its alignment. without_gradient: outputs that get no gradient.
-    strided_gradients: output gradients come with gaps and a permuted layout. threads: of the backend's calls; None
-    keeps torch's count.
+    elements by which every input is moved off its alignment. without_gradient: outputs that get no gradient. frozen:
+    inputs whose gradient is not asked for. strided_gradients: output gradients come with gaps and a permuted layout.
+    threads: of the backend's calls; None keeps torch's count.
     """
 
     grad: bool = True
@@ -66,6 +66,7 @@ class Conditions:
     poison: bool = True
     shift: int = 0
     without_gradient: frozenset[str] = field(default_factory=frozenset)
+    frozen: frozenset[str] = field(default_factory=frozenset)
     strided_gradients: bool = False
     threads: int | None = None
 
@@ -95,7 +96,8 @@ def run_probe(probe: Probe, inputs: Tensors, backend: str | None, conditions: Co
     inputs: named tensors; the floating ones that require grad are differentiated. Raises fastattn.NotSupported where
     the backend refuses the call.
     """
-    wanted = [name for name, t in inputs.items() if t.requires_grad] if conditions.grad else []
+    learned = [name for name, t in inputs.items() if t.requires_grad and name not in conditions.frozen]
+    wanted = learned if conditions.grad else []
     guards = GuardedTensors(conditions.shift)
     guarded = {name: guards.embed(name, t if name in wanted else t.detach()) for name, t in inputs.items()}
     with conditions.under_test(backend), torch.set_grad_enabled(bool(wanted)):

@@ -119,7 +119,11 @@ def _instruction_set(isa: str | None) -> Iterator[None]:
 
 def _run_case(report: VerifyReport, op: str, index: int, device: str) -> None:
     report.cases[op] += 1
-    case = draw_case(op, report.seed, index, device)
+    try:
+        case = draw_case(op, report.seed, index, device)
+    except RuntimeError as error:  # of a GPU that a case before left unusable
+        report.record_exception(op, index, draw_case(op, report.seed, index), error)
+        return
     ran, reasons = _ran(report, op, index, case)
     if not ran and case.conditions.grad:
         case = draw_case(op, report.seed, index, device)

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from fastattn.parity.cases import draw_case
+
 CHECKOUT = Path(os.environ.get("FASTATTN_CHECKOUT", Path(__file__).resolve().parents[2]))
 
 pytestmark = [
@@ -242,3 +244,24 @@ def test_a_command_that_takes_too_long_is_stopped(script, check) -> None:
     began = script.time.monotonic()
     code, output = check.run([sys.executable, "-c", script_of_two], seconds=3.0)
     assert code == 124 and output == "1\n" and script.time.monotonic() - began < 20, "its children end with it"
+
+
+def test_the_sanitized_cases_launch_every_kind_of_backward(script) -> None:
+    """Of half inputs: gradients of heads up to 64, 128 and 192, with a bias and of one, with dropout, and packed."""
+    first, end = script.SANITIZED["attention"]
+    found = set()
+    for case in (draw_case("attention", 0, index) for index in range(first, end)):
+        bias, mask = case.options.get("bias"), case.mask
+        float_mask = isinstance(mask, torch.Tensor) and mask.is_floating_point()
+        learned = [t for t in (getattr(bias, "tensor", bias), mask) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if case.dtype is torch.float32 or not case.conditions.grad:
+            continue
+        if learned:
+            found.add("gradient of a bias")
+            continue
+        wide = max(case.dim, case.dim_v)
+        found.add("64" if wide <= 64 else "128" if wide <= 128 else "192" if wide <= 192 else "256")
+        found |= {"packed"} if case.packing is not None else set()
+        found |= {"bias"} if bias is not None or float_mask else set()
+        found |= {"dropout"} if case.options.get("dropout_p") else set()
+    assert found >= {"64", "128", "192", "bias", "gradient of a bias", "dropout", "packed"}

@@ -24,9 +24,11 @@ CHECKOUT = Path(os.environ.get("FASTATTN_CHECKOUT", Path(__file__).resolve().par
 
 def test_a_report_folder_holds_the_rows_the_text_and_plots(result, tmp_path) -> None:
     pytest.importorskip("matplotlib")
-    (tmp_path / "old.png").write_text("of an earlier run")
+    for name in ("old.png", "mine.png"):
+        (tmp_path / name).write_text("a picture")
+    (tmp_path / "report.md").write_text("of an earlier run: ![a plot](old.png)")
     files = write_report(result, tmp_path)
-    assert sorted(f.name for f in files) == sorted(f.name for f in tmp_path.iterdir())
+    assert sorted([*(f.name for f in files), "mine.png"]) == sorted(f.name for f in tmp_path.iterdir())
     assert read_result(tmp_path).rows == result.rows
     words = (tmp_path / "report.md").read_text()
     pictures = [f for f in files if f.suffix == ".png"]

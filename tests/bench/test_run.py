@@ -20,7 +20,7 @@ from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.providers.base import Job, Provider
 from fastattn.bench.providers.compiled import no_compiler
 from fastattn.bench.providers.torch_eager import Sdpa
-from fastattn.bench.rows import Row, merge, read_result, with_ratios
+from fastattn.bench.rows import Row, merge, read_result, why_apart, with_ratios
 from fastattn.bench.timing import Effort, time_jobs
 
 from .conftest import LEFT_OUT, quick_cases, quick_run
@@ -217,13 +217,29 @@ def test_json_round_trip(result, tmp_path) -> None:
         read_result(tmp_path / "missing")
 
 
-def test_merging_replaces_rows_of_the_same_key(result) -> None:
-    later = replace(result, rows=[replace(result.rows[0], note="later")], failures=["x"])
+def test_merging_replaces_the_rows_of_a_question_that_was_timed_again(result) -> None:
+    timed = next(row for row in result.rows if row.median_ms is not None)
+    later = replace(result, rows=[replace(timed, note="later")], failures=["x"])
     whole = merge([result, later])
-    reached = f"{result.rows[0].suite}: {result.rows[0].case}, {result.rows[0].direction}"
+    reached = f"{timed.suite}: {timed.case}, {timed.direction}"
     earlier = replace(result, left_out=[reached, "ffn: another, both"])
     assert merge([earlier, later]).left_out == ["ffn: another, both"], "what a later run reaches is not left out"
-    assert len(whole.rows) == len(result.rows) and whole.rows[0].note == "later" and whole.failures == ["x"]
+    assert [row for row in whole.rows if row.question == timed.question] == later.rows and whole.failures == ["x"]
+    others = [row for row in result.rows if row.question != timed.question]
+    assert [row for row in whole.rows if row.question != timed.question] == others
+    order = list(dict.fromkeys(row.question for row in result.rows))
+    assert list(dict.fromkeys(row.question for row in whole.rows)) == order
+    missing = replace(result, rows=[replace(timed, median_ms=None, reason="it is not installed")])
+    assert merge([result, missing]).rows == result.rows, "what was not timed replaces nothing"
+
+
+def test_runs_of_different_machines_are_kept_apart(result) -> None:
+    environment = dict(result.environment)
+    assert why_apart(result, environment, result.quick) is None
+    assert why_apart(result, {**environment, "threads": 64}, result.quick) == (
+        f"its threads is {environment.get('threads')}, now it is 64"
+    )
+    assert why_apart(result, environment, not result.quick) == "one is a quick trial"
 
 
 def test_merged_runs_have_the_best_limits_of_all_and_shares_of_those(result) -> None:

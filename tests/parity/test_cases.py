@@ -114,10 +114,11 @@ def test_half_products_on_gpus_add_up_in_float32_while_a_case_runs_only(monkeypa
 
 def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
     def forward_only(real):
-        def call(q, *args, **options):
-            if q.requires_grad:
+        def call(*args, **options):
+            given = [getattr(value, "tensor", value) for value in (*args, *options.values())]
+            if any(isinstance(value, torch.Tensor) and value.requires_grad for value in given):
                 raise NotSupported("attention", "a call", {"reference": ["it has no backward"]})
-            return real(q, *args, **options)
+            return real(*args, **options)
 
         return call
 
@@ -125,7 +126,7 @@ def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
         monkeypatch.setattr(functional, name, forward_only(getattr(functional, name)))
     report = verify("attention", "reference", cases=20)
     assert report.passed and report.checked == 20 and not report.refused
-    assert 10 <= report.forward_only == report.refusals["attention", "it has no backward"] < 20
+    assert 10 <= report.forward_only <= report.refusals["attention", "it has no backward"] < 20  # masks' checks too
     assert not any(name.startswith("d") for _, _, name in report.worst)
 
 

@@ -299,7 +299,6 @@ def _square_norms(choice: Choice) -> list[Case]:
             rows=_SQUARE,
             width=_SQUARE,
             residual=False,
-            compiled=(),
             directions=("forward", "backward"),
             **choice.common,
         )

@@ -102,7 +102,8 @@ class Provider:
 def free_memory(device: str) -> int | None:
     """Bytes that can still be allocated, None where that is not known."""
     if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by torch, for what it allocates next
+        return int(torch.cuda.mem_get_info()[0]) + held
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None

@@ -52,6 +52,9 @@ class Compiled(Provider):
         return lambda: compiled(*arguments)
 
 
+_BLOCK = 128  # FlexAttention's own choice
+
+
 class Flex(Provider):
     """FlexAttention, compiled. Its block mask is made once, outside the timing, as for many layers."""
 
@@ -74,8 +77,10 @@ class Flex(Provider):
         block_mask = None
         if not case.visible.everything:
             entries = None if case.visible.lengths is None else case.batch
-            rule = self._rule(case)
-            block_mask = create_block_mask(rule, entries, None, case.len_q, case.len_k, device=case.device)
+            rule, lengths = self._rule(case), (case.len_q, case.len_k)
+            # Of the mask's own blocks where it is made of blocks: in larger ones few are empty, and none is full.
+            block = _BLOCK if case.visible.density is None else BLOCK
+            block_mask = create_block_mask(rule, entries, None, *lengths, device=case.device, BLOCK_SIZE=block)
         score = self._bias(case, tensors["table"]) if case.t5_bias else None
         options = {
             "score_mod": score,

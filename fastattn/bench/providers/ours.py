@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fastattn.bench.cases.attention import T5_MAX_DISTANCE, AttentionCase
 from fastattn.bench.cases.base import Case, OpCase, itemsize
 from fastattn.bench.cases.ffn import FfnCase
 from fastattn.bench.cases.norm import NormCase
-from fastattn.bench.providers.base import Provider, Run
+from fastattn.bench.providers.base import Inputs, Job, Provider, Run
 from fastattn.bench.providers.torch_eager import scores_do_not_fit
 from fastattn.biases import T5Bias
 from fastattn.dispatch import ORDER
@@ -110,16 +111,18 @@ class OurHopper(Ours):
             return "head dims above 128 have no kernel for Hopper"
         return super().refuses(case, direction)
 
-    def prepare(self, case: OpCase, tensors: Mapping[str, Tensor]) -> Run:
+    def job(self, case: OpCase, direction: str, inputs: Inputs) -> Job:
+        """Forward and backward each ask which kernels are chosen when they run."""
         from fastattn.backends.cuda import library
 
-        run = super().prepare(case, tensors)
+        with library.use_kernels("sm90"):
+            job = super().job(case, direction, inputs)
 
         def on_hopper() -> tuple[Tensor, ...]:
             with library.use_kernels("sm90"):
-                return run()
+                return job.call()
 
-        return on_hopper
+        return replace(job, call=on_hopper)
 
 
 class OurDecode(Provider):

@@ -97,10 +97,13 @@ class Sdpa(Provider):
         if mask is not None:
             mask = mask.expand(-1, -1, case.len_q, -1)
         grouped, scale = case.heads_q != case.heads_kv, case.scale
+        if buckets is not None and not tensors["table"].requires_grad:  # T5 gathers it once for all layers
+            mask, buckets = gathered_bias(tensors["table"], buckets).contiguous(), None
 
         def run() -> tuple[Tensor, ...]:
             self.only()
-            added = mask if buckets is None else gathered_bias(tensors["table"], buckets)
+            # With keys next to one another, as SDPA's kernels for GPUs want a mask.
+            added = mask if buckets is None else gathered_bias(tensors["table"], buckets).contiguous()
             return (
                 F.scaled_dot_product_attention(
                     q, k, v, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=grouped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fastattn.bench.report.markdown import report_text
@@ -12,15 +13,16 @@ __all__ = ["write_report"]
 
 
 def write_report(result: Result, folder: Path) -> list[Path]:
-    """Writes results.json, the plots and report.md, which shows them. Plots of an earlier run there are removed.
+    """Writes results.json, the plots and report.md, which shows them. Plots that an earlier report.md there shows are
+    removed.
 
     Without matplotlib the report has no plots and says so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
+    report = folder / "report.md"
+    for name in re.findall(r"!\[[^]]*\]\(([^)/]+\.png)\)", report.read_text()) if report.exists() else ():
+        (folder / name).unlink(missing_ok=True)
     result.write(folder / "results.json")
     pictures = draw_all(result, folder)
-    report = folder / "report.md"
     report.write_text(report_text(result, [p.name for p in pictures]))
     return [folder / "results.json", report, *pictures]

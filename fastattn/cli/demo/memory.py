@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +36,8 @@ def measure(folder: Path, variant: str, batch: int, length: int) -> dict[str, fl
         inputs.run(model)
         if not _STATUS.exists():
             inputs.run(model)
+            import resource  # not on Windows
+
             unit = 2**20 if sys.platform == "darwin" else 2**10
             return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "growth_mb": None}
         before = _status_mb("VmRSS")

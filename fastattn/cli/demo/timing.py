@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -83,10 +84,11 @@ def time_setting(
                 timing.notes[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             else:
                 running.append(name)
+        draw = random.Random(0)
         start = time.perf_counter()
         for number in range(effort.most):
             step(f"{size}x{length}")
-            for name in running[number % len(running) :] + running[: number % len(running)]:
+            for name in draw.sample(running, len(running)):
                 began = time.perf_counter()
                 batch.run(models[name])
                 timing.samples[name].append(1e3 * (time.perf_counter() - began))
