@@ -164,7 +164,7 @@ def why_apart(before: Result, environment: dict[str, Any], quick: bool) -> str |
     """Why rows of a run in this environment do not belong beside those of an earlier one; None where they do."""
     if before.quick != quick:
         return "one is a quick trial"
-    for name in ("device", "threads", "isa", "torch"):
+    for name in ("device", "threads", "instruction_set", "torch"):
         if before.environment.get(name) != environment.get(name):
             return f"its {name} is {before.environment.get(name)}, now it is {environment.get(name)}"
     return None

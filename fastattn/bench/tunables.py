@@ -26,7 +26,7 @@ _WARPS, _STAGES = (4, 8), (1, 2, 3)
 class Tunable:
     """One entry of a table. name: what it is for. suite, sizes: a case that uses it, as the fields of the case's class.
     choices: the values to try; now: the table's own, None where the table goes by more than the case says. use: makes
-    calls inside the block take a value."""
+    calls inside the block take a value. directions: those in which a value makes a difference."""
 
     name: str
     suite: str
@@ -34,6 +34,7 @@ class Tunable:
     choices: Sequence[Any]
     now: Any
     use: Callable[[Any], AbstractContextManager[None]]
+    directions: tuple[str, ...] = ("forward", "both")
 
 
 def tunables(device: str) -> dict[str, list[Tunable]]:
@@ -73,13 +74,12 @@ def _attention() -> list[Tunable]:
 
     length, heads = (64, 1) if interpreting() else (4096, 16)
     found = []
-    for kernel in ("forward", "queries", "keys"):
+    for kernel, directions in (("forward", ("forward",)), ("queries", ("both",)), ("keys", ("both",))):
         for dim in _HEAD_DIMS:
             sizes = {"batch": 1, "heads_q": heads, "heads_kv": heads, "len_q": length, "len_k": length, "dim": dim}
             choices = [tiles.Tile(q, k, w, s) for q, k in _BLOCKS for w in _WARPS for s in _STAGES]
-            found.append(
-                Tunable(f"attention {kernel}, head dim {dim}: tile", "attention", sizes, choices, None, _tile(kernel))
-            )
+            name = f"attention {kernel}, head dim {dim}: tile"
+            found.append(Tunable(name, "attention", sizes, choices, None, _tile(kernel), directions))
     return found
 
 

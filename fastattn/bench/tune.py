@@ -44,19 +44,26 @@ class Tuned:
 
 
 def tune(
-    device: str, dtype: torch.dtype, *, quick: bool = False, step: Callable[[str], object] = lambda _: None
+    device: str,
+    dtype: torch.dtype,
+    *,
+    quick: bool = False,
+    step: Callable[[str], object] = lambda _: None,
+    keep: Callable[[list[Tuned]], object] = lambda _: None,
 ) -> list[Tuned]:
-    """Times every choice of every table entry, forward and both; each choice is verified first.
+    """Times every choice of every table entry; each choice is verified first.
 
-    quick: the first two entries of each backend, two choices each, two rounds.
+    quick: the first two entries of each backend, two choices each, two rounds. keep: gets what was found so far after
+    each entry, should the run be cut off.
     """
     results = []
     with own_stream(device):
         for backend, entries in tunables(device).items():
             for entry in entries[:2] if quick else entries:
-                for direction in ("forward", "both"):
+                for direction in entry.directions:
                     step(f"{backend} {entry.name}, {direction}")
                     results.append(_tune_one(backend, entry, direction, device, dtype, quick))
+                    keep(results)
     return results
 
 

@@ -181,18 +181,26 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="A few choices, two rounds: a trial, no figures.")] = False,
 ) -> None:
     """Time every choice of the backends' tile tables, each verified first. Changes no table."""
+    from fastattn.bench.tune import Tuned
     from fastattn.bench.tune import tune as run_tune
 
     where = _device(device)
     named = _one_of([dtype or ("bfloat16" if where == "cuda" else "float32")], _DTYPES, "--dtype")[0]
     console = wide_console()
+    environment = device_environment(where)
+
+    def keep(found: list[Tuned]) -> None:
+        if output is not None:
+            entries = [asdict(tuned) for tuned in found]
+            content = {"environment": environment, "dtype": named, "quick": quick, "entries": entries}
+            output.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
     with console.status("tuning") as status, warnings.catch_warnings():
         warnings.simplefilter("ignore", BackendWarning)
-        found = run_tune(where, _DTYPES[named], quick=quick, step=lambda text: status.update(Text(f"tuning {text}")))
-    if output is not None:
-        entries = [asdict(tuned) for tuned in found]
-        content = {"environment": device_environment(where), "dtype": named, "quick": quick, "entries": entries}
-        output.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        found = run_tune(
+            where, _DTYPES[named], quick=quick, step=lambda text: status.update(Text(f"tuning {text}")), keep=keep
+        )
+    keep(found)
     for tuned in found:
         console.print(str(tuned), highlight=False, soft_wrap=True)
     if not found:

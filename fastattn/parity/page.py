@@ -36,13 +36,24 @@ def parity_page(results: Path) -> str:
 
 
 def _section(folder: Path) -> str:
-    run = json.loads((folder / "results.json").read_text())
-    lines = [f"## {run['environment']['device']}, {run['date']}", ""]
-    for file in sorted(folder.glob("verify-*.json")):
+    files = sorted(folder.glob("verify-*.json"))
+    lines = [f"## {_where(folder, files)}", ""]
+    for file in files:
         found = json.loads(file.read_text())
         reports: list[Report] = found if isinstance(found, list) else [found]
         lines += [f"### {file.stem.removeprefix('verify-')}", "", *_summary(reports), "", *_table(reports), ""]
     return "\n".join(lines)
+
+
+def _where(folder: Path, files: list[Path]) -> str:
+    """The device and the day: of the benchmarks beside the reports, or else the reports' own device."""
+    results = folder / "results.json"
+    if results.exists():
+        run = json.loads(results.read_text())
+        return f"{run['environment']['device']}, {run['date']}"
+    found = json.loads(files[0].read_text())
+    report = found[0] if isinstance(found, list) else found
+    return str(report.get("environment", {}).get("device", folder.name))
 
 
 def _summary(reports: list[Report]) -> list[str]:

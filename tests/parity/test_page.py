@@ -49,6 +49,13 @@ def test_a_failure_is_shown_with_its_replay(folder: Path) -> None:
     assert "`fastattn verify --op norm --backend reference --repro 4.0`: RuntimeError: no memory" in page
 
 
+def test_reports_without_benchmarks_name_their_own_device(folder: Path) -> None:
+    (folder / "results.json").unlink()
+    report = {"environment": {"device": "Another Processor"}, **verify("norm", "reference", cases=1).to_json()}
+    (folder / "verify-reference.json").write_text(json.dumps(report))
+    assert "## Another Processor\n" in parity_page(folder.parent)
+
+
 def test_without_reports_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="make one with fastattn verify --output"):
         parity_page(tmp_path)
