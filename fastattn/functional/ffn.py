@@ -180,9 +180,11 @@ def _check_linear(
     shape = weight.shape
     if len(shape) != 2 or shape[1] != in_features or (out_features is not None and shape[0] != out_features):
         rows = "N" if out_features is None else out_features
+        fed_by_x = len(shape) == 2 and shape[1] != in_features and name not in ("w2", "w_down")
+        otherwise = f"; or pass x with {shape[1]} features instead of {in_features}" if fed_by_x else ""
         raise ValueError(
             f"{name} has shape {tuple(shape)}: pass ({rows}, {in_features}), out features by in features as nn.Linear "
-            "stores it"
+            f"stores it{otherwise}"
         )
     if bias is not None:
         check_shape(bias_name, bias, shape[:1], f"one element per row of {name}")

@@ -243,6 +243,7 @@ FFN = [
     (linear(backend="none"), ValueError, "backend='none' is unknown"),
     (lambda: fastattn.ffn(X, W, B, t(4, 5), None), ValueError, r"w2 has shape \(4, 5\): pass \(N, 6\)"),
     (lambda: fastattn.ffn(X, t(6, 9), B, t(4, 6), None), ValueError, r"w1 has shape \(6, 9\): pass \(N, 8\)"),
+    (linear(weight=t(6, 7)), ValueError, r"or pass x with 7 features instead of 8"),
     (
         lambda: fastattn.ffn(X, W, t(7), t(4, 6), None),
         ValueError,
