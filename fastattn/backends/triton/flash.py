@@ -46,7 +46,7 @@ def is_faster(arch: int, q: Tensor, k: Tensor, v: Tensor, mask: LoweredMask) -> 
 def hides(mask: LoweredMask, len_q: int, len_k: int) -> str | None:
     """What its kernels know this mask as: "nothing", "future", or None for any other."""
     band = (mask.band_left, mask.band_right)
-    rest = mask._replace(band_offset=0, band_left=None, band_right=None)
+    rest = mask._replace(band_offset=0, band_left=None, band_right=None, lengths=None)
     if any(own is not default for own, default in zip(rest, NOTHING_HIDDEN, strict=True)):
         return None
     if band == (None, None):
