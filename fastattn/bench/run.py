@@ -22,7 +22,7 @@ from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.providers.base import Inputs, Job, Provider
 from fastattn.bench.providers.torch_eager import Sdpa
 from fastattn.bench.rows import Result, Row, with_ratios
-from fastattn.bench.timing import QUICK, Effort, Timing, own_stream, time_jobs
+from fastattn.bench.timing import OUT_OF_MEMORY, QUICK, Effort, Timing, own_stream, time_jobs
 from fastattn.bench.truth import Expected
 from fastattn.dispatch import BackendWarning
 from fastattn.environment import device_environment, version_of
@@ -169,9 +169,12 @@ class _Question:
                 job = self._verified(provider, inputs, expected)
                 if job is not None:
                     jobs[provider.name] = job
-        timings = time_jobs(jobs, self.options.device, self.options.effort)
-        for name in jobs.keys() - timings.keys():
-            self.rows[name] = replace(self.rows[name], reason="out of memory")
+        failed: dict[str, str] = {}
+        timings = time_jobs(jobs, self.options.device, self.options.effort, failed)
+        for name, reason in failed.items():
+            self.rows[name] = replace(self.rows[name], reason=reason)
+            if self.rows[name].ours and reason != OUT_OF_MEMORY:
+                self._fail(name, reason)
             del jobs[name]
         for name, timing in timings.items():
             self.rows[name] = self._timed(self.rows[name], jobs[name], timing)
@@ -286,7 +289,7 @@ def check_provider(provider: Provider, case: Case, direction: str, inputs: Input
         why = "; ".join(dict.fromkeys(w for reasons in refusal.reasons.values() for w in reasons))
         return Checked(reason=why or str(refusal))
     except torch.OutOfMemoryError:
-        return Checked(reason="out of memory")
+        return Checked(reason=OUT_OF_MEMORY)
     except Exception as error:  # a compiler or another project's kernel may raise anything
         return Checked(reason=f"{type(error).__name__}: {_first_line(error)}", fails=provider.ours)
     # backward alone returns gradients and no outputs

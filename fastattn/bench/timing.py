@@ -20,6 +20,7 @@ import torch
 
 from fastattn.bench.providers.base import Job
 
+OUT_OF_MEMORY = "out of memory"
 _SAMPLE_SECONDS = 1e-3
 _SLOW_SECONDS, _FAR_BEHIND = 0.1, 3.0
 _FLUSH_L2_TIMES = 2
@@ -75,14 +76,23 @@ def own_stream(device: str) -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def time_jobs(jobs: Mapping[str, Job], device: str, effort: Effort) -> dict[str, Timing]:
-    """Times each job, interleaved. Jobs have run before, inside the same `own_stream`, and are known to work; one that
-    raises when it is warmed up all the same has no times."""
+def time_jobs(
+    jobs: Mapping[str, Job], device: str, effort: Effort, failed: dict[str, str] | None = None
+) -> dict[str, Timing]:
+    """Times each job, interleaved. Jobs have run before, inside the same `own_stream`, and are known to work; what one
+    raises that fails all the same when it is warmed up goes into `failed`, and it has no times."""
     if not jobs:
         return {}
     with torch.set_grad_enabled(any(job.grad for job in jobs.values())):
         timer = _CudaTimer(effort) if device == "cuda" else _CpuTimer(effort)
-        return timer.time({name: job.call for name, job in jobs.items()})
+        timings = timer.time({name: job.call for name, job in jobs.items()})
+    if failed is not None:
+        failed |= timer.failed
+    return timings
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _turns(draw: random.Random, jobs: Iterable[str]) -> list[str]:
@@ -94,27 +104,37 @@ def _turns(draw: random.Random, jobs: Iterable[str]) -> list[str]:
 @dataclass
 class _CpuTimer:
     effort: Effort
+    failed: dict[str, str] = field(default_factory=dict)
     _calls: dict[str, int] = field(default_factory=dict)
 
     def time(self, jobs: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-        samples: dict[str, list[float]] = {name: [] for name in jobs}
+        samples: dict[str, list[float]] = {}
         for name, call in jobs.items():
-            once = self._seconds(call, 1)
-            if once > _SLOW_SECONDS:  # it has run once to be verified, and counts
-                samples[name].append(1e3 * once)
-            for _ in range(self.effort.warm_up - 1 if once <= _SLOW_SECONDS else 0):
-                once = min(once, self._seconds(call, 1))
-            self._calls[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
+            try:
+                samples[name] = self._warm_up(name, call)
+            except Exception as error:  # a compiler or another project's kernel may raise anything
+                self.failed[name] = _said(error)
+        if not samples:
+            return {}
         draw = random.Random(0)
         began = time.perf_counter()
         for number in range(self.effort.most):
             behind = self._far_behind(samples) if number else set()
-            for name in _turns(draw, jobs):
+            for name in _turns(draw, samples):
                 if name not in behind or len(samples[name]) < self.effort.few:
                     samples[name].append(1e3 * self._seconds(jobs[name], self._calls[name]))
             if number + 1 >= self.effort.rounds and time.perf_counter() - began > self.effort.seconds:
                 break
         return {name: Timing(found) for name, found in samples.items()}
+
+    def _warm_up(self, name: str, call: Callable[[], object]) -> list[float]:
+        """Samples that count already."""
+        once = self._seconds(call, 1)
+        counts = once > _SLOW_SECONDS  # it has run once to be verified
+        for _ in range(0 if counts else self.effort.warm_up - 1):
+            once = min(once, self._seconds(call, 1))
+        self._calls[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
+        return [1e3 * once] if counts else []
 
     @staticmethod
     def _far_behind(samples: dict[str, list[float]]) -> set[str]:
@@ -136,6 +156,7 @@ class _CudaTimer:
 
     def __init__(self, effort: Effort) -> None:
         self.effort = effort
+        self.failed: dict[str, str] = {}
         l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.scratch = torch.empty(max(_LEAST_FLUSH_BYTES, _FLUSH_L2_TIMES * l2), dtype=torch.uint8, device="cuda")
 
@@ -146,6 +167,9 @@ class _CudaTimer:
                 replays[name], notes[name] = self._graph(call)
             except torch.OutOfMemoryError:  # beside the memory of the graphs before it
                 torch.cuda.empty_cache()
+                self.failed[name] = OUT_OF_MEMORY
+            except Exception as error:
+                self.failed[name] = _said(error)
         samples: dict[str, list[float]] = {name: [] for name in replays}
         if not replays:
             return {}
@@ -184,8 +208,7 @@ class _CudaTimer:
             raise
         except Exception as error:  # whatever a kernel does that a capture forbids
             torch.cuda.synchronize()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            return call, f"launched, not replayed from a CUDA graph: {reason}"
+            return call, f"launched, not replayed from a CUDA graph: {_said(error)}"
 
         def replay(_kept: object = kept) -> None:  # the graph writes into what the captured call returned
             graph.replay()
