@@ -139,10 +139,13 @@ def merge(parts: Iterable[Result]) -> Result:
     results = list(parts)
     last = results[-1]
     rows: dict[tuple[str, ...], Row] = {}
+    failures: list[str] = []
     for result in results:
         timed = {row.question for row in result.rows if row.median_ms is not None}
         rows = {key: row for key, row in rows.items() if row.question not in timed}
         rows |= {row.key: row for row in result.rows if row.key not in rows or row.question in timed}
+        again = tuple(f"{suite}: {case}, {direction}, {dtype}, " for suite, case, direction, dtype in timed)
+        failures = [*(failure for failure in failures if not failure.startswith(again)), *result.failures]
     order = list(dict.fromkeys(row.question for result in results for row in result.rows))
     rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1].question)))
     peers = {name: version for result in results for name, version in result.environment.get("peers", {}).items()}
@@ -155,7 +158,7 @@ def merge(parts: Iterable[Result]) -> Result:
         date=last.date,
         seconds=sum(result.seconds for result in results),
         quick=any(result.quick for result in results),
-        failures=[f for result in results for f in result.failures],
+        failures=failures,
         left_out=list(dict.fromkeys(n for result in results for n in result.left_out if n not in reached)),
     )
 

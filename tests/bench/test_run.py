@@ -225,7 +225,9 @@ def test_json_round_trip(result, tmp_path) -> None:
 def test_merging_replaces_the_rows_of_a_question_that_was_timed_again(result) -> None:
     timed = next(row for row in result.rows if row.median_ms is not None)
     later = replace(result, rows=[replace(timed, note="later")], failures=["x"])
-    whole = merge([result, later])
+    failed = [f"{timed.suite}: {timed.case}, {timed.direction}, {timed.dtype}, torch eager: it broke"]
+    whole = merge([replace(result, failures=failed), later])
+    assert merge([replace(result, failures=failed), replace(result, rows=[])]).failures == failed
     reached = f"{timed.suite}: {timed.case}, {timed.direction}"
     earlier = replace(result, left_out=[reached, "ffn: another, both"])
     assert merge([earlier, later]).left_out == ["ffn: another, both"], "what a later run reaches is not left out"
