@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastattn.bench.report.text import direction_name, milliseconds
-from fastattn.bench.rows import Result, Row
+from fastattn.bench.rows import TELLING, Result, Row
 
 LEAST_CHANGE = 1.03
-_TELLING = ("device", "threads", "instruction_set", "driver", "cuda", "torch", "triton", "python")
 
 
 class Change(enum.Enum):
@@ -106,6 +105,6 @@ def _names(keys: Iterable[tuple[str, ...]]) -> list[str]:
 def _differences(old: Result, new: Result) -> list[str]:
     return [
         f"{name} {old.environment.get(name)} -> {new.environment.get(name)}"
-        for name in _TELLING
+        for name in TELLING
         if old.environment.get(name) != new.environment.get(name)
     ]

@@ -71,6 +71,10 @@ class Row:
         return replace(self, share_of_limit=limits.seconds(self.flops, self.bytes, self.dtype) / (self.median_ms / 1e3))
 
 
+TELLING = ("device", "threads", "instruction_set", "driver", "cuda", "torch", "triton", "python")
+"""What of the environment figures depend on."""
+
+
 @dataclass
 class Result:
     """All rows of a run. failures: sentences; a run with any fails. left_out: cases that the time budget did not reach.
@@ -146,8 +150,9 @@ def merge(parts: Iterable[Result]) -> Result:
         rows |= {row.key: row for row in result.rows if row.key not in rows or row.question in timed}
         again = tuple(f"{suite}: {case}, {direction}, {dtype}, " for suite, case, direction, dtype in timed)
         failures = [*(failure for failure in failures if not failure.startswith(again)), *result.failures]
-    order = list(dict.fromkeys(row.question for result in results for row in result.rows))
-    rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1].question)))
+    questions = dict.fromkeys(row.question for result in results for row in result.rows)
+    place = {question: number for number, question in enumerate(questions)}
+    rows = dict(sorted(rows.items(), key=lambda item: place[item[1].question]))
     peers = {name: version for result in results for name, version in result.environment.get("peers", {}).items()}
     reached = {f"{row.suite}: {row.case}, {row.direction}" for row in rows.values()}
     limits = reduce(Limits.best, (result.limits for result in results))
@@ -167,7 +172,7 @@ def why_apart(before: Result, environment: dict[str, Any], quick: bool) -> str |
     """Why rows of a run in this environment do not belong beside those of an earlier one; None where they do."""
     if before.quick != quick:
         return "one is a quick trial"
-    for name in ("device", "threads", "instruction_set", "torch"):
+    for name in TELLING:
         if before.environment.get(name) != environment.get(name):
             return f"its {name} is {before.environment.get(name)}, now it is {environment.get(name)}"
     return None

@@ -85,7 +85,7 @@ def ffn(
     name = check_activation(activation)
     x, w1, b1, w2, b2 = _prepare(x, ("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2))
     _check_linear("w1", w1, "b1", b1, x.shape[-1], None)
-    _check_linear("w2", w2, "b2", b2, w1.shape[0], None)
+    _check_linear("w2", w2, "b2", b2, w1.shape[0], None, of_x=False)
     tracked = tracks_gradients(x, w1, b1, w2, b2)
     seed = _seed(dropout_p, dropout_seed, x)
     args = (x, w1, b1, w2, b2, seed, name, dropout_p, tracked, resolve_backend(backend))
@@ -132,7 +132,7 @@ def gated_ffn(
     )
     _check_linear("w_gate", w_gate, "b_gate", b_gate, x.shape[-1], None)
     _check_linear("w_up", w_up, "b_up", b_up, x.shape[-1], w_gate.shape[0])
-    _check_linear("w_down", w_down, "b_down", b_down, w_gate.shape[0], None)
+    _check_linear("w_down", w_down, "b_down", b_down, w_gate.shape[0], None, of_x=False)
     tracked = tracks_gradients(x, w_gate, b_gate, w_up, b_up, w_down, b_down)
     weights = (w_gate, b_gate, w_up, b_up, w_down, b_down)
     seed = _seed(dropout_p, dropout_seed, x)
@@ -172,16 +172,22 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _check_linear(
-    name: str, weight: Tensor, bias_name: str, bias: Tensor | None, in_features: int, out_features: int | None
+    name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int | None,
+    of_x: bool = True,
 ) -> None:
-    """A weight (out_features, in_features), any number of rows for None, and its bias."""
+    """A weight (out_features, in_features), any number of rows for None, and its bias. of_x: in_features are x's."""
     if weight is None:
         check_tensor(name, weight)
     shape = weight.shape
     if len(shape) != 2 or shape[1] != in_features or (out_features is not None and shape[0] != out_features):
         rows = "N" if out_features is None else out_features
-        fed_by_x = len(shape) == 2 and shape[1] != in_features and name not in ("w2", "w_down")
-        otherwise = f"; or pass x with {shape[1]} features instead of {in_features}" if fed_by_x else ""
+        misfits_x = of_x and len(shape) == 2 and shape[1] != in_features
+        otherwise = f"; or pass x with {shape[1]} features instead of {in_features}" if misfits_x else ""
         raise ValueError(
             f"{name} has shape {tuple(shape)}: pass ({rows}, {in_features}), out features by in features as nn.Linear "
             f"stores it{otherwise}"

@@ -91,7 +91,8 @@ def layer_norm(
         TypeError, ValueError: a wrong argument; the text names it, its value and the remedy.
         NotSupported: the backend asked for does not run this call.
     """
-    _check_order(weight)
+    if type(eps) is not float:
+        _check_order(weight)
     eps = check_number("eps", eps)
     y, z = _norm(x, weight, bias, "layer", eps, 0.0, residual, dropout_p, dropout_seed, backend)
     return (y, z) if return_residual else y
@@ -150,8 +151,9 @@ def rms_norm(
 
     The other arguments, the results and the errors are those of `layer_norm`.
     """
-    _check_order(weight)
     if eps is not None:
+        if type(eps) is not float:
+            _check_order(weight)
         eps = check_number("eps", eps)
     offset = check_number("offset", offset)
     y, z = _norm(x, weight, None, "rms", eps, offset, residual, dropout_p, dropout_seed, backend)
@@ -183,6 +185,7 @@ def _norm(
         x, weight, bias, residual = _to_float32(x), _to_float32(weight), _to_float32(bias), _to_float32(residual)
     eps = torch.finfo(accumulate_dtype(x.dtype)).eps if eps is None else check_eps("eps", eps)
     if weight is not None:
+        _check_order(weight)
         check_beside("weight", weight, "x", x)
         check_shape("weight", weight, x.shape[-1:], "one element per feature of x")
     if bias is not None:

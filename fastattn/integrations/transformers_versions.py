@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import masking_utils
 from transformers.utils import import_utils
 
+from fastattn.masks.cache import is_capturing
+
 try:
     from transformers.utils import output_capturing
 except ImportError:
@@ -142,4 +144,4 @@ def is_tracing(tensor: Tensor) -> bool:
         return bool(import_utils.is_tracing(tensor))
     if torch._C._get_tracing_state() is not None or isinstance(tensor, (FakeTensor, torch.fx.Proxy)):
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return is_capturing()

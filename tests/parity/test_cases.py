@@ -113,6 +113,8 @@ def test_half_products_on_gpus_add_up_in_float32_while_a_case_runs_only(monkeypa
 
 
 def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
+    monkeypatch.setattr("fastattn.parity.cases._LEARNED", ())  # of frozen inputs alone the mask's check is refused
+
     def forward_only(real):
         def call(*args, **options):
             given = [getattr(value, "tensor", value) for value in (*args, *options.values())]
@@ -126,7 +128,7 @@ def test_a_case_whose_gradients_are_refused_is_run_forward(monkeypatch):
         monkeypatch.setattr(functional, name, forward_only(getattr(functional, name)))
     report = verify("attention", "reference", cases=20)
     assert report.passed and report.checked == 20 and not report.refused
-    assert 10 <= report.forward_only <= report.refusals["attention", "it has no backward"] < 20  # masks' checks too
+    assert 10 <= report.forward_only == report.refusals["attention", "it has no backward"] < 20
     assert not any(name.startswith("d") for _, _, name in report.worst)
 
 

@@ -85,11 +85,11 @@ _REMEMBERED = 256
 
 
 def read(original: type[nn.Module]) -> Reading | None:
-    """The reading of a class whose forward, or what that calls, names a product; and no attention of torch's, which is
-    another recipe's. Whether there is a softmax is seen of a module: it may be a child."""
+    """The reading of a class whose forward, or what that calls, names two products; and no attention of torch's, which
+    is another recipe's. Whether there is a softmax is seen of a module: it may be a child."""
     methods = reached_methods(original)
     codes = list(_all_codes(original)) if methods else []
-    if not any(map(_products, codes)) or any("scaled_dot_product_attention" in code.co_names for code in codes):
+    if sum(map(_products, codes)) < 2 or any("scaled_dot_product_attention" in code.co_names for code in codes):
         return None
     stores = any(map(_stores, codes))
     attributes = {"forward": _deferring(methods["forward"]), "fastattn_methods": methods, "fastattn_stores": stores}
@@ -107,8 +107,6 @@ def _misfit(module: nn.Module) -> str | None:
     has_softmax = any(not _SOFTMAXES.isdisjoint(code.co_names) for code in _all_codes(type(module)))
     if not has_softmax and not any(isinstance(child, nn.Softmax) for child in module.children()):
         return "it takes no softmax"
-    if sum(map(_products, _all_codes(type(module)))) < 2:
-        return "it multiplies once alone"
     for name, inner in module.named_modules():
         if inner is not module:
             kind = inner.fastattn_original if isinstance(inner, Swapped) else type(inner)
@@ -185,7 +183,7 @@ def _said(module: WritesOut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return (module.training, *(value if type(value) in _SAID else ... for value in args), *named)
 
 
-_SAID = (bool, int, str, type(None))
+_SAID = (bool, str, type(None))  # no numbers: a position is another one at every call
 
 
 def _may_change(module: WritesOut) -> bool:

@@ -278,6 +278,22 @@ def test_what_one_kind_of_call_keeps_says_nothing_of_another() -> None:
     assert report.rows[0].calls == 2 and not report.rows[0].fallbacks
 
 
+def test_a_position_does_not_make_a_call_of_another_kind() -> None:
+    class Keeps(Attention):
+        def forward(self, x: Tensor, position: int = 0) -> Tensor:
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            self.weights = (q @ k.mT).softmax(-1)
+            return self.weights @ v
+
+    module = Keeps().eval()
+    swap(module, linears=False)
+    with torch.no_grad():
+        for position in range(2 * written_out._PATIENCE):
+            module(draw(BATCH, LENGTH, WIDTH), position)
+    ((calls, _),) = written_out._in_vain[module].values()
+    assert calls == 2 * written_out._PATIENCE
+
+
 def test_one_seed_gives_one_output() -> None:
     _, swapped, _ = both(Attention.attend, 0.3)
     outputs = []
