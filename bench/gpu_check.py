@@ -111,6 +111,7 @@ class Check:
     suites: tuple[str, ...] = ()
     deadline: float = 0.0
     log: threading.Lock = field(default_factory=threading.Lock)
+    running: set[subprocess.Popen[str]] = field(default_factory=set)
 
     def left(self) -> float:
         """Seconds that the stage still has, and never none: a command is better killed at once than forgotten."""
@@ -132,6 +133,7 @@ class Check:
             )
         except OSError as error:
             return 127, str(error)
+        self.running.add(process)
         try:
             output, _ = process.communicate(timeout=self.left() if seconds is None else seconds)
             code = process.returncode
@@ -141,10 +143,18 @@ class Check:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+        finally:
+            self.running.discard(process)
         WORK.mkdir(parents=True, exist_ok=True)
         with self.log, (WORK / "log.txt").open("a") as log:
             log.write(f"$ {' '.join(command)}\n{output}\n[{code}]\n")
         return code, output
+
+    def kill(self) -> None:
+        """Ends every command that is running, whichever thread waits for it."""
+        for process in tuple(self.running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def fastattn(self, *arguments: str, seconds: float | None = None, **environment: str) -> tuple[int, str]:
         return self.run([sys.executable, "-m", "fastattn", *arguments], seconds, **environment)
@@ -335,6 +345,9 @@ def sanitize(check: Check, outcome: Outcome) -> None:
                 outcome.cut_short(f"{tool} {backend} {op}: {summary}")
             else:
                 outcome.fail(f"{tool} {backend} {op}: ended with {code}: {summary}")
+    except BaseException:
+        check.kill()  # the threads of the pool wait for theirs, and the end of the pool for them
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -22,7 +22,7 @@ from fastattn.bench.providers import PROVIDERS
 from fastattn.bench.providers.base import Inputs, Job, Provider
 from fastattn.bench.providers.torch_eager import Sdpa
 from fastattn.bench.rows import Result, Row, with_ratios
-from fastattn.bench.timing import OUT_OF_MEMORY, QUICK, Effort, Timing, own_stream, time_jobs
+from fastattn.bench.timing import OUT_OF_MEMORY, QUICK, Effort, Timing, own_stream, said, time_jobs
 from fastattn.bench.truth import Expected
 from fastattn.dispatch import BackendWarning
 from fastattn.environment import device_environment, version_of
@@ -242,9 +242,15 @@ class _Question:
         )
 
     def _measured(self, row: Row, job: Job) -> Row:
-        if job.keeps_memory:
-            return replace(row, note="; ".join(filter(None, [row.note, _KEPT])))
-        return replace(row, peak_memory=peak_memory(job.call, self.options.device, grad=job.grad))
+        why = _KEPT if job.keeps_memory else ""
+        try:
+            if not why:
+                return replace(row, peak_memory=peak_memory(job.call, self.options.device, grad=job.grad))
+        except Exception as error:  # it answered and was timed before: one figure is missing, not the run
+            why = f"peak memory unknown: {said(error)}"
+            if row.ours and not isinstance(error, torch.OutOfMemoryError):
+                self._fail(row.provider, why)
+        return replace(row, note="; ".join(filter(None, [row.note, why])))
 
     def _timed(self, row: Row, job: Job, timing: Timing) -> Row:
         return replace(
@@ -291,7 +297,7 @@ def check_provider(provider: Provider, case: Case, direction: str, inputs: Input
     except torch.OutOfMemoryError:
         return Checked(reason=OUT_OF_MEMORY)
     except Exception as error:  # a compiler or another project's kernel may raise anything
-        return Checked(reason=f"{type(error).__name__}: {_first_line(error)}", fails=provider.ours)
+        return Checked(reason=said(error), fails=provider.ours)
     # backward alone returns gradients and no outputs
     judged = [one.check(found) for one in expected if direction != "backward" or one.name.startswith("d")]
     worst = max((row.worst_ratio for row in judged), default=0.0)
@@ -303,8 +309,3 @@ def check_provider(provider: Provider, case: Case, direction: str, inputs: Input
 
 def _mismatch(failed: list[ParityRow]) -> str:
     return "breaks the parity rule: " + "; ".join(str(row) for row in failed)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0][:240] if lines else "no message"

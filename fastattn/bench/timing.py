@@ -91,8 +91,9 @@ def time_jobs(
     return timings
 
 
-def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def said(error: Exception) -> str:
+    """What kind of error it is and its first line, for a table."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:240]}"
 
 
 def _turns(draw: random.Random, jobs: Iterable[str]) -> list[str]:
@@ -113,7 +114,7 @@ class _CpuTimer:
             try:
                 samples[name] = self._warm_up(name, call)
             except Exception as error:  # a compiler or another project's kernel may raise anything
-                self.failed[name] = _said(error)
+                self.failed[name] = said(error)
         if not samples:
             return {}
         draw = random.Random(0)
@@ -169,7 +170,7 @@ class _CudaTimer:
                 torch.cuda.empty_cache()
                 self.failed[name] = OUT_OF_MEMORY
             except Exception as error:
-                self.failed[name] = _said(error)
+                self.failed[name] = said(error)
         samples: dict[str, list[float]] = {name: [] for name in replays}
         if not replays:
             return {}
@@ -208,7 +209,7 @@ class _CudaTimer:
             raise
         except Exception as error:  # whatever a kernel does that a capture forbids
             torch.cuda.synchronize()
-            return call, f"launched, not replayed from a CUDA graph: {_said(error)}"
+            return call, f"launched, not replayed from a CUDA graph: {said(error)}"
 
         def replay(_kept: object = kept) -> None:  # the graph writes into what the captured call returned
             graph.replay()

@@ -73,11 +73,11 @@ def _conditions(draw: Draw, without: tuple[str, ...] = ()) -> Conditions:
     )
 
 
-def _lead(draw: Draw, most: int) -> tuple[int, ...]:
-    """Leading dimensions of x: 0 to 3 of them, at most `most` rows together, seldom none at all."""
+def _lead(draw: Draw, most: int, least: int = 1) -> tuple[int, ...]:
+    """Leading dimensions of x: 0 to 3 of them, mostly `least` to `most` rows together, seldom one or none at all."""
     if draw.chance(0.02):
         return draw.one_of(((0,), (2, 0)))
-    rows = 1 if draw.chance(0.1) else draw.size(1, most)
+    rows = 1 if draw.chance(0.1) else draw.size(least, most)
     dims = draw.one_of((0, 1, 2, 3), (0.5, 3, 5, 1))
     if dims == 0:
         return ()
@@ -212,7 +212,8 @@ def _smallest(dtype: torch.dtype) -> int:
 
 
 def _linear_inputs(draw: Draw, dtype: torch.dtype, features: int) -> dict[str, Tensor]:
-    return {"x": _rows_laid_out(draw, draw.normal((*_lead(draw, 120), features), dtype))}
+    lead = _lead(draw, 120) if draw.chance(0.93) else _lead(draw, 1200, least=240)  # kernels change at 256 and 400 rows
+    return {"x": _rows_laid_out(draw, draw.normal((*lead, features), dtype))}
 
 
 def _add_linear(draw: Draw, tensors: dict[str, Tensor], weight: str, bias: str, rows: int, columns: int) -> None:

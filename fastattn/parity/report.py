@@ -74,8 +74,9 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """True where no case failed. A refusal is no failure."""
-        return not self.failures
+        """True where cases were compared and none failed. A refusal is no failure, but of refusals alone nothing
+        follows."""
+        return not self.failures and self.checked > 0
 
     @property
     def checked(self) -> int:

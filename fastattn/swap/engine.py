@@ -130,6 +130,12 @@ class _Set:
             self.module.__dict__.pop(name, None)
 
 
+_FX_LEAF = "torch.nn (fastattn)"
+"""What modules of torch.nn call their home once they are swapped: torch.fx asks the instance, and calls what begins
+with "torch.nn" as it is, where it would otherwise trace through kernels. "torch.nn." would be too much: Dynamo guards
+less of torch's own modules."""
+
+
 def _set(target: Target, backend: str | None, strict: bool) -> _Set:
     recipe = target.recipe
     off = frozenset(recipe.kernels) - target.parts
@@ -138,6 +144,7 @@ def _set(target: Target, backend: str | None, strict: bool) -> _Set:
         "fastattn_backend": backend,
         "fastattn_strict": strict or None,
         "fastattn_forms_weights": recipe.weighs(target.module) or None,
+        "__module__": _FX_LEAF if recipe.original.__module__.startswith("torch.nn.") else None,
     }
     written = {name: value for name, value in state.items() if value is not None}
     return _Set(target.path, target.module, recipe.original, recipe.swapped, written)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -162,6 +163,16 @@ def test_sanitize_runs_beside_each_other_and_speaks_in_order(script, check, monk
     ops = {"cuda": ("norm", "attention"), "triton": ("norm", "ffn", "attention"), "cuda sm90": ("attention",)}
     assert named == [f"{tool} {b} {op}" for b in ops for op in ops[b] for tool in script.SANITIZER_TOOLS]
     assert outcome.status == "failed" and "TIME WAS UP racecheck triton ffn: it said nothing" in outcome.said
+
+
+def test_what_another_thread_waits_for_can_be_ended(script, check) -> None:
+    waiting = threading.Thread(target=check.run, args=(["sleep", "60"],))
+    waiting.start()
+    while not check.running:
+        script.time.sleep(0.01)
+    check.kill()
+    waiting.join(30)
+    assert not waiting.is_alive() and not check.running
 
 
 def test_bench_gives_every_suite_its_share_and_reports_what_it_missed(script, check, monkeypatch) -> None:

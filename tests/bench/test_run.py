@@ -202,9 +202,20 @@ def test_one_that_fails_once_it_is_timed_costs_only_its_row(monkeypatch: pytest.
     monkeypatch.setattr("fastattn.bench.run.time_jobs", timed)
     found = quick_run("norm", memory=True)
     rows = {row.provider: row for row in found.rows if row.verified}
-    assert rows[lost].reason == "no driver any more" and rows[lost].median_ms is None
+    assert rows[lost].reason == "RuntimeError: no driver any more" and rows[lost].median_ms is None
     assert all(row.median_ms for name, row in rows.items() if name != lost)
     assert found.passed == (lost == "torch eager"), found.failures
+
+
+def test_one_whose_memory_cannot_be_measured_keeps_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> int:
+        raise OSError("no such file")
+
+    monkeypatch.setattr("fastattn.bench.run.peak_memory", broken)
+    found = quick_run("norm", memory=True)
+    timed = [row for row in found.rows if row.median_ms]
+    assert timed and all("peak memory unknown: OSError: no such file" in row.note for row in timed)
+    assert len(found.failures) == sum(row.ours for row in timed) and not found.passed
 
 
 def test_json_round_trip(result, tmp_path) -> None:

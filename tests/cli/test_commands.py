@@ -147,7 +147,7 @@ def test_verify_of_two_operations_says_what_the_time_left_out(tmp_path):
     text = _run(*asked, "--output", str(target))
     assert "6 cases checked" in text and "norm: worst" in text and "ffn: worst" in text and "left out" not in text
     assert json.loads(target.read_text())["checked_of"] == {"norm": 3, "ffn": 3}
-    text = _run(*asked, "--jobs", "2", "--seconds", "0", "--output", str(target))
+    text = _run(*asked, "--jobs", "2", "--seconds", "0", "--output", str(target), code=1)
     assert "the time was up: 6 cases were left out; run: norm 0 of 3, ffn 0 of 3" in text
     found = json.loads(target.read_text())
     assert found["left_out"] == 6 and found["asked"] == {"norm": 3, "ffn": 3} and found["cases"] == {}
@@ -196,7 +196,7 @@ def test_square_brackets_in_a_reason_are_printed_as_they_are(monkeypatch):
         return report
 
     monkeypatch.setattr(verify, "run_verify", run_verify)
-    assert BRACKETS in _run("verify", "--op", "norm", "--backend", "reference")
+    assert BRACKETS in _run("verify", "--op", "norm", "--backend", "reference", code=1)
 
 
 def test_without_typer_or_rich_the_command_says_what_to_install(fresh_process):

@@ -17,16 +17,7 @@ from fastattn import swap
 from fastattn.nn.attention_weights import _CACHED_SCORES
 from fastattn.swap.recipes import written_out
 
-pytestmark = pytest.mark.skipif(
-    not written_out.TELLS_SAVING_HOOKS, reason="with gradients this torch runs the original"
-)
-
 WIDTH, HEADS, BATCH, LENGTH = 32, 4, 2, 20
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_out, "SMALLEST", {False: 0, True: 0})
 
 
 class Attention(nn.Module):

@@ -20,16 +20,7 @@ from fastattn.swap.deferred import scores
 from fastattn.swap.deferred.tensor import Deferred
 from fastattn.swap.recipes import free_linear, written_out
 
-pytestmark = pytest.mark.skipif(
-    not written_out.TELLS_SAVING_HOOKS, reason="with gradients this torch runs the original"
-)
-
 WIDTH, HEADS, BATCH, LENGTH = 32, 4, 2, 24
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_out, "SMALLEST", {False: 0, True: 0})
 
 
 def draw(*shape: int, seed: int = 5) -> Tensor:

@@ -12,18 +12,8 @@ from torch import Tensor, nn
 
 from fastattn import swap
 from fastattn.swap.deferred import products
-from fastattn.swap.recipes import written_out
-
-pytestmark = pytest.mark.skipif(
-    not written_out.TELLS_SAVING_HOOKS, reason="with gradients this torch runs the original"
-)
 
 WIDTH, HEADS, BATCH, LENGTH = 32, 4, 2, 24
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written_out, "SMALLEST", {False: 0, True: 0})
 
 
 def draw(*shape: int, seed: int = 5) -> Tensor:
