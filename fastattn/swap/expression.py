@@ -85,6 +85,8 @@ class Spelling:
     """The attributes that the forward branches on, and the values with which it is this expression."""
     nones: tuple[tuple[str, bool], ...] = ()
     """The attributes that it compares with None, and whether they are."""
+    bases: tuple[type[nn.Module], ...] = ()
+    """The classes whose forward it calls as super().forward(...), which was read through."""
 
     def holds_for(self, module: nn.Module) -> bool:
         """Whether the module's flags have these values, as bools: anything else may change what it is."""
@@ -138,7 +140,8 @@ def _read(
     """One way through the forward. Raises _Undecided where it branches on a flag whose value is not given."""
     reader = _Reader(module_class, flags, texts)
     try:
-        result = _on_symbols(forward)(_Module(reader), *(reader.symbol(Input(index)) for index in range(len(names))))
+        inputs = tuple(reader.symbol(Input(index)) for index in range(len(names)))
+        result = _on_symbols(forward, reader)(_Module(reader), *inputs)
     except _Undecided:
         raise
     except Exception:
@@ -150,7 +153,8 @@ def _read(
     found = set(parts(expression))
     if not reader.done <= found or not {Input(index) for index in range(len(names))} <= found:
         return None
-    return Spelling(expression, names, {"forward": forward, **reader.methods}, tuple(sorted(flags.items())))
+    methods = {"forward": forward, **reader.methods}
+    return Spelling(expression, names, methods, tuple(sorted(flags.items())), bases=tuple(reader.bases))
 
 
 def argument_names(method: object, *, without_options: bool = False) -> tuple[str, ...]:
@@ -206,10 +210,25 @@ _BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_
 _NONE_TESTS = re.compile("IS_OP|POP_JUMP(_FORWARD)?_IF_(NOT_)?NONE")
 _FUNCTIONS = frozenset(
     (
-        *("add", "div", "dropout", "gelu", "layer_norm", "linear", "matmul", "mean", "mul", "multiply", "pow"),
+        *(
+            "add",
+            "div",
+            "dropout",
+            "gelu",
+            "layer_norm",
+            "linear",
+            "matmul",
+            "mean",
+            "mul",
+            "multiply",
+            "normalize",
+            "pow",
+        ),
         *("relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
+_READ_THROUGH = (nn.LayerNorm, nn.RMSNorm)
+"""The classes whose forward may be called as super().forward."""
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 
@@ -228,7 +247,9 @@ def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
     """
     code = function.__code__
     instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
-    if len(instructions) > _MAX_INSTRUCTIONS or code.co_freevars or getattr(code, "co_exceptiontable", False):
+    if len(instructions) > _MAX_INSTRUCTIONS or getattr(code, "co_exceptiontable", False):
+        return False
+    if code.co_freevars not in ((), ("__class__",)):  # the latter belongs to super()
         return False
     module: types.ModuleType | None = None  # torch, or a part of it: nothing may be done with it but take an attribute
     for index, instruction in enumerate(instructions):
@@ -339,13 +360,18 @@ def _is_table(value: object) -> bool:
     return activations is not None and value is activations.ACT2FN
 
 
-def _on_symbols(function: types.FunctionType) -> types.FunctionType:
-    """The function, with globals that only a way through it may touch that is not read, and with a table of
-    activations that may be asked for what an attribute of the module names."""
+def _on_symbols(function: types.FunctionType, reader: _Reader) -> types.FunctionType:
+    """The function, with globals that only a way through it may touch that is not read, with a table of activations
+    that may be asked for what an attribute of the module names, and with a super() that knows forward alone."""
     scope: dict[str, Any] = {}
+    if "__class__" in function.__code__.co_freevars:
+        (cell,) = function.__closure__ or ()
+        scope["super"] = lambda *_: _Super(reader, cell.cell_contents)
     for instruction in dis.get_instructions(function):
         if instruction.opname == "LOAD_GLOBAL":
             name, value = instruction.argval, global_named(function, instruction.argval)
+            if name in scope:
+                continue
             if name == _TABLE and _is_table(value):
                 scope[name] = _Table()
             elif _AVAILABLE.fullmatch(name) and isinstance(value, types.FunctionType) and not argument_count(value):
@@ -354,7 +380,8 @@ def _on_symbols(function: types.FunctionType) -> types.FunctionType:
                 scope[name] = _Unknown()
     if not scope:
         return function
-    return types.FunctionType(function.__code__, {**function.__globals__, **scope}, function.__name__)
+    own = {**function.__globals__, **scope}
+    return types.FunctionType(function.__code__, own, function.__name__, None, function.__closure__)
 
 
 # ---- symbols ---------------------------------------------------------------------------------------------------------
@@ -393,6 +420,7 @@ class _Reader:
         self.texts = texts
         self.done: set[Expression] = set()
         self.methods: dict[str, types.FunctionType] = {}
+        self.bases: list[type[nn.Module]] = []
 
     def symbol(self, expression: Expression) -> _Symbol:
         return _Symbol(self, expression)
@@ -422,7 +450,19 @@ class _Reader:
         if options or len(argument_names(method)) != len(inputs):
             raise _Unreadable(name)
         self.methods[name] = method
-        return _on_symbols(method)(_Module(self), *inputs)
+        return _on_symbols(method, self)(_Module(self), *inputs)
+
+    def forward_above(self, owner: type, inputs: tuple[Any, ...]) -> Any:
+        """super().forward(...) in a method of `owner`, read through."""
+        classes = self.module_class.__mro__
+        base = next(each for each in classes[classes.index(owner) + 1 :] if "forward" in vars(each))
+        method = vars(base)["forward"]
+        if base not in _READ_THROUGH or not isinstance(method, types.FunctionType) or not _is_plain(method):
+            raise _Unreadable("super().forward")
+        if len(argument_names(method)) != len(inputs):
+            raise _Unreadable("super().forward")
+        self.bases.append(base)
+        return _on_symbols(method, self)(_Module(self), *inputs)
 
     def attribute(self, name: str) -> _Attribute | str | None:
         """self.name: a method may be called, a property could do anything."""
@@ -446,6 +486,16 @@ class _Module:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise _Unreadable(name)
+
+
+class _Super:
+    """Stands for super() in a method of `owner`."""
+
+    def __init__(self, reader: _Reader, owner: type) -> None:
+        self._reader, self._owner = reader, owner
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._reader.forward_above(self._owner, inputs)
 
 
 def _operator(name: str, reflected: bool = False) -> Callable[..., Any]:
@@ -575,4 +625,6 @@ def _expression(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return tuple(_expression(each) for each in value)
+    if isinstance(value, slice):
+        return Op("slice", tuple(_expression(each) for each in (value.start, value.stop, value.step)))
     raise _Unreadable(type(value).__name__)

@@ -240,7 +240,7 @@ class NoSuchMethod(nn.Module):
         return self.a(x).gelu()
 
 
-class Super(nn.LayerNorm):
+class Super(nn.Linear):
     def forward(self, input):
         return super().forward(input)
 

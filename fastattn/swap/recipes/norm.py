@@ -42,6 +42,8 @@ class _Norm(ReadForward):
         bias = None if names.bias is None else getattr(self, names.bias)
         eps = attribute(self, names.eps)
         reason = why_not_as_read(self) or _why_not(x, weight, bias, eps, names)
+        if eps is None and isinstance(x, Tensor):
+            eps = torch.finfo(torch.float32 if names.of_float32 or x.dtype not in FLOATS else x.dtype).eps
         if reason is None and names.function is not None:
             if names.centred and torch_is_as_fast(x, weight, bias, self.fastattn_backend):
                 return AS_FAST  # what the function takes and refuses is its to say
@@ -158,7 +160,8 @@ def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
 
 
 def _why_not(x: Any, weight: Any, bias: Any, eps: object, names: NormNames) -> str | None:
-    reason = why_not_input(x) or why_not_tensor("weight", weight) or why_not_tensor("bias", bias) or _why_not_eps(eps)
+    reason = why_not_input(x) or why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
+    reason = reason or _why_not_eps(eps, names)
     if reason is not None:
         return reason
     if x.dim() == 0:
@@ -190,7 +193,9 @@ def _why_not_for_torch(module: nn.Module, x: Tensor, given: Tensor | None, names
     return f"its weight is {str(given.dtype).removeprefix('torch.')}, which torch does not take here"
 
 
-def _why_not_eps(eps: object) -> str | None:
+def _why_not_eps(eps: object, names: NormNames) -> str | None:
+    if eps is None and names.function == "rms_norm":
+        return None  # the machine epsilon
     if type(eps) not in (int, float):
         return f"its eps is a {type(eps).__name__}"
     return None if eps >= 0 else f"its eps is {eps!r}"  # type: ignore[operator]
@@ -262,6 +267,7 @@ def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling,
             refuse=refuse,
         ),
         {"fastattn_norms": norms, **attributes},
+        tuple(dict.fromkeys(base for one in spellings for base in one.bases)),
     )
 
 
@@ -274,6 +280,7 @@ def _gated_norm(spelling: Spelling, gated: GatedNames) -> Reading:
         GatedNorm,
         lambda swapped: Recipe(swapped, kernels={"norms": _kernel(gated.norm)}, refuse=refuse),
         {"fastattn_gated": gated, **spelled_as(spelling)},
+        spelling.bases,
     )
 
 
@@ -290,7 +297,7 @@ def _refuse(module: nn.Module, names: NormNames) -> list[str]:
         return [f"it normalises over {len(shape)} dimensions"]
     bias = None if names.bias is None else getattr(module, names.bias)
     reason = why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
-    reason = reason or _why_not_eps(attribute(module, names.eps))
+    reason = reason or _why_not_eps(attribute(module, names.eps), names)
     return [] if reason is None else [reason]
 
 

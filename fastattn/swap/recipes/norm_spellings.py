@@ -142,6 +142,8 @@ def _is_shape(shape: Any) -> bool:
     match shape:
         case Own() | (Own() | int(),) | Op("getattr", (Own(), "shape")):
             return True
+        case Op("getitem", (Op("getattr", (x, "shape")), Op("slice", (-1, None, None)))):
+            return _is_input(x)
         case (size,):
             return _is_last_size(size)
     return False

@@ -127,6 +127,17 @@ class FunctionOfFloat32(Norm):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
 
 
+class XTransformers(Norm):
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias)
+
+
+class FunctionOfWide(Norm):
+    def forward(self, x):
+        wide = x.float()
+        return F.rms_norm(wide, wide.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
 SPELLED = (
     Gemma4,
     Gemma4WithoutScale,
@@ -139,8 +150,8 @@ SPELLED = (
     Corrected,
     ByKeywords,
 )
-FUNCTIONS = (NanoGPT, Nemotron, OLMo, Float32, FunctionOfRMS, FunctionOfFloat32)
-LAYER_NORMS = (NanoGPT, Nemotron, OLMo, Float32)
+FUNCTIONS = (NanoGPT, Nemotron, OLMo, Float32, XTransformers, FunctionOfRMS, FunctionOfFloat32, FunctionOfWide)
+LAYER_NORMS = (NanoGPT, Nemotron, OLMo, Float32, XTransformers)
 
 
 def pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -294,6 +305,73 @@ def test_a_number_for_a_weight_is_left() -> None:
     module.weight = 2.0
     (row,) = plan(module).rows
     assert (row.action, row.reason) == ("left", "its weight is a float")
+
+
+# ---- the forward of a norm of torch, called from one of its own -----------------------------------------------------
+
+
+class Clip(nn.LayerNorm):
+    def forward(self, x):
+        dtype = x.dtype
+        result = super().forward(x.type(torch.float32))
+        return result.type(dtype)
+
+
+class ClipAgain(Clip):
+    """The class whose super() it is, and not that of the module, says whose forward comes next."""
+
+
+class WideRMS(nn.RMSNorm):
+    def forward(self, input):
+        return super(WideRMS, self).forward(input.float()).type_as(input)  # noqa: UP008
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("norm_class", [Clip, ClipAgain, WideRMS])
+def test_what_widens_around_the_forward_above(norm_class, dtype: torch.dtype) -> None:
+    module = norm_class(WIDTH)
+    with torch.no_grad():
+        module.weight.copy_(torch.rand(WIDTH) + 0.5)
+    swapped, original = copy.deepcopy(module), module
+    report = swap(swapped, backend="reference")  # which leaves no choice
+    x = torch.randn(7, 5, WIDTH).to(dtype)
+    found, expected = [each.requires_grad_() for each in (x.clone(), x.clone())]
+    with report.counting():
+        y = swapped(found)
+    assert report.all_called
+    wanted = original(expected)
+    assert y.dtype is dtype
+    size = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(y, wanted, atol=size, rtol=size)
+    y.sum().backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, atol=size, rtol=size)
+    torch.testing.assert_close(swapped.weight.grad, original.weight.grad, atol=1e-2, rtol=1e-4)
+
+
+def test_an_eps_of_none_is_that_of_what_the_forward_above_is_given() -> None:
+    swapped, original = pair(WideRMS(WIDTH))
+    x = (1e-4 * torch.randn(9, WIDTH)).bfloat16()  # where an epsilon of bfloat16 would be all there is
+    torch.testing.assert_close(swapped(x), original(x), atol=2e-2, rtol=2e-2)
+
+
+def test_another_forward_above_is_not_read_nor_one_that_a_library_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Above(nn.LayerNorm):
+        def forward(self, x):
+            return 2 * F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+    class Below(Above):
+        def forward(self, x):
+            return super().forward(x)
+
+    class Plain(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x)
+
+    assert [row.action for row in plan(Below(WIDTH)).rows] == ["left"]
+    assert [row.action for row in plan(Plain(WIDTH)).rows] == ["swap"]
+    monkeypatch.setattr(nn.LayerNorm, "forward", Above.forward)
+    assert [row.action for row in plan(Plain(WIDTH)).rows] == ["left"]
 
 
 # ---- what only looks like one ----------------------------------------------------------------------------------------
