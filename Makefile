@@ -87,7 +87,9 @@ test-transformers:
 	HF_HUB_OFFLINE=1 "$$bin/python" -m pytest -c "$$checkout/pyproject.toml" --rootdir "$$scratch" -p no:cacheprovider -n 2 \
 	    tests/integrations tests/swap/test_originals.py tests/swap/recipes/test_experts.py tests/swap/recipes/test_every_model.py
 
-# For the Python in use; build/native keeps what the wheels of other Pythons share.
+# For the Python in use; build/native keeps what the wheels of other Pythons share. With machine code for Blackwell, for
+# which a driver would otherwise compile every kernel when it is first needed; `make test` does without.
+wheel: export FASTATTN_CUDA_ARCHITECTURES ?= sm_80 sm_90 sm_100 sm_120 compute_80
 wheel: $(VENV)/.pip
 	$(call build-wheel,$(VENV),dist)
 

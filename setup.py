@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -65,8 +66,10 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 }
 MACHINE_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
 
-# sm_80 code runs on Ampere and Ada, sm_90 code on Hopper; drivers compile the PTX for what came later. All three come
-# from the PTX of 8.0, which is therefore made once: kernels that need more are compiled for their architecture by name.
+# sm_80 code runs on Ampere and Ada, sm_90 code on Hopper; drivers compile the PTX for what came later, which takes
+# seconds when a process first needs a kernel, and a driver as new as the toolkit. All three come from the PTX of 8.0,
+# which is therefore made once: kernels that need more are compiled for their architecture by name.
+# FASTATTN_CUDA_ARCHITECTURES names others, such as "sm_80 sm_120 compute_80"; `make wheel` adds Blackwell's.
 CUDA_ARCHITECTURES = ["sm_80", "sm_90", "compute_80"]
 CUDA_VIRTUAL = "compute_80"
 # Sources of kernels that exist for one architecture, by how their names begin: wgmma is Hopper's alone.
@@ -154,21 +157,47 @@ def nvcc() -> list[str]:
         return []
     command = [found, "-ccbin", compiler()[0]]
     probe = "__global__ void probe(int* x) { *x = 1; }\nvoid launch(int* x) { probe<<<1, 1>>>(x); }\n"
-    if compiles([*command, *CUDA_FLAGS, *gencode(), "-shared"], probe, ".cu"):
+    if compiles([*command, *CUDA_FLAGS, *code_for([CUDA_VIRTUAL]), "-shared"], probe, ".cu"):
         return command
-    sentence = f"{found} does not compile a C++20 kernel for {', '.join(CUDA_ARCHITECTURES)} with {compiler()[0]}"
+    sentence = f"{found} does not compile a C++20 kernel for {CUDA_VIRTUAL} with {compiler()[0]}"
     if wanted == "1":
         raise SetupError(f"FASTATTN_CUDA=1, but {sentence}; install CUDA 12 or later, or set FASTATTN_CUDA=0")
     say(f"{sentence}: the CUDA kernels are left out.")
     return []
 
 
-def gencode(source: str = "") -> list[str]:
+def code_for(names: list[str]) -> list[str]:
+    """nvcc's flags for machine code, or PTX, of these names."""
+    return [flag for name in names for flag in ("-gencode", f"arch={CUDA_VIRTUAL},code={name}")]
+
+
+@cache
+def cuda_architectures() -> tuple[str, ...]:
+    """Those that are asked for, less those that nvcc cannot make."""
+    asked = os.environ.get("FASTATTN_CUDA_ARCHITECTURES", "").replace(",", " ").split() or CUDA_ARCHITECTURES
+    for name in asked:
+        if name != CUDA_VIRTUAL and not re.fullmatch(r"sm_\d+[a-z]?", name):
+            raise SetupError(
+                f"FASTATTN_CUDA_ARCHITECTURES names {name!r}: pass machine code such as sm_80 and, for PTX, "
+                f"{CUDA_VIRTUAL}, with spaces between them"
+            )
+    known = []
+    for name in asked:
+        if compiles([*nvcc(), *CUDA_FLAGS, *code_for([name]), "-shared"], "__global__ void probe() {}\n", ".cu"):
+            known.append(name)
+        else:
+            say(f"nvcc makes no {name} of {CUDA_VIRTUAL}: its code is left out.")
+    if not known:
+        raise SetupError(f"nvcc makes none of FASTATTN_CUDA_ARCHITECTURES={' '.join(asked)}; leave it unset")
+    return tuple(known)
+
+
+def gencode(source: str) -> list[str]:
     """What a source is compiled for."""
     for prefix, name in CUDA_SPECIFIC.items():
         if source.startswith(prefix):
             return ["-gencode", f"arch=compute_{name},code=sm_{name}"]
-    return [flag for name in CUDA_ARCHITECTURES for flag in ("-gencode", f"arch={CUDA_VIRTUAL},code={name}")]
+    return code_for(list(cuda_architectures()))
 
 
 # --- build.ninja --------------------------------------------------------------------------------------------
@@ -265,7 +294,7 @@ def add_cpu_library(ninja: NinjaFile) -> str:
 def add_cuda_library(ninja: NinjaFile) -> str:
     folder = ROOT / "csrc" / "cuda"
     flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc'}", f"-I{folder}"]
-    architectures = [*CUDA_ARCHITECTURES, *(f"sm_{name}" for name in CUDA_SPECIFIC.values())]
+    architectures = [*cuda_architectures(), *(f"sm_{name}" for name in CUDA_SPECIFIC.values())]
     flags.append(f'-DFASTATTN_CUDA_ARCHITECTURES="{",".join(architectures)}"')
     objects = []
     for source in sorted(folder.rglob("*.cu")):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fastattn.errors import NotSupported
-from fastattn.problems import AttentionProblem, Problem
+from fastattn.problems import FEW_QUERIES, AttentionProblem, Problem
 
 _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,12 +37,15 @@ NAMES = ("cuda", "cpu", "triton", "reference")
 FASTER: dict[tuple[str, int], tuple[str, ...]] = {
     # Triton multiplies by wgmma there, and the CUDA kernel by mma.sync: 1.3 to 1.6 times as fast on an H100.
     ("attention", 9): ("triton", "cuda", "reference"),
+    # Unmeasured. Triton multiplies by tcgen05, and mma.sync falls further behind it than behind wgmma.
+    ("attention", 10): ("triton", "cuda", "reference"),
 }
 """Per operation and major compute capability, the order that was measured to be faster than ORDER's."""
 
 FIRST_TRITON = ("triton", "cuda", "reference")
-"""On every GPU the order of decoding and of attention with gradients: Triton's kernels were measured on one, the CUDA
-ones were not. Those run where Triton is missing, and where they are asked for."""
+"""On every GPU the order of decoding, of attention of few queries, which is that, and of attention with gradients:
+Triton's kernels were measured on one, the CUDA ones were not. Those run where Triton is missing, and where they are
+asked for."""
 
 fallbacks: Counter[tuple[str, str, str]] = Counter()
 """How often each (op, backend, reason) sent a call on to the next backend."""
@@ -132,20 +135,32 @@ def backends() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in NAMES}
 
 
+def why_no_kernels_on_gpus() -> str | None:
+    """None where a backend has kernels for the GPUs of this machine, else why none has: the reference alone would run,
+    slower than torch's own code."""
+    verdicts = {name: _unavailable(name) for name in ORDER["cuda"] if name != "reference"}
+    if None in verdicts.values():
+        return None
+    return "no kernels run on this GPU: " + "; ".join(f"{name}: {why}" for name, why in verdicts.items())
+
+
 def order(problem: Problem) -> tuple[str, ...]:
     """The backends that may run a problem, the one that should first."""
     names = ORDER.get(problem.device_type, ("reference",))
     if problem.device_type != "cuda":
         return names
-    if problem.op == "attention_decode" or (isinstance(problem, AttentionProblem) and problem.requires_grad):
+    if problem.op == "attention_decode":
+        return FIRST_TRITON
+    if isinstance(problem, AttentionProblem) and (problem.requires_grad or problem.len_q <= FEW_QUERIES):
         return FIRST_TRITON
     return FASTER.get((problem.op, _capability()), names)
 
 
 @functools.cache
 def _capability() -> int:
-    """The major compute capability of the current GPU, 0 without one."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    """The major compute capability of the GPUs, the lowest where they differ; 0 without one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return min((torch.cuda.get_device_capability(index)[0] for index in range(count)), default=0)
 
 
 def explain_problem(problem: Problem, backend: str = "") -> Explanation:

@@ -11,6 +11,9 @@ from typing import Literal
 
 import torch
 
+FEW_QUERIES = 8
+"""Up to which kernels for decoding compute a plain call of attention: see fastattn.backends.few."""
+
 
 class _Shown:
     """Shown without the fields that are at their defaults, most of them False."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +55,7 @@ class Variant(NamedTuple):
     operation, whose width is dim. options: bias, softcap, sinks and dropout of attention, all at once; of decoding all
     but dropout, and a window and intervals too. distance: biases by distance, with gradients. packed: of attention.
     tokens: new ones of a sequence in decoding; from 16 on, Hopper's instructions multiply their tile. bias: the dtype
-    of the options' bias, where it is another one."""
+    of the options' bias, where it is another one. tf32: products of float32 may be rounded so."""
 
     dtype: str
     dim: int
@@ -66,11 +68,12 @@ class Variant(NamedTuple):
     short: bool = False
     tokens: int = 1
     bias: str = ""
+    tf32: bool = False
 
     @property
     def name(self) -> str:
         dims = f"d{self.dim}" if self.dim == self.dim_v else f"d{self.dim}/{self.dim_v}"
-        extras = [name for name in ("options", "distance", "packed") if getattr(self, name)]
+        extras = [name for name in ("options", "distance", "packed", "tf32") if getattr(self, name)]
         extras += [f"{self.tokens} tokens"] if self.tokens > 1 else []
         extras += [f"{self.bias} bias"] if self.bias else []
         return " ".join([self.dtype, dims, self.mask, *extras])
@@ -89,6 +92,8 @@ VARIANTS = [
     Variant("float32", 64, 64, "causal", archs=(80, 90)),
     Variant("float32", 128, 128, "causal", archs=(90,)),
     Variant("float32", 256, 256, "none", archs=(86,)),
+    Variant("float32", 256, 256, "causal", archs=(80, 86, 120), tf32=True),
+    Variant("float32", 128, 128, "causal", archs=(86, 90), tf32=True),
     Variant("bfloat16", 64, 64, "dense", options=True),
     Variant("bfloat16", 128, 128, "keys", options=True, archs=(90,)),
     Variant("bfloat16", 64, 64, "blocks", archs=(80, 90)),
@@ -139,7 +144,7 @@ def launches(variant: Variant, arch: int) -> list[Any]:
     """What the backend launches for forward and backward of one call, each kernel once."""
     from fastattn.backends.triton.launch import recording
 
-    with recording(arch) as found:
+    with recording(arch) as found, _matmul_precision("high" if variant.tf32 else "highest"):
         if variant.mask in ("norm", "linear_act", "gated_ffn"):
             _call_layer(variant)
         elif variant.mask in ("cache", "pages"):
@@ -147,6 +152,17 @@ def launches(variant: Variant, arch: int) -> list[Any]:
         else:
             _call_attention(variant)
     return list({launch.kernel.__name__: launch for launch in found}.values())
+
+
+@contextlib.contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    """Within the block torch.set_float32_matmul_precision(name)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _call_layer(variant: Variant) -> None:

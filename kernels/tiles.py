@@ -155,6 +155,12 @@ def attention_tile(
     return tile._replace(block_k=min(tile.block_k, BASE_BLOCK)) if blocks else tile
 
 
+def takes_tf32(arch: int, itemsize: int, dim_qk: int, dim_v: int) -> bool:
+    """Whether products of float32 may round to TF32. It takes more shared memory: of heads beyond 192 a backward has
+    114,688 bytes, and no smaller tile has less."""
+    return arch not in _SMALL or itemsize != 4 or max(sum(pieces(dim_qk)), sum(pieces(dim_v))) <= 192
+
+
 def decode_tile(arch: int, rows: int, dim: int, itemsize: int, pair_bytes: int) -> Tile:
     """The tile of the decoding kernel for so many rows, of all query heads of a key head and all new tokens: the
     largest of few tried that spill nothing. dim: the larger head dim. pair_bytes: as in attention_tile."""

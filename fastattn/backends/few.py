@@ -1,4 +1,10 @@
-"""Calls of `attention` that are decoding: few new tokens over a cache, as in generation."""
+"""Calls of `attention` that are decoding: few new tokens over a cache, as in generation.
+
+Up to FEW_QUERIES queries the CPU's kernel for decoding is faster, which reads a key once for all heads of its group and
+shares out the keys. Of one query: 1.7 to 10 times as fast, of four 1.4 to 3.6, of eight equal to 2.1, of sixteen 0.7 to
+1.2 (caches of 256 to 4,096 keys, 1 to 4 heads a group, float32 and bfloat16, 2 cores of an AMD EPYC (Zen 3, AVX2, VM),
+2026-11-26). On GPUs unmeasured.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,7 @@ import torch
 
 from fastattn.biases.lowered import LoweredBias, hide_keys
 from fastattn.masks.lowered import LoweredMask
-
-FEW = 8
-"""Queries up to which the CPU's kernel for decoding is faster, which reads a key once for all heads of its group and
-shares out the keys. Of one query: 1.7 to 10 times as fast, of four 1.4 to 3.6, of eight equal to 2.1, of sixteen 0.7 to
-1.2 (caches of 256 to 4,096 keys, 1 to 4 heads a group, float32 and bfloat16, 2 cores of an AMD EPYC (Zen 3, AVX2, VM),
-2026-11-26). On GPUs unmeasured."""
+from fastattn.problems import FEW_QUERIES
 
 
 def as_decoding(
@@ -22,7 +23,7 @@ def as_decoding(
     the caller to look at."""
     has_band = mask.band_left is not None or mask.band_right is not None
     if (
-        not 0 < len_q <= FEW
+        not 0 < len_q <= FEW_QUERIES
         or len_q > len_k
         or (has_band and mask.band_offset != len_k - len_q)
         or mask.blocks is not None

@@ -23,9 +23,9 @@ from fastattn.backends import cpu
 from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.cpu.attention import OFTEN
 from fastattn.backends.cpu.library import native
-from fastattn.backends.few import FEW
 from fastattn.masks import Causal
 from fastattn.modes import TRANSPARENT
+from fastattn.problems import FEW_QUERIES
 
 _NUMBERS = frozenset({float, int, bool})
 """The types of a dropout_p of 0 that may go the short way: others, a complex number say, the long way may refuse."""
@@ -79,7 +79,7 @@ def _opened() -> ModuleType | None:
         torch.is_grad_enabled,
         torch.get_num_threads,
         ACTIVATIONS,
-        FEW,
+        FEW_QUERIES,
         OFTEN,
     )
     return native() if is_open else None

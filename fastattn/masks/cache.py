@@ -23,6 +23,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 T = TypeVar("T")
 
 
+def stream_of(device: torch.device) -> Any:
+    """What a key holds where the value is not finished when it is made: another stream would not wait for it. None on
+    a CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 class _Entry(NamedTuple):
     value: Any
     size: int

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastattn.graphs import is_exporting
 from fastattn.masks.blocks import build_blocks
-from fastattn.masks.cache import Cache, is_capturing
+from fastattn.masks.cache import Cache, is_capturing, stream_of
 from fastattn.masks.intervals import MOST, IntervalSet, intersection, intervals_tensor, row_bounds
 from fastattn.masks.lowered import NOTHING_HIDDEN, Blocks, LoweredMask, Size, meet, replaced
 
@@ -160,5 +160,5 @@ def _remember(
     if device.type == "cuda" and what != "blocks":  # which are finished when they are built
         if is_capturing():
             return make()
-        key = (*key, torch.cuda.current_stream(device))
+        key = (*key, stream_of(device))
     return remembered.get(key, holds, make)

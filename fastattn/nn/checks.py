@@ -17,7 +17,9 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastattn import dispatch
 from fastattn.functional.attention import MAX_HEAD_DIM
+from fastattn.graphs import constant
 from fastattn.nn.fused import original_class, stands_for
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +53,7 @@ def _is_exported(x: object, kind: type[Tensor] = Tensor) -> bool:
 
 
 def why_not_input(x: object) -> str | None:
-    """The kernels take plain float32, bfloat16 and float16 tensors of a CPU or a CUDA device."""
+    """The kernels take plain float32, bfloat16 and float16 tensors of a CPU or of a CUDA device that they run on."""
     if not is_plain(x):
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.is_nested:
@@ -62,7 +64,17 @@ def why_not_input(x: object) -> str | None:
         return f"the input is {str(x.dtype).removeprefix('torch.')}"
     if not (x.is_cpu or x.is_cuda):
         return f"the input lies on {x.device.type}"
+    if x.is_cuda and not dispatch.forced:
+        no_kernels = _why_no_kernels_on_gpus()
+        if no_kernels is not None:
+            return no_kernels
     return _why_not_transformed()
+
+
+@constant
+def _why_no_kernels_on_gpus() -> str | None:
+    """A model may have been swapped before it was moved to a GPU."""
+    return dispatch.why_no_kernels_on_gpus()
 
 
 def _why_not_transformed() -> str | None:

@@ -249,7 +249,7 @@ def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
     instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
     if len(instructions) > _MAX_INSTRUCTIONS or getattr(code, "co_exceptiontable", False):
         return False
-    if code.co_freevars not in ((), ("__class__",)):  # the latter belongs to super()
+    if code.co_freevars not in ((), ("__class__",)):  # the latter is what super() asks for
         return False
     module: types.ModuleType | None = None  # torch, or a part of it: nothing may be done with it but take an attribute
     for index, instruction in enumerate(instructions):
@@ -260,6 +260,8 @@ def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
                 continue
         if instruction.opcode in _REFUSED or (module is not None and not is_load):
             return False
+        if instruction.argval == "__class__" and instructions[index - 1].argval != "super":
+            return False  # what a class holds may change
         if instruction.opcode in _JUMPS and not _is_branch(instruction):
             return False
         if module is not None:

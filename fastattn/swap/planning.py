@@ -138,11 +138,9 @@ def _leave_without_kernels(decisions: list[Decision]) -> None:
     there = [d for d in decisions if d.target is not None and any(p.is_cuda for p in d.module.parameters())]
     if not there:
         return
-    usable = dispatch.backends()
-    verdicts = {name: usable[name] for name in dispatch.ORDER["cuda"] if name != "reference"}
-    if None in verdicts.values():
+    reason = dispatch.why_no_kernels_on_gpus()
+    if reason is None:
         return
-    reason = "no kernels run on this GPU: " + "; ".join(f"{name}: {why}" for name, why in verdicts.items())
     for decision in there:
         decision.row.action, decision.row.kernel, decision.row.reason = "left", "", reason
         decision.target = None

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastattn
+from fastattn import masks
 from fastattn.backends import cuda, reference
-from fastattn.backends.cuda import decode, library
+from fastattn.backends.cuda import attention, decode, library
 from fastattn.biases.lowered import NO_BIAS, LoweredBias
 from fastattn.masks.lowered import LoweredMask
 from fastattn.parity.bound import unit_roundoff
@@ -299,6 +301,32 @@ def test_small_weights_of_many_keys_are_not_lost_in_float16() -> None:
     out, _ = run(given, scale=1.0)
     weight = torch.exp(torch.tensor(-18.0, dtype=torch.float64))
     assert float((out.double() / (1000 * weight) - 1).abs().max()) <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("mask", "goes"),
+    [
+        ({}, True),
+        ({"mask": masks.Causal()}, True),
+        ({"mask": masks.KeyLengths([200, 70])}, True),
+        ({"mask": masks.SlidingWindow(9, 0), "softcap": 3.0}, True),
+        ({"bias": torch.linspace(-1, 1, 300).view(1, 1, 1, -1)}, True),
+        ({"mask": masks.Causal("top-left")}, False),
+    ],
+)
+@pytest.mark.parametrize("len_q", [1, 3])
+def test_attention_of_few_queries_is_decoding(
+    monkeypatch: pytest.MonkeyPatch, mask: dict[str, Any], goes: bool, len_q: int
+) -> None:
+    went: list[bool] = []
+    real = attention.attention_decode
+    monkeypatch.setattr(attention, "attention_decode", lambda *args: went.append(True) or real(*args))
+    given = draw(Shape(group=3, len_q=len_q, dim_v=32))
+    found = fastattn.attention(*given[:3], **mask, return_lse=True, backend="cuda")
+    assert bool(went) == goes
+    expected = fastattn.attention(*(t.float() for t in given[:3]), **mask, return_lse=True, backend="reference")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=2e-2, rtol=2e-2)
 
 
 def test_a_refused_launch_names_the_call() -> None:

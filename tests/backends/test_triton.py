@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,32 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     assert backend.not_supported_reasons(problem) == ["the Triton backend does not run on cpu tensors"]
     if not torch.cuda.is_available():
         assert "TRITON_INTERPRET=1" in (backend.unavailable_reason() or "")
+
+
+class _NoCompiler:
+    """A driver on a machine that cannot compile its module."""
+
+    @property
+    def active(self) -> object:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore of it")
+
+
+@pytest.mark.parametrize(
+    ("version", "driver", "words"),
+    [
+        ("3.3.1", None, "triton 3.3.1 is too old: the kernels need 3.4"),
+        ("3.6.0+git1", _NoCompiler(), "triton does not start: Failed to find C compiler."),
+        ("3.10.0", SimpleNamespace(active=None), None),
+    ],
+)
+def test_a_triton_that_no_kernel_would_run_on_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, version: str, driver: object, words: str | None
+) -> None:
+    """It is asked where there is a GPU alone."""
+    stand_in = SimpleNamespace(__version__=version, runtime=SimpleNamespace(driver=driver))
+    monkeypatch.setitem(sys.modules, "triton", stand_in)
+    reason = backend._triton_reason.__wrapped__()
+    assert reason is None if words is None else words in reason and "More of it" not in reason
 
 
 PRECISION = """

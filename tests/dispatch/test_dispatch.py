@@ -255,14 +255,23 @@ def test_the_environment_variable_forces_a_backend(fresh_process):
     assert run.returncode != 0 and "FASTATTN_BACKEND='abacus' is unknown: pass one of 'cuda', 'cpu'" in run.stderr
 
 
-@pytest.mark.parametrize(("major", "expected"), [(8, "cuda"), (9, "triton"), (0, "cuda")])
+@pytest.mark.parametrize(("major", "expected"), [(8, "cuda"), (9, "triton"), (10, "triton"), (12, "cuda"), (0, "cuda")])
 def test_an_order_that_was_measured_faster_goes_by_operation_and_device(monkeypatch, major, expected):
     monkeypatch.setattr(dispatch, "_capability", lambda: major)
-    attention = AttentionProblem("cuda", torch.bfloat16, 1, 1, 1, 8, 8, 64, 64)
+    attention = AttentionProblem("cuda", torch.bfloat16, 1, 1, 1, 9, 9, 64, 64)
     assert dispatch.order(attention)[0] == expected
+    for decoding in ({"len_q": 8}, {"requires_grad": True}):
+        assert dispatch.order(dataclasses.replace(attention, **decoding))[0] == "triton"
     assert dispatch.order(NormProblem("cuda", torch.bfloat16, "layer", 4, 8))[0] == "cuda"
     assert dispatch.order(DecodeProblem("cuda", torch.bfloat16, 1, 1, 1, 1, 64, 64, 64))[0] == "triton"  # not by device
     assert dispatch.order(dataclasses.replace(attention, device_type="cpu")) == dispatch.ORDER["cpu"]
+
+
+def test_of_unlike_gpus_the_oldest_says_the_order(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (8, 0))[index])
+    assert dispatch._capability.__wrapped__() == 8
 
 
 def test_triton_takes_cpu_tensors_only_when_interpreted(fresh_process):

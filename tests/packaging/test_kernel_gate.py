@@ -33,7 +33,7 @@ def test_the_installed_kernels_pass(gate: ModuleType, capsys: pytest.CaptureFixt
     attention = "attention_forward_sm80", "attention_decode_sm80", "decode_combine"
     backward = "attention_backward_queries_sm80", "attention_backward_keys_sm80"
     for name in (*attention, *backward, "norm_forward_kernel", "norm_backward_kernel", "activation_backward_kernel"):
-        assert {line.split()[0] for line in printed.splitlines() if name in line} == {"sm_80", "sm_90"}, name
+        assert {line.split()[0] for line in printed.splitlines() if name in line} >= {"sm_80", "sm_90"}, name
     assert {line.split()[0] for line in printed.splitlines() if "attention_forward_sm90" in line} == {"sm_90a"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.nn.modules.module as torch_module
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from fastattn import dispatch
+from fastattn.nn import checks
 from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_linear
 from fastattn.nn.norm import why_not_layer_norm
 from fastattn.swap import SwapReport, swap
@@ -289,6 +292,19 @@ def test_reasons() -> None:
     assert why_not_input(torch.zeros(2).as_subclass(OddTensor)) == "the input is a OddTensor, not a plain tensor"
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     assert why_not_input(nested) == "the input is a nested tensor"
+
+
+def test_what_was_moved_to_a_gpu_without_kernels_runs_the_original_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference, which alone would take it, is slower than what was there."""
+    verdicts = {"cuda": "too old", "triton": "not installed", "reference": None}
+    monkeypatch.setattr(dispatch, "_unavailable", verdicts.get)
+    monkeypatch.setattr(checks, "is_plain", lambda x: True)
+    there = SimpleNamespace(is_nested=False, layout=torch.strided, dtype=torch.float32, is_cpu=False, is_cuda=True)
+    assert why_not_input(there) == "no kernels run on this GPU: cuda: too old; triton: not installed"
+    with dispatch.use_backend("reference"):
+        assert why_not_input(there) is None
+    verdicts["triton"] = None
+    assert why_not_input(there) is None
 
 
 def test_float64_and_meta_models_run_the_original_code(tiny_bert, batch) -> None:

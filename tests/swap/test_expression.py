@@ -240,6 +240,13 @@ class NoSuchMethod(nn.Module):
         return self.a(x).gelu()
 
 
+class AsksItsClass(nn.LayerNorm):
+    factor = 2.0
+
+    def forward(self, input):
+        return super().forward(input) * __class__.factor
+
+
 class Super(nn.Linear):
     def forward(self, input):
         return super().forward(input)
@@ -301,6 +308,7 @@ class Decorated(nn.Module):
         WritesOut,
         NoSuchMethod,
         Super,
+        AsksItsClass,
         Computed,
         Decorated,
         nn.Module,

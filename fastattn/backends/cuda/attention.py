@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cuda.library import device_reasons, dropout_arguments, kernels, load, place
+from fastattn.backends.cuda.decode import attention_decode, input_reasons
+from fastattn.backends.cuda.library import dropout_arguments, kernels, load, place
+from fastattn.backends.few import as_decoding
 from fastattn.backends.views import (
     address,
     broadcast_view,
@@ -22,29 +24,10 @@ from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.intervals import row_bounds
 from fastattn.masks.lowered import LoweredMask
 from fastattn.packed import Packed
-from fastattn.problems import AttentionProblem, DecodeProblem
+from fastattn.problems import AttentionProblem
 
-_MAX_DIM = 256
 # Narrower heads do not average the rounding of single weights; for wider ones the kernels lack registers.
 _MIN_GRADIENT_DIM, _MAX_GRADIENT_DIM = 17, 192
-_DTYPES = (torch.bfloat16, torch.float16)
-_MAX_LENGTH = 2**30  # positions and band limits are added in int32
-
-
-def input_reasons(what: str, problem: AttentionProblem | DecodeProblem) -> list[str]:
-    """Why the kernels of attention or decoding refuse the device, dtypes, head dims or lengths of a problem."""
-    reasons = device_reasons(problem.device_type)
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"the CUDA {what} takes bfloat16 and float16, and q is {problem.dtype}")
-    if problem.bias is not None and problem.bias not in DTYPES:
-        reasons.append(f"the CUDA {what} takes a bias of float32, bfloat16 and float16, and bias is {problem.bias}")
-    for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
-        if not 1 <= dim <= _MAX_DIM:
-            reasons.append(f"the CUDA {what} takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
-    for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
-        if length >= _MAX_LENGTH:
-            reasons.append(f"the CUDA {what} takes fewer than 2**30 positions, and {name} is {length}")
-    return reasons
 
 
 def attention_reasons(problem: AttentionProblem) -> list[str]:
@@ -79,8 +62,13 @@ def attention_forward(
 
     RuntimeError with the call, the CUDA error and the shapes where the launch fails.
     """
+    batch, heads, rows, _ = q.shape
+    decoding = as_decoding(mask, bias, rows, k.shape[2], q.device) if packed is None and dropout_p == 0.0 else None
+    if decoding is not None:
+        lengths = torch.full((batch,), k.shape[2], dtype=torch.int32, device=q.device)
+        return attention_decode(q, k, v, lengths, None, *decoding, sinks, scale, softcap)
     out = empty_out(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     if packed is not None and packed.batch == 0:  # all rows are of no sequence
         return out.zero_(), lse.fill_(-torch.inf)
     sinks = None if sinks is None else sinks.float()

@@ -6,17 +6,35 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES
-from fastattn.backends.cuda.attention import input_reasons
-from fastattn.backends.cuda.library import load, multiprocessors, place
+from fastattn.backends.cuda.library import device_reasons, load, multiprocessors, place
 from fastattn.backends.parts import cut, keys_seen
 from fastattn.backends.views import address, broadcast_view, distance_arguments, empty_out
 from fastattn.biases.lowered import LoweredBias
 from fastattn.masks.lowered import LoweredMask
-from fastattn.problems import DecodeProblem
+from fastattn.problems import AttentionProblem, DecodeProblem
 
+_DTYPES = (torch.bfloat16, torch.float16)
+_MAX_DIM = 256
+_MAX_LENGTH = 2**30  # positions and band limits are added in int32
 _TILE_KEYS = 64  # what parts are multiples of: the largest tile of csrc/cuda/attention/sm80_decode.cuh
 _FEW_ROWS = 16
 _BLOCKS_PER_PROCESSOR = 2  # what the shared memory of compute capability 8.0 holds of head dim 128; unmeasured
+
+
+def input_reasons(what: str, problem: AttentionProblem | DecodeProblem) -> list[str]:
+    """Why the kernels of attention or decoding refuse the device, dtypes, head dims or lengths of a problem."""
+    reasons = device_reasons(problem.device_type)
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"the CUDA {what} takes bfloat16 and float16, and q is {problem.dtype}")
+    if problem.bias is not None and problem.bias not in DTYPES:
+        reasons.append(f"the CUDA {what} takes a bias of float32, bfloat16 and float16, and bias is {problem.bias}")
+    for name, dim in (("D", problem.dim_qk), ("Dv", problem.dim_v)):
+        if not 1 <= dim <= _MAX_DIM:
+            reasons.append(f"the CUDA {what} takes head dims of 1 to {_MAX_DIM}, and {name} is {dim}")
+    for name, length in (("Sq", problem.len_q), ("Skv", problem.len_k)):
+        if length >= _MAX_LENGTH:
+            reasons.append(f"the CUDA {what} takes fewer than 2**30 positions, and {name} is {length}")
+    return reasons
 
 
 def decode_reasons(problem: DecodeProblem) -> list[str]:

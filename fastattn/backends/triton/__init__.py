@@ -47,6 +47,7 @@ __all__ = [
 NAME = "triton"
 
 _OLDEST_CAPABILITY = (8, 0)
+_OLDEST_TRITON = (3, 4)  # 3.3, which torch 2.7 comes with, knows no None in a tuple
 
 
 def unavailable_reason() -> str | None:
@@ -59,7 +60,7 @@ def unavailable_reason() -> str | None:
         return "the Triton kernels are untried on ROCm"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; on CPU tensors Triton runs only under TRITON_INTERPRET=1"
-    return _capability_reason()
+    return _capability_reason() or _triton_reason()
 
 
 def not_supported_reasons(problem: Problem) -> list[str]:
@@ -88,6 +89,26 @@ def interpreting() -> bool:
 @functools.cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    """What the installed Triton lacks. It is imported here, and builds its driver's module, or finds the one that it
+    has built before: without a compiler every launch would raise."""
+    try:
+        triton = importlib.import_module("triton")
+        version = tuple(map(int, triton.__version__.split(".")[:2]))
+        if version < _OLDEST_TRITON:
+            wanted = ".".join(map(str, _OLDEST_TRITON))
+            return f"triton {triton.__version__} is too old: the kernels need {wanted}, which comes with torch 2.8"
+        getattr(triton.runtime.driver.active, "utils", None)  # any attribute makes the driver
+    except Exception as error:  # whatever a compiler, a loader or a driver says
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return (
+            f"triton does not start: {said[0][:200]} (it compiles what launches kernels: that takes a C compiler, CC, "
+            "gcc or clang, and the headers of Python)"
+        )
+    return None
 
 
 @functools.cache

@@ -262,7 +262,7 @@ class Call:
         softcap: float,
         dropout_p: float,
     ) -> None:
-        from fastattn.kernels.tiles import pieces
+        from fastattn.kernels.tiles import pieces, takes_tf32
 
         q, k, v = (_aligned(_addressable(t)) for t in (q, k, v))
         self.q, self.k, self.v, self.is_packed = q, k, v, packed is not None
@@ -277,6 +277,7 @@ class Call:
         wide, rest = pieces(dim)
         wide_v, rest_v = pieces(dim_v)
         full = (self.batch, self.heads, self.len_q, self.len_k)
+        may_round = takes_tf32(architecture(q.device), q.element_size(), dim, dim_v)
         self.arguments: dict[str, Any] = {
             "q": q,
             "k": k,
@@ -307,7 +308,7 @@ class Call:
             "REST_V": rest_v,
             "FOLDED": scale > 0.0 and softcap == 0.0 and not biased,
             "SOFTCAP": softcap != 0.0,
-            "PRECISION": dot_precision(),
+            "PRECISION": dot_precision() if may_round else "ieee",
         }
 
     def strides(self, name: str, tensor: Tensor) -> dict[str, int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import attention
-from fastattn.masks.cache import Cache
+from fastattn.masks.cache import Cache, stream_of
 from fastattn.nn.checks import why_not_dropout, why_not_head_dim, why_not_input, why_not_linear
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.sublayers import child_reason
@@ -129,7 +129,9 @@ def _distances(module: DisentangledSelfAttention, relative_pos: Tensor) -> _Dist
     span = module.pos_ebd_size
     if not can_be_read(relative_pos):
         return _Distances(0, 2 * span, *_rows(relative_pos, span))
-    bounds, forth, back = _remembered.get(span, (relative_pos,), lambda: _occurring(relative_pos, span))
+    bounds, forth, back = _remembered.get(
+        (span, stream_of(relative_pos.device)), (relative_pos,), lambda: _occurring(relative_pos, span)
+    )
     first, end = bounds.tolist()
     return _Distances(first, end, forth, back)
 

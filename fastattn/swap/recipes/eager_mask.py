@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.integrations.transformers_versions import is_tracing
-from fastattn.masks.cache import Cache
+from fastattn.masks.cache import Cache, stream_of
 
 _remembered = Cache(entries=16, size=1 << 28)
 """All layers of a model get the same mask."""
@@ -31,7 +31,7 @@ def compact(mask: Tensor) -> Tensor:
         return mask.float()
     found: tuple[Tensor, ...] = ()
     if not mask.requires_grad and can_be_read(mask):
-        found = _remembered.get("compact", (mask,), lambda: _compacted(mask))
+        found = _remembered.get(("compact", stream_of(mask.device)), (mask,), lambda: _compacted(mask))
     if found:
         return found[0]
     return mask.float() if mask.dtype is torch.float64 else mask
@@ -41,14 +41,14 @@ def compact_hidden(hidden: Tensor) -> Tensor:
     """As `compact`, of a bool mask that is True where a key is hidden."""
     if not can_be_read(hidden):
         return ~hidden
-    return _remembered.get("hidden", (hidden,), lambda: _ranges(~hidden))[0]
+    return _remembered.get(("hidden", stream_of(hidden.device)), (hidden,), lambda: _ranges(~hidden))[0]
 
 
 def compact_seen(seen: Tensor) -> Tensor:
     """As `compact`, of a mask of any dtype that is 0 where a key is hidden."""
     if not can_be_read(seen):
         return seen.bool()
-    return _remembered.get("seen", (seen,), lambda: _ranges(seen != 0))[0]
+    return _remembered.get(("seen", stream_of(seen.device)), (seen,), lambda: _ranges(seen != 0))[0]
 
 
 def _compacted(mask: Tensor) -> tuple[Tensor, ...]:
