@@ -187,8 +187,10 @@ def cuda_architectures() -> tuple[str, ...]:
             known.append(name)
         else:
             say(f"nvcc makes no {name} of {CUDA_VIRTUAL}: its code is left out.")
-    if not known:
-        raise SetupError(f"nvcc makes none of FASTATTN_CUDA_ARCHITECTURES={' '.join(asked)}; leave it unset")
+    if CUDA_VIRTUAL not in known:  # a device for which there is no code could not run kernels that it is said to have
+        raise SetupError(
+            f"FASTATTN_CUDA_ARCHITECTURES={' '.join(asked)} lacks {CUDA_VIRTUAL}, which every GPU can use: add it"
+        )
     return tuple(known)
 
 

@@ -135,7 +135,8 @@ class Check:
             return 127, str(error)
         self.running.add(process)
         try:
-            output, _ = process.communicate(timeout=self.left() if seconds is None else seconds)
+            left = self.left()  # asked once the command can be found: what ends all of them sets it back first
+            output, _ = process.communicate(timeout=left if seconds is None else seconds)
             code = process.returncode
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -151,7 +152,8 @@ class Check:
         return code, output
 
     def kill(self) -> None:
-        """Ends every command that is running, whichever thread waits for it."""
+        """Ends every command that is running, whichever thread waits for it, and each that is begun from now on."""
+        self.deadline = 0.0
         for process in tuple(self.running):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -346,6 +348,7 @@ def sanitize(check: Check, outcome: Outcome) -> None:
             else:
                 outcome.fail(f"{tool} {backend} {op}: ended with {code}: {summary}")
     except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
         check.kill()  # the threads of the pool wait for theirs, and the end of the pool for them
         raise
     finally:

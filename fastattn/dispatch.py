@@ -135,6 +135,7 @@ def backends() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in NAMES}
 
 
+@functools.cache
 def why_no_kernels_on_gpus() -> str | None:
     """None where a backend has kernels for the GPUs of this machine, else why none has: the reference alone would run,
     slower than torch's own code."""

@@ -27,7 +27,7 @@ from fastattn.graphs import constant
 from fastattn.integrations import why_not_transformers
 from fastattn.integrations.torch_attention import added_mask, chosen_keys, torch_attention
 from fastattn.masks import Causal
-from fastattn.nn.checks import why_not_head_dim
+from fastattn.nn.checks import why_no_kernels, why_not_head_dim
 from fastattn.nn.counting import note_choice, note_fallback
 from fastattn.nn.fused import Fused
 
@@ -122,7 +122,7 @@ def attention_forward(
     if indices is not None:
         mask = chosen_keys(mask, indices, key.shape[2])
     backend = None if own is None else own.fastattn_backend
-    reason = why_not_head_dim(max(query.shape[3], value.shape[3]))
+    reason = why_not_head_dim(max(query.shape[3], value.shape[3])) or why_no_kernels(query, backend)
     if reason is not None:
         _note_torch(own, reason)
         out = torch_attention(query, key, value, mask, position_bias, scaling, softcap or 0.0, s_aux, dropout)

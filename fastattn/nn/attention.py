@@ -202,9 +202,9 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
     ) -> str | None:
         """None where the kernels run this call."""
         reason = (
-            why_not_input(query)
-            or why_not_input(key)
-            or why_not_input(value)
+            why_not_input(query, self.fastattn_backend)
+            or why_not_input(key, self.fastattn_backend)
+            or why_not_input(value, self.fastattn_backend)
             or self._why_not_parameters(own, query)
             or self._why_not_shapes(query, key, value)
         )

@@ -52,8 +52,9 @@ def _is_exported(x: object, kind: type[Tensor] = Tensor) -> bool:
     return torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export()
 
 
-def why_not_input(x: object) -> str | None:
-    """The kernels take plain float32, bfloat16 and float16 tensors of a CPU or of a CUDA device that they run on."""
+def why_not_input(x: object, backend: str | None = None) -> str | None:
+    """The kernels take plain float32, bfloat16 and float16 tensors of a CPU or of a CUDA device that they run on.
+    backend: the one that the module's calls are forced to."""
     if not is_plain(x):
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.is_nested:
@@ -64,16 +65,17 @@ def why_not_input(x: object) -> str | None:
         return f"the input is {str(x.dtype).removeprefix('torch.')}"
     if not (x.is_cpu or x.is_cuda):
         return f"the input lies on {x.device.type}"
-    if x.is_cuda and not dispatch.forced:
-        no_kernels = _why_no_kernels_on_gpus()
-        if no_kernels is not None:
-            return no_kernels
-    return _why_not_transformed()
+    return why_no_kernels(x, backend) or _why_not_transformed()
+
+
+def why_no_kernels(x: Tensor, backend: str | None) -> str | None:
+    """A model may have been swapped before it was moved to a GPU. Its calls run the original code there, but where a
+    backend is forced."""
+    return _why_none_on_gpus() if x.is_cuda and not (backend or dispatch.forced) else None
 
 
 @constant
-def _why_no_kernels_on_gpus() -> str | None:
-    """A model may have been swapped before it was moved to a GPU."""
+def _why_none_on_gpus() -> str | None:
     return dispatch.why_no_kernels_on_gpus()
 
 

@@ -102,7 +102,7 @@ class GatedFeedForward(Fused):
 
     def _why_not(self, x: Tensor) -> str | None:
         return (
-            why_not_input(x)
+            why_not_input(x, self.fastattn_backend)
             or child_reason("gate_proj", why_not_linear(self.gate_proj))
             or child_reason("up_proj", why_not_linear(self.up_proj))
             or child_reason("down_proj", why_not_linear(self.down_proj))

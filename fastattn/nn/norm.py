@@ -49,7 +49,7 @@ class LayerNorm(Fused, nn.LayerNorm):
             note_choice(self, AS_FAST)
             return super().forward(input)
         reason = (
-            why_not_input(input)
+            why_not_input(input, self.fastattn_backend)
             or why_not_tensor("weight", weight)
             or why_not_tensor("bias", bias)
             or _why_not_together(input, self.normalized_shape, weight, bias)
@@ -71,7 +71,7 @@ class RMSNorm(Fused, nn.RMSNorm):
         note_call(self)
         weight = self.weight
         reason = (
-            why_not_input(x)
+            why_not_input(x, self.fastattn_backend)
             or why_not_tensor("weight", weight)
             or _why_not_together(x, self.normalized_shape, weight, None)
         )

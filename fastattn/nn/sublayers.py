@@ -24,7 +24,7 @@ def normalise(module: Fused, x: Tensor, norm: str) -> Tensor:
     child = getattr(module, norm)
     if "norms" in module.fastattn_off:
         return child(x)
-    reason = why_not_input(x) or child_reason(norm, why_not_layer_norm(child))
+    reason = why_not_input(x, module.fastattn_backend) or child_reason(norm, why_not_layer_norm(child))
     if reason is not None:
         note_fallback(module, reason)
         return child(x)
@@ -37,8 +37,8 @@ def add_and_normalise(module: Fused, x: Tensor, residual: Tensor, dropout: str, 
     reason = None
     if "norms" not in module.fastattn_off:
         reason = (
-            why_not_input(x)
-            or why_not_input(residual)
+            why_not_input(x, module.fastattn_backend)
+            or why_not_input(residual, module.fastattn_backend)
             or (None if x.shape == residual.shape else "the residual is broadcast")
             or child_reason(norm, why_not_layer_norm(norm_child))
             or child_reason(dropout, why_not_dropout(dropout_child))
@@ -91,7 +91,7 @@ def why_not_feed_forward(module: Fused, x: Tensor) -> str | None:
     """None where `feed_forward` runs as one kernel."""
     children: Any = module
     return (
-        why_not_input(x)
+        why_not_input(x, module.fastattn_backend)
         or child_reason("linear1", why_not_linear(children.linear1))
         or child_reason("linear2", why_not_linear(children.linear2))
         or child_reason("dropout", why_not_dropout(children.dropout))

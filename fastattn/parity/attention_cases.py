@@ -65,10 +65,11 @@ class AttentionCase:
     def _lengths(self, draw: Draw) -> tuple[int, int]:
         most = max(4, min(400, int(math.sqrt(_MAX_SCORES / (self.batch * self.heads_q)))))
         len_q = draw.one_of((draw.size(2, most), 1, 0), (8, 1, 0.05))
-        kind = draw.one_of(("same", "other", "one", "none", "long"), (4, 5, 0.4, 0.05, 0.4))
+        kind = draw.one_of(("same", "other", "one", "none", "long"), (4, 5, 0.4, 0.05, 0.25))
         if kind == "long":  # few queries of many keys, or the other way round: many tiles, split between threads
-            few = draw.size(1, 24)
-            long = draw.size(600, max(600, min(6000, _MAX_SCORES // (self.batch * self.heads_q * few))))
+            each = _MAX_SCORES // (self.batch * self.heads_q)
+            few = draw.size(1, max(1, min(24, each // 600)))
+            long = draw.size(600, max(600, min(4000, each // few)))
             return (few, long) if draw.chance(0.7) else (long, few)
         return len_q, {"same": len_q, "other": draw.size(2, 2 * most), "one": 1, "none": 0}[kind]
 

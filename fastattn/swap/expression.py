@@ -262,6 +262,8 @@ def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
             return False
         if instruction.argval == "__class__" and instructions[index - 1].argval != "super":
             return False  # what a class holds may change
+        if instruction.opname == "LOAD_SUPER_ATTR" and instruction.argval != "forward":
+            return False
         if instruction.opcode in _JUMPS and not _is_branch(instruction):
             return False
         if module is not None:
@@ -368,11 +370,14 @@ def _on_symbols(function: types.FunctionType, reader: _Reader) -> types.Function
     scope: dict[str, Any] = {}
     if "__class__" in function.__code__.co_freevars:
         (cell,) = function.__closure__ or ()
-        scope["super"] = lambda *_: _Super(reader, cell.cell_contents)
+        scope["super"] = lambda *given: _Super(reader, cell.cell_contents, given)
     for instruction in dis.get_instructions(function):
         if instruction.opname == "LOAD_GLOBAL":
             name, value = instruction.argval, global_named(function, instruction.argval)
             if name in scope:
+                continue
+            if "super" in scope and value is cell.cell_contents:
+                scope[name] = value  # of super(Class, self)
                 continue
             if name == _TABLE and _is_table(value):
                 scope[name] = _Table()
@@ -493,11 +498,17 @@ class _Module:
 class _Super:
     """Stands for super() in a method of `owner`."""
 
-    def __init__(self, reader: _Reader, owner: type) -> None:
-        self._reader, self._owner = reader, owner
+    def __init__(self, reader: _Reader, owner: type, given: tuple[Any, ...]) -> None:
+        if given and not (len(given) == 2 and given[0] is owner and isinstance(given[1], _Module)):
+            raise _Unreadable("super")
+        self.__dict__.update(_reader=reader, _owner=owner)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise _Unreadable(name)
 
     def forward(self, *inputs: Any) -> Any:
-        return self._reader.forward_above(self._owner, inputs)
+        reader: _Reader = self.__dict__["_reader"]
+        return reader.forward_above(self.__dict__["_owner"], inputs)
 
 
 def _operator(name: str, reflected: bool = False) -> Callable[..., Any]:

@@ -38,6 +38,8 @@ class ReadMethods(Swapped):
 
     fastattn_methods: ClassVar[dict[str, Callable[..., Any]]]
     """The methods of the original that were read."""
+    fastattn_bases: ClassVar[tuple[tuple[type[nn.Module], Callable[..., Any]], ...]] = ()
+    """The classes whose forward they call as super().forward(...), and that forward."""
 
 
 class ReadForward(ReadMethods):
@@ -54,7 +56,11 @@ class ReadForward(ReadMethods):
 
 def spelled_as(spelling: Spelling) -> dict[str, Any]:
     """The class attributes of a swapped class whose original has this spelling."""
-    return {"fastattn_methods": spelling.methods, "forward": _forward_that_takes(spelling.inputs)}
+    return {
+        "fastattn_methods": spelling.methods,
+        "fastattn_bases": tuple((base, base.forward) for base in spelling.bases),
+        "forward": _forward_that_takes(spelling.inputs),
+    }
 
 
 def _forward_that_takes(names: tuple[str, ...]) -> Callable[..., Any]:
@@ -70,6 +76,9 @@ def why_not_as_read(module: ReadMethods) -> str | None:
     for name, method in module.fastattn_methods.items():
         if is_replaced(module, name, method):
             return f"its {name} was replaced"
+    for base, forward in module.fastattn_bases:
+        if base.forward is not forward:
+            return f"the forward of {base.__name__} was replaced"
     return None
 
 

@@ -166,6 +166,7 @@ def test_sanitize_runs_beside_each_other_and_speaks_in_order(script, check, monk
 
 
 def test_what_another_thread_waits_for_can_be_ended(script, check) -> None:
+    check.deadline = script.time.monotonic() + 100
     waiting = threading.Thread(target=check.run, args=(["sleep", "60"],))
     waiting.start()
     while not check.running:
@@ -173,6 +174,7 @@ def test_what_another_thread_waits_for_can_be_ended(script, check) -> None:
     check.kill()
     waiting.join(30)
     assert not waiting.is_alive() and not check.running
+    assert check.run(["sleep", "60"])[0] == 124, "nothing is begun any more"
 
 
 def test_bench_gives_every_suite_its_share_and_reports_what_it_missed(script, check, monkeypatch) -> None:

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import fastattn  # noqa: E402
 from fastattn.errors import NotSupported  # noqa: E402
+from fastattn.integrations import transformers as transformers_attention  # noqa: E402
 from fastattn.integrations.transformers import attention_forward  # noqa: E402
 from fastattn.swap import swap  # noqa: E402
 
@@ -159,6 +160,19 @@ def test_it_generates_the_same(options) -> None:
         for each in (twin, model)
     )
     assert torch.equal(found, expected)
+
+
+def test_on_a_gpu_without_kernels_torchs_attention_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference, which alone would take the calls, is slower."""
+    reason = "no kernels run on this GPU: cuda: too old"
+    model = causal_lm("Gemma4TextConfig", **GEMMA, global_head_dim=8)
+    expected = logits(model, 12)
+    report = swap(model)
+    monkeypatch.setattr(transformers_attention, "why_no_kernels", lambda query, backend: reason)
+    with report.counting():
+        torch.testing.assert_close(logits(model, 12), expected, atol=1e-4, rtol=1e-4)
+    counted = [row.fallbacks for row in report.rows if row.path.endswith("self_attn")]
+    assert counted and all(fallbacks == {reason: 1} for fallbacks in counted)
 
 
 # ---- wide heads ------------------------------------------------------------------------------------------------------

@@ -298,11 +298,13 @@ def test_what_was_moved_to_a_gpu_without_kernels_runs_the_original_code(monkeypa
     """The reference, which alone would take it, is slower than what was there."""
     verdicts = {"cuda": "too old", "triton": "not installed", "reference": None}
     monkeypatch.setattr(dispatch, "_unavailable", verdicts.get)
+    monkeypatch.setattr(dispatch, "why_no_kernels_on_gpus", dispatch.why_no_kernels_on_gpus.__wrapped__)
     monkeypatch.setattr(checks, "is_plain", lambda x: True)
     there = SimpleNamespace(is_nested=False, layout=torch.strided, dtype=torch.float32, is_cpu=False, is_cuda=True)
     assert why_not_input(there) == "no kernels run on this GPU: cuda: too old; triton: not installed"
     with dispatch.use_backend("reference"):
         assert why_not_input(there) is None
+    assert why_not_input(there, "reference") is None
     verdicts["triton"] = None
     assert why_not_input(there) is None
 

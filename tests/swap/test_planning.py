@@ -169,6 +169,7 @@ def test_flags_of_another_branch_are_named() -> None:
 def test_on_a_gpu_without_kernels_nothing_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = {"cuda": "too old", "triton": "not installed", "cpu": None, "reference": None}
     monkeypatch.setattr(dispatch, "_unavailable", verdicts.get)
+    monkeypatch.setattr(dispatch, "why_no_kernels_on_gpus", dispatch.why_no_kernels_on_gpus.__wrapped__)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Block(here=nn.LayerNorm(4), there=nn.LayerNorm(4, device="cuda"))
     reason = "no kernels run on this GPU: cuda: too old; triton: not installed"

@@ -97,7 +97,7 @@ def _why_not(module: BloomAttention, hidden_states: Tensor, output_attentions: b
     return (
         why_not_as_read(module)
         or _why_not_whole(module)
-        or why_not_input(hidden_states)
+        or why_not_input(hidden_states, module.fastattn_backend)
         or child_reason("attention_dropout", why_not_dropout(module.attention_dropout))
         or why_not_head_dim(module.head_dim)
     )
@@ -119,7 +119,7 @@ class BloomMLP(Swapped):
         up, down = self.dense_h_to_4h, self.dense_4h_to_h
         reason = (
             _why_not_whole(self)
-            or why_not_input(hidden_states)
+            or why_not_input(hidden_states, self.fastattn_backend)
             or child_reason("dense_h_to_4h", why_not_linear(up))
             or child_reason("gelu_impl", _why_not_gelu(self.gelu_impl))
             or child_reason("dense_4h_to_h", why_not_linear(down))

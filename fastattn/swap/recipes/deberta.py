@@ -106,7 +106,7 @@ def _why_not(
         return "its distances are not given, or differ between samples"
     return (
         why_not_as_read(module)
-        or why_not_input(hidden_states)
+        or why_not_input(hidden_states, module.fastattn_backend)
         or child_reason("dropout", why_not_dropout(module.dropout))
         or why_not_head_dim(module.attention_head_size)
     )

@@ -155,7 +155,7 @@ def _why_not(
         return "its cache has the name of transformers before 5.24"
     if module.dropout > MAX_DROPOUT:
         return f"its dropout is {module.dropout}"
-    return why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
+    return why_not_input(hidden_states, module.fastattn_backend) or why_not_head_dim(module.head_dim)
 
 
 def _attend(module: _Attention, call: _Call) -> Tensor:

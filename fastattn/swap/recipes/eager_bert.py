@@ -154,7 +154,7 @@ def _why_not(module: _SelfAttention, x: Tensor, output_attentions: bool) -> str 
     if output_attentions:
         return "the attention weights are asked for (output_attentions=True)"
     return (
-        why_not_input(x)
+        why_not_input(x, module.fastattn_backend)
         or child_reason("dropout", why_not_dropout(module.dropout))
         or why_not_head_dim(module.attention_head_size)
     )

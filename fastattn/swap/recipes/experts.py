@@ -120,7 +120,7 @@ def why_not_called(
     module: Any, names: tuple[str, ...], implementations: tuple[str, ...], x: Any, index: Any, scale: Any
 ) -> str | None:
     """Why the original runs, whatever it computes for an expert. names: of its parameters."""
-    reason = why_not_input(x)
+    reason = why_not_input(x, module.fastattn_backend)
     if reason is not None:
         return reason
     for name in names:

@@ -163,7 +163,7 @@ class _ReadBlock(ReadForward):
         z, call = x, self.fastattn_call(x) if block.norm is None else self.fastattn_reason(block)
         if block.norm is not None and call is None:
             z = _child(self, block.norm)(x)
-            call = why_not_input(z) or _call(self, block, z)
+            call = why_not_input(z, self.fastattn_backend) or _call(self, block, z)
         if not isinstance(call, _Call):
             note_fallback(self, str(call))
             return super().forward(x)  # type: ignore[misc, no-any-return]
@@ -174,7 +174,7 @@ class _ReadBlock(ReadForward):
         block = _as_in(self, self.fastattn_block)
         if block.norm is not None:
             return f"{block.norm} stands before the block"
-        return self.fastattn_reason(block) or why_not_input(x) or _call(self, block, x)
+        return self.fastattn_reason(block) or why_not_input(x, self.fastattn_backend) or _call(self, block, x)
 
     def fastattn_reason(self, block: Block) -> str | None:
         """Why the original must run, whatever the input is."""

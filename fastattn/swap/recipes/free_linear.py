@@ -93,7 +93,11 @@ class FreeLinear(Swapped):
     def fastattn_forward(self, x: Tensor) -> Tensor:
         """The forward, whose argument each class names as its original does."""
         note_call(self)
-        reason = why_not_input(x) or why_not_own_tensors(self) or why_not_replaced(self.fastattn_original)
+        reason = (
+            why_not_input(x, self.fastattn_backend)
+            or why_not_own_tensors(self)
+            or why_not_replaced(self.fastattn_original)
+        )
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x)  # type: ignore[misc, no-any-return]

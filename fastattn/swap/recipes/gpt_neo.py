@@ -81,7 +81,7 @@ def _why_not(module: GPTNeoSelfAttention, hidden_states: Tensor, output_attentio
         return "the attention weights are asked for (output_attentions=True)"
     return (
         why_not_as_read(module)
-        or why_not_input(hidden_states)
+        or why_not_input(hidden_states, module.fastattn_backend)
         or child_reason("attn_dropout", why_not_dropout(module.attn_dropout))
         or why_not_head_dim(module.head_dim)
     )

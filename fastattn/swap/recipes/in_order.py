@@ -70,7 +70,7 @@ class InOrder(ReadMethods):
         steps = _steps(self, self.fastattn_list)
         if steps is None:
             return "its children are no longer those of a feed-forward block"
-        reason = why_not_as_read(self) or why_not_input(x) or _why_not(steps, x)
+        reason = why_not_as_read(self) or why_not_input(x, self.fastattn_backend) or _why_not(steps, x)
         if reason is not None:
             return reason
         activation = activation_name(steps.activation)

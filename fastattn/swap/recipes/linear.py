@@ -27,7 +27,7 @@ def linear(module: Swapped, name: str, x: Tensor, part: str) -> Tensor:
     child = getattr(module, name)
     if part in module.fastattn_off:
         return child(x)
-    reason = why_not_input(x) or child_reason(name, why_not_linear(child))
+    reason = why_not_input(x, module.fastattn_backend) or child_reason(name, why_not_linear(child))
     if reason is not None:
         note_fallback(module, reason)
         return child(x)

@@ -99,7 +99,11 @@ def _why_not(module: LongformerSelfAttention, hidden_states: Tensor, output_atte
         return f"its dropout is {module.dropout}"
     if torch.jit.is_tracing():
         return "torch.jit.trace, which makes tensors of lengths, records it"
-    return why_not_as_read(module) or why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
+    return (
+        why_not_as_read(module)
+        or why_not_input(hidden_states, module.fastattn_backend)
+        or why_not_head_dim(module.head_dim)
+    )
 
 
 def _global_tokens(is_global: Tensor) -> _GlobalTokens:

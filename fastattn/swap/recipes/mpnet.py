@@ -43,7 +43,9 @@ class MPNetSelfAttention(Swapped):
         **kwargs: Any,
     ) -> tuple[Tensor, ...]:
         note_call(self)
-        reason = why_not_input(hidden_states) or child_reason("dropout", why_not_dropout(self.dropout))
+        reason = why_not_input(hidden_states, self.fastattn_backend) or child_reason(
+            "dropout", why_not_dropout(self.dropout)
+        )
         reason = reason or why_not_head_dim(self.attention_head_size)
         if output_attentions:
             reason = reason or "the attention weights are asked for (output_attentions=True)"

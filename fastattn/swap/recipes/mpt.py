@@ -85,7 +85,7 @@ def _why_not(module: MptAttention, hidden_states: Tensor, output_attentions: boo
         return "its block does not say whether the attention weights are asked for"
     if module.attn_dropout_p > MAX_DROPOUT:
         return f"its dropout is {module.attn_dropout_p}"
-    return why_not_input(hidden_states) or why_not_head_dim(module.head_dim)
+    return why_not_input(hidden_states, module.fastattn_backend) or why_not_head_dim(module.head_dim)
 
 
 class MptBlock(Swapped):
@@ -135,7 +135,7 @@ class MptMLP(Swapped):
         note_call(self)
         up, down, activation = self.up_proj, self.down_proj, activation_name(self.act)
         reason = (
-            why_not_input(hidden_states)
+            why_not_input(hidden_states, self.fastattn_backend)
             or child_reason("up_proj", why_not_linear(up))
             or child_reason("act", why_not_activation(self.act))
             or child_reason("down_proj", why_not_linear(down))

@@ -41,9 +41,8 @@ class _Norm(ReadForward):
         weight = None if names.weight is None else getattr(self, names.weight)
         bias = None if names.bias is None else getattr(self, names.bias)
         eps = attribute(self, names.eps)
-        reason = why_not_as_read(self) or _why_not(x, weight, bias, eps, names)
-        if eps is None and isinstance(x, Tensor):
-            eps = torch.finfo(torch.float32 if names.of_float32 or x.dtype not in FLOATS else x.dtype).eps
+        reason = why_not_as_read(self) or why_not_input(x, self.fastattn_backend)
+        reason = reason or _why_not(x, weight, bias, eps, names)
         if reason is None and names.function is not None:
             if names.centred and torch_is_as_fast(x, weight, bias, self.fastattn_backend):
                 return AS_FAST  # what the function takes and refuses is its to say
@@ -60,7 +59,7 @@ class _Norm(ReadForward):
         return y.permute(sorted(range(y.dim()), key=order.__getitem__))
 
     def fastattn_normalise(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, names: NormNames
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, names: NormNames
     ) -> Tensor:
         """The norm of a contiguous tensor."""
         result_dtype = x.dtype
@@ -108,7 +107,7 @@ class GatedNorm(_Norm):
         note_call(self)
         x, gate = inputs
         names = self.fastattn_gated
-        reason = why_not_input(gate) or _why_not_silu(self, names.activation)
+        reason = why_not_input(gate, self.fastattn_backend) or _why_not_silu(self, names.activation)
         y = reason or self.fastattn_norm_of(x, names.norm)
         if isinstance(y, str):
             note_fallback(self, y)
@@ -160,7 +159,7 @@ def _order_in_memory(x: Tensor) -> tuple[int, ...] | None:
 
 
 def _why_not(x: Any, weight: Any, bias: Any, eps: object, names: NormNames) -> str | None:
-    reason = why_not_input(x) or why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
+    reason = why_not_tensor("weight", weight) or why_not_tensor("bias", bias)
     reason = reason or _why_not_eps(eps, names)
     if reason is not None:
         return reason
@@ -257,7 +256,9 @@ def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling,
         return _refuse(module, names)
 
     attributes = spelled_as(norms[0][0])
+    bases = tuple(dict.fromkeys(base for one in spellings for base in one.bases))
     attributes["fastattn_methods"] = {name: each for one in spellings for name, each in one.methods.items()}
+    attributes["fastattn_bases"] = tuple((base, base.forward) for base in bases)
     return Reading(
         SpelledNorm,
         lambda swapped: Recipe(
@@ -267,7 +268,7 @@ def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling,
             refuse=refuse,
         ),
         {"fastattn_norms": norms, **attributes},
-        tuple(dict.fromkeys(base for one in spellings for base in one.bases)),
+        bases,
     )
 
 

@@ -20,6 +20,7 @@ from fastattn.functional import scaled_dot_product_attention
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.functional.sdpa import directly, is_overridden, on_kernels, why_torch
 from fastattn.graphs import constant
+from fastattn.nn.checks import why_no_kernels
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading, is_replaced
 from fastattn.swap.recipe import Recipe
@@ -74,6 +75,7 @@ def _attend(
     if out is not None:
         return out
     reason = why_torch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    reason = reason or why_no_kernels(query, backend)
     if reason is None:
         is_plain = attn_mask is None and dropout_p == 0.0 and query.dim() == key.dim() == value.dim() == 4
         if is_plain and torch_is_as_fast(query, key, value, is_causal, scale, backend):

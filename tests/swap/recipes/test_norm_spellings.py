@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import LayerNorm
 
 from fastattn.swap import plan, swap
 
@@ -353,6 +354,61 @@ def test_an_eps_of_none_is_that_of_what_the_forward_above_is_given() -> None:
     swapped, original = pair(WideRMS(WIDTH))
     x = (1e-4 * torch.randn(9, WIDTH)).bfloat16()  # where an epsilon of bfloat16 would be all there is
     torch.testing.assert_close(swapped(x), original(x), atol=2e-2, rtol=2e-2)
+
+
+class PlainRMS(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class OwnInit(nn.RMSNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm_class", [PlainRMS, OwnInit])
+def test_an_eps_of_none_is_that_of_float32_for_halves_too(norm_class, dtype: torch.dtype) -> None:
+    swapped, original = pair(norm_class(WIDTH).to(dtype))
+    x = (3e-3 * torch.randn(9, WIDTH)).to(dtype)
+    torch.testing.assert_close(swapped(x), original(x), atol=2e-2, rtol=2e-2)
+
+
+def test_a_forward_above_that_is_replaced_after_the_swap_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped, original = copy.deepcopy(Clip(WIDTH)), Clip(WIDTH)
+    report = swap(swapped)
+    torchs = nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: 2 * torchs(self, x))
+    x = torch.randn(3, WIDTH)
+    with report.counting():
+        torch.testing.assert_close(swapped(x), original(x))
+    assert report.rows[0].fallbacks == {"the forward of LayerNorm was replaced": 1}
+
+
+class FiveTimes(nn.Module):
+    def forward(self, x):
+        return 5 * x
+
+
+class PastLayerNorm(nn.LayerNorm, FiveTimes):
+    def forward(self, x):
+        return super(nn.LayerNorm, self).forward(x)
+
+
+class PastItsOwn(LayerNorm, FiveTimes):
+    def forward(self, x):
+        return super(LayerNorm, self).forward(x)
+
+
+class Remembers(nn.LayerNorm):
+    def forward(self, x):
+        super().__setattr__("last", x.shape)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("norm_class", [PastLayerNorm, PastItsOwn, Remembers])
+def test_what_else_super_may_be_asked_for_is_left(norm_class) -> None:
+    assert not [row for row in plan(norm_class(WIDTH)).rows if row.action == "swap"]
 
 
 def test_another_forward_above_is_not_read_nor_one_that_a_library_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,3 +331,15 @@ def test_a_module_within_another_keeps_its_own_backend(compiled, monkeypatch, lo
     with torch.no_grad():
         torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
     assert asked == ["reference", None]
+
+
+@pytest.mark.usefixtures("long_way")
+def test_on_a_gpu_without_kernels_torchs_function_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "no kernels run on this GPU: cuda: too old"
+    monkeypatch.setattr(sdpa, "why_no_kernels", lambda query, backend: None if backend else reason)
+    module, x = Attention(), torch.randn(2, 5, WIDTH)
+    expected = module(x)
+    report = swap(module)
+    with report.counting():
+        torch.testing.assert_close(module(x), expected)
+    assert {reason: 1} in [row.fallbacks for row in report.rows]
