@@ -152,8 +152,10 @@ def order(problem: Problem) -> tuple[str, ...]:
         return names
     if problem.op == "attention_decode":
         return FIRST_TRITON
-    if isinstance(problem, AttentionProblem) and (problem.requires_grad or problem.len_q <= FEW_QUERIES):
-        return FIRST_TRITON
+    if isinstance(problem, AttentionProblem):
+        is_decoding = problem.len_q <= FEW_QUERIES and not problem.packed  # see fastattn.backends.few
+        if problem.requires_grad or is_decoding:
+            return FIRST_TRITON
     return FASTER.get((problem.op, _capability()), names)
 
 

@@ -260,6 +260,7 @@ def test_an_order_that_was_measured_faster_goes_by_operation_and_device(monkeypa
     monkeypatch.setattr(dispatch, "_capability", lambda: major)
     attention = AttentionProblem("cuda", torch.bfloat16, 1, 1, 1, 9, 9, 64, 64)
     assert dispatch.order(attention)[0] == expected
+    assert dispatch.order(dataclasses.replace(attention, len_q=8, packed=True))[0] == expected
     for decoding in ({"len_q": 8}, {"requires_grad": True}):
         assert dispatch.order(dataclasses.replace(attention, **decoding))[0] == "triton"
     assert dispatch.order(NormProblem("cuda", torch.bfloat16, "layer", 4, 8))[0] == "cuda"
