@@ -152,7 +152,7 @@ class Check:
         return code, output
 
     def kill(self) -> None:
-        """Ends every command that is running, whichever thread waits for it, and each that is begun from now on."""
+        """Ends every command that is running, whichever thread waits for it, and with them the stage's time."""
         self.deadline = 0.0
         for process in tuple(self.running):
             with contextlib.suppress(ProcessLookupError):

@@ -20,22 +20,28 @@ from __future__ import annotations
 import dis
 import inspect
 import operator
-import re
-import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastattn.swap.code import global_named
+from fastattn.swap.plain_code import (
+    AVAILABLE,
+    MAX_FLAGS,
+    TABLE,
+    argument_count,
+    cases_of_none,
+    is_harmless,
+    is_plain,
+    is_table,
+    torchs_module,
+)
 
 MAX_INPUTS = 2
-_MAX_INSTRUCTIONS = 120
-_MAX_FLAGS = 2
 
 
 @dataclass(frozen=True)
@@ -112,17 +118,17 @@ def spellings_of(
     these names are taken to hold: torch's functions take no symbol for a string."""
     forward = inspect.getattr_static(module_class, "forward", None)
     names = argument_names(forward, without_options=without_options)
-    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not _is_plain(forward, True):
+    if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not is_plain(forward, True):
         return ()
     found: list[Spelling] = []
-    open_cases: list[tuple[dict[str, bool], dict[str, bool]]] = [({}, nones) for nones in _nones(forward)]
+    open_cases: list[tuple[dict[str, bool], dict[str, bool]]] = [({}, nones) for nones in cases_of_none(forward)]
     while open_cases:
         flags, nones = open_cases.pop()
         absent = {name: None for name, is_none in nones.items() if is_none}
         try:
             spelling = _read(module_class, forward, names, flags, {**(texts or {}), **absent})
         except _Undecided as question:
-            if len(flags) < _MAX_FLAGS:
+            if len(flags) < MAX_FLAGS:
                 open_cases += [({**flags, question.flag: value}, nones) for value in (False, True)]
             continue
         if spelling is not None:
@@ -184,184 +190,10 @@ def parts(expression: Any) -> Iterator[Any]:
         yield from parts(part)
 
 
-# ---- which functions may be run on symbols ---------------------------------------------------------------------------
+# ---- symbols ---------------------------------------------------------------------------------------------------------
 
-_EFFECTS = [
-    "STORE_ATTR",
-    "STORE_GLOBAL",
-    "STORE_SUBSCR",
-    "STORE_SLICE",
-    "STORE_DEREF",
-    "DELETE_ATTR",
-    "DELETE_GLOBAL",
-    "DELETE_SUBSCR",
-    "DELETE_DEREF",
-    "IMPORT_NAME",
-    "IMPORT_FROM",
-    "YIELD_VALUE",
-    "MAKE_FUNCTION",
-    "LOAD_BUILD_CLASS",
-    "PUSH_EXC_INFO",
-    "IS_OP",  # of a symbol no object is ever the same
-]
-_REFUSED = {dis.opmap[name] for name in _EFFECTS if name in dis.opmap}  # each Python has some of them
-_JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
-_BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_POP)?")  # on what bool() says
-_NONE_TESTS = re.compile("IS_OP|POP_JUMP(_FORWARD)?_IF_(NOT_)?NONE")
-_FUNCTIONS = frozenset(
-    (
-        *(
-            "add",
-            "div",
-            "dropout",
-            "gelu",
-            "layer_norm",
-            "linear",
-            "matmul",
-            "mean",
-            "mul",
-            "multiply",
-            "normalize",
-            "pow",
-        ),
-        *("relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
-    )
-)  # of torch and torch.nn.functional: without effect but their result
 _READ_THROUGH = (nn.LayerNorm, nn.RMSNorm)
 """The classes whose forward may be called as super().forward."""
-_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
-
-
-def has_effects(function: types.FunctionType) -> bool:
-    """Whether running the function could do more than call what it is given and return: a store outside its own
-    variables, code within, an import."""
-    code = function.__code__
-    instructions = list(dis.get_instructions(function))
-    refused = any(each.opcode in _REFUSED and each.opname != "IS_OP" for each in instructions)
-    return refused or len(instructions) > _MAX_INSTRUCTIONS or bool(code.co_freevars)
-
-
-def _is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
-    """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and of
-    torch only known parts touched, one attribute after the other. Other globals are unknown to symbols (_on_symbols).
-    """
-    code = function.__code__
-    instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
-    if len(instructions) > _MAX_INSTRUCTIONS or getattr(code, "co_exceptiontable", False):
-        return False
-    if code.co_freevars not in ((), ("__class__",)):  # the latter is what super() asks for
-        return False
-    module: types.ModuleType | None = None  # torch, or a part of it: nothing may be done with it but take an attribute
-    for index, instruction in enumerate(instructions):
-        is_load = instruction.opname in _LOADS
-        if _NONE_TESTS.fullmatch(instruction.opname):
-            before = _without_none(instruction, instructions[:index])
-            if _tests_an_option(code, before) or (may_test_own and _own_tested(code, before) is not None):
-                continue
-        if instruction.opcode in _REFUSED or (module is not None and not is_load):
-            return False
-        if instruction.argval == "__class__" and instructions[index - 1].argval != "super":
-            return False  # what a class holds may change
-        if instruction.opname == "LOAD_SUPER_ATTR" and instruction.argval != "forward":
-            return False
-        if instruction.opcode in _JUMPS and not _is_branch(instruction):
-            return False
-        if module is not None:
-            found = getattr(module, instruction.argval, None)
-            module = _torchs_module(found)
-            if module is None and not _is_harmless(found, instruction.argval):
-                return False
-        elif instruction.opname == "LOAD_GLOBAL":
-            module = _torchs_module(global_named(function, instruction.argval))
-        elif is_load and instruction.argval.startswith("__"):
-            return False
-    return module is None
-
-
-def _without_none(test: dis.Instruction, before: list[dis.Instruction]) -> list[dis.Instruction]:
-    """What stands before a comparison with None, without the None that `is` takes; nothing where it takes another."""
-    if test.opname != "IS_OP":
-        return before
-    has_none = bool(before) and before[-1].opname == "LOAD_CONST" and before[-1].argval is None
-    return before[:-1] if has_none else []
-
-
-def _own_tested(code: types.CodeType, before: list[dis.Instruction]) -> str | None:
-    """The attribute of the module that is compared with None; None for anything else."""
-    if len(before) < 2 or before[-1].opname != "LOAD_ATTR" or before[-2].argval != code.co_varnames[0]:
-        return None
-    return str(before[-1].argval) if before[-2].opname.startswith("LOAD_FAST") else None
-
-
-def _nones(forward: types.FunctionType) -> list[dict[str, bool]]:
-    """Which of the attributes that a forward compares with None may be None: every case."""
-    instructions = [i for i in dis.get_instructions(forward) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
-    names: dict[str, None] = {}
-    for index, instruction in enumerate(instructions):
-        if _NONE_TESTS.fullmatch(instruction.opname):
-            name = _own_tested(forward.__code__, _without_none(instruction, instructions[:index]))
-            names |= {} if name is None else {name: None}
-    cases: list[dict[str, bool]] = [{}]
-    for name in names if len(names) <= _MAX_FLAGS else ():
-        cases = [{**case, name: is_none} for case in cases for is_none in (False, True)]
-    return cases if len(names) <= _MAX_FLAGS else []
-
-
-def _tests_an_option(code: types.CodeType, before: list[dis.Instruction]) -> bool:
-    """Whether what is compared with None is options.get(name) or options.get(name, default), of its **options."""
-    if not code.co_flags & inspect.CO_VARKEYWORDS:
-        return False
-    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-    while len(before) > 1 and before[-2].opname == "LOAD_CONST":
-        before = [*before[:-2], before[-1]]
-    names = [(each.opname.partition("_")[0], each.argval) for each in before[-3:-1]]
-    return (
-        before[-1:] != []
-        and before[-1].opname.startswith("CALL")
-        and names
-        == [
-            ("LOAD", code.co_varnames[count]),
-            ("LOAD", "get"),
-        ]
-    )
-
-
-def _torchs_module(value: object) -> types.ModuleType | None:
-    return value if isinstance(value, types.ModuleType) and _is_torchs(value.__name__) else None
-
-
-def _is_branch(instruction: dis.Instruction) -> bool:
-    return _BRANCHES.fullmatch(instruction.opname) is not None and instruction.argval > instruction.offset
-
-
-def _is_harmless(value: object, name: str) -> bool:
-    """A dtype of torch, or a function of it under its own name: numbers may be bound anew, and what was read with them
-    would be stale. Or transformers' table of activations."""
-    if isinstance(value, torch.dtype) or value is len or (name == _TABLE and _is_table(value)):
-        return True
-    return name in _FUNCTIONS and value in (getattr(torch, name, None), getattr(F, name, None))
-
-
-_AVAILABLE = re.compile("is_(torch_)?(npu|xla|mlu|hpu|xpu|musa)_available")
-"""What libraries call the question for a package that other devices need: the answer of a process is one."""
-
-
-def argument_count(function: types.FunctionType) -> int:
-    """How many arguments a function must be given."""
-    code = function.__code__
-    return code.co_argcount + code.co_kwonlyargcount
-
-
-def _is_torchs(module_name: str) -> bool:
-    return module_name == "torch" or module_name.startswith("torch.")
-
-
-_TABLE = "ACT2FN"
-
-
-def _is_table(value: object) -> bool:
-    activations = sys.modules.get("transformers.activations")
-    return activations is not None and value is activations.ACT2FN
 
 
 def _on_symbols(function: types.FunctionType, reader: _Reader) -> types.FunctionType:
@@ -379,19 +211,16 @@ def _on_symbols(function: types.FunctionType, reader: _Reader) -> types.Function
             if "super" in scope and value is cell.cell_contents:
                 scope[name] = value  # of super(Class, self)
                 continue
-            if name == _TABLE and _is_table(value):
+            if name == TABLE and is_table(value):
                 scope[name] = _Table()
-            elif _AVAILABLE.fullmatch(name) and isinstance(value, types.FunctionType) and not argument_count(value):
+            elif AVAILABLE.fullmatch(name) and isinstance(value, types.FunctionType) and not argument_count(value):
                 scope[name] = value
-            elif _torchs_module(value) is None and not _is_harmless(value, name):
+            elif torchs_module(value) is None and not is_harmless(value, name):
                 scope[name] = _Unknown()
     if not scope:
         return function
     own = {**function.__globals__, **scope}
     return types.FunctionType(function.__code__, own, function.__name__, None, function.__closure__)
-
-
-# ---- symbols ---------------------------------------------------------------------------------------------------------
 
 
 class _Unreadable(Exception):
@@ -452,7 +281,7 @@ class _Reader:
             call = Call(Own(name), tuple(_expression(each) for each in inputs))
             self.done.add(call)
             return self.symbol(call)
-        if not isinstance(method, types.FunctionType) or not _is_plain(method) or self.methods:
+        if not isinstance(method, types.FunctionType) or not is_plain(method) or self.methods:
             raise _Unreadable(name)
         if options or len(argument_names(method)) != len(inputs):
             raise _Unreadable(name)
@@ -464,7 +293,7 @@ class _Reader:
         classes = self.module_class.__mro__
         base = next(each for each in classes[classes.index(owner) + 1 :] if "forward" in vars(each))
         method = vars(base)["forward"]
-        if base not in _READ_THROUGH or not isinstance(method, types.FunctionType) or not _is_plain(method):
+        if base not in _READ_THROUGH or not isinstance(method, types.FunctionType) or not is_plain(method):
             raise _Unreadable("super().forward")
         if len(argument_names(method)) != len(inputs):
             raise _Unreadable("super().forward")
@@ -608,9 +437,9 @@ class _Table:
 
     def __getitem__(self, key: Any) -> Callable[[Any], Any]:
         if type(key) is not _Attribute:
-            raise _Unreadable(_TABLE)
+            raise _Unreadable(TABLE)
         reader: _Reader = key.__dict__["_reader"]
-        return lambda x: reader.operation(_TABLE, (key, x), {})
+        return lambda x: reader.operation(TABLE, (key, x), {})
 
 
 class _Pieces:

@@ -65,7 +65,8 @@ def _read(original: type[nn.Module]) -> _Remembered:
             reading = read(original)
             if reading is not None:
                 methods |= reading.attributes.get("fastattn_methods", {})
-                others = tuple((other, other.forward, recipe_for(other)) for other in reading.built_on)
+                above = (base for base, _ in reading.attributes.get("fastattn_bases", ()))
+                others = tuple((other, other.forward, recipe_for(other)) for other in (*reading.built_on, *above))
                 return _Remembered(methods, reading.recipe(_swapped_class(reading, original)), others)
     return _Remembered(methods, None)
 

@@ -31,7 +31,8 @@ from fastattn.nn.activations import shown
 from fastattn.nn.checks import why_not_dropout, why_not_input, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import original_class
-from fastattn.swap.expression import Call, Input, Op, Own, argument_names, has_effects, spelling_of
+from fastattn.swap.expression import Call, Input, Op, Own, argument_names, spelling_of
+from fastattn.swap.plain_code import has_effects
 from fastattn.swap.reading import Reading, ReadMethods, calls_forward_as_it_is, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, why_not_activation

@@ -268,7 +268,6 @@ def _spelled_norms(spellings: tuple[Spelling, ...], norms: tuple[tuple[Spelling,
             refuse=refuse,
         ),
         {"fastattn_norms": norms, **attributes},
-        bases,
     )
 
 
@@ -281,7 +280,6 @@ def _gated_norm(spelling: Spelling, gated: GatedNames) -> Reading:
         GatedNorm,
         lambda swapped: Recipe(swapped, kernels={"norms": _kernel(gated.norm)}, refuse=refuse),
         {"fastattn_gated": gated, **spelled_as(spelling)},
-        spelling.bases,
     )
 
 
