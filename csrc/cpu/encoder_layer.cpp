@@ -22,6 +22,13 @@
 //   BERT base, its AVX2       7.36,  4.75  11.41,  9.05   27.84, 25.42  53.79, 50.40  71.80, 68.21
 //   BERT base, bfloat16       2.47,  1.48                  8.41,  7.45                21.19, 19.81
 //   192 wide, AVX-512         100 rows 0.45, 0.39         256 rows 0.90, 0.90         512 rows 1.64, 1.77
+// With AMX, times of torch's nn.TransformerEncoderLayer over ours, float32, calls in turns, medians of two runs each, one core of an Intel Xeon (Emerald
+// Rapids, VM) beside other work, 2026-11-29; three parts from 64 rows on, as before, and from 400, as in gemm.cpp:
+//   rows               64          96          128         192         256         384         512         1,024
+//   384 wide, 64       0.72, 0.76  0.77, 0.79  0.90, 0.95  0.83, 0.89  0.84, 0.91  0.93, 1.00  0.95, 1.08  1.67, 1.71
+//   384 wide, 400      1.04, 1.07  1.02, 1.08  1.05, 1.07  1.05, 1.07  1.04, 1.06  1.13, 1.13  0.96, 1.11  1.60, 2.28
+//   BERT base, 64      0.57, 0.66  0.80, 0.87  0.63, 0.80  0.68, 0.97  0.94, 1.01  1.11, 1.16  0.76, 1.23  1.01, 1.34
+//   BERT base, 400     1.05, 1.09  1.02, 1.02  1.03, 1.06  0.99, 1.00  1.00, 1.00  0.99, 1.05  0.81, 1.24  0.98, 1.48
 #include <omp.h>
 
 #include "activation.h"
@@ -487,8 +494,7 @@ Outcome by_blocks(const fastattn_encoder_layer &p, Form form) {
     return outcome;
 }
 
-constexpr int64_t kFewRows = 32;     // up to here packing the weights costs more than it saves
-constexpr int64_t kSplitRows = 64;   // from here on float32 in three parts is faster
+constexpr int64_t kFewRows = 32;  // up to here packing the weights costs more than it saves
 
 // Whether the layer is done one kernel after the other: rows are so few that packing weights does not pay, or that threads would have none; or they are
 // not many beside the weights, and products read them in place. A thread then packs and multiplies a few strips at a time, which its own cache keeps,
@@ -498,17 +504,11 @@ bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
     return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed);
 }
 
-Form form_of(const fastattn_encoder_layer &p) {
-    if (p.dtype == FASTATTN_BFLOAT16) return {kBfloat16Parts};
-    if (p.dtype == FASTATTN_FLOAT16) return {kFloat16Parts};
-    return {p.rows >= kSplitRows ? kFloat32Parts : 0};
-}
-
 }  // namespace
 
 int encoder_layer_forward(const fastattn_encoder_layer &p) {
     if (p.rows == 0) return FASTATTN_OK;
-    const Form form = form_of(p);
+    const Form form = form_of(p.dtype, p.rows);
     if (goes_one_by_one(p, form)) return one_by_one(p);
     const Outcome outcome = by_blocks(p, form);
     // Infinity and NaN do not split into parts: such a layer, rare as it is, is made again without.
@@ -517,6 +517,6 @@ int encoder_layer_forward(const fastattn_encoder_layer &p) {
 }
 
 // Whether it reads weights that are kept packed: not as float32 in three parts.
-int encoder_layer_reads_packed(const fastattn_encoder_layer &p) { return form_of(p).parts < 3; }
+int encoder_layer_reads_packed(const fastattn_encoder_layer &p) { return form_of(p.dtype, p.rows).parts < 3; }
 
 FASTATTN_NAMESPACE_END

@@ -331,8 +331,6 @@ int64_t column_parts(Form form, int64_t m, int64_t columns, int64_t threads) {
     return best;
 }
 
-constexpr int64_t kSplitRows = 400;  // splitting B pays from about here on (measured at k and n of 384 and 1536)
-
 struct Outcome {
     int status = FASTATTN_OK;
     bool nonfinite = false;
@@ -419,24 +417,18 @@ bool has_own_strips(const fastattn_gemm &p, Form form) {
     return stays_near && busiest * p.n_threads * 4 <= strips * 5;
 }
 
-Form form_of(const fastattn_gemm &p) {
-    if (p.dtype == FASTATTN_BFLOAT16) return {kBfloat16Parts};
-    if (p.dtype == FASTATTN_FLOAT16) return {kFloat16Parts};
-    return {p.m >= kSplitRows ? kFloat32Parts : 0};
-}
-
 // That of a B that is kept. The parts of float32 belong to many rows, where packing is little of the work, and take half as much memory again.
 Form kept_form(const fastattn_gemm &p) { return {p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : 0}; }
 
 // Whether a kept B is read at all. Halves that are multiplied as float32 would take twice their memory, to gain 1.00 to 1.07 times the speed (1.22 in
 // float16 with AVX-512 where rows are 4 KiB apart).
-bool is_kept(const fastattn_gemm &p) { return (p.dtype == FASTATTN_FLOAT32 || kept_form(p).parts) && form_of(p).parts == kept_form(p).parts; }
+bool is_kept(const fastattn_gemm &p) { return (p.dtype == FASTATTN_FLOAT32 || kept_form(p).parts) && form_of(p.dtype, p.m).parts == kept_form(p).parts; }
 
 }  // namespace
 
 int gemm(const fastattn_gemm &p) {
     if (p.m == 0 || p.n == 0) return FASTATTN_OK;
-    const Form form = form_of(p);
+    const Form form = form_of(p.dtype, p.m);
     const float *kept = kept_strips(p.packed, form, p.dtype, p.k, p.n);
     if (has_few_rows(p, kept)) return few_rows_product(p);
     const Outcome outcome = has_own_strips(p, form) ? own_strips_product(p, form, kept) : packed_product(p, form, kept);

@@ -39,6 +39,15 @@ struct Form {
     int64_t right_depth(int64_t k) const { return elements(k) * strip_width(); }
 };
 
+constexpr int64_t kSplitRows = 400;  // from here on float32 in three parts is faster (measured at k and n of 384 to 3,072; encoder_layer.cpp)
+
+// That of a product of so many rows.
+static inline Form form_of(int32_t dtype, int64_t rows) {
+    if (dtype == FASTATTN_BFLOAT16) return {kBfloat16Parts};
+    if (dtype == FASTATTN_FLOAT16) return {kFloat16Parts};
+    return {rows >= kSplitRows ? kFloat32Parts : 0};
+}
+
 // Calls f.template operator()<parts>() for words.
 template <class F>
 static inline bool with_parts(int parts, F &&f) {

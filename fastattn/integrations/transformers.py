@@ -273,7 +273,7 @@ def attention_mask(
     Everything else is: a mask function that is not recognised exactly (packed sequences, chunks, user overlays),
     padding in the middle, a caller that asks for a mask it can combine with another (both skip flags off).
     Whether padding lies at the ends is read from the tensor (one host read per forward, as transformers' sdpa mask
-    does); while a graph is traced or captured, and under torch.vmap, it cannot be read, and a padded causal mask is
+    does), and in bidirectional attention, on the CPU alone, whether there is any; while a graph is traced or captured, and under torch.vmap, it cannot be read, and a padded causal mask is
     then the dense one.
     """
     dense = {
@@ -300,8 +300,10 @@ def attention_mask(
         return sdpa_mask(**dense)
     keys = None if padding is None else padding_mask(padding.to(torch.bool), kv_length, kv_offset)
     if mask_function is bidirectional_mask_function:
-        if keys is None and masks == "explicit":
-            keys = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        if masks == "explicit":
+            keys = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device) if keys is None else keys
+        elif keys is not None and allow_is_bidirectional_skip and _is_known_to_be_all_real(keys):
+            keys = None
         return None if keys is None else keys[:, None, None, :]
 
     window = _window(mask_function)
@@ -357,6 +359,12 @@ def _captured(function: Callable[..., Any]) -> object:
     """The only variable that a mask function captured; None where it captured none or several."""
     closure = getattr(function, "__closure__", None)
     return closure[0].cell_contents if closure is not None and len(closure) == 1 else None
+
+
+def _is_known_to_be_all_real(keys: Tensor) -> bool:
+    """No padding at all, as far as can be told without waiting for a GPU. Transformers' sdpa skips such a mask, whatever
+    its length: guided generation gives BART one that is longer than the input."""
+    return keys.is_cpu and not is_tracing(keys) and not is_batched(keys) and bool(keys.all())
 
 
 def _read_padding(keys: Tensor) -> tuple[bool, bool]:

@@ -165,6 +165,19 @@ through_the_interface = pytest.mark.skipif(not IS_NEW, reason="BERT and Bloom of
 
 
 @through_the_interface
+def test_a_mask_of_another_length_that_hides_nothing_is_none() -> None:
+    """As transformers' sdpa takes it; where it hides something, it is wrong for both."""
+    model, longer = bert(), torch.ones(BATCH, LENGTH + 3, dtype=torch.long)
+    expected = first_output(model, input_ids=tokens())
+    torch.testing.assert_close(
+        first_output(with_fastattn(model), input_ids=tokens(), attention_mask=longer), expected, atol=TOLERANCE, rtol=0
+    )
+    longer[0, 2] = 0
+    with pytest.raises(ValueError, match="does not broadcast"):
+        first_output(with_fastattn(model), input_ids=tokens(), attention_mask=longer)
+
+
+@through_the_interface
 def test_the_models_reach_the_attention_function(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
 
