@@ -340,7 +340,7 @@ void matrix_sums_of_columns(const FewRows &p, const float *a, Range columns, flo
     const int64_t lanes = p.left_stride(), words = p.k / 2;
     const int64_t depth = words * lanes <= kNearWords ? words : kNearWords / 2 / lanes / kWordDepth * kWordDepth;
     const int64_t rest = columns.size() % kLanes, whole = columns.size() - rest, skipped = rest ? kLanes - rest : 0;
-    alignas(64) float transposed[(kFarPanel + kLanes) * kMostLanes];  // (column, lane)
+    float *transposed = sums + p.m * ld;  // (column, lane)
     for (int64_t first = 0; first < words; first += depth) {
         const auto multiply_columns = [&](int64_t from, int64_t count, int64_t column) {
             multiply_word_rows(count, lanes / kLanes, smaller(depth, words - first), (const float *)p.b.at(2 * first, from), p.b.across / 2, a + first * lanes,
@@ -362,7 +362,7 @@ void matrix_sums_of_columns(const FewRows &p, const float *a, Range columns, flo
 
 // B by rows is paired a few rows at a time, in the order of memory, and multiplied from the caches.
 void matrix_sums_of_rows(const FewRows &p, const float *a, int64_t lda, Range columns, float *sums, int64_t ld) {
-    alignas(64) float words[kRowsAtOnce / 2 * kMatrixPanel];
+    float *words = sums + p.m * ld;
     for (int64_t first = 0; first < p.k; first += kRowsAtOnce) {
         const int64_t rows = smaller(kRowsAtOnce, p.k - first), depth = round_up((rows + 1) / 2, kWordDepth);
         const Rows source{p.b.at(first, columns.begin), FASTATTN_BFLOAT16, p.b.down};
@@ -444,6 +444,13 @@ int64_t FewRows::panel() const {
     if (b.down != 1) return kPanel;
     if (left() != Left::lane_words) return kTileWidth;
     return k / 2 * left_stride() <= kNearWords ? kNearPanel : kFarPanel;
+}
+
+// Beside the sums: their transpose and up to a vector of columns that are read twice; pairs of a few rows of B; or another panel.
+int64_t FewRows::scratch_floats() const {
+    const int64_t own = m * panel();
+    if (left() == Left::lane_words) return own + (panel() + kLanes) * left_stride();
+    return own + (left() == Left::row_words ? kRowsAtOnce / 2 * kMatrixPanel : own);
 }
 
 void FewRows::sums(const void *a, int64_t lda, Range columns, float *sums, int64_t ld) const {

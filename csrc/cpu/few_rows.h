@@ -24,8 +24,10 @@ struct FewRows {
     // Columns whose sums are made at a time, a multiple of the vector.
     int64_t panel() const;
 
-    // sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for at most a panel of columns, the first a multiple of kLanes. Two panels of m rows, ld apart,
-    // have room in `sums`; the second is overwritten. The calling thread has set up its matrix unit where it is used.
+    // sums(r, c - columns.begin) = sum_k A(r, k) B(k, c) for at most a panel of columns, the first a multiple of kLanes. `sums` has room for a panel of
+    // m rows, ld apart, and for what is needed beside it, `scratch_floats` in all where ld is a panel. The calling thread has set up its matrix unit
+    // where it is used.
+    int64_t scratch_floats() const;
     void sums(const void *a, int64_t lda, Range columns, float *sums, int64_t ld) const;
 
   private:

@@ -123,12 +123,12 @@ int few_rows_product(const fastattn_gemm &p) {
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const MatrixUnit unit(product.uses_matrix_unit());
-        Scratch scratch(2 * p.m * panel);
+        Scratch scratch(product.scratch_floats());
         if (scratch.failed()) {
 #pragma omp atomic write
             status = FASTATTN_OUT_OF_MEMORY;
         } else {
-            float *sums = scratch.take(2 * p.m * panel);
+            float *sums = scratch.take(product.scratch_floats());
             const Range mine = part(p.n, kTileWidth, omp_get_num_threads(), omp_get_thread_num());
             for (int64_t first = mine.begin; first < mine.end; first += panel) {
                 const Range columns{first, smaller(first + panel, mine.end)};

@@ -296,8 +296,8 @@ FASTATTN_INLINE vfloat times_power(vfloat p, vfloat n) {
     const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     return (vfloat)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-    const vint exponent = bits(n + kRounder) << 23;
-    return from_bits(~(vint)(n < -126.0f) & (bits(p) + exponent));
+    const vuint exponent = (vuint)bits(n + kRounder) << 23;  // of what is dropped it may wrap around
+    return from_bits(~(vint)(n < -126.0f) & (vint)((vuint)bits(p) + exponent));
 #endif
 }
 

@@ -273,8 +273,8 @@ def attention_mask(
     Everything else is: a mask function that is not recognised exactly (packed sequences, chunks, user overlays),
     padding in the middle, a caller that asks for a mask it can combine with another (both skip flags off).
     Whether padding lies at the ends is read from the tensor (one host read per forward, as transformers' sdpa mask
-    does), and in bidirectional attention, on the CPU alone, whether there is any; while a graph is traced or captured, and under torch.vmap, it cannot be read, and a padded causal mask is
-    then the dense one.
+    does), and in bidirectional attention, on the CPU alone, whether there is any; while a graph is traced or captured,
+    and under torch.vmap, neither can be read, and a padded causal mask is then the dense one.
     """
     dense = {
         "batch_size": batch_size,
@@ -362,8 +362,8 @@ def _captured(function: Callable[..., Any]) -> object:
 
 
 def _is_known_to_be_all_real(keys: Tensor) -> bool:
-    """No padding at all, as far as can be told without waiting for a GPU. Transformers' sdpa skips such a mask, whatever
-    its length: guided generation gives BART one that is longer than the input."""
+    """No padding at all, as far as can be told without waiting for a GPU. Transformers' sdpa skips such a mask,
+    whatever its length: guided generation gives BART one that is longer than the input."""
     return keys.is_cpu and not is_tracing(keys) and not is_batched(keys) and bool(keys.all())
 
 

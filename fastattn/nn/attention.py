@@ -18,6 +18,11 @@ from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.ops.library import tracks_gradients
 
+_WEIGHTS = "the attention weights are asked for (need_weights=True)"
+_FEW_SCORES = 2**17
+"""Up to so many scores torch's forward takes 0.45 to 0.84 of our time for output and weights in inference; of more
+0.6 to 1.2 times as long (one core of an Intel Xeon with AMX, float32, heads of 32 to 64, 2026-11-29)."""
+
 
 class _Parameters(NamedTuple):
     """The module's tensors, each read once per call: reading a parametrised one computes it. in_proj: the packed
@@ -72,6 +77,8 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         if "attention" not in self.fastattn_off:
             own = self._read_parameters()
             reason = self._why_not(own, query, key, value, key_padding_mask, attn_mask, is_causal)
+            if reason is None and self._torch_weighs_as_fast(query, key, key_padding_mask, need_weights, attn_mask):
+                reason = _WEIGHTS
             if reason is None:
                 causal = is_causal and key_padding_mask is None and not need_weights
                 return self._attend(
@@ -109,7 +116,7 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         elif dropout_p == 0.0 and tracks_gradients(q, k, v, masks.bias):
             context, weights = kernel_and_weights(q, k, v, masks, average_attn_weights, self.fastattn_backend)
         else:
-            note_fallback(self, "the attention weights are asked for (need_weights=True)")
+            note_fallback(self, _WEIGHTS)
             context, weights = attention_by_weights(q, k, v, masks, average_attn_weights, dropout_p)
         output = self._linear(self._joined(context, query), own.out_proj, own.out_proj_bias)
         if weights is not None and query.dim() == 2:
@@ -217,6 +224,22 @@ class MultiheadAttention(Fused, nn.MultiheadAttention):
         batch, len_q = self._batch_and_length(query)
         sizes = (batch, self.num_heads, len_q, self._batch_and_length(key)[1])
         return why_not_masks(attn_mask, key_padding_mask, query, sizes)
+
+    def _torch_weighs_as_fast(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+    ) -> bool:
+        """Whether torch's forward gives output and weights faster: few scores on a CPU, in inference, without masks."""
+        if not need_weights or attn_mask is not None or key_padding_mask is not None or not query.is_cpu:
+            return False
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        (batch, len_q), (_, len_k) = self._batch_and_length(query), self._batch_and_length(key)
+        return batch * self.num_heads * len_q * len_k <= _FEW_SCORES
 
     def _why_not_parameters(self, own: _Parameters, query: Tensor) -> str | None:
         autocast = torch.is_autocast_enabled(query.device.type)

@@ -40,9 +40,12 @@ def kernel_and_weights(
     shift = -lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)
     scores = _scores(q, k, shift if masks.bias is None else masks.bias.float() + shift)
     hidden = masks.hidden()
-    if hidden is not None:
-        scores.masked_fill_(hidden, float("-inf"))
-    return output, _averaged(scores.exp_(), average).to(_weights_dtype(output))
+    # In place, unless a mode keeps the product: selective checkpointing may.
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        weights = (scores if hidden is None else scores.masked_fill(hidden, float("-inf"))).exp()
+    else:
+        weights = (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))).exp_()
+    return output, _averaged(weights, average).to(_weights_dtype(output))
 
 
 def attention_by_weights(

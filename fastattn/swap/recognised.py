@@ -19,13 +19,13 @@ from fastattn.integrations import why_not_transformers
 from fastattn.swap.reading import Reading, calls_forward_as_it_is
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import (
+    either_way,
     feedforward,
     flagged_glu,
     free_spelled_linear,
     in_order,
     norm,
     processors,
-    sdpa,
     written_out,
 )
 
@@ -77,7 +77,7 @@ def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Read
         readers += [norm.read, feedforward.read, flagged_glu.read, in_order.read, free_spelled_linear.read]
     if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
-    return [*readers, sdpa.read, processors.read, written_out.read]
+    return [*readers, either_way.read, processors.read, written_out.read]
 
 
 def _is_of_transformers(original: type[nn.Module]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import sys
@@ -15,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastattn import dispatch
+from fastattn import dispatch, swap
 from fastattn.nn import MultiheadAttention, counting
 from fastattn.parity.guards import torch_threads
 
@@ -453,3 +454,37 @@ def test_empty_batches_and_lengths(layout: str) -> None:
                 output, weights = ours(torch.randn(query), *(torch.randn(key),) * 2, attn_mask=hidden)
             assert output.shape == query and weights.shape == (batch, len_q, len_k)
             assert len_k > 0 or torch.equal(output, ours.out_proj.bias.expand(query))
+
+
+def test_selective_checkpointing_keeps_the_products_of_weights() -> None:
+    """A policy that saves products, as torchtitan's: what they became in place could not be compared with them."""
+    products = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+    products.add(torch.ops.aten.baddbmm.default)
+
+    def policy(context, operator, *args, **options):
+        return CheckpointPolicy.MUST_SAVE if operator in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(4)
+    original = nn.MultiheadAttention(32, 4, batch_first=True)
+    module = copy.deepcopy(original)
+    swap(module)
+    gradients = []
+    for each in (original, module):
+        x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        checkpoint(lambda x, each=each: each(x, x, x)[0], x, use_reentrant=False, context_fn=contexts).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", (9, 200))  # few scores are torch's in inference
+def test_weights_in_inference(length: int) -> None:
+    torch.manual_seed(4)
+    original = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    module = copy.deepcopy(original)
+    report = swap(module)
+    x = torch.randn(1, length, 32)
+    with torch.no_grad(), report.counting():
+        for found, expected in zip(module(x, x, x), original(x, x, x), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert report.rows[0].fallbacks == {"the attention weights are asked for (need_weights=True)": 1}

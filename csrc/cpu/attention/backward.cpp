@@ -168,7 +168,7 @@ class Backward {
             const KeyBlock &last = record.blocks[record.n_blocks - 1];
             span = {smaller(span.begin, record.blocks[0].begin), larger(span.end, last.begin + last.count)};
         }
-        return span;
+        return span.end ? span : Span{0, 0};
     }
 
     static Span key_part(Span span, int64_t parts, int64_t part) {

@@ -35,6 +35,9 @@ class CallsSDPA(Swapped):
     """The methods of the original that were copied, and those on the way from forward to them."""
 
 
+Otherwise = Callable[[CallsSDPA], bool]
+
+
 class _Running(threading.local):
     """The swapped module whose forward runs in this thread, and whether it has called the function."""
 
@@ -93,8 +96,9 @@ def note_attention() -> None:
     _running.has_called = True
 
 
-def read(original: type[nn.Module]) -> Reading | None:
-    """The reading of a class whose forward, or a method that it calls, calls torch's function."""
+def read(original: type[nn.Module], otherwise: Otherwise | None = None) -> Reading | None:
+    """The reading of a class whose forward, or a method that it calls, calls torch's function. `otherwise` is asked of
+    a module whose forward has just not called it whether that is as it should be."""
     methods = reached_methods(original)
     copies = {name: copy for name, method in methods.items() if (copy := copy_of(method)) is not None}
     named = {name for name, method in methods.items() if any(names_it(layer.__code__) for layer in layers(method))}
@@ -102,7 +106,7 @@ def read(original: type[nn.Module]) -> Reading | None:
         return None
     attributes: dict[str, Any] = {name: copy.function for name, copy in copies.items()}
     forward = attributes.get("forward", methods["forward"])
-    attributes |= {"forward": counted(forward, tuple(copies.values())), "fastattn_methods": methods}
+    attributes |= {"forward": counted(forward, tuple(copies.values()), otherwise), "fastattn_methods": methods}
     return Reading(CallsSDPA, _recipe, attributes)
 
 
@@ -115,7 +119,9 @@ def _recipe(swapped: type[Swapped]) -> Recipe:
     return Recipe(swapped, kernels={"attention": THEIRS})
 
 
-def counted(forward: Callable[..., Any], copies: tuple[Copied, ...] = ()) -> Callable[..., Any]:
+def counted(
+    forward: Callable[..., Any], copies: tuple[Copied, ...] = (), otherwise: Otherwise | None = None
+) -> Callable[..., Any]:
     """The forward of a swapped class, made of a copied one and with these copies: counts its calls, and runs the
     original where something that was read is no longer what it was."""
     through = any(copy.through for copy in copies)
@@ -144,7 +150,7 @@ def counted(forward: Callable[..., Any], copies: tuple[Copied, ...] = ()) -> Cal
         _running.module, _running.has_called = self, False
         try:
             result = forward(self, *args, **kwargs)
-            if not _running.has_called:
+            if not _running.has_called and (otherwise is None or not otherwise(self)):
                 note_fallback(self, f"its forward did not call {THEIRS}")
             return result
         finally:

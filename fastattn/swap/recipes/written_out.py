@@ -59,6 +59,7 @@ SMALLEST = {False: 80_000, True: 160_000}
 """Where there are fewer scores they are computed as they were: in inference, and where gradients are kept."""
 
 AS_FAST = "torch is as fast with so few scores"
+NO_ATTENTION = "its forward computed no attention that is known"
 
 _PATIENCE = 3
 """Calls in vain after which a module's original forward runs without the mode, but for each _RETRY-th call. With
@@ -86,25 +87,33 @@ _REMEMBERED = 256
 
 def read(original: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward, or what that calls, names two products; and no attention of torch's, which
-    is another recipe's. Whether there is a softmax is seen of a module: it may be a child."""
+    is another recipe's (either_way). Whether there is a softmax is seen of a module: it may be a child."""
+    if any("scaled_dot_product_attention" in code.co_names for code in _all_codes(original)):
+        return None
+    attributes = attributes_of(original)
+    return None if attributes is None else Reading(WritesOut, _recipe, attributes)
+
+
+def attributes_of(original: type[nn.Module]) -> dict[str, Any] | None:
+    """Those of the swapped class; None where two products are not named."""
     methods = reached_methods(original)
     codes = list(_all_codes(original)) if methods else []
-    if sum(map(_products, codes)) < 2 or any("scaled_dot_product_attention" in code.co_names for code in codes):
+    if sum(map(_products, codes)) < 2:
         return None
     stores = any(map(_stores, codes))
-    attributes = {"forward": _deferring(methods["forward"]), "fastattn_methods": methods, "fastattn_stores": stores}
-    return Reading(WritesOut, _recipe, attributes)
+    return {"forward": _deferring(methods["forward"]), "fastattn_methods": methods, "fastattn_stores": stores}
 
 
 def _recipe(swapped: type[Swapped]) -> Recipe:
-    return Recipe(swapped, kernels={"attention": "attention"}, misfit=_misfit, refuse=_refuse)
+    return Recipe(swapped, kernels={"attention": "attention"}, misfit=misfit, refuse=refuse)
 
 
-def _misfit(module: nn.Module) -> str | None:
+def misfit(module: nn.Module) -> str | None:
     """Why it is no attention: without a softmax, by code or by a child, or with attention of its own in a child."""
     from fastattn.swap.recipes import recipe_for
 
-    has_softmax = any(not _SOFTMAXES.isdisjoint(code.co_names) for code in _all_codes(type(module)))
+    own = module.fastattn_original if isinstance(module, Swapped) else type(module)
+    has_softmax = any(not _SOFTMAXES.isdisjoint(code.co_names) for code in _all_codes(own))
     if not has_softmax and not any(isinstance(child, nn.Softmax) for child in module.children()):
         return "it takes no softmax"
     for name, inner in module.named_modules():
@@ -116,7 +125,7 @@ def _misfit(module: nn.Module) -> str | None:
     return None
 
 
-def _refuse(module: nn.Module) -> list[str]:
+def refuse(module: nn.Module) -> list[str]:
     lying = {parameter.device.type for parameter in module.parameters()} - {"cpu"}
     return (
         [f"attention that a class writes out is taken over on CPUs, and it lies on {', '.join(lying)}"] if lying else []
@@ -166,7 +175,7 @@ def _why_in_vain(module: WritesOut, said: tuple[Any, ...]) -> str | None:
         return why if calls else None
     if calls < _PATIENCE or calls % _RETRY == 0:
         return None
-    if _may_change(module):
+    if may_change(module):
         _in_vain[module][said] = calls + 1, why
     return why
 
@@ -186,7 +195,12 @@ def _said(module: WritesOut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 _SAID = (bool, str, type(None))  # no numbers: a position is another one at every call
 
 
-def _may_change(module: WritesOut) -> bool:
+def has_none(module: nn.Module) -> bool:
+    """Whether a call of the module that was run under the mode came to no attention at all."""
+    return any(why == NO_ATTENTION for _, why in _in_vain.get(module, {}).values())
+
+
+def may_change(module: nn.Module) -> bool:
     """Whether a call may change what is done with the next: not one that a checkpoint runs again, which has to do the
     same. It is watched by hooks of saved tensors, or runs without gradients in training."""
     if torch.is_grad_enabled():
@@ -197,7 +211,7 @@ def _may_change(module: WritesOut) -> bool:
 def _note(module: WritesOut, mode: Deferral, said: tuple[Any, ...], key: tuple[Any, ...]) -> None:
     reason = mode.lost or mode.reason
     if mode.attended and mode.lost is None:
-        if module in _in_vain and _may_change(module):
+        if module in _in_vain and may_change(module):
             _in_vain[module].pop(said, None)
     elif mode.is_small and reason is None:
         note_choice(module, AS_FAST)
@@ -205,8 +219,8 @@ def _note(module: WritesOut, mode: Deferral, said: tuple[Any, ...], key: tuple[A
         if len(known) < _REMEMBERED:
             known[key] = 0
     else:
-        reason = reason or "its forward computed no attention that is known"
-        if _may_change(module):
+        reason = reason or NO_ATTENTION
+        if may_change(module):
             known_calls = _in_vain.setdefault(module, {})
             if said in known_calls or len(known_calls) < _REMEMBERED:
                 known_calls[said] = known_calls.get(said, (0, ""))[0] + 1, reason
