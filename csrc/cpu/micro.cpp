@@ -5,7 +5,14 @@ FASTATTN_NAMESPACE_BEGIN
 namespace {
 
 struct Product {
-    FASTATTN_INLINE vfloat step(vfloat acc, float a, vfloat b) { return acc + broadcast(a) * b; }
+    FASTATTN_INLINE vfloat step(vfloat acc, float a, vfloat b) {
+#if defined(__FMA__) && !defined(__AVX512F__) && !defined(FASTATTN_EMULATE)
+        // By name: GCC 16 rounds twice in tiles of 1 x 1 and once in others, and bits would depend on how rows are shared out.
+        return (vfloat)_mm256_fmadd_ps((__m256)broadcast(a), (__m256)b, (__m256)acc);
+#else
+        return acc + broadcast(a) * b;
+#endif
+    }
 };
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
