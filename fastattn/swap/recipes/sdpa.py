@@ -24,7 +24,7 @@ from fastattn.nn.checks import why_no_kernels
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.swap.reading import Reading, is_replaced
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes.sdpa_copies import THEIRS, TORCHS, Copied, codes, copied, layers, names_it
+from fastattn.swap.recipes.sdpa_copies import THEIRS, TORCHS, Copied, codes, copied, layers, names_it, names_own
 from fastattn.swap.swapped import Swapped
 
 
@@ -101,13 +101,18 @@ def read(original: type[nn.Module], otherwise: Otherwise | None = None) -> Readi
     a module whose forward has just not called it whether that is as it should be."""
     methods = reached_methods(original)
     copies = {name: copy for name, method in methods.items() if (copy := copy_of(method)) is not None}
-    named = {name for name, method in methods.items() if any(names_it(layer.__code__) for layer in layers(method))}
+    named = {name for name, method in methods.items() if any(_asks_for_it(layer, methods) for layer in layers(method))}
     if not copies or named - copies.keys():
         return None
     attributes: dict[str, Any] = {name: copy.function for name, copy in copies.items()}
     forward = attributes.get("forward", methods["forward"])
     attributes |= {"forward": counted(forward, tuple(copies.values()), otherwise), "fastattn_methods": methods}
     return Reading(CallsSDPA, _recipe, attributes)
+
+
+def _asks_for_it(function: FunctionType, methods: dict[str, FunctionType]) -> bool:
+    """Whether the function names torch's, and not a method of the class that is called so."""
+    return names_it(function.__code__) and not (THEIRS in methods and names_own(function.__code__))
 
 
 def copy_of(function: FunctionType) -> Copied | None:

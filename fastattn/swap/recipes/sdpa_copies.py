@@ -118,6 +118,20 @@ def names_it(code: CodeType) -> bool:
     return any(THEIRS in each.co_names for each in codes(code))
 
 
+def names_own(code: CodeType) -> bool:
+    """Whether the name is always that of an attribute of the method's first argument, as litgpt names a method."""
+    for each in codes(code):
+        before: object = None
+        for instruction in _instructions(each):
+            is_load = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            if instruction.argval == THEIRS and not (is_load and before == code.co_varnames[0]):
+                return False
+            # The superinstructions of Python 3.13 load two variables.
+            last = instruction.argval[-1:] if isinstance(instruction.argval, tuple) else (instruction.argval,)
+            before = last[0] if instruction.opname.startswith("LOAD_FAST") and last else None
+    return True
+
+
 def _instructions(code: CodeType) -> list[dis.Instruction]:
     """Those that do something, which differ least from one Python to the next."""
     return [each for each in dis.get_instructions(code) if each.opname not in NOT_CODE]

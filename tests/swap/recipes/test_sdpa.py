@@ -158,6 +158,25 @@ def test_what_is_not_plain_is_left_alone(kind: type[Attention]) -> None:
     assert torch.equal(module(draw(2, 50, WIDTH)), expected)
 
 
+class OwnName(nn.Module):
+    """As litgpt's attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled_dot_product_attention(x, x, x)
+
+    def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=0.3)
+
+
+def test_a_method_may_have_the_name_of_torchs() -> None:
+    module, x = OwnName(), draw(2, 4, 50, 16)
+    expected = module(x)
+    report = swap(module, strict=True, backend="reference")
+    with report.counting(), fastattn.use_backend("reference"):
+        torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    assert report.all_called and report.rows[0].kernel == "scaled_dot_product_attention"
+
+
 class Skips(nn.Module):
     """As its flag says."""
 
