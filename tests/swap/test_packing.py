@@ -46,7 +46,7 @@ def reasons(handle: fastattn.Prepacked) -> list[str]:
 
 
 @torch.inference_mode()
-def run(model: nn.Module, *inputs: Tensor, **arguments: Tensor) -> Tensor:
+def run(model: nn.Module, *inputs: Tensor, **arguments: Tensor | bool) -> Tensor:
     output = model(*inputs, **arguments)
     return output if isinstance(output, Tensor) else output[0]
 
@@ -114,13 +114,13 @@ def test_thirds_of_an_in_projection_are_kept_apart_where_they_are_read_apart(swa
     else:
         model = fastattn.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     x = torch.randn(1, ROWS, 32)  # of more, AMX splits float32, and does not read it packed
-    before, alone = run(model, x), run(model.self_attn, x, x, x)
+    before, alone = run(model, x), run(model.self_attn, x, x, x, need_weights=False)
     handle = fastattn.prepack(model)
     assert torch.equal(run(model, x), before)
     found = {row.path: row.reason for row in handle.rows if row.action == "packed"}
     names = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
     assert found == {"self_attn.in_proj_weight": "3 parts", **dict.fromkeys(names, "")}
-    assert torch.equal(run(model.self_attn, x, x, x), alone)
+    assert torch.equal(run(model.self_attn, x, x, x, need_weights=False), alone)
     assert {row.path: row.reason for row in handle.rows}["self_attn.in_proj_weight"] == "4 parts"
 
 
