@@ -118,17 +118,17 @@ int few_rows_product(const fastattn_gemm &p) {
         product.convert({p.a.data, p.dtype, p.a.stride[0]}, target);
         a = target, lda = product.left_stride();
     }
-    const int64_t panel = product.panel();
+    const int64_t panel = product.panel(), scratch_floats = product.scratch_floats();
     int status = FASTATTN_OK;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const MatrixUnit unit(product.uses_matrix_unit());
-        Scratch scratch(product.scratch_floats());
+        Scratch scratch(scratch_floats);
         if (scratch.failed()) {
 #pragma omp atomic write
             status = FASTATTN_OUT_OF_MEMORY;
         } else {
-            float *sums = scratch.take(product.scratch_floats());
+            float *sums = scratch.take(scratch_floats);
             const Range mine = part(p.n, kTileWidth, omp_get_num_threads(), omp_get_thread_num());
             for (int64_t first = mine.begin; first < mine.end; first += panel) {
                 const Range columns{first, smaller(first + panel, mine.end)};

@@ -21,7 +21,7 @@ from fastattn.ops.library import tracks_gradients
 _WEIGHTS = "the attention weights are asked for (need_weights=True)"
 _FEW_SCORES = 2**17
 """Up to so many scores torch's forward takes 0.45 to 0.84 of our time for output and weights in inference; of more
-0.6 to 1.2 times as long (one core of an Intel Xeon with AMX, float32, heads of 32 to 64, 2026-11-29)."""
+0.8 to 1.7 times as long (one core of an Intel Xeon with AMX, float32, heads of 32 to 64, 2026-11-29)."""
 
 
 class _Parameters(NamedTuple):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastattn import swap
 from fastattn.swap.recipes import either_way, written_out
+from fastattn.swap.report import SwapReport
 
 WIDTH, HEADS = 32, 4
 
@@ -49,6 +50,12 @@ class OfOther(Either):
         return (x @ x.transpose(-2, -1)).relu() @ x + 0.0 * x.softmax(dim=-1)
 
 
+def with_swapped(original: nn.Module) -> tuple[nn.Module, nn.Module, SwapReport]:
+    """The module, a copy whose attention is swapped, and the report."""
+    module = copy.deepcopy(original)
+    return original, module, swap(module, norms=False, ffns=False, linears=False)
+
+
 def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     out = module(x)
@@ -57,9 +64,7 @@ def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_each_side_runs_on_the_kernels(fused: bool) -> None:
-    original = Either(fused).eval()
-    module = copy.deepcopy(original)
-    report = swap(module, norms=False, ffns=False, linears=False)
+    original, module, report = with_swapped(Either(fused).eval())
     x = draw(2, 24, WIDTH)
     with report.counting(), torch.no_grad():
         for _ in range(3):
@@ -73,9 +78,7 @@ def test_each_side_runs_on_the_kernels(fused: bool) -> None:
 
 
 def test_a_flag_may_change() -> None:
-    original = Either(False).eval()
-    module = copy.deepcopy(original)
-    report = swap(module, norms=False, ffns=False, linears=False)
+    original, module, report = with_swapped(Either(False).eval())
     x = draw(2, 24, WIDTH)
     with torch.no_grad():
         for fused in (False, False, True, True, True, False):
@@ -90,9 +93,7 @@ def test_a_flag_may_change() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*runs original code")
 def test_what_is_no_attention_falls_back_until_the_flag_changes() -> None:
-    original = OfOther(False).eval()
-    module = copy.deepcopy(original)
-    report = swap(module, norms=False, ffns=False, linears=False)
+    original, module, report = with_swapped(OfOther(False).eval())
     x = draw(2, 24, WIDTH)
     with report.counting(), torch.no_grad():
         for _ in range(4):
@@ -112,9 +113,7 @@ def test_what_is_no_attention_falls_back_until_the_flag_changes() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_first_call_that_is_checkpointed_is_run_again_alike(reentrant: bool) -> None:
     """Dropout is drawn alike, and the same tensors are saved."""
-    original = Either(False).train()
-    module = copy.deepcopy(original)
-    swap(module, norms=False, ffns=False, linears=False)
+    original, module, _ = with_swapped(Either(False).train())
     x = draw(2, 24, WIDTH)
 
     def step(each: nn.Module) -> list[Tensor]:
