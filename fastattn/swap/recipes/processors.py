@@ -31,7 +31,7 @@ from fastattn.nn.counting import note_fallback
 from fastattn.swap.reading import Reading
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes.sdpa import CallsSDPA, copy_of, counted, note_attention, reached_methods, why_replaced
-from fastattn.swap.recipes.sdpa_copies import NOT_CODE, THEIRS, Copied, with_code
+from fastattn.swap.recipes.sdpa_copies import NOT_CODE, THEIRS, Copied, locals_of, with_code
 from fastattn.swap.swapped import Swapped
 
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
@@ -126,13 +126,13 @@ _copies: dict[type, FunctionType] = {}
 def _calls_with_self(code: CodeType) -> Iterator[dis.Instruction]:
     """Where an attribute of the first argument is loaded to be called with it: self.name(self, ...)."""
     own, steps = code.co_varnames[0], list(dis.get_instructions(code))
-    if any(own in _locals(step, "STORE") for step in steps):
+    if any(own in locals_of(step, "STORE") for step in steps):
         return
     told = [(index, step) for index, step in enumerate(steps) if step.opname not in NOT_CODE]
     for (first, before), (_, load), (_, after), (_, then) in zip(told, told[1:], told[2:], told[3:], strict=False):
-        if load.opname not in _ATTRIBUTES or _locals(before, "LOAD")[-1:] != (own,):
+        if load.opname not in _ATTRIBUTES or locals_of(before, "LOAD")[-1:] != (own,):
             continue
-        given = _locals(after, "LOAD")
+        given = locals_of(after, "LOAD")
         is_given_whole = given[:1] == (own,) and (len(given) > 1 or then.opname not in _ATTRIBUTES)
         if is_given_whole and after.opname.startswith("LOAD_FAST") and _is_called(steps, first):
             yield load
@@ -151,15 +151,6 @@ def _is_called(steps: list[dis.Instruction], first: int) -> bool:
 
 
 _JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
-
-
-def _locals(instruction: dis.Instruction, verb: str) -> tuple[str, ...]:
-    """The function's own variables that an instruction loads, or stores: from Python 3.13 on it may do two things."""
-    verbs = [word for word in instruction.opname.split("_") if word in ("LOAD", "STORE")]
-    if "_FAST" not in instruction.opname:
-        return ()
-    names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-    return tuple(name for each, name in zip(verbs, names, strict=False) if each == verb)
 
 
 def _calling_ours(code: CodeType, loads: list[dis.Instruction]) -> CodeType | None:

@@ -121,15 +121,22 @@ def names_it(code: CodeType) -> bool:
 def names_own(code: CodeType) -> bool:
     """Whether the name is always that of an attribute of the method's first argument, as litgpt names a method."""
     for each in codes(code):
-        before: object = None
+        before: tuple[str, ...] = ()
         for instruction in _instructions(each):
             is_load = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            if instruction.argval == THEIRS and not (is_load and before == code.co_varnames[0]):
+            if instruction.argval == THEIRS and not (is_load and before[-1:] == code.co_varnames[:1]):
                 return False
-            # The superinstructions of Python 3.13 load two variables.
-            last = instruction.argval[-1:] if isinstance(instruction.argval, tuple) else (instruction.argval,)
-            before = last[0] if instruction.opname.startswith("LOAD_FAST") and last else None
+            before = locals_of(instruction, "LOAD")
     return True
+
+
+def locals_of(instruction: dis.Instruction, verb: str) -> tuple[str, ...]:
+    """The function's own variables that an instruction loads, or stores: from Python 3.13 on it may do two things."""
+    verbs = [word for word in instruction.opname.split("_") if word in ("LOAD", "STORE")]
+    if "_FAST" not in instruction.opname:
+        return ()
+    names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+    return tuple(name for each, name in zip(verbs, names, strict=False) if each == verb)
 
 
 def _instructions(code: CodeType) -> list[dis.Instruction]:
