@@ -83,7 +83,7 @@ void attention_decode(int dtype, int n_threads, const DecodeSizes &sizes, const 
 
 // is_weight: whether b is one that may be kept packed.
 void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View &a, const View &b, const View &c, int64_t bias, int bias_dtype,
-          int activation, const View &pre, const View &multiplier, const Dropout &d, bool is_weight) {
+          int activation, const View &pre, const View &multiplier, const Dropout &d, bool rounds_float32, bool is_weight) {
     fastattn_gemm p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
@@ -95,6 +95,7 @@ void gemm(int dtype, int n_threads, int64_t m, int64_t n, int64_t k, const View 
     p.pre = tensor(pre);
     p.multiplier = tensor(multiplier);
     p.dropout = dropout(d);
+    p.rounds_float32 = rounds_float32;
     const PackedWeight kept = is_weight ? take_packed(p) : nullptr;
     const py::gil_scoped_release release;
     check(fastattn_cpu_gemm(&p));
@@ -162,12 +163,14 @@ fastattn_layer_norm layer_norm(const LayerNorm &n) {
 using LayerSizes = std::array<int64_t, 6>;  // batch, len, rows, heads, embed, hidden
 
 void encoder_layer_forward(int dtype, int n_threads, int activation, bool norm_first, const LayerSizes &sizes, int64_t cu_seqlens, int64_t x, int64_t y,
-                           const std::array<Linear, 6> &linears, const LayerNorm &norm1, const LayerNorm &norm2, float scale, const Mask &m) {
+                           const std::array<Linear, 6> &linears, const LayerNorm &norm1, const LayerNorm &norm2, float scale, const Mask &m,
+                           bool rounds_float32) {
     fastattn_encoder_layer p{};
     p.dtype = dtype;
     p.n_threads = n_threads;
     p.activation = activation;
     p.norm_first = norm_first;
+    p.rounds_float32 = rounds_float32;
     p.batch = sizes[0], p.len = sizes[1], p.rows = sizes[2], p.heads = sizes[3], p.embed = sizes[4], p.hidden = sizes[5];
     p.cu_seqlens = pointer<int32_t>(cu_seqlens);
     p.x = pointer<void>(x), p.y = pointer<void>(y);

@@ -39,6 +39,7 @@ struct Torch {
     PyObject *has_mode, *pop_mode, *push_mode;
     PyObject *transparent;  // a tuple
     PyObject *grad_enabled, *num_threads;
+    PyObject *matmul_precision;  // says "bf16" where torch may round float32
     PyObject *activations;  // dict of their numbers
     long few_queries;       // up to which attention is the kernel for decoding's
     long often_read;        // queries of a key, from which on its rows have to lie side by side
@@ -92,6 +93,16 @@ int num_threads() {
     Py_XDECREF(answer);
     if (n < 1) PyErr_Clear();
     return n < 1 ? 1 : int(n);
+}
+
+// Whether operands of products of this dtype may be rounded, as torch's are then.
+bool rounds_float32(int dtype) {
+    if (dtype != FASTATTN_FLOAT32) return false;
+    PyObject *answer = PyObject_CallNoArgs(torch.matmul_precision);
+    const bool rounds = answer && PyUnicode_Check(answer) && PyUnicode_CompareWithASCIIString(answer, "bf16") == 0;
+    if (!answer) PyErr_Clear();
+    Py_XDECREF(answer);
+    return rounds;
 }
 
 // A Python float that float32 holds.
@@ -329,6 +340,7 @@ fastattn_gemm product(int threads, void *x, int64_t rows, const Tensor &weight, 
     p.b = {weight.data, {weight.strides[1], weight.strides[0]}};
     p.c = {y, {p.n}};
     p.bias = bias.data, p.bias_dtype = bias.dtype, p.activation = activation;
+    p.rounds_float32 = rounds_float32(p.dtype);
     return p;
 }
 
@@ -525,7 +537,7 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
         !take_linear(call, args + 11, x.dtype, hidden, embed, p.up) || !take_linear(call, args + 13, x.dtype, embed, hidden, p.down) ||
         !take_norm(call, args + 9, args[20], x.dtype, embed, p.norm1) || !take_norm(call, args + 15, args[21], x.dtype, embed, p.norm2))
         return long_way();
-    p.dtype = x.dtype, p.n_threads = num_threads(), p.norm_first = args[19] == Py_True;
+    p.dtype = x.dtype, p.n_threads = num_threads(), p.norm_first = args[19] == Py_True, p.rounds_float32 = rounds_float32(x.dtype);
     p.batch = x.shape[0], p.len = x.shape[1], p.rows = x.rows(), p.heads = heads, p.embed = embed, p.hidden = hidden;
     const int64_t scores[] = {p.batch, heads, p.len, p.len};
     if (args[22] != Py_None && !(call.any(args[22], mask) && mask.dtype == kBool && broadcast(mask, scores, p.mask.dense))) return long_way();
@@ -541,14 +553,14 @@ PyObject *encoder_layer(PyObject *, PyObject *const *args, Py_ssize_t n) {
 // ---- the module -----------------------------------------------------------------------------------------------------------------------------------
 
 // open(Tensor, Parameter, exchange capsule, watchers, forward_ad, has_mode, pop_mode, push_mode, transparent modes, is_grad_enabled, get_num_threads,
-// activations, few_queries, often_read): whether the calls above can run from now on, which they cannot with an exchange of another kind. They keep
+// matmul_precision, activations, few_queries, often_read): whether the calls above can run from now on, which they cannot with an exchange of another kind. They keep
 // what they are given.
 PyObject *open(PyObject *, PyObject *args) {
     Torch given{};
     PyObject *exchange;
-    if (!PyArg_ParseTuple(args, "O!O!OO!O!OOOO!OOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type,
+    if (!PyArg_ParseTuple(args, "O!O!OO!O!OOOO!OOOO!ll", &PyType_Type, &given.tensor, &PyType_Type, &given.parameter, &exchange, &PyTuple_Type,
                           &given.watchers, &PyDict_Type, &given.forward_ad, &given.has_mode, &given.pop_mode, &given.push_mode, &PyTuple_Type,
-                          &given.transparent, &given.grad_enabled, &given.num_threads, &PyDict_Type, &given.activations, &given.few_queries,
+                          &given.transparent, &given.grad_enabled, &given.num_threads, &given.matmul_precision, &PyDict_Type, &given.activations, &given.few_queries,
                           &given.often_read))
         return nullptr;
     if (!PyCapsule_IsValid(exchange, kDLPackExchangeName)) Py_RETURN_FALSE;
@@ -557,7 +569,7 @@ PyObject *open(PyObject *, PyObject *args) {
     if (!api || api->major != kDLPackMajor || !api->read) Py_RETURN_FALSE;
     for (PyObject *kept : {reinterpret_cast<PyObject *>(given.tensor), reinterpret_cast<PyObject *>(given.parameter), given.watchers,
                            given.forward_ad, given.has_mode, given.pop_mode, given.push_mode, given.transparent, given.grad_enabled,
-                           given.num_threads, given.activations})
+                           given.num_threads, given.matmul_precision, given.activations})
         Py_INCREF(kept);
     given.read = api->read;
     torch = given;

@@ -29,7 +29,7 @@ namespace {
 struct Key {
     const void *data;
     int64_t k, n, down, across;
-    int32_t dtype;
+    int32_t dtype, rounds_float32;
     const char *isa;
     bool operator==(const Key &) const = default;
 };
@@ -158,7 +158,7 @@ PackedWeight take_packed(fastattn_gemm &product) {
     int64_t bytes = 0;
     const fastattn_packing question{&product, &bytes, nullptr};
     if (fastattn_cpu_packed_bytes(&question) != FASTATTN_OK || bytes == 0) return nullptr;
-    const Key key{product.b.data, product.k, product.n, product.b.stride[0], product.b.stride[1], product.dtype, fastattn_cpu_isa()};
+    const Key key{product.b.data, product.k, product.n, product.b.stride[0], product.b.stride[1], product.dtype, product.rounds_float32, fastattn_cpu_isa()};
     const std::shared_ptr<Kept> kept = find(key);
     if (!kept) return nullptr;
     look(kept);
@@ -179,7 +179,7 @@ std::array<PackedWeight, 6> take_packed(fastattn_encoder_layer &layer) {
     if (registry.empty() || !fastattn_cpu_encoder_layer_reads_packed(&layer)) return taken;
     const auto take = [&](fastattn_linear &linear, int64_t k, int64_t n) {
         fastattn_gemm product{};
-        product.dtype = layer.dtype, product.n_threads = layer.n_threads;
+        product.dtype = layer.dtype, product.n_threads = layer.n_threads, product.rounds_float32 = layer.rounds_float32;
         product.m = layer.rows, product.n = n, product.k = k;
         product.a.stride[1] = 1;
         product.b = {const_cast<void *>(linear.weight), {1, k}};
@@ -270,7 +270,7 @@ PyObject *keeps(PyObject *, PyObject *address) {
     if (registry.empty()) Py_RETURN_FALSE;
     const unsigned long long first = PyLong_AsUnsignedLongLong(address);
     if (PyErr_Occurred()) return nullptr;
-    const std::shared_ptr<Kept> kept = find(Key{reinterpret_cast<const void *>(first), 1, 1, 1, 1, FASTATTN_BFLOAT16, nullptr});
+    const std::shared_ptr<Kept> kept = find(Key{reinterpret_cast<const void *>(first), 1, 1, 1, 1, FASTATTN_BFLOAT16, 0, nullptr});
     return PyBool_FromLong(kept && !kept->changed);
 }
 

@@ -137,6 +137,7 @@ typedef struct {
     fastattn_tensor pre;         // receives A B + bias before the activation, or null
     fastattn_tensor multiplier;  // multiplied after the activation, or null
     fastattn_dropout dropout;    // of C, by row and column
+    int32_t rounds_float32;      // whether float32 of A and B may be rounded to bfloat16; C and the sums may not
     const void *packed;          // B as `pack` wrote it, or null; read where that is faster than B
 } fastattn_gemm;
 
@@ -204,6 +205,7 @@ typedef struct {
     int32_t n_threads;
     int32_t activation;
     int32_t norm_first;
+    int32_t rounds_float32;  // as in fastattn_gemm; attention is exact
     int64_t batch, len, rows, heads, embed, hidden;
     const int32_t *cu_seqlens;  // (batch + 1) or null
     const void *x;              // (rows, embed) contiguous

@@ -1,9 +1,9 @@
 // A transformer encoder layer in inference, from x to y in one call; see fastattn_encoder_layer.
 //
 // Shapes: x and y (rows, embed) contiguous; q, k, v and the attention's result (rows, embed); the hidden features never leave the caches.
-// Numerics: products as in gemm.cpp (float32 in three bfloat16 parts where AMX is there and there are rows enough), sums, norms and the residual
-//   stream within a block in float32. q, k and v, and what the attention makes of them, are rounded to the tensors' dtype; bfloat16 operands of a
-//   product are rounded as they are packed.
+// Numerics: products as in gemm.cpp (with AMX float32 in three bfloat16 parts from enough rows on, or in one if it may be rounded), sums, norms and the
+//   residual stream within a block in float32. q, k and v, and what the attention makes of them, are rounded to the tensors' dtype; bfloat16 operands
+//   of a product are rounded as they are packed.
 // Algorithm: the weights are packed once, by all threads, in the order in which they are read. Each thread takes a share of the rows, in blocks
 //   whose working set stays in the level-2 cache, and sends a block through all products before the next: x to q, k and v; attention over all
 //   rows; then out-projection, residual, norm, and chunk by chunk of the hidden features up-projection, activation and down-projection, with
@@ -29,6 +29,14 @@
 //   384 wide, 400      1.04, 1.07  1.02, 1.08  1.05, 1.07  1.05, 1.07  1.04, 1.06  1.13, 1.13  0.96, 1.11  1.60, 2.28
 //   BERT base, 64      0.57, 0.66  0.80, 0.87  0.63, 0.80  0.68, 0.97  0.94, 1.01  1.11, 1.16  0.76, 1.23  1.01, 1.34
 //   BERT base, 400     1.05, 1.09  1.02, 1.02  1.03, 1.06  0.99, 1.00  1.00, 1.00  0.99, 1.05  0.81, 1.24  0.98, 1.48
+// The same machine and day, one kernel after the other wherever it is at least as fast; times by blocks over those, then torch's over those:
+//   rows                  40          64          128         256         384         512         1,024
+//   384 wide, bfloat16    1.51, 1.66  1.37, 1.52  1.12, 1.34  0.98, 1.20  0.92, 1.19  0.99, 1.23  0.85, 1.13
+//   768 wide, bfloat16    1.70, 1.62  1.36, 1.28  1.09, 1.17  1.06, 1.11  1.32, 1.07  1.10, 1.07  0.99, 1.11
+//   1,024 wide, bfloat16  2.53, 1.70  2.28, 1.59  1.64, 1.31  1.28, 1.09  1.24, 1.10  1.15, 1.07  0.90, 0.96
+//   768 wide, float16     1.58, 1.35  1.55, 1.70  1.27, 1.90  1.21, 2.02  1.03, 1.34  0.99, 1.38  1.03, 1.90
+//   768 wide, rounded     1.53, 1.29  1.48, 1.34  1.27, 1.28  1.11, 1.26  1.05, 1.46  1.02, 1.39  0.96, 1.39
+//   768 wide, float32     (400 rows: three parts from here on)                        1.02, 1.04  1.20, 1.28  1.11, 1.24
 #include <omp.h>
 
 #include "activation.h"
@@ -57,6 +65,7 @@ int linear(const fastattn_encoder_layer &p, const fastattn_linear &layer, const 
     g.c = {c, {ldc}};
     g.bias = layer.bias;
     g.activation = activation;
+    g.rounds_float32 = p.rounds_float32;
     g.packed = layer.packed;
     return gemm(g);
 }
@@ -497,18 +506,20 @@ Outcome by_blocks(const fastattn_encoder_layer &p, Form form) {
 constexpr int64_t kFewRows = 32;  // up to here packing the weights costs more than it saves
 
 // Whether the layer is done one kernel after the other: rows are so few that packing weights does not pay, or that threads would have none; or they are
-// not many beside the weights, and products read them in place. A thread then packs and multiplies a few strips at a time, which its own cache keeps,
-// while blocks of rows wait until all packed weights have gone out to the shared one.
+// not many beside the weights, and products read them in place or have AMX. A thread then packs and multiplies a few strips at a time, which its own
+// cache keeps, while blocks of rows wait until all packed weights have gone out to the shared one.
 bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
     if (p.rows <= larger(kFewRows, (p.n_threads - 1) * kWordRows)) return true;
-    return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed);
+    const bool has_matrix_unit = kWordBlocks && form.parts;
+    if (has_matrix_unit && form.parts < 3) return p.rows <= larger(192, p.embed * 2 / 3);
+    return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && (has_matrix_unit || is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed));
 }
 
 }  // namespace
 
 int encoder_layer_forward(const fastattn_encoder_layer &p) {
     if (p.rows == 0) return FASTATTN_OK;
-    const Form form = form_of(p.dtype, p.rows);
+    const Form form = form_of(p.dtype, p.rounds_float32, p.rows);
     if (goes_one_by_one(p, form)) return one_by_one(p);
     const Outcome outcome = by_blocks(p, form);
     // Infinity and NaN do not split into parts: such a layer, rare as it is, is made again without.
@@ -517,6 +528,6 @@ int encoder_layer_forward(const fastattn_encoder_layer &p) {
 }
 
 // Whether it reads weights that are kept packed: not as float32 in three parts.
-int encoder_layer_reads_packed(const fastattn_encoder_layer &p) { return form_of(p.dtype, p.rows).parts < 3; }
+int encoder_layer_reads_packed(const fastattn_encoder_layer &p) { return form_of(p.dtype, p.rounds_float32, p.rows).parts < 3; }
 
 FASTATTN_NAMESPACE_END

@@ -3,6 +3,7 @@
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
 //   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums, subnormal numbers as 0.
 //   With AMX float16 is, too, as two bfloat16 parts, and from kSplitRows rows on float32 as three (pairs.h): 0.5 to 0.7 of the error MKL's product has.
+//   Where the caller lets float32 be rounded, it is one part there, but for few rows.
 // Algorithm: an A that stays near, up to kOwnRows rows read in place or with AMX as many words as a level-2 cache holds, goes by strips of columns of B,
 //   which each thread packs for itself and for its level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out
 //   its C as a grid; each walks its part in blocks of rows, blocks of k and tiles of the micro-kernel. A is read in place when it is float32, or bfloat16
@@ -39,6 +40,10 @@
 //   float16              32, 64, 256 and 1,024 rows by 768 x 3,072 1.25, 1.34, 2.7, 2.7; 512 by 4,096 x 4,096 1.64
 // At 1,024 rows by 768 x 3,072: A packed once 1.10, loaded past the level-1 cache and strip by strip 1.06, rows of C written whole and fetched ahead 1.18.
 // The products alone would take 2.2 ms of the 5.4 there; other sizes of chunks and blocks of rows make no difference.
+// float32 that is rounded, with AMX, 12, 16, 32, 64, 256, 1,024 rows, times of torch's (oneDNN's) by "medium" over ours, medians of calls in turns, one core
+// of the same Xeon, 2026-11-29:
+//   384 x 1,536  1.03, 1.07, 1.18, 1.16, 1.24, 1.71
+//   768 x 3,072  0.90, 1.04, 1.06, 1.05, 1.37, 1.74 (256 rows: 2.0 ms, where the exact product takes 9.0, torch's 9.2)
 // Few rows: few_rows.cpp.
 #include <omp.h>
 
@@ -103,8 +108,13 @@ Operand right_operand(const fastattn_gemm &p) { return {p.b.data, p.dtype, p.b.s
 
 FewRows few_rows(const fastattn_gemm &p) { return {p.m, p.n, p.k, right_operand(p)}; }
 
+constexpr int64_t kFewRounded = 8;  // float32 that is rounded pays for its packing sooner
+
 // Whether packing B would not pay for itself, or multiplying by a B that was packed before is slower.
-bool has_few_rows(const fastattn_gemm &p, bool is_packed) { return p.a.stride[1] == 1 && few_rows(p).are_few(is_packed); }
+bool has_few_rows(const fastattn_gemm &p, bool is_packed) {
+    if (p.a.stride[1] != 1 || (is_rounded(p.dtype, p.rounds_float32) && p.m > kFewRounded)) return false;
+    return few_rows(p).are_few(is_packed);
+}
 
 int few_rows_product(const fastattn_gemm &p) {
     const FewRows product = few_rows(p);
@@ -418,17 +428,17 @@ bool has_own_strips(const fastattn_gemm &p, Form form) {
 }
 
 // That of a B that is kept. The parts of float32 belong to many rows, where packing is little of the work, and take half as much memory again.
-Form kept_form(const fastattn_gemm &p) { return {p.dtype == FASTATTN_BFLOAT16 ? kBfloat16Parts : 0}; }
+Form kept_form(const fastattn_gemm &p) { return {p.dtype == FASTATTN_BFLOAT16 || is_rounded(p.dtype, p.rounds_float32) ? kBfloat16Parts : 0}; }
 
 // Whether a kept B is read at all. Halves that are multiplied as float32 would take twice their memory, to gain 1.00 to 1.07 times the speed (1.22 in
 // float16 with AVX-512 where rows are 4 KiB apart).
-bool is_kept(const fastattn_gemm &p) { return (p.dtype == FASTATTN_FLOAT32 || kept_form(p).parts) && form_of(p.dtype, p.m).parts == kept_form(p).parts; }
+bool is_kept(const fastattn_gemm &p) { return (p.dtype == FASTATTN_FLOAT32 || kept_form(p).parts) && form_of(p.dtype, p.rounds_float32, p.m).parts == kept_form(p).parts; }
 
 }  // namespace
 
 int gemm(const fastattn_gemm &p) {
     if (p.m == 0 || p.n == 0) return FASTATTN_OK;
-    const Form form = form_of(p.dtype, p.m);
+    const Form form = form_of(p.dtype, p.rounds_float32, p.m);
     const float *kept = kept_strips(p.packed, form, p.dtype, p.k, p.n);
     if (has_few_rows(p, kept)) return few_rows_product(p);
     const Outcome outcome = has_own_strips(p, form) ? own_strips_product(p, form, kept) : packed_product(p, form, kept);

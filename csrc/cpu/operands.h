@@ -41,9 +41,12 @@ struct Form {
 
 constexpr int64_t kSplitRows = 400;  // from here on float32 in three parts is faster (measured at k and n of 384 to 3,072; encoder_layer.cpp)
 
+// Whether operands are rounded to bfloat16 where they may be: with AMX. vdpbf16ps is half as fast as float32 on the same Intel Xeon; not measured on an AMD.
+static inline bool is_rounded(int32_t dtype, bool rounds_float32) { return kWordBlocks && dtype == FASTATTN_FLOAT32 && rounds_float32; }
+
 // That of a product of so many rows.
-static inline Form form_of(int32_t dtype, int64_t rows) {
-    if (dtype == FASTATTN_BFLOAT16) return {kBfloat16Parts};
+static inline Form form_of(int32_t dtype, bool rounds_float32, int64_t rows) {
+    if (dtype == FASTATTN_BFLOAT16 || is_rounded(dtype, rounds_float32)) return {kBfloat16Parts};
     if (dtype == FASTATTN_FLOAT16) return {kFloat16Parts};
     return {rows >= kSplitRows ? kFloat32Parts : 0};
 }

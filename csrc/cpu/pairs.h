@@ -84,6 +84,10 @@ FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_
     Words<parts> result;
     const int width = whole ? kLanes : lanes_left(c, columns);
     if constexpr (parts == 1) {
+        if (source.dtype == FASTATTN_FLOAT32) {
+            const auto row = [&](int64_t i) { return whole || i < rows ? load_any(source.at(i, c), FASTATTN_FLOAT32, width) : zero(); };
+            return {{row_pair(row(r), row(r + 1))}};
+        }
         const auto row = [&](int64_t i) {
             vhalf h = {};
             if (whole) __builtin_memcpy(&h, source.at(i, c), sizeof h);

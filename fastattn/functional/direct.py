@@ -22,7 +22,7 @@ from fastattn import dispatch
 from fastattn.backends import cpu
 from fastattn.backends.codes import ACTIVATIONS
 from fastattn.backends.cpu.attention import OFTEN
-from fastattn.backends.cpu.library import native
+from fastattn.backends.cpu.library import matmul_precision, native
 from fastattn.masks import Causal
 from fastattn.modes import TRANSPARENT
 from fastattn.problems import FEW_QUERIES
@@ -78,6 +78,7 @@ def _opened() -> ModuleType | None:
         TRANSPARENT,
         torch.is_grad_enabled,
         torch.get_num_threads,
+        matmul_precision,
         ACTIVATIONS,
         FEW_QUERIES,
         OFTEN,

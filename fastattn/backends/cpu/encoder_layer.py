@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES, dtype_code
-from fastattn.backends.cpu.library import native
+from fastattn.backends.cpu.library import native, rounds_float32
 from fastattn.backends.views import address, mask_arguments
 from fastattn.masks.lowered import LoweredMask
 
@@ -67,6 +67,7 @@ def encoder_layer_forward(
         _norm(norm2_weight, norm2_bias, eps2),
         scale,
         mask_arguments(LoweredMask() if cu_seqlens is not None else mask, batch, heads),
+        rounds_float32(),
     )
     return y
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -45,6 +45,20 @@ def unavailable_reason() -> str | None:
     if wanted and wanted not in module.available_isas():
         return f"FASTATTN_CPU_ISA={wanted!r} is not one of the available {', '.join(module.available_isas())}"
     return None
+
+
+matmul_precision: Callable[[], str] = (
+    functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "matmul")  # torch >= 2.9
+    if hasattr(torch._C, "_get_fp32_precision_getter")
+    else torch._C._get_float32_matmul_precision
+)
+"""What torch multiplies float32 in on CPUs; not written in Python, as functional.direct needs it."""
+
+
+def rounds_float32() -> bool:
+    """Whether the user lets products on CPUs round float32 operands to bfloat16, where that is faster: by
+    `torch.set_float32_matmul_precision("medium")` or `torch.backends.mkldnn.matmul.fp32_precision = "bf16"`."""
+    return matmul_precision() in ("bf16", "medium")
 
 
 def isa() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.library import NO_DROPOUT, NOTHING, dropout_arguments, native
+from fastattn.backends.cpu.library import NO_DROPOUT, NOTHING, dropout_arguments, native, rounds_float32
 from fastattn.backends.views import address, as_matrix, is_transposed, view
 
 
@@ -188,6 +188,7 @@ def _project(
         None if pre is None or pre.numel() == 0 else (pre.data_ptr(), out_features),
         None if multiplier is None else (multiplier.data_ptr(), out_features),
         dropout,
+        rounds_float32(),
         True,
     )
     return y
@@ -209,6 +210,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         None,
         None,
         NO_DROPOUT,
+        rounds_float32(),
         False,
     )
     return out
