@@ -92,7 +92,7 @@ FASTATTN_INLINE Words<parts> words_of_row_pair(Rows source, int64_t rows, int64_
             vhalf h = {};
             if (whole) __builtin_memcpy(&h, source.at(i, c), sizeof h);
             else if (i < rows) __builtin_memcpy(&h, source.at(i, c), (size_t)width * 2);
-            return __builtin_convertvector(h, vuint);
+            return widen(h);
         };
         result.part[0] = (vfloat)(row(r) | row(r + 1) << 16);
     } else {

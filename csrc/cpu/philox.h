@@ -10,10 +10,22 @@ struct PhiloxWords {
 };
 
 FASTATTN_INLINE void multiply_wide(vuint a, uint32_t b, vuint &high, vuint &low) {
+#if defined(__AVX512F__)
+    const __m512i factor = _mm512_set1_epi32((int)b), even = _mm512_maskz_mul_epu32((__mmask8)-1, (__m512i)a, factor);
+    const __m512i odd = _mm512_maskz_mul_epu32((__mmask8)-1, _mm512_maskz_srli_epi64((__mmask8)-1, (__m512i)a, 32), factor);
+    high = (vuint)_mm512_mask_mov_epi32(_mm512_maskz_srli_epi64((__mmask8)-1, even, 32), 0xaaaa, odd);
+    low = (vuint)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_maskz_slli_epi64((__mmask8)-1, odd, 32));
+#elif defined(__AVX2__)
+    const __m256i factor = _mm256_set1_epi32((int)b), even = _mm256_mul_epu32((__m256i)a, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+    high = (vuint)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    low = (vuint)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
     typedef uint64_t vwide __attribute__((vector_size(kLanes * 8)));
     const vwide product = __builtin_convertvector(a, vwide) * (uint64_t)b;
     high = __builtin_convertvector(product >> 32, vuint);
     low = a * b;
+#endif
 }
 
 FASTATTN_INLINE PhiloxWords philox(vuint row, vuint column_group, uint32_t head, uint64_t seed) {
@@ -69,10 +81,9 @@ static inline void keep_strip(const fastattn_dropout &dropout, int64_t row, int6
 
 // kLanes elements after dropout; a dropped one is 0 whatever it was: NaN and infinity do not pass.
 FASTATTN_INLINE vfloat drop(vfloat v, const fastattn_dropout &dropout, const int16_t *keep) {
-    typedef int16_t vmask __attribute__((vector_size(kLanes * 2)));
-    vmask kept;
+    vhalf kept;
     __builtin_memcpy(&kept, keep, sizeof kept);
-    return from_bits(__builtin_convertvector(kept, vint) & bits(v * dropout.keep_scale));
+    return from_bits(widen_signed(kept) & bits(v * dropout.keep_scale));
 }
 
 FASTATTN_NAMESPACE_END

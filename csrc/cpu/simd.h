@@ -157,18 +157,34 @@ FASTATTN_INLINE void store_part(uint16_t *p, vhalf h, int n) {
 }
 
 // ---- bfloat16 and float16, to nearest even, subnormals kept --------------------------------------------------------------------------
-// GCC makes five instructions and more of the conversions of eight lanes.
+// GCC makes five instructions and more of these conversions, which take one or two.
 FASTATTN_INLINE vuint widen(vhalf h) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    return (vuint)_mm512_maskz_cvtepu16_epi32((__mmask16)-1, (__m256i)h);
+#elif defined(__AVX2__)
     return (vuint)_mm256_cvtepu16_epi32((__m128i)h);
 #else
     return __builtin_convertvector(h, vuint);
 #endif
 }
 
+// With their sign.
+FASTATTN_INLINE vint widen_signed(vhalf h) {
+#if defined(__AVX512F__)
+    return (vint)_mm512_maskz_cvtepi16_epi32((__mmask16)-1, (__m256i)h);
+#elif defined(__AVX2__)
+    return (vint)_mm256_cvtepi16_epi32((__m128i)h);
+#else
+    typedef int16_t vshort __attribute__((vector_size(kLanes * 2)));
+    return __builtin_convertvector((vshort)h, vint);
+#endif
+}
+
 // The low halves of lanes below 2^16.
 FASTATTN_INLINE vhalf low_halves(vuint v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    return (vhalf)_mm512_maskz_cvtepi32_epi16((__mmask16)-1, (__m512i)v);
+#elif defined(__AVX2__)
     const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
     return (vhalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
