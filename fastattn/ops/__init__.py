@@ -16,6 +16,7 @@ from fastattn.ops.ffn import (
     linear_act_backward,
     linear_act_forward,
 )
+from fastattn.ops.flops import register_with_counter
 from fastattn.ops.norm import Norm, norm_backward, norm_forward
 
 __all__ = [
@@ -37,3 +38,5 @@ __all__ = [
     "norm_backward",
     "norm_forward",
 ]
+
+register_with_counter()
