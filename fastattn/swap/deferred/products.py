@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn.swap.deferred.scores import CannotAttend, Part, Scores, attend, may_be_attended
-from fastattn.swap.deferred.tensor import PLAIN, Deferred, Function, Step, deferred, running
+from fastattn.swap.deferred.tensor import PLAIN, Deferred, Function, Step, deferred, made, running
 
 _BMMS = (torch.bmm, Tensor.bmm)
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, *_BMMS)
@@ -26,10 +27,28 @@ def _matmul(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return NotImplemented
     if function in _BMMS and (q.dim() != 3 or q.shape[0] != transposed.shape[0]):
         return NotImplemented
-    # Keys turned over as they are wherever they come from heads; values are not.
-    if transposed.stride(-2) != 1 and transposed.shape[-2] != 1 and transposed.shape[-1] != 1:
+    # Keys turned over as they are wherever they come from heads, or queries where channels come first; values are not.
+    if not (_is_turned(transposed) or 1 in transposed.shape[-2:] or _is_turned(q) or _was_turned(transposed)):
         return NotImplemented
     return _defer(q, transposed.transpose(-2, -1), function, args)
+
+
+def _is_turned(t: Tensor) -> bool:
+    return t.stride(-2) == 1 and t.stride(-1) != 1
+
+
+def _was_turned(t: Tensor) -> bool:
+    return running.deferral is not None and any(each() is t for each in running.deferral.turned)
+
+
+def _contiguous(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Notes a copy of what may be keys: their product with queries is one with keys that lie as they did."""
+    if len(args) != 1 or kwargs or not _are_plain(*args) or args[0].dim() < 3 or not _is_turned(args[0]):
+        return NotImplemented
+    copy = args[0].contiguous()
+    if running.deferral is not None:
+        running.deferral.turned.append(weakref.ref(copy))
+    return copy
 
 
 def _baddbmm(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,6 +133,7 @@ PRODUCTS: dict[Any, Step] = {
     torch.einsum: _einsum,
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
+    Tensor.contiguous: _contiguous,
 }
 """What a Deferral looks at."""
 
@@ -122,16 +142,17 @@ PRODUCTS: dict[Any, Step] = {
 
 
 def weighted(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A step: the product of deferred weights and values."""
-    if len(args) != 2 or kwargs or not isinstance(args[0], Deferred):
+    """A step: the product of deferred weights and values, or of values and weights, both turned over."""
+    if len(args) != 2 or kwargs:
         return NotImplemented
-    weights, values = args
+    are_turned = not isinstance(args[0], Deferred)
+    values, weights = args if are_turned else args[::-1]
     if not _are_plain(values) or values.dim() < 2:
         return NotImplemented
     if function in _BMMS and (values.dim() != 3 or values.shape[0] != weights.size(0)):
         return NotImplemented
-    out = _attend(weights, values)
-    return function(weights.node.make(), values) if out is None else out
+    out = _attend(weights, values, are_turned)
+    return function(*map(made, args)) if out is None else out
 
 
 def weighted_einsum(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,11 +174,14 @@ def weighted_einsum(function: Function, args: tuple[Any, ...], kwargs: dict[str,
     return out if out is NotImplemented else plan.result(out)  # einsum's results may lie in any way
 
 
-def _attend(weights: Deferred, values: Tensor) -> Any:
-    """The product by attention; None where torch's own is as fast."""
+def _attend(weights: Deferred, values: Tensor, are_turned: bool = False) -> Any:
+    """The product by attention; None where torch's own is as fast. are_turned: values and weights, and the product."""
     node, deferral = weights.node, running.deferral
     if node.is_made or not node.scores.is_softmaxed or node.tracks != torch.is_grad_enabled():
         return NotImplemented
+    if node.scores.is_turned != are_turned:
+        return NotImplemented
+    values = values.transpose(-2, -1) if are_turned else values
     if deferral is None or node.dtype != node.scores.q.dtype or not deferral.defers_here():
         return NotImplemented
     if values.shape[-2] != node.scores.k.shape[-2]:
@@ -173,6 +197,8 @@ def _attend(weights: Deferred, values: Tensor) -> Any:
         return NotImplemented
     deferral.attended += 1
     # Its backward reads the output, which a product's does not: the forward may write to what it gets.
+    if are_turned:
+        return out.transpose(-2, -1).clone(memory_format=torch.contiguous_format)
     return deferral.keep(out.clone() if out.requires_grad else out)
 
 

@@ -39,7 +39,8 @@ class Scores(NamedTuple):
     """scale * q k^T + the terms, `fill` where a key is hidden; or, softmaxed, the weights that these give.
 
     q (..., Sq, D), k (..., Skv, D); leads: all the shapes that the leading dimensions have had, the present one last.
-    seeds: that of the dropout, once it was drawn; all copies share the list.
+    seeds: that of the dropout, once it was drawn; all copies share the list. is_turned: the last two dimensions have
+    changed places; nothing but a product with values takes such weights.
     """
 
     q: Tensor
@@ -52,10 +53,12 @@ class Scores(NamedTuple):
     is_softmaxed: bool = False
     dropout_p: float = 0.0
     seeds: tuple[list[Tensor], ...] = ()
+    is_turned: bool = False
 
     @property
     def shape(self) -> Lead:
-        return (*self.leads[-1], self.q.shape[-2], self.k.shape[-2])
+        rows, columns = self.q.shape[-2], self.k.shape[-2]
+        return (*self.leads[-1], columns, rows) if self.is_turned else (*self.leads[-1], rows, columns)
 
 
 class CannotAttend(Exception):
@@ -118,7 +121,8 @@ def drawn_weights(scores: Scores, backend: str | None) -> Tensor:
     """Weights after the dropout that their product with values had: that with columns of the identity."""
     size = scores.k.shape[-2]
     identity = torch.eye(size, dtype=scores.q.dtype, device=scores.q.device)
-    return torch.cat([attend(scores, part, backend) for part in identity.split(MAX_HEAD_DIM, dim=-1)], dim=-1)
+    weights = torch.cat([attend(scores, part, backend) for part in identity.split(MAX_HEAD_DIM, dim=-1)], dim=-1)
+    return weights.transpose(-2, -1) if scores.is_turned else weights
 
 
 def _check(scores: Scores, v: Tensor) -> None:

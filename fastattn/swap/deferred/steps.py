@@ -23,6 +23,8 @@ def _open(value: object) -> Scores | None:
     """The scores that a tensor stands for, where it is deferred still and everything is as it was when it became so."""
     if not isinstance(value, Deferred) or value.node.is_made or value.node.tracks != torch.is_grad_enabled():
         return None
+    if value.node.scores.is_turned:
+        return None
     return value.node.scores if running.deferral is None or running.deferral.defers_here() else None
 
 
@@ -316,6 +318,32 @@ def _view(function: Function, args: Args, kwargs: Kwargs) -> Any:
         return NotImplemented
     viewed = scores._replace(leads=(*scores.leads, shape[:-2]))
     result = deferred(viewed, function, args, kwargs, target.node.dtype)
+    result.node.is_view = True
+    return result
+
+
+_MT = Tensor.mT.__get__  # type: ignore[attr-defined]
+
+
+@_known_as(
+    Tensor.transpose,
+    torch.transpose,
+    Tensor.swapaxes,
+    torch.swapaxes,
+    Tensor.swapdims,
+    torch.swapdims,
+    _MT,
+)
+def _turn(function: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Weights turned over, as where channels come before positions: values @ weights.transpose(-2, -1)."""
+    target = args[0]
+    scores = _open(target)
+    if scores is None or not scores.is_softmaxed or kwargs:
+        return NotImplemented
+    last = len(scores.shape) - 1
+    if function != _MT and {dim % (last + 1) for dim in args[1:]} != {last - 1, last}:
+        return NotImplemented
+    result = deferred(scores._replace(is_turned=True), function, args, kwargs, target.node.dtype)
     result.node.is_view = True
     return result
 

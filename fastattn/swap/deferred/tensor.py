@@ -70,6 +70,11 @@ class Node:
             stored.append(value)
         self._args: tuple[Any, ...] = tuple(stored)
 
+    def drops(self) -> bool:
+        """Whether its step is the dropout, and not one that follows it."""
+        before = [value.scores for value in self._args if isinstance(value, Node) and not value.is_made]
+        return bool(self.scores.seeds) and not any(scores.seeds for scores in before)
+
     def sources(self) -> list[Tensor]:
         """The tensors that it is made of, beside other nodes."""
         return [value for value in self._args if isinstance(value, Tensor)]
@@ -211,7 +216,7 @@ class _Link(torch.autograd.Function):
     def forward(ctx: Any, node: Node, shape: tuple[int, ...], dtype: torch.dtype, *tensors: Tensor) -> Deferred:
         ctx.function, ctx.args, ctx.kwargs, ctx.versions = node._function, node._args, node._kwargs, node._versions
         ctx.tensors = [t.node if isinstance(t, Deferred) else t for t in tensors]
-        ctx.node = node if node.scores.seeds else None
+        ctx.node = node if node.drops() else None
         return _empty(shape, dtype)
 
     @staticmethod
@@ -384,6 +389,8 @@ class Deferral(Transparent):
         self.is_small = False
         self.live: list[weakref.ref[Node]] = []
         self.outputs: dict[int, torch.UntypedStorage] = {}
+        self.turned: list[weakref.ref[Tensor]] = []
+        """Copies of tensors whose last two dimensions had changed places."""
         self._apart: list[tuple[int, int]] = []
         """Storages of outputs, and of their copies in another shape, that a product and its view would share."""
         self._products = products

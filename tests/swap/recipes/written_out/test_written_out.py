@@ -311,6 +311,52 @@ def OtherThingsAreWritten(self, q, k, v):
     return dots.softmax(-1) @ v * counts.sum().div_(5)
 
 
+@fused
+def KeysCopied(self, q, k, v):
+    """GCViT's."""
+    return (q @ k.transpose(-2, -1).contiguous() * self.scale).softmax(-1) @ v
+
+
+def channels_first(*tensors: Tensor) -> Tensor:
+    """(3, B, H, D, S), as convolutions give them."""
+    return torch.stack([t.transpose(-2, -1) for t in tensors])
+
+
+@fused
+def ChannelsFirst(self, q, k, v):
+    """Ultralytics'."""
+    q, k, v = channels_first(q, k, v)
+    attn = ((q.transpose(-2, -1) @ k) * self.scale).softmax(dim=-1)
+    out = (v @ attn.transpose(-2, -1)).view(BATCH, WIDTH, 4, LENGTH // 4)
+    return out.view(v.shape).mT
+
+
+@fused
+def ChannelsFirstWithAll(self, q, k, v):
+    q, k, v = channels_first(q, k, v)
+    attn = torch.matmul(torch.swapaxes(q, 2, 3), k) * self.scale + self.bias
+    attn = self.drop(self.softmax(attn.masked_fill(self.causal == 0, -math.inf)))
+    out = torch.matmul(v, attn.mT)
+    out += 1.0
+    return out.mul_(2.0).mT
+
+
+@fused
+def ChannelsFirstOfMerged(self, q, k, v):
+    q, k, v = (t.flatten(0, 1) for t in channels_first(q, k, v))
+    weights = torch.bmm(q.transpose(1, 2), k).softmax(-1).view(BATCH, HEADS, LENGTH, LENGTH).flatten(0, 1)
+    return torch.bmm(v, torch.transpose(weights, 2, 1)).view(BATCH, HEADS, -1, LENGTH).mT
+
+
+@fused
+def ChannelsFirstTwice(self, q, k, v):
+    """The weights stay, and one head of other values broadcasts."""
+    q, k, v = channels_first(q, k, v)
+    weights = (q.mT @ k).softmax(-1)
+    turned = weights.transpose(-1, -2)
+    return (v @ turned + v[:, :1] @ turned).mT + weights @ v.mT
+
+
 # ---- what else is done to scores -------------------------------------------------------------------------------------
 
 
@@ -334,6 +380,50 @@ def SoftmaxTwice(self, q, k, v):
 @left("its attention scores are used by matmul")
 def NoSoftmax(self, q, k, v):
     return (q @ k.mT * self.scale) @ v
+
+
+@left("its attention weights are used by matmul")
+def TurnedBeforeValues(self, q, k, v):
+    """Values by query, as slots have them."""
+    return (q @ k.mT).softmax(-1).transpose(-2, -1) @ v
+
+
+@left("its attention weights are used by matmul")
+def NotTurnedBehindValues(self, q, k, v):
+    return (v.mT @ (q @ k.mT).softmax(-1)).mT
+
+
+@left("its attention weights are used by einsum")
+def TurnedInAnEinsum(self, q, k, v):
+    return torch.einsum("bhij,bhjd->bhid", (q @ k.mT).softmax(-1).mT, v)
+
+
+@left("its attention weights are used by transpose")
+def TurnedElsewhere(self, q, k, v):
+    return ((q @ k.mT).softmax(-1).transpose(1, 2).transpose(1, 2)) @ v
+
+
+@left("its attention weights are used by softmax")
+def TurnedAndSoftmaxed(self, q, k, v):
+    return (v.mT @ (q @ k.mT).softmax(-1).mT.softmax(-1)).mT
+
+
+@left("its attention weights are used by mul_")
+def TurnedAndWritten(self, q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    if not torch.is_grad_enabled():
+        weights.mT.mul_(0.5)
+    return (v.mT @ weights.mT).mT
+
+
+@left("its attention scores are used by transpose")
+def TurnedScores(self, q, k, v):
+    return (q @ k.mT.contiguous()).transpose(-2, -1).softmax(-1) @ v
+
+
+@left("its attention scores are used by matmul")
+def LinearAttention(self, q, k, v):
+    return q.softmax(-1) @ (k.softmax(-2).transpose(-2, -1) @ v)
 
 
 @left("its attention scores are used by __getitem__")

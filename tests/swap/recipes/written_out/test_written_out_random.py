@@ -90,11 +90,12 @@ def run_program(module: Program, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = v * 0.1
     for _ in range(choose.randint(3, 12)):
         if not scores or choose.random() < 0.15:
-            scores.append(choose.choice(small) @ choose.choice(small).mT)
+            q, k = choose.choice(small), choose.choice(small).mT
+            scores.append(q @ (k.contiguous() if choose.random() < 0.3 else k))
             log.append("product")
             continue
         i = choose.randrange(len(scores)) if choose.random() < 0.3 else len(scores) - 1
-        s, what = scores[i], choose.randrange(26)
+        s, what = scores[i], choose.randrange(27)
         log.append(f"{what} of {i}")
         if what < 3:
             scores[i] = s * choose.choice((0.35, 0.5, module.temperature.exp()))
@@ -127,6 +128,9 @@ def run_program(module: Program, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             s[..., 0] = 0.25
         elif what == 24:
             scores.append(s.transpose(-1, -2) if choose.random() < 0.5 else s[:, :, :LENGTH])
+        elif what == 25:
+            turned = s.softmax(-1).mT
+            out = out + (choose.choice(small).mT @ turned).mT + (0.5 * turned @ v if choose.random() < 0.2 else 0)
         else:
             with torch.set_grad_enabled(choose.random() < 0.5):
                 t = choose.choice(small)

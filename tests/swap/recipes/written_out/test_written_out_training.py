@@ -159,17 +159,36 @@ def test_a_gradient_penalty_through_a_function_of_the_models_own() -> None:
     assert_same(found[1:], found[:1])
 
 
-def test_weights_dropped_before_a_function_of_the_models_own_have_their_gradient() -> None:
-    """The output is linear in the weights that were drawn: <w, dw> is known from the output alone."""
+@pytest.mark.parametrize("view", ["itself", "flat", "turned"])
+def test_weights_dropped_before_a_function_of_the_models_own_have_their_gradient(view: str) -> None:
+    """That of the scores, by differences between draws of the same dropout."""
+    there, back = {
+        "itself": (lambda t: t, lambda t: t),
+        "flat": (lambda t: t.flatten(0, 1), lambda t: t.unflatten(0, (BATCH, HEADS))),
+        "turned": (lambda t: t.transpose(-2, -1), lambda t: t.transpose(-2, -1)),
+    }[view]
 
     def attend(module: Any, scores: Tensor, v: Tensor) -> Tensor:
-        weights = module.drop(scores.softmax(-1))
-        return Squared.apply(weights) @ v
+        return back(Squared.apply(there(module.drop(scores.softmax(-1))))) @ v
 
     _, swapped, _ = both(attend, 0.4)
-    out, *gradients = parts(swapped)
-    weight = swapped.proj.weight
-    torch.testing.assert_close((out * draw(*out.shape)).sum(), (weight * gradients[-1]).sum(), rtol=1e-4, atol=1e-3)
+    swapped.double()
+    x = draw(BATCH, LENGTH, WIDTH).double().requires_grad_()
+
+    def total() -> Tensor:
+        torch.manual_seed(4)
+        out = swapped(x)
+        return (out * draw(*out.shape)).sum()
+
+    weight = swapped.qkv.weight
+    (gradient,) = torch.autograd.grad(total(), [weight])
+    step = 1e-5 * draw(*weight.shape).double()
+    with torch.no_grad():
+        weight += step
+    above = total().detach()
+    with torch.no_grad():
+        weight -= 2 * step
+    torch.testing.assert_close((above - total().detach()) / 2, (gradient * step).sum(), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
