@@ -391,6 +391,9 @@ class Deferral(Transparent):
         self.outputs: dict[int, torch.UntypedStorage] = {}
         self.turned: list[weakref.ref[Tensor]] = []
         """Copies of tensors whose last two dimensions had changed places."""
+        self.left_first: set[tuple[int, ...]] = set()
+        """Shapes of scores that were too few where channels come first: values times such weights look like queries
+        times keys."""
         self._apart: list[tuple[int, int]] = []
         """Storages of outputs, and of their copies in another shape, that a product and its view would share."""
         self._products = products

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastattn
 from fastattn import swap
-from fastattn.swap.deferred import scores
+from fastattn.swap.deferred import products, scores
 from fastattn.swap.deferred.tensor import Deferred
 from fastattn.swap.recipes import free_linear, written_out
 
@@ -251,6 +251,25 @@ def test_a_forced_backend_runs_calls_of_any_size(module: Attention, monkeypatch:
     swap(module, linears=False, backend="reference")
     torch.testing.assert_close(module(X), expected, atol=1e-5, rtol=1e-5)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name, least", [("_FIRST_SCORES", BATCH * HEADS * LENGTH**2), ("_FIRST_KEYS", LENGTH)])
+def test_channels_first_pays_from_more_on(name: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ChannelsFirst(Attention):
+        def attend(self, q, k, v):
+            q, k, v = torch.stack([t.mT for t in (q, k, v)])
+            return (v @ (q.mT @ k).softmax(-1).mT).mT
+
+    monkeypatch.setattr(written_out, "SMALLEST", {False: 1, True: 1})
+    monkeypatch.setattr(products, "_FIRST_SCORES", 0)
+    monkeypatch.setattr(products, "_FIRST_KEYS", 0)
+    for limit, choices in ((least, {}), (least + 1, {written_out.AS_FAST: 1})):
+        monkeypatch.setattr(products, name, limit)
+        module = ChannelsFirst().eval()
+        report = swap(module, linears=False)
+        with report.counting(), torch.no_grad():
+            module(X)
+        assert (row_of(report).calls, row_of(report).fallbacks, row_of(report).choices) == (1, {}, choices)
 
 
 def test_a_learned_bias_on_few_keys_is_trained_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
