@@ -23,6 +23,7 @@ from fastattn.swap.recipes import (
     feedforward,
     flagged_glu,
     free_spelled_linear,
+    held_functions,
     in_order,
     norm,
     processors,
@@ -77,7 +78,7 @@ def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Read
         readers += [norm.read, feedforward.read, flagged_glu.read, in_order.read, free_spelled_linear.read]
     if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
-    return [*readers, either_way.read, processors.read, written_out.read]
+    return [*readers, either_way.read, processors.read, written_out.read, held_functions.read]
 
 
 def _is_of_transformers(original: type[nn.Module]) -> bool:

@@ -49,7 +49,7 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -117,7 +117,7 @@ def _asks_for_it(function: FunctionType, methods: dict[str, FunctionType]) -> bo
 
 def copy_of(function: FunctionType) -> Copied | None:
     """The function with ours in the place of torch's; None where it does not call that, or not plainly."""
-    return copied(function, _attend)
+    return copied(function, attend)
 
 
 def _recipe(swapped: type[Swapped]) -> Recipe:
@@ -150,7 +150,7 @@ def counted(
         before = _running.module, _running.has_called
         is_told = before[0] is not None or self.fastattn_backend or self.fastattn_strict
         if torch.compiler.is_compiling() and not is_told:
-            # Nothing to tell _attend, and activation checkpointing inside of a graph allows no assignment.
+            # Nothing to tell attend, and activation checkpointing inside of a graph allows no assignment.
             return forward(self, *args, **kwargs)
         _running.module, _running.has_called = self, False
         try:

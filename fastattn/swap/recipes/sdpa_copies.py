@@ -64,7 +64,7 @@ def copied(function: FunctionType, attend: Attend, depth: int = _DEPTH) -> Copie
             names[name] = _OURS + name
             scope[_OURS + name] = other.function
             through += [(scope, name, value), *other.through]
-    return Copied(with_code(function, _renamed(code, names)), tuple(through)) if names else None
+    return Copied(with_code(function, renamed(code, names)), tuple(through)) if names else None
 
 
 def layers(function: FunctionType) -> Iterator[FunctionType]:
@@ -118,13 +118,13 @@ def names_it(code: CodeType) -> bool:
     return any(THEIRS in each.co_names for each in codes(code))
 
 
-def names_own(code: CodeType) -> bool:
+def names_own(code: CodeType, name: str = THEIRS) -> bool:
     """Whether the name is always that of an attribute of the method's first argument, as litgpt names a method."""
     for each in codes(code):
         before: tuple[str, ...] = ()
-        for instruction in _instructions(each):
+        for instruction in instructions(each):
             is_load = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            if instruction.argval == THEIRS and not (is_load and before[-1:] == code.co_varnames[:1]):
+            if instruction.argval == name and not (is_load and before[-1:] == code.co_varnames[:1]):
                 return False
             before = locals_of(instruction, "LOAD")
     return True
@@ -139,7 +139,7 @@ def locals_of(instruction: dis.Instruction, verb: str) -> tuple[str, ...]:
     return tuple(name for each, name in zip(verbs, names, strict=False) if each == verb)
 
 
-def _instructions(code: CodeType) -> list[dis.Instruction]:
+def instructions(code: CodeType) -> list[dis.Instruction]:
     """Those that do something, which differ least from one Python to the next."""
     return [each for each in dis.get_instructions(code) if each.opname not in NOT_CODE]
 
@@ -148,7 +148,7 @@ def _functions_named(code: CodeType) -> Iterator[str]:
     """The names of globals that are nothing else in this code: renaming them renames no attribute."""
     found: dict[str, set[str]] = {}
     for each in codes(code):
-        for instruction in _instructions(each):
+        for instruction in instructions(each):
             if isinstance(instruction.argval, str) and instruction.argval in each.co_names:
                 found.setdefault(instruction.argval, set()).add(instruction.opname)
     return (name for name, uses in found.items() if uses == {"LOAD_GLOBAL"})
@@ -162,7 +162,7 @@ def _calls_torchs(code: CodeType, scope: dict[str, Any]) -> bool:
     """Whether the name stands for torch's own function wherever it is used."""
     for each in codes(code):
         path: list[str] = []
-        for instruction in _instructions(each):
+        for instruction in instructions(each):
             if instruction.opname == "LOAD_GLOBAL":
                 path = [instruction.argval]
             elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and path:
@@ -191,8 +191,8 @@ def _is_builtin() -> bool:
     return isinstance(TORCHS, BuiltinFunctionType)
 
 
-def _renamed(code: CodeType, names: dict[str, str]) -> CodeType:
-    constants = tuple(_renamed(each, names) if isinstance(each, CodeType) else each for each in code.co_consts)
+def renamed(code: CodeType, names: dict[str, str]) -> CodeType:
+    constants = tuple(renamed(each, names) if isinstance(each, CodeType) else each for each in code.co_consts)
     return code.replace(co_names=tuple(names.get(name, name) for name in code.co_names), co_consts=constants)
 
 
@@ -237,5 +237,5 @@ def _of_registry(function: FunctionType, attend: Attend) -> Copied | None:
     if registry is None or copy is None or _REGISTRY not in _functions_named(function.__code__) or not asks:
         return None
     scope[_OURS + _REGISTRY] = _Registry(registry, native, copy.function)
-    renamed = _renamed(function.__code__, {_REGISTRY: _OURS + _REGISTRY})
-    return Copied(with_code(function, renamed), ((scope, _REGISTRY, registry),))
+    code = renamed(function.__code__, {_REGISTRY: _OURS + _REGISTRY})
+    return Copied(with_code(function, code), ((scope, _REGISTRY, registry),))
