@@ -156,8 +156,13 @@ class _Finder(MetaPathFinder):
 
 
 class _Registering(Loader):
+    """Loads as the loader that it wraps, which answers all else."""
+
     def __init__(self, finder: _Finder, loader: Any) -> None:
         self.finder, self.loader = finder, loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self.loader.create_module(spec)

@@ -186,9 +186,9 @@ assert not any("fastattn" in type(each).__module__ for each in sys.meta_path)
 print(counter.get_total_flops())
 """
 OURS, TORCHS = "import fastattn.ops, fastattn.swap", "from torch.utils.flop_counter import FlopCounterMode"
-PROBED = (
-    f"{OURS}\nimport importlib.util\nassert importlib.util.find_spec('torch.utils.flop_counter').loader is not None"
-)
+PROBED = f"""{OURS}
+from importlib.util import find_spec
+assert find_spec("torch.utils.flop_counter").loader.get_code("torch.utils.flop_counter") is not None"""
 
 
 @pytest.mark.parametrize(
