@@ -515,6 +515,8 @@ def _gated(expression: Any, tail: tuple[Step, ...]) -> Block | None:
                     continue
                 match step[1], beside:
                     case Call(Own(gate), (z,)), Call(Own(up), (other,)) if z == other:
+                        if gate == up and isinstance(step[0], Named):
+                            return None  # the child may have overwritten what stands beside it
                         norm = _normed(z)
                         if norm is not None:
                             return Block(up, step[0], tail, gate, norm=norm.child)

@@ -266,6 +266,21 @@ def test_what_only_looks_like_one_is_left(block_class) -> None:
     assert not [row for row in plan(block_class()).rows if row.action == "swap"]
 
 
+class OfWhatWasActivated(Block):
+    def forward(self, x):
+        hidden = self.up(x)
+        return self.down(self.activation(hidden) * hidden)
+
+
+def test_a_child_that_overwrites_one_of_two_factors() -> None:
+    for activation in (nn.SiLU(), nn.SiLU(inplace=True)):
+        module, x = OfWhatWasActivated(activation), torch.randn(3, WIDTH)
+        with torch.no_grad():
+            expected = module(x)
+            swap(module, linears=False)
+            torch.testing.assert_close(module(x), expected)
+
+
 def test_an_activation_without_a_kernel_is_left_with_its_name() -> None:
     (row,) = plan(Llama(nn.Tanh())).rows
     assert (row.action, row.reason) == ("left", "the activation Tanh has no kernel")
