@@ -8,15 +8,18 @@
 Names of variables, order of statements and helper methods leave no trace, so that one pattern knows the copies of a
 block that libraries of models hold by the hundred. A forward is read only where the symbols see all that it does: it
 takes a fixed number of tensors, has no loop, no code within it and no assignment to an attribute or a global, uses no
-global but torch on its way, branches on nothing but flags of the module and on which of its attributes are None, and
-every operation that it does is part of what it returns. Any other is not read. A forward that branches
-(`if self.with_scale:`) has a spelling for each of the cases with which it can be read. What it would do on devices that
-these kernels do not run on is not asked: a question for one of them by name (`x.device.type == "mps"`) is answered with
-no, as it is of inputs on a CPU or a GPU of CUDA.
+global but torch on its way, branches on nothing but flags of the module, dtypes of its tensors and which of its
+attributes are None, and every operation that it does is part of what it returns. Any other is not read. A forward that
+branches (`if self.with_scale:`) has a spelling for each of the cases with which it can be read, and so has one that
+takes a dimension or a form of gelu from an attribute (`approximate=self.config.gelu_approximate`). What it would do on
+devices that these kernels do not run on is not asked: a question for one of them by name (`x.device.type == "mps"`) is
+answered with no, as it is of inputs on a CPU or a GPU of CUDA. An operation that overwrites what a child has given, and
+nothing else reads, is as one that does not.
 """
 
 from __future__ import annotations
 
+import builtins
 import dis
 import inspect
 import operator
@@ -76,6 +79,8 @@ class Op:
 
 
 Expression = Input | Own | Call | Op
+Value = bool | int | str | torch.dtype
+"""What an attribute may be asked for."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +92,28 @@ class Spelling:
     """The names of the tensors that the forward takes."""
     methods: dict[str, types.FunctionType]
     """The methods that were read through: `forward` and its helpers."""
-    flags: tuple[tuple[str, bool], ...] = ()
-    """The attributes that the forward branches on, and the values with which it is this expression."""
+    flags: tuple[tuple[str, Value], ...] = ()
+    """The attributes whose values the forward depends on, by paths with dots, and those with which it is this
+    expression."""
     nones: tuple[tuple[str, bool], ...] = ()
     """The attributes that it compares with None, and whether they are."""
     bases: tuple[type[nn.Module], ...] = ()
     """The classes whose forward it calls as super().forward(...), which was read through."""
 
     def holds_for(self, module: nn.Module) -> bool:
-        """Whether the module's flags have these values, as bools: anything else may change what it is."""
-        for name, value in self.nones:
-            if (getattr(module, name, None) is None) is not value:
+        """Whether the module's flags have these values, of these types: anything else may change what it is."""
+        for name, is_none in self.nones:
+            if (getattr(module, name, None) is None) is not is_none:
                 return False
-        return all(getattr(module, name, None) is value for name, value in self.flags)
+        return all(_has(module, path, value) for path, value in self.flags)
+
+
+def _has(module: Any, path: str, value: Value) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    if type(value) in (bool, torch.dtype):
+        return module is value
+    return type(module) is type(value) and module == value
 
 
 def spelling_of(
@@ -121,7 +135,7 @@ def spellings_of(
     if not isinstance(forward, types.FunctionType) or not 1 <= len(names) <= MAX_INPUTS or not is_plain(forward, True):
         return ()
     found: list[Spelling] = []
-    open_cases: list[tuple[dict[str, bool], dict[str, bool]]] = [({}, nones) for nones in cases_of_none(forward)]
+    open_cases: list[tuple[dict[str, Value], dict[str, bool]]] = [({}, nones) for nones in cases_of_none(forward)]
     while open_cases:
         flags, nones = open_cases.pop()
         absent = {name: None for name, is_none in nones.items() if is_none}
@@ -129,7 +143,7 @@ def spellings_of(
             spelling = _read(module_class, forward, names, flags, {**(texts or {}), **absent})
         except _Undecided as question:
             if len(flags) < MAX_FLAGS:
-                open_cases += [({**flags, question.flag: value}, nones) for value in (False, True)]
+                open_cases += [({**flags, question.path: value}, nones) for value in question.answers]
             continue
         if spelling is not None:
             found.append(replace(spelling, nones=tuple(nones.items())))
@@ -140,10 +154,10 @@ def _read(
     module_class: type[nn.Module],
     forward: types.FunctionType,
     names: tuple[str, ...],
-    flags: dict[str, bool],
+    flags: dict[str, Value],
     texts: dict[str, str | None],
 ) -> Spelling | None:
-    """One way through the forward. Raises _Undecided where it branches on a flag whose value is not given."""
+    """One way through the forward. Raises _Undecided where it depends on a value that is not given."""
     reader = _Reader(module_class, flags, texts)
     try:
         inputs = tuple(reader.symbol(Input(index)) for index in range(len(names)))
@@ -159,6 +173,8 @@ def _read(
     found = set(parts(expression))
     if not reader.done <= found or not {Input(index) for index in range(len(names))} <= found:
         return None
+    if any(isinstance(part, Own) and "." in part.name for part in found):
+        return None  # what an attribute holds may be asked, and nothing else done with it
     methods = {"forward": forward, **reader.methods}
     return Spelling(expression, names, methods, tuple(sorted(flags.items())), bases=tuple(reader.bases))
 
@@ -198,8 +214,11 @@ _READ_THROUGH = (nn.LayerNorm, nn.RMSNorm)
 
 def _on_symbols(function: types.FunctionType, reader: _Reader) -> types.FunctionType:
     """The function, with globals that only a way through it may touch that is not read, with a table of activations
-    that may be asked for what an attribute of the module names, and with a super() that knows forward alone."""
+    that may be asked for what an attribute of the module names, with a super() that knows forward alone, and without a
+    way to import."""
     scope: dict[str, Any] = {}
+    if any(each.opname == "IMPORT_NAME" for each in dis.get_instructions(function)):
+        scope["__builtins__"] = {**vars(builtins), "__import__": _Unknown()}
     if "__class__" in function.__code__.co_freevars:
         (cell,) = function.__closure__ or ()
         scope["super"] = lambda *given: _Super(reader, cell.cell_contents, given)
@@ -236,21 +255,30 @@ class _Unknown:
     __call__ = __getattr__ = __getitem__ = __bool__ = __iter__ = __len__ = __index__ = __float__ = __int__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __neg__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
-    __hash__ = object.__hash__
+    __hash__ = _refuse  # of which a set would say that it has it not
 
 
 class _Undecided(Exception):
-    """Raised where a forward branches on a flag whose value this reading does not know."""
+    """Raised where a forward depends on an attribute whose value this reading does not know; one that is none of the
+    answers is not read."""
 
-    def __init__(self, flag: str) -> None:
-        super().__init__(flag)
-        self.flag = flag
+    def __init__(self, path: str, answers: tuple[Value, ...] = (False, True)) -> None:
+        super().__init__(path)
+        self.path, self.answers = path, answers
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ANSWERS: dict[str, tuple[Value, ...]] = {"approximate": ("none", "tanh"), "dim": (-1,)}
+"""What the options of torch are taken to be where an attribute is handed on to them."""
+_PLACES_OF_DIM = {"chunk": 2, "mean": 1, "var": 1}
+"""Of the operations that take it by position."""
+_OVERWRITING = {"relu_": "relu"}
 
 
 class _Reader:
     """One reading: makes symbols, and remembers every operation done on them."""
 
-    def __init__(self, module_class: type[nn.Module], flags: dict[str, bool], texts: dict[str, str | None]) -> None:
+    def __init__(self, module_class: type[nn.Module], flags: dict[str, Value], texts: dict[str, str | None]) -> None:
         self.module_class = module_class
         self.flags = flags
         self.texts = texts
@@ -264,9 +292,16 @@ class _Reader:
     def operation(self, name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> _Symbol:
         if options.get("out") is not None:
             raise _Unreadable("out")
-        kept = {key: value for key, value in options.items() if not (key == "inplace" and value is False)}
+        overwrites = name in _OVERWRITING or options.get("inplace") is True
+        name = _OVERWRITING.get(name, name)
+        kept = {key: value for key, value in options.items() if not (key == "inplace" and type(value) is bool)}
         if "axis" in kept:  # another name that torch has for it
             kept["dim"] = kept.pop("axis")
+        _ask(name, operands, kept)
+        if overwrites:
+            _overwrite(operands)
+        else:
+            _use((*operands, *kept.values()))
         pairs = tuple(sorted((key, _expression(value)) for key, value in kept.items()))
         op = Op(name, tuple(_expression(operand) for operand in operands), pairs)
         self.done.add(op)
@@ -276,8 +311,9 @@ class _Reader:
         """self.name(...): a method of the class is read through, anything else is taken for a child."""
         method = inspect.getattr_static(self.module_class, name, None)
         if method is None:
-            if options:
+            if options or "." in name:
                 raise _Unreadable(name)
+            _use(inputs)
             call = Call(Own(name), tuple(_expression(each) for each in inputs))
             self.done.add(call)
             return self.symbol(call)
@@ -300,10 +336,12 @@ class _Reader:
         self.bases.append(base)
         return _on_symbols(method, self)(_Module(self), *inputs)
 
-    def attribute(self, name: str) -> _Attribute | str | None:
+    def attribute(self, name: str) -> Any:
         """self.name: a method may be called, a property could do anything."""
         if name in self.texts:
             return self.texts[name]
+        if type(self.flags.get(name)) in (int, str):
+            return self.flags[name]
         static = inspect.getattr_static(self.module_class, name, None)
         if hasattr(type(static), "__get__") and not isinstance(static, types.FunctionType):
             raise _Unreadable(name)
@@ -366,7 +404,8 @@ class _Symbol:
 
     def __getattr__(self, name: str) -> Any:
         # Protocols, methods that write into their tensor, and what a tensor does not have.
-        if name.startswith("__") or name.endswith("_") or not hasattr(torch.Tensor, name):
+        writes = name.endswith("_") and name not in _OVERWRITING
+        if name.startswith("__") or writes or not hasattr(torch.Tensor, name):
             raise _Unreadable(name)
         return _Method(self, name)
 
@@ -378,8 +417,7 @@ class _Symbol:
 
     __iter__ = __len__ = __index__ = __float__ = __int__ = __contains__ = __bool__
     __iadd__ = __isub__ = __imul__ = __itruediv__ = __ipow__ = __imatmul__ = __bool__
-    __eq__ = __ne__ = __bool__  # type: ignore[assignment]
-    __hash__ = object.__hash__
+    __eq__ = __ne__ = __hash__ = __bool__  # type: ignore[assignment]
 
     __add__, __radd__ = _operator("add"), _operator("add", reflected=True)
     __sub__, __rsub__ = _operator("sub"), _operator("sub", reflected=True)
@@ -390,7 +428,14 @@ class _Symbol:
 
 
 class _Attribute(_Symbol):
-    """An attribute of the module: a value in an operation, a child or a method when called."""
+    """An attribute of the module: a value in an operation, a child or a method when called. Or an attribute of that,
+    which may be asked for its value alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or hasattr(torch.Tensor, name):
+            return super().__getattr__(name)
+        reader, path = self.__dict__["_reader"], f"{self.__dict__['_expression'].name}.{name}"
+        return reader.flags[path] if type(reader.flags.get(path)) in (int, str) else _Attribute(reader, Own(path))
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         reader, own = self.__dict__["_reader"], self.__dict__["_expression"]
@@ -411,16 +456,22 @@ class _Method(_Symbol):
         self.__dict__.update(_base=base, _name=name)
 
     def __eq__(self, other: object) -> bool:  # type: ignore[override]
-        """x.device.type == "mps": the swapped forwards take x on a CPU or a GPU of CUDA alone."""
+        """x.device.type == "mps": the swapped forwards take x on a CPU or a GPU of CUDA alone. Or
+        self.weight.dtype == torch.float16."""
         match self.__dict__["_expression"]:
             case Op("getattr", (Op("getattr", (_, "device")), "type")) if other in _OTHER_DEVICES:
                 return False
+            case Op("getattr", (Own(name), "dtype")) if isinstance(other, torch.dtype):
+                known, path = self.__dict__["_reader"].flags, f"{name}.dtype"
+                if path not in known:
+                    raise _Undecided(path, _DTYPES)
+                return known[path] is other
         raise _Unreadable("==")
 
     def __ne__(self, other: object) -> bool:  # type: ignore[override]
         return not self == other
 
-    __hash__ = object.__hash__
+    __hash__ = _Symbol.__bool__
 
     def __call__(self, *operands: Any, **options: Any) -> Any:
         base, name = self.__dict__["_base"], self.__dict__["_name"]
@@ -457,6 +508,37 @@ class _Pieces:
 
 def _is_symbol(value: object) -> bool:
     return isinstance(value, _Symbol)
+
+
+def _ask(name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Asks for the value of an attribute that stands for one of `_ANSWERS`."""
+    place = _PLACES_OF_DIM.get(name, len(operands))
+    given = options if place >= len(operands) else {**options, "dim": operands[place]}
+    for key, answers in _ANSWERS.items():
+        if isinstance(given.get(key), _Attribute):
+            raise _Undecided(given[key].__dict__["_expression"].name, answers)
+
+
+def _use(values: Any) -> None:
+    """Notes that what these symbols stand for is read; it must be what it was."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            _use(value)
+        elif _is_symbol(value):
+            if value.__dict__.get("_overwritten"):
+                raise _Unreadable("what was overwritten")
+            value.__dict__["_used"] = True
+            if isinstance(value, _Method):
+                _use((value.__dict__["_base"],))  # of which it may be a view
+
+
+def _overwrite(operands: tuple[Any, ...]) -> None:
+    """Notes that an operation leaves its result in its operand: in what a child gave, for nothing but this."""
+    first = operands[0] if operands else None
+    if not _is_symbol(first) or not isinstance(first.__dict__["_expression"], Call) or first.__dict__.get("_used"):
+        raise _Unreadable("an operand that is overwritten")
+    _use(operands)
+    first.__dict__["_overwritten"] = True
 
 
 def _expression(value: Any) -> Any:

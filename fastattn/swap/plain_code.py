@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fastattn.swap.code import global_named
 
 MAX_FLAGS = 2
-"""How many attributes a forward may compare with None, or branch on."""
+"""How many attributes a forward may compare with None, and of how many others the values may be asked."""
 _MAX_INSTRUCTIONS = 120
 
 _EFFECTS = [
@@ -27,8 +27,6 @@ _EFFECTS = [
     "DELETE_GLOBAL",
     "DELETE_SUBSCR",
     "DELETE_DEREF",
-    "IMPORT_NAME",
-    "IMPORT_FROM",
     "YIELD_VALUE",
     "MAKE_FUNCTION",
     "LOAD_BUILD_CLASS",
@@ -36,6 +34,7 @@ _EFFECTS = [
     "IS_OP",  # of a symbol no object is ever the same
 ]
 _REFUSED = {dis.opmap[name] for name in _EFFECTS if name in dis.opmap}  # each Python has some of them
+_IMPORTS = ("IMPORT_NAME", "IMPORT_FROM")  # may stand where symbols do not come: if they do, they are refused there
 _JUMPS = frozenset(dis.hasjrel) | frozenset(dis.hasjabs)
 _BRANCHES = re.compile("JUMP_FORWARD|(POP_)?JUMP(_FORWARD)?_IF_(TRUE|FALSE)(_OR_POP)?")  # on what bool() says
 _NONE_TESTS = re.compile("IS_OP|POP_JUMP(_FORWARD)?_IF_(NOT_)?NONE")
@@ -55,7 +54,7 @@ _FUNCTIONS = frozenset(
             "normalize",
             "pow",
         ),
-        *("relu", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
+        *("relu", "relu_", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")
@@ -66,13 +65,16 @@ def has_effects(function: types.FunctionType) -> bool:
     variables, code within, an import."""
     code = function.__code__
     instructions = list(dis.get_instructions(function))
-    refused = any(each.opcode in _REFUSED and each.opname != "IS_OP" for each in instructions)
+    refused = any(
+        each.opname in _IMPORTS or (each.opcode in _REFUSED and each.opname != "IS_OP") for each in instructions
+    )
     return refused or len(instructions) > _MAX_INSTRUCTIONS or bool(code.co_freevars)
 
 
 def is_plain(function: types.FunctionType, may_test_own: bool = False) -> bool:
     """No loop, no branch that symbols would not notice, no store outside its own variables, no code within, and of
-    torch only known parts touched, one attribute after the other. Other globals are unknown to symbols (_on_symbols).
+    torch only known parts touched, one attribute after the other. Other globals, and what it imports, are unknown to
+    symbols (_on_symbols).
     """
     code = function.__code__
     instructions = [i for i in dis.get_instructions(function) if i.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]

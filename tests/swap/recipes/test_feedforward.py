@@ -87,6 +87,23 @@ class OneLinearTwice(Block):
         return self.down(F.silu(self.up(x)) * self.up(x))
 
 
+class InPlace(Block):
+    def forward(self, x):
+        return self.down(F.relu(self.up(x), inplace=True))
+
+
+class InPlaceByMethod(Block):
+    def forward(self, x):
+        hidden = self.up(x)
+        hidden = hidden.relu_()
+        return self.last(self.down(self.drop(hidden)))
+
+
+class InPlaceGate(Block):
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x), inplace=True) * self.up(x))
+
+
 class Bert(Block):
     def forward(self, hidden_states):
         return self.activation(self.up(hidden_states))
@@ -103,6 +120,9 @@ KERNELS = {
     GLM: "gated_ffn",
     ModernBERT: "gated_ffn",
     OneLinearTwice: "gated_ffn",
+    InPlace: "ffn",
+    InPlaceByMethod: "ffn",
+    InPlaceGate: "gated_ffn",
     Bert: "linear_act",
 }
 blocks = pytest.mark.parametrize("block_class", KERNELS)
@@ -258,9 +278,36 @@ class TwoLinears(Block):
         return self.down(self.drop(self.up(x)))
 
 
+class OverwritesItsInput(Block):
+    def forward(self, x):
+        return self.down(self.activation(self.up(F.relu(x, inplace=True))))
+
+
+class OverwritesWhatItReadsAgain(Block):
+    def forward(self, x):
+        hidden = self.up(x)
+        return self.down(F.silu(hidden, inplace=True) * hidden)
+
+
+class OverwritesAHalf(Block):
+    def forward(self, x):
+        first, second = self.both(x).chunk(2, dim=-1)
+        return self.down(F.silu(first, inplace=True) * second)
+
+
+class OverwritesTwice(Block):
+    def forward(self, x):
+        hidden = self.up(x)
+        F.silu(hidden, inplace=True)
+        return self.down(F.silu(hidden, inplace=True))
+
+
 @pytest.mark.parametrize(
     "block_class",
-    [SigmoidGate, SumOfBoth, ThreeHalves, OneHalf, HalvesOfTheRows, OnTheSide, AlwaysDrops, TwoLinears],
+    [
+        *(SigmoidGate, SumOfBoth, ThreeHalves, OneHalf, HalvesOfTheRows, OnTheSide, AlwaysDrops, TwoLinears),
+        *(OverwritesItsInput, OverwritesWhatItReadsAgain, OverwritesAHalf, OverwritesTwice),
+    ],
 )
 def test_what_only_looks_like_one_is_left(block_class) -> None:
     assert not [row for row in plan(block_class()).rows if row.action == "swap"]
@@ -279,6 +326,22 @@ def test_a_child_that_overwrites_one_of_two_factors() -> None:
             expected = module(x)
             swap(module, linears=False)
             torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_class", [InPlace, InPlaceGate])
+def test_halves_of_blocks_that_overwrite_and_what_a_swap_leaves(block_class, dtype: torch.dtype) -> None:
+    module = block_class().to(dtype).eval()
+    x = torch.randn(5, WIDTH).to(dtype)
+    expected, saved = module(x), list(module.state_dict())
+    exact = copy.deepcopy(module).float()(x.float())
+    report = swap(module, strict=True)
+    found = module(x)
+    assert found.dtype is dtype and list(module.state_dict()) == saved
+    bound = 2 * (expected.float() - exact).abs().max() + 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (found.float() - exact).abs().max() <= bound
+    report.undo()
+    assert type(module) is block_class and torch.equal(module(x), expected)
 
 
 def test_an_activation_without_a_kernel_is_left_with_its_name() -> None:
