@@ -151,7 +151,7 @@ class _Call(NamedTuple):
     last: Step | None
 
 
-class _ReadBlock(ReadForward):
+class ReadBlock(ReadForward):
     """A block in one call of the operator, or, where a check has something against a child, the original forward."""
 
     fastattn_block: ClassVar[Block]
@@ -185,14 +185,14 @@ class _ReadBlock(ReadForward):
         raise NotImplementedError
 
 
-class LinearAct(_ReadBlock):
+class LinearAct(ReadBlock):
     """act(up(x)), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         return linear_act(x, *projection(call.up), call.activation, backend=self.fastattn_backend)
 
 
-class FeedForward(_ReadBlock):
+class FeedForward(ReadBlock):
     """down(dropout(act(up(x)))), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
@@ -207,7 +207,7 @@ class FeedForward(_ReadBlock):
         )
 
 
-class GatedFeedForward(_ReadBlock):
+class GatedFeedForward(ReadBlock):
     """down(dropout(act(gate(x)) * up(x))), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:

@@ -228,7 +228,7 @@ def read(module_class: type[nn.Module]) -> Reading | None:
     norms = tuple(
         (spelling, names)
         for spelling in spellings
-        if len(spelling.inputs) == 1 and (names := norm_names(spelling.expression)) is not None
+        if len(spelling.inputs) == 1 and (names := norm_names(spelling.expression, spelling.flags)) is not None
     )
     if norms:
         return _spelled_norms(spellings, norms)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastattn.swap.expression import Expression, Input, Op, Own, parts
+from fastattn.swap.expression import Expression, Input, Op, Own, Value, parts
 
 
 class NormNames(NamedTuple):
@@ -40,9 +40,10 @@ class NormNames(NamedTuple):
     """and so are weight and bias."""
 
 
-def norm_names(expression: Expression) -> NormNames | None:
-    """The norm of Input(0) that an expression spells, or None."""
-    return _function_of_torch(expression) or _spelled_out(expression)
+def norm_names(expression: Expression, flags: tuple[tuple[str, Value], ...] = ()) -> NormNames | None:
+    """The norm of Input(0) that an expression spells where the module's flags have these values, or None."""
+    float32 = frozenset(path.removesuffix(".dtype") for path, value in flags if value is torch.float32)
+    return _function_of_torch(expression) or _spelled_out(expression, float32)
 
 
 class GatedNames(NamedTuple):
@@ -171,7 +172,8 @@ def shape_of(shape: Any, module: nn.Module, x: Tensor | None) -> tuple[Any, ...]
 # ---- spelled out -----------------------------------------------------------------------------------------------------
 
 
-def _spelled_out(expression: Any) -> NormNames | None:
+def _spelled_out(expression: Any, float32: frozenset[str]) -> NormNames | None:
+    """`float32` names the weights that are known to be."""
     inner, narrowed = _narrowed(expression)
     match inner:
         case Op("add", operands, ()):
@@ -179,31 +181,42 @@ def _spelled_out(expression: Any) -> NormNames | None:
                 shift = _scale(bias)
                 if shift is None or shift.name is None or shift.offset or (shift.widened and not narrowed):
                     continue
-                found = _scaled(rest, narrowed)
+                found = _scaled(rest, narrowed, float32)
                 if found is not None and found.centred and found.weight is not None:
                     return found._replace(bias=shift.name, widened=_is_widened(expression))
             return None
-    found = _scaled(inner, narrowed)
+    found = _scaled(inner, narrowed, float32)
     return None if found is None else found._replace(widened=_is_widened(expression))
 
 
-def _scaled(expression: Any, narrowed: bool) -> NormNames | None:
+def _scaled(expression: Any, narrowed: bool, float32: frozenset[str]) -> NormNames | None:
     """The norm with its weight, or without; `narrowed` says that the result is."""
-    found = _normalised(expression)
+    found, as_weight = _normalised(expression), False
     if found is None:
         match expression:
             case Op("mul", operands, ()):
                 for factor, rest in orders(operands):
                     scale = _scale(factor)
-                    inner = None if scale is None or scale.name is None else _normalised(_narrowed(rest)[0])
+                    if scale is None or scale.name is None:
+                        continue
+                    cast, is_cast = _narrowed(rest, Own(scale.name))
+                    inner = _normalised(cast if is_cast else _narrowed(rest)[0])
                     if inner is not None and inner.scale is None:
-                        found = inner._replace(scale=scale)
-    # Not narrowed at the end, the result has the dtype that holds both weight and input: if neither is widened.
-    if found is None or not (narrowed or (not _is_wide(expression) and not (found.scale and found.scale.widened))):
+                        found, as_weight = inner._replace(scale=scale), is_cast
+    if found is None:
         return None
-    if found.scale is None:
-        return NormNames(found.eps, None, 0.0, "input", found.centred)
-    return NormNames(found.eps, found.scale.name, found.scale.offset, "input" if narrowed else "wide", found.centred)
+    scale, widens = found.scale, _is_wide(expression) or (found.scale is not None and found.scale.widened)
+    if narrowed:
+        dtype = "input"
+    elif scale is not None and ((as_weight and not scale.widened) or (widens and scale.name in float32)):
+        dtype = "weight"  # of two that are float32 there is no other
+    elif not as_weight and not widens:
+        dtype = "input" if scale is None else "wide"
+    else:
+        return None
+    if scale is None:
+        return NormNames(found.eps, None, 0.0, dtype, found.centred)
+    return NormNames(found.eps, scale.name, scale.offset, dtype, found.centred)
 
 
 class _Found(NamedTuple):
@@ -342,15 +355,16 @@ def _widenings(base: Any) -> tuple[Any, ...]:
     return Op("float", (base,)), Op("to", (base, wide)), Op("to", (base,), (("dtype", wide),)), Op("type", (base, wide))
 
 
-def _narrowed(expression: Any) -> tuple[Any, bool]:
-    """The expression without a cast to the input's dtype, and whether there was one."""
-    dtype = Op("getattr", (Input(0), "dtype"))
+def _narrowed(expression: Any, weight: Own | None = None) -> tuple[Any, bool]:
+    """The expression without a cast to the dtype of the input, or of a weight, and whether there was one."""
+    like = weight or Input(0)
+    dtype = Op("getattr", (like, "dtype"))
     match expression:
-        case Op("to" | "type", (inner, target), ()) if target in (dtype, Input(0)):
+        case Op("to" | "type", (inner, target), ()) if target in (dtype, like):
             return inner, True
         case Op("to", (inner,), (("dtype", target),)) if target == dtype:
             return inner, True
-        case Op("type_as", (inner, Input(0)), ()):
+        case Op("type_as", (inner, other), ()) if other == like:
             return inner, True
     return expression, False
 
@@ -377,8 +391,9 @@ def _scale(factor: Any) -> _Scale | None:
                 found = _scale(weight) if _is_one(one) else None
                 if found is not None and found.name is not None and not found.offset:
                     return found._replace(offset=1.0)
-        case Op(_, (Own(name), *_)) if factor in _widenings(Own(name)):
-            return _Scale(name, 0.0, True)
+        case Op(_, (inner, *_)) if factor in _widenings(inner):
+            found = _scale(inner)
+            return None if found is None or found.name is None else found._replace(widened=True)
     return None
 
 

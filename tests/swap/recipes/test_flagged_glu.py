@@ -1,4 +1,4 @@
-"""Gated feed-forward blocks whose flags say how the product is spelled."""
+"""Feed-forward blocks whose flags, or those of their config, say how they are spelled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
@@ -128,6 +129,108 @@ def test_dropouts_drop_in_training_alone() -> None:
 def test_compiles_whole() -> None:
     torch._dynamo.reset()
     module = build().eval()
+    expected = module(X)
+    swap(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- the form of gelu in a config ------------------------------------------------------------------------------------
+
+
+class Config:
+    def __init__(self, form: object) -> None:
+        self.form = form
+
+
+class OfForm(nn.Module):
+    """As litgpt writes it."""
+
+    def __init__(self, form: object) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.up, self.beside = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH)
+        self.config = Config(form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        hidden = F.gelu(hidden, approximate=self.config.form)
+        return self.down(hidden)
+
+
+class GatedOfForm(OfForm):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x), approximate=self.config.form) * self.beside(x)
+        return self.down(hidden)
+
+
+class FormOfItsOwn(OfForm):
+    def __init__(self, form: object) -> None:
+        super().__init__(form)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.form))
+
+
+forms = pytest.mark.parametrize(
+    ("kind", "kernel"), ((OfForm, "ffn"), (GatedOfForm, "gated_ffn"), (FormOfItsOwn, "ffn"))
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("form", ("none", "tanh"))
+@forms
+def test_forms_of_gelu(kind: type[OfForm], kernel: str, form: str, dtype: torch.dtype) -> None:
+    original = kind(form).to(dtype)
+    module = copy.deepcopy(original)
+    report = swap(module, strict=True, linears=False)
+    assert row_of(report).kernel == kernel
+    exact = copy.deepcopy(original).double()
+    found, eager, true = [], [], []
+    for each, results in ((original, eager), (exact, true), (module, found)):
+        x = X.bfloat16().to(next(each.parameters()).dtype).requires_grad_()
+        with report.counting():
+            y = each(x)
+        used = [p for p in each.parameters() if kernel == "gated_ffn" or p not in set(each.beside.parameters())]
+        results += [y.detach(), *torch.autograd.grad(y.double().sum(), [x, *used])]
+        assert y.dtype is x.dtype
+    assert report.all_called
+    for one, other, best in zip(found, eager, true, strict=True):
+        bound = 2 * (other - best).abs().max() + 4 * torch.finfo(dtype).eps * best.abs().max()
+        assert (one - best).abs().max() <= bound
+    assert module.state_dict().keys() == original.state_dict().keys()
+    report.undo()
+    assert type(module) is kind
+
+
+@forms
+def test_a_form_is_looked_at_at_every_call(kind: type[OfForm], kernel: str) -> None:
+    module = kind("none")
+    report = swap(module)
+    module.config.form = module.form = "tanh"
+    with report.counting():
+        torch.testing.assert_close(module(X), kind("tanh")(X), atol=1e-6, rtol=1e-6)
+    assert report.all_called
+    module.config.form = module.form = "other"
+    with pytest.raises(RuntimeError, match="approximate"), report.counting():
+        module(X)
+    assert row_of(report).fallbacks == {"its flags are those of another branch": 1}
+
+
+@pytest.mark.parametrize("form", ("other", None))
+@forms
+def test_another_form_is_left(kind: type[OfForm], kernel: str, form: object) -> None:
+    module = kind(form)
+    swap(module, linears=False)
+    assert type(module) is kind
+
+
+@forms
+def test_forms_compile_whole(kind: type[OfForm], kernel: str) -> None:
+    torch._dynamo.reset()
+    module = kind("tanh").eval()
     expected = module(X)
     swap(module)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

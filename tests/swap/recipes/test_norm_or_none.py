@@ -1,4 +1,5 @@
-"""Norms whose forward asks which of weight and bias are None, as diffusers' FP32LayerNorm."""
+"""Norms whose forward asks which of weight and bias are None, as diffusers' FP32LayerNorm, the weight's dtype, as its
+RMSNorm, or along which dimension it is, as litgpt's."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import swap
+from fastattn import plan, swap
 
 WIDTH = 32
 
@@ -114,3 +115,230 @@ def test_compiles_whole() -> None:
         swap(module)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(X), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- the dtype of the weight -----------------------------------------------------------------------------------------
+
+
+def is_torch_npu_available() -> bool:
+    return False
+
+
+class OfWeightsDtype(nn.Module):
+    """In halves where the weight is one, else in float32; in the input's dtype where there is no weight."""
+
+    eps = 1e-6
+
+    def __init__(self, affine: bool = True, bias: bool = False) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        self.weight = nn.Parameter((torch.rand(WIDTH, generator=draw) + 0.5).bfloat16().float()) if affine else None
+        self.bias = nn.Parameter(torch.zeros(WIDTH)) if bias else None
+
+    def forward(self, states: Tensor) -> Tensor:
+        if is_torch_npu_available() and self.weight is not None:
+            import torch_npu
+
+            return torch_npu.npu_rms_norm(states, self.weight, epsilon=self.eps)[0]
+        given = states.dtype
+        mean = states.float().square().mean(dim=-1, keepdim=True)
+        states = states * torch.rsqrt(mean + self.eps)
+        if self.weight is None:
+            return states.to(given)
+        if self.weight.dtype in [torch.float16, torch.bfloat16]:
+            states = states.to(self.weight.dtype)
+        states = states * self.weight
+        return states if self.bias is None else states + self.bias
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def results(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    x = x.detach().requires_grad_()
+    leaves = [x, *module.parameters()]
+    y = module(x)
+    seen = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(y.dtype)
+    return [y.detach(), *torch.autograd.grad((y * seen).sum(), leaves)]
+
+
+def is_as_near(module: nn.Module, original: nn.Module, x: Tensor) -> bool:
+    """Whether output and gradients are as near to the exact ones as the original's, and of its dtypes. The original's
+    intermediate results have the coarsest dtype that is about."""
+    exact = results(copy.deepcopy(original).double(), x.double())
+    coarsest = max(torch.finfo(each.dtype).eps for each in (x, *original.parameters()))
+    near = True
+    for one, other, true in zip(results(module, x), results(original, x), exact, strict=True):
+        errors = [float((each.double() - true).abs().max()) for each in (one, other)]
+        near &= one.dtype is other.dtype and errors[0] <= 2 * errors[1] + 2 * coarsest * float(true.abs().max())
+    return near
+
+
+@pytest.mark.parametrize("given", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, None))
+def test_the_dtype_of_the_weight_is_that_of_the_result(dtype: torch.dtype | None, given: torch.dtype) -> None:
+    original = OfWeightsDtype(affine=dtype is not None).to(dtype or torch.float32)
+    module = copy.deepcopy(original)
+    report = swap(module, strict=True)
+    assert [row.kernel for row in report.rows] == ["rms_norm"]
+    x = X.bfloat16().to(given)
+    with report.counting():
+        y = module(x)
+    assert report.all_called and y.dtype is original(x).dtype is (dtype or given)
+    assert module.state_dict().keys() == original.state_dict().keys()
+    assert is_as_near(module, original, x)
+    report.undo()
+    assert type(module) is OfWeightsDtype and torch.equal(module(x), original(x))
+
+
+def test_the_dtype_is_looked_at_at_every_call() -> None:
+    module, original = OfWeightsDtype(), OfWeightsDtype()
+    report = swap(module)
+    for dtype in DTYPES:
+        for each in (module, original):
+            each.to(dtype)
+        with report.counting():
+            assert is_as_near(module, original, X)
+        assert report.all_called
+    for each in (module, original):
+        each.double()
+    with report.counting():
+        assert torch.equal(module(X), original(X))
+    assert report.rows[0].fallbacks == {"its flags are those of another branch": 1}
+
+
+def test_a_bias_makes_it_another_thing() -> None:
+    assert [row.action for row in plan(OfWeightsDtype(bias=True)).rows] != ["swap"]
+    module = OfWeightsDtype()
+    report = swap(module)
+    module.bias = nn.Parameter(torch.ones(WIDTH))
+    with report.counting():
+        torch.testing.assert_close(module(X), OfWeightsDtype()(X) + 1)
+    assert report.rows[0].fallbacks == {"its flags are those of another branch": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_which_dtypes_are_asked_for_is_what_counts(dtype: torch.dtype) -> None:
+    class OtherList(OfWeightsDtype):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            if self.weight.dtype in [torch.float16, torch.float32]:
+                y = y.to(self.weight.dtype)
+            return self.weight * y
+
+    class NotInList(OfWeightsDtype):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            if self.weight.dtype not in (torch.float16, torch.bfloat16):
+                y = y.to(self.weight.dtype)
+            return self.weight * y
+
+    class AnyDtype(OfWeightsDtype):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            return self.weight * y.to(dtype=self.weight.dtype)
+
+    left = {OtherList: (torch.bfloat16,), NotInList: (torch.bfloat16, torch.float16), AnyDtype: ()}
+    for kind, others in left.items():
+        original = kind().to(dtype)
+        module = copy.deepcopy(original)
+        swap(module)
+        assert (type(module) is kind) == (dtype in others), kind
+        for given in DTYPES:
+            assert is_as_near(module, original, X.bfloat16().to(given))
+
+
+class EpsOutside(OfWeightsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * (torch.rsqrt(x.float().square().mean(-1, keepdim=True)) + self.eps)
+        if self.weight.dtype in [torch.float16, torch.bfloat16]:
+            y = y.to(self.weight.dtype)
+        return y * self.weight
+
+
+class ToAnothersDtype(OfWeightsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return y.to(self.other.dtype) * self.weight
+
+
+class WideWeight(OfWeightsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return y.to(self.weight.dtype) * self.weight.float()
+
+
+class StaysWide(OfWeightsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps))
+
+
+class InASet(OfWeightsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        if self.weight.dtype in {torch.float16, torch.bfloat16}:
+            y = y.to(self.weight.dtype)
+        return y * self.weight
+
+
+class Imports(OfWeightsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        import math  # noqa: F401
+
+        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(self.weight.dtype)
+
+
+@pytest.mark.parametrize("kind", (EpsOutside, ToAnothersDtype, WideWeight, StaysWide, InASet, Imports))
+def test_what_only_looks_alike_is_left(kind: type[OfWeightsDtype]) -> None:
+    for dtype in DTYPES:
+        assert not [row for row in plan(kind().to(dtype)).rows if row.action == "swap"]
+
+
+# ---- along a dimension that an attribute says -----------------------------------------------------------------------
+
+
+class Along(nn.Module):
+    def __init__(self, dim: object = -1, shifted: bool = False) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(3)
+        self.weight = nn.Parameter(torch.rand(WIDTH, generator=draw))
+        self.dim, self.shifted = dim, shifted
+
+    def forward(self, x: Tensor) -> Tensor:
+        given, x = x.dtype, x.float()
+        inverse = torch.rsqrt(torch.mean(x * x, dim=self.dim, keepdim=True) + 1e-6)
+        scale = (1 + self.weight) if self.shifted else self.weight
+        return (x * inverse * scale.float()).to(dtype=given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shifted", (False, True))
+def test_along_the_last_dimension(shifted: bool, dtype: torch.dtype) -> None:
+    original = Along(shifted=shifted).to(dtype)
+    module = copy.deepcopy(original)
+    report = swap(module, strict=True)
+    with report.counting():
+        assert is_as_near(module, original, X.bfloat16().to(dtype))
+    assert report.all_called and [row.kernel for row in report.rows] == ["rms_norm"]
+
+
+@pytest.mark.parametrize("dim", (1, -2, 2, (-1,)))
+def test_along_any_other_runs_the_original(dim: object) -> None:
+    assert not [row for row in plan(Along(dim)).rows if row.action == "swap"]
+    module = Along()
+    report = swap(module)
+    module.dim = dim
+    with report.counting():
+        assert torch.equal(module(X), Along(dim)(X))
+    assert report.rows[0].fallbacks == {"its flags are those of another branch": 1}
+
+
+@pytest.mark.parametrize("make", (OfWeightsDtype, Along))
+def test_what_they_ask_compiles_whole(make: type[nn.Module]) -> None:
+    torch._dynamo.reset()
+    module = make().bfloat16()
+    swap(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(X.bfloat16()), module(X.bfloat16()))
