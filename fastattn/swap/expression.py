@@ -100,20 +100,27 @@ class Spelling:
     bases: tuple[type[nn.Module], ...] = ()
     """The classes whose forward it calls as super().forward(...), which was read through."""
 
-    def holds_for(self, module: nn.Module) -> bool:
-        """Whether the module's flags have these values, of these types: anything else may change what it is."""
+    def holds_for(self, module: nn.Module, seen: dict[str, Any] | None = None) -> bool:
+        """Whether the module's flags have these values, of these types: anything else may change what it is. What was
+        `seen` of its attributes in this call is not looked up again."""
+        seen = {} if seen is None else seen
         for name, is_none in self.nones:
-            if (getattr(module, name, None) is None) is not is_none:
+            if (_held(module, name, seen) is None) is not is_none:
                 return False
-        return all(_has(module, path, value) for path, value in self.flags)
+        for path, value in self.flags:
+            held = _held(module, path, seen)
+            if held is not value and (type(value) not in (int, str) or type(held) is not type(value) or held != value):
+                return False
+        return True
 
 
-def _has(module: Any, path: str, value: Value) -> bool:
+def _held(module: Any, path: str, seen: dict[str, Any]) -> Any:
+    if path in seen:
+        return seen[path]
     for name in path.split("."):
         module = getattr(module, name, None)
-    if type(value) in (bool, torch.dtype):
-        return module is value
-    return type(module) is type(value) and module == value
+    seen[path] = module
+    return module
 
 
 def spelling_of(
@@ -147,7 +154,7 @@ def spellings_of(
             continue
         if spelling is not None:
             found.append(replace(spelling, nones=tuple(nones.items())))
-    return tuple(found)
+    return tuple(reversed(found))  # those of what is there before those of what is None: more modules are such
 
 
 def _read(

@@ -60,8 +60,9 @@ class FlaggedGatedFeedForward(_Flagged, GatedFeedForward):
 
 def _block_of(module: nn.Module, blocks: tuple[tuple[Spelling, Block], ...]) -> Block | None:
     """The block that the module is with the flags that it has now."""
+    seen: dict[str, Any] = {}
     for spelling, block in blocks:
-        if spelling.holds_for(module):
+        if spelling.holds_for(module, seen):
             return block
     return None
 

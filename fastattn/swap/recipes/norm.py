@@ -130,8 +130,9 @@ def _is_silu(name: object) -> bool:
 
 def _names(module: nn.Module, norms: tuple[tuple[Spelling, NormNames], ...]) -> NormNames | None:
     """How the module spells its norm with the flags that it has now."""
+    seen: dict[str, Any] = {}
     for spelling, names in norms:
-        if spelling.holds_for(module):
+        if spelling.holds_for(module, seen):
             return names
     return None
 
