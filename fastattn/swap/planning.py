@@ -96,7 +96,7 @@ def _decide(module: nn.Module, paths: list[str], asked: frozenset[str]) -> Decis
         row.reason = "; ".join(reasons)
         return Decision(row, module)
     row.action = "swap"
-    row.kernel = " + ".join(dict.fromkeys(kernel for part, kernel in recipe.kernels.items() if part in parts))
+    row.kernel = recipe.kernel_of(module, parts)
     remarks = recipe.children_called(module, parts)
     if len(paths) > 1:
         remarks.append("also at " + ", ".join(paths[1:]))

@@ -65,6 +65,7 @@ class Recipe:
     core        the part without which the original forward runs whole; None where each part stands alone.
     whole       the swapped forward does all its parts in one call: with a part turned off the module is left alone.
     interface   the attention comes through the transformers attention interface: the config must name it.
+    named       what the swapped forward of a module runs, where that is not the same for all of the class.
     weighs      whether the attention of a module of the class gives its weights to who asks for them.
     """
 
@@ -77,6 +78,7 @@ class Recipe:
     core: str | None = None
     whole: bool = False
     interface: bool = False
+    named: Callable[[nn.Module], str] | None = None
     weighs: Callable[[nn.Module], bool] = _never
 
     @property
@@ -89,6 +91,12 @@ class Recipe:
         taken = asked & known
         lacks = (self.core is not None and self.core not in taken) or (self.whole and taken != known)
         return frozenset() if lacks else taken
+
+    def kernel_of(self, module: nn.Module, parts: frozenset[str]) -> str:
+        """What the swapped forward of a module runs for these parts."""
+        if self.named is not None:
+            return self.named(module)
+        return " + ".join(dict.fromkeys(kernel for part, kernel in self.kernels.items() if part in parts))
 
     def reasons_to_leave(self, module: nn.Module) -> list[str]:
         """Why this module, of the recipe's class, cannot be swapped; empty when it can."""

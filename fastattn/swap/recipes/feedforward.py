@@ -3,6 +3,7 @@
 LinearAct            act(linear(x)), the first half of BERT's block
 FeedForward          linear(act(linear(x)))
 GatedFeedForward     linear(act(linear(x)) * linear(x)), the two inner linears apart (Llama) or one, cut in halves (GLM)
+                     or cut by a child that makes the product, as GEGLU and SwiGLU do in a sequence
 
 with dropout, as a child or a function, before and behind the last linear or not at all, or, while it drops nothing,
 before the activation; and with a LayerNorm or RMSNorm of torch, which is called, before all. What a class's forward
@@ -27,7 +28,15 @@ from fastattn.nn.fused import original_class
 from fastattn.swap.expression import Call, Expression, Input, Op, Own, Spelling, spelling_of
 from fastattn.swap.reading import FLAGGED, ReadForward, Reading, attribute, spelled_as, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
-from fastattn.swap.recipes.activations import activation_name, activation_of, why_not_activation
+from fastattn.swap.recipes.activations import (
+    activation_name,
+    activation_of,
+    cut_in_halves,
+    glu_activation,
+    glu_gate,
+    why_not_activation,
+    why_not_glu,
+)
 from fastattn.swap.recipes.linear import is_projection, projection, why_not_projection
 from fastattn.swap.swapped import Swapped
 
@@ -72,6 +81,8 @@ class Block:
     """The norm of the input, if there is one."""
     early: Named | None = None
     """A dropout between the first linear and the activation."""
+    glu: bool = False
+    """The activation is a child that cuts the halves and multiplies them."""
 
     @property
     def is_gated(self) -> bool:
@@ -79,18 +90,19 @@ class Block:
 
 
 def _as_in(module: nn.Module, block: Block) -> Block:
-    """The block in this module: which of the names in a chain of children is the norm, and which a dropout, is told by
-    the children."""
+    """The block in this module: which of the names in a chain of children is the norm, which a dropout, and which makes
+    a product of halves, is told by the children."""
     step = block.activation
-    if not isinstance(step, Named) or block.is_gated or not block.tail or isinstance(block.tail[0], Dropped):
+    if not isinstance(step, Named) or block.is_gated or not block.tail:
         return block
-    if block.norm is None and _is_norm(_child(module, block.up)):
-        return _as_in(
-            module, replace(block, norm=block.up, up=step.name, activation=block.tail[0], tail=block.tail[1:])
-        )
-    if block.early is None and isinstance(_child(module, step.name), nn.Dropout):
-        return replace(block, early=step, activation=block.tail[0], tail=block.tail[1:])
-    return block
+    child, after = _child(module, step.name), block.tail[0]
+    if not isinstance(after, Dropped):
+        if block.norm is None and _is_norm(_child(module, block.up)):
+            return _as_in(module, replace(block, norm=block.up, up=step.name, activation=after, tail=block.tail[1:]))
+        if block.early is None and isinstance(child, nn.Dropout):
+            return _as_in(module, replace(block, early=step, activation=after, tail=block.tail[1:]))
+    gate = glu_gate(type(child))
+    return block if gate is None else replace(block, halves=gate, glu=True)
 
 
 def _is_norm(child: object) -> bool:
@@ -149,6 +161,7 @@ class _Call(NamedTuple):
     activation: str
     dropout_p: float
     last: Step | None
+    halves: str | None
 
 
 class ReadBlock(ReadForward):
@@ -193,10 +206,12 @@ class LinearAct(ReadBlock):
 
 
 class FeedForward(ReadBlock):
-    """down(dropout(act(up(x)))), x (..., K)."""
+    """down(dropout(act(up(x)))), x (..., K). Gated where the activation is a child that multiplies halves."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         assert call.down is not None
+        if call.halves is not None:
+            return _run_gated(self, x, call)
         return ffn(
             x,
             *projection(call.up),
@@ -211,25 +226,19 @@ class GatedFeedForward(ReadBlock):
     """down(dropout(act(gate(x)) * up(x))), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
-        assert call.down is not None
-        up_weight, up_bias = projection(call.up)
-        down_weight, down_bias = projection(call.down)
-        if call.gate is not None:
-            gate_weight, gate_bias = projection(call.gate)
-        else:
-            (gate_weight, up_weight), (gate_bias, up_bias) = halves_of(up_weight, up_bias, self.fastattn_block.halves)
-        return gated_ffn(
-            x,
-            gate_weight,
-            up_weight,
-            down_weight,
-            call.activation,
-            gate_bias,
-            up_bias,
-            down_bias,
-            dropout_p=call.dropout_p,
-            backend=self.fastattn_backend,
-        )
+        return _run_gated(self, x, call)
+
+
+def _run_gated(module: ReadBlock, x: Tensor, call: _Call) -> Tensor:
+    assert call.down is not None
+    up, up_bias = projection(call.up)
+    down, down_bias = projection(call.down)
+    if call.gate is not None:
+        gate, gate_bias = projection(call.gate)
+    else:
+        (gate, up), (gate_bias, up_bias) = halves_of(up, up_bias, call.halves)
+    biases, backend = (gate_bias, up_bias, down_bias), module.fastattn_backend
+    return gated_ffn(x, gate, up, down, call.activation, *biases, dropout_p=call.dropout_p, backend=backend)
 
 
 def halves_of(weight: Tensor, bias: Tensor | None, gate: str | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -278,7 +287,7 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
     activation = _activation(module, block)
     if activation is None:
         name = block.activation.name
-        return f"{name} {why_not_activation(_child(module, name))}"
+        return f"{name} {(why_not_glu if block.glu else why_not_activation)(_child(module, name))}"
     dropout_p = dropout_rate(module, None if tail is None else tail.hidden)
     if isinstance(dropout_p, str):
         return dropout_p
@@ -286,7 +295,7 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
         early_p = dropout_rate(module, block.early)
         if early_p != 0.0:
             return early_p if isinstance(early_p, str) else f"{block.early.name} drops before the activation"
-    return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last)
+    return _Call(up, gate, down, activation, dropout_p, None if tail is None else tail.last, block.halves)
 
 
 def _why_not_of(dtype: torch.dtype | None, linear: nn.Module) -> str | None:
@@ -299,7 +308,12 @@ def _why_not_of(dtype: torch.dtype | None, linear: nn.Module) -> str | None:
 
 def _activation(module: nn.Module, block: Block) -> str | None:
     step = block.activation
-    return step.name if isinstance(step, Activated) else activation_name(_child(module, step.name))
+    if isinstance(step, Activated):
+        return step.name
+    child = _child(module, step.name)
+    if block.glu:
+        return glu_activation(type(child)) if why_not_glu(child) is None else None
+    return activation_name(child)
 
 
 def dropout_rate(module: nn.Module, step: Step | None) -> float | str:
@@ -331,7 +345,7 @@ def _children(module: nn.Module, block: Block) -> Iterable[Child]:
     for name in _linears(block, tail):
         yield name, "ffns", why_not_projection
     if isinstance(block.activation, Named):
-        yield block.activation.name, "ffns", why_not_activation
+        yield block.activation.name, "ffns", why_not_glu if block.glu else why_not_activation
     if tail is not None and isinstance(tail.hidden, Named):
         yield tail.hidden.name, "ffns", why_not_dropout
 
@@ -373,7 +387,7 @@ def _named(child: object) -> str:
 
 def _refuse(module: nn.Module, block: Block) -> list[str]:
     block = _as_in(module, block)
-    if isinstance(block.activation, Activated):
+    if isinstance(block.activation, Activated) or block.glu:
         return []
     function = getattr(module, block.activation.name)
     if activation_name(function) is not None:
@@ -429,6 +443,7 @@ def recipe_of_blocks(swapped: type[Swapped], kernel: str, block_in: Callable[[nn
         children=lambda module: _children(module, of(module)),
         misfit=lambda module: FLAGGED if (block := block_in(module)) is None else _misfit(module, block),
         refuse=lambda module: _refuse(module, of(module)),
+        named=lambda module: "gated_ffn" if _as_in(module, of(module)).is_gated else kernel,
     )
 
 
@@ -444,6 +459,7 @@ def _recipe_of_sequences(swapped: type[Swapped]) -> Recipe:
         kernels={"ffns": "ffn"},
         children=lambda module: _children(module, _block_of_sequence(module)),
         misfit=misfit,
+        named=lambda module: "gated_ffn" if _as_in(module, _block_of_sequence(module)).is_gated else "ffn",
     )
 
 
@@ -531,8 +547,8 @@ def _gated(expression: Any, tail: tuple[Step, ...]) -> Block | None:
 
 def _halved(expression: Any) -> tuple[str, Any] | None:
     """The linear whose output is cut in halves along its features, and its input."""
-    match expression:
-        case Op("chunk", (Call(Own(name), (z,)), 2), (("dim", -1),)) | Op("chunk", (Call(Own(name), (z,)), 2, -1), ()):
+    match cut_in_halves(expression):
+        case Call(Own(name), (z,)):
             return name, z
     return None
 

@@ -49,6 +49,9 @@ class _Flagged(ReadBlock):
         note_fallback(self, FLAGGED)
         return self.fastattn_original.forward(self, *inputs)  # type: ignore[no-any-return]
 
+    def fastattn_call(self, x: Tensor) -> Any:
+        return FLAGGED if self.fastattn_block is None else super().fastattn_call(x)
+
 
 class FlaggedFeedForward(_Flagged, FeedForward):
     """down(dropout(act(up(x)))), x (..., K)."""

@@ -87,7 +87,7 @@ def _whole_layer(layer: PreNormLayer, x: Tensor, is_causal: bool | None) -> Whol
     if known is None or type(attention).fastattn_original.forward is not forward or not isinstance(mlp, FeedForward):
         return None
     block = mlp.fastattn_call(x)
-    if isinstance(block, str):
+    if isinstance(block, str) or block.halves is not None:
         return None
     last_p = dropout_rate(mlp, block.last)
     projections = [attention._modules[name] for name in ("q_proj", "k_proj", "v_proj", known.out)]

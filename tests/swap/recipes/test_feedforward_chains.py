@@ -77,6 +77,39 @@ def sequence(*rest: nn.Module) -> nn.Sequential:
     )
 
 
+class GEGLU(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class SwiGLU(nn.Module):
+    def forward(self, x):
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+
+def geglu(*rest: nn.Module) -> nn.Sequential:
+    """As in local-attention."""
+    return nn.Sequential(
+        Block().norm, nn.Linear(WIDTH, 2 * HIDDEN), GEGLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, WIDTH), *rest
+    )
+
+
+def swiglu() -> nn.Sequential:
+    """As in coca-pytorch."""
+    return nn.Sequential(nn.Linear(WIDTH, 2 * HIDDEN, bias=False), SwiGLU(), nn.Linear(HIDDEN, WIDTH, bias=False))
+
+
+class ChildThatMultiplies(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = SwiGLU()
+
+    def forward(self, x):
+        return self.down(F.dropout(self.act(self.both(x)), p=0.5, training=self.training))
+
+
 KERNELS = {
     Evolla: "ffn",
     Conformer: "ffn",
@@ -86,6 +119,9 @@ KERNELS = {
     Sam3: "ffn",
     NormAndEarlyDropout: "ffn",
     sequence: "ffn",
+    geglu: "gated_ffn",
+    swiglu: "gated_ffn",
+    ChildThatMultiplies: "gated_ffn",
 }
 blocks = pytest.mark.parametrize("make", KERNELS)
 
@@ -275,11 +311,94 @@ def test_what_only_looks_like_one_is_left(make) -> None:
         nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)),
         nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)),
         nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4)),
+        geglu(nn.Tanh()),
+        nn.Sequential(nn.Linear(4, 8), GEGLU()),
+        nn.Sequential(nn.Linear(4, 8), GEGLU(), nn.LayerNorm(4), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 8), nn.GELU(), GEGLU(), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 8), nn.GLU(), nn.Linear(4, 4)),
+        nn.Sequential(GEGLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)),
     ],
     ids=str,
 )
 def test_other_sequences_are_no_business_of_a_swap(module: nn.Sequential) -> None:
     assert not [row for row in plan(module).rows if row.path == ""]
+
+
+class Alone(nn.Module):
+    def forward(self, x):
+        _, gate = x.chunk(2, dim=-1)
+        return F.gelu(gate)
+
+
+class OfRows(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=0)
+        return value * F.gelu(gate)
+
+
+class Thirds(nn.Module):
+    def forward(self, x):
+        value, gate, _ = x.chunk(3, dim=-1)
+        return value * F.gelu(gate)
+
+
+class TwiceTheSame(nn.Module):
+    def forward(self, x):
+        _, gate = x.chunk(2, dim=-1)
+        return gate * F.gelu(gate)
+
+
+class Sigmoid(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * gate.sigmoid()
+
+
+class Overwrites(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate, inplace=True)
+
+
+@pytest.mark.parametrize("kind", [Alone, OfRows, Thirds, TwiceTheSame, Sigmoid, Overwrites])
+def test_what_is_no_product_of_halves_is_left(kind) -> None:
+    module = nn.Sequential(nn.Linear(4, 8), kind(), nn.Linear(4, 4))
+    assert not [row for row in plan(module, linears=False).rows if row.path == ""]
+
+
+def test_a_product_that_is_hooked_replaced_or_put_in_another_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, WIDTH)
+    module = swiglu()
+    original = copy.deepcopy(module)
+    report = swap(module)
+
+    def reasons() -> dict[str, int]:
+        with report.counting():
+            torch.testing.assert_close(module(x), original(x))
+        return next(row for row in report.rows if row.path == "").fallbacks
+
+    assert reasons() == {}
+    hooks = [each[1].register_forward_hook(lambda child, args, y: y + 1) for each in (module, original)]
+    assert reasons() == {"1 has hooks": 1}
+    for hook in hooks:
+        hook.remove()
+    module[1], original[1] = GEGLU(), GEGLU()
+    assert reasons() == {}
+    module[1], original[1] = Sigmoid(), Sigmoid()
+    assert reasons() == {"1 is Sigmoid, which has no kernel": 1}
+    module[1], original[1] = GEGLU(), GEGLU()
+    monkeypatch.setattr(GEGLU, "forward", Sigmoid.forward)
+    assert reasons() == {"1 is GEGLU, which has no kernel": 1}
+    assert module.state_dict().keys() == original.state_dict().keys()
+
+
+def test_dropouts_behind_a_product_drop_in_training() -> None:
+    module = geglu().train()
+    swap(module)
+    x = torch.randn(3, WIDTH)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
 
 
 def distilbert(**settings: object) -> nn.Module:
