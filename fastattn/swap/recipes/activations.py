@@ -13,6 +13,7 @@ from fastattn.nn import activations as torch_activations
 from fastattn.nn.checks import why_not_unwatched
 from fastattn.swap.expression import Expression, Input, Op, Spelling, spelling_of
 from fastattn.swap.reading import calls_forward_as_it_is
+from fastattn.swap.recipes.norm_spellings import uncast, widenings
 
 _TRANSFORMERS = "transformers.activations"
 _MODULES = {
@@ -72,11 +73,12 @@ def _spelling(kind: type[nn.Module]) -> Spelling | None:
 
 
 def spelled_activation(expression: Expression) -> str | None:
-    """The activation of the input that this expression is."""
+    """The activation of the input that this expression is; in float32 and narrowed again, as kernels do it, too."""
     x = Input(0)
-    found = activation_of(expression)
+    inner, is_narrowed = uncast(expression)
+    found = activation_of(inner)
     if found is not None:
-        return found[0] if found[1] == x else None
+        return found[0] if found[1] == x or (is_narrowed and found[1] in widenings(x)) else None
     match expression:
         case Op("mul", (Input(0), Op("sigmoid", (inner,), ())) | (Op("sigmoid", (inner,), ()), Input(0)), ()):
             factors = (Op("mul", (x, 1.702)), Op("mul", (1.702, x)))

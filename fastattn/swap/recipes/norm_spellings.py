@@ -60,7 +60,7 @@ class GatedNames(NamedTuple):
 
 def gated_names(expression: Expression) -> GatedNames | None:
     """The product of a norm of Input(0) and silu of Input(1) that an expression spells, or None."""
-    inner, narrowed = _narrowed(expression)
+    inner, narrowed = uncast(expression)
     match inner:
         case Op("mul", operands, ()):
             for factor, rest in orders(operands):
@@ -74,7 +74,7 @@ def gated_names(expression: Expression) -> GatedNames | None:
                         pass
                     case _:
                         continue
-                if gate == Input(1) or gate in _widenings(Input(1)):
+                if gate == Input(1) or gate in widenings(Input(1)):
                     return GatedNames(norm, activation, gate != Input(1), narrowed)
     return None
 
@@ -97,12 +97,12 @@ _PARAMETERS = {
 
 def _function_of_torch(expression: Any) -> NormNames | None:
     """F.layer_norm or F.rms_norm of the input, or of the input in float32 and narrowed again."""
-    inner, narrowed = _narrowed(expression)
+    inner, narrowed = uncast(expression)
     arguments = _arguments(inner)
     if arguments is None:
         return None
     function, x, shape, eps = inner.name, arguments["input"], arguments["normalized_shape"], arguments["eps"]
-    widened = x in _widenings(Input(0))
+    widened = x in widenings(Input(0))
     if not (narrowed if widened else x == Input(0)) or not isinstance(eps, (Own, float)) or not _is_shape(shape):
         return None
     weight, bias = _scale(arguments["weight"]), _scale(arguments.get("bias"))
@@ -174,7 +174,7 @@ def shape_of(shape: Any, module: nn.Module, x: Tensor | None) -> tuple[Any, ...]
 
 def _spelled_out(expression: Any, float32: frozenset[str]) -> NormNames | None:
     """`float32` names the weights that are known to be."""
-    inner, narrowed = _narrowed(expression)
+    inner, narrowed = uncast(expression)
     match inner:
         case Op("add", operands, ()):
             for bias, rest in orders(operands):
@@ -199,8 +199,8 @@ def _scaled(expression: Any, narrowed: bool, float32: frozenset[str]) -> NormNam
                     scale = _scale(factor)
                     if scale is None or scale.name is None:
                         continue
-                    cast, is_cast = _narrowed(rest, Own(scale.name))
-                    inner = _normalised(cast if is_cast else _narrowed(rest)[0])
+                    cast, is_cast = uncast(rest, Own(scale.name))
+                    inner = _normalised(cast if is_cast else uncast(rest)[0])
                     if inner is not None and inner.scale is None:
                         found, as_weight = inner._replace(scale=scale), is_cast
     if found is None:
@@ -242,7 +242,7 @@ def _normalised(expression: Any) -> _Found | None:
         else:
             return None
     # An inverse root that is narrowed makes a product of halves with the input as it came alone.
-    if z is None or root is None or (_narrowed(root)[1] and z != Input(0)):
+    if z is None or root is None or (uncast(root)[1] and z != Input(0)):
         return None
     match variance:
         case Op("add", terms, ()):
@@ -272,7 +272,7 @@ def _under_the_root(expression: Any, inverse: bool) -> Any:
             case Op("sqrt", (v,), ()):
                 return v
         return None
-    match _narrowed(expression)[0]:
+    match uncast(expression)[0]:
         case Op("rsqrt", (v,), ()) | Op("pow", (v, -0.5), ()):
             return v
     return None
@@ -314,7 +314,7 @@ def _variance(expression: Any) -> Any:
 def _squares(z: Any) -> tuple[Any, ...]:
     """The spellings of z^2. The square may be of the widened input where z is the input as it came."""
     forms: list[Any] = []
-    for base in (z, *_widenings(z)):
+    for base in (z, *widenings(z)):
         forms += [Op("pow", (base, 2)), Op("pow", (base, 2.0)), Op("square", (base,)), Op("mul", (base, base))]
     return tuple(forms)
 
@@ -334,28 +334,28 @@ def _is_centred(z: Any) -> bool | None:
 
 def _is_widened(expression: Any) -> bool:
     """Whether the input is widened anywhere in the expression."""
-    return any(part in _widenings(Input(0)) for part in parts(expression))
+    return any(part in widenings(Input(0)) for part in parts(expression))
 
 
 def _is_wide(expression: Any) -> bool:
     """Whether the result is float32 because the input was widened."""
-    if _narrowed(expression)[1]:
+    if uncast(expression)[1]:
         return False
-    if expression in _widenings(Input(0)):
+    if expression in widenings(Input(0)):
         return True
     return isinstance(expression, Op) and any(map(_is_wide, expression.operands))
 
 
 def _is_input(z: Any) -> bool:
-    return z == Input(0) or z in _widenings(Input(0))
+    return z == Input(0) or z in widenings(Input(0))
 
 
-def _widenings(base: Any) -> tuple[Any, ...]:
+def widenings(base: Any) -> tuple[Any, ...]:
     wide = torch.float32
     return Op("float", (base,)), Op("to", (base, wide)), Op("to", (base,), (("dtype", wide),)), Op("type", (base, wide))
 
 
-def _narrowed(expression: Any, weight: Own | None = None) -> tuple[Any, bool]:
+def uncast(expression: Any, weight: Own | None = None) -> tuple[Any, bool]:
     """The expression without a cast to the dtype of the input, or of a weight, and whether there was one."""
     like = weight or Input(0)
     dtype = Op("getattr", (like, "dtype"))
@@ -391,7 +391,7 @@ def _scale(factor: Any) -> _Scale | None:
                 found = _scale(weight) if _is_one(one) else None
                 if found is not None and found.name is not None and not found.offset:
                     return found._replace(offset=1.0)
-        case Op(_, (inner, *_)) if factor in _widenings(inner):
+        case Op(_, (inner, *_)) if factor in widenings(inner):
             found = _scale(inner)
             return None if found is None or found.name is None else found._replace(widened=True)
     return None

@@ -61,6 +61,23 @@ class ReLU2(nn.Module):
         return F.relu(x).square()
 
 
+class WideSiLU(nn.Module):
+    """As diffusers' FP32SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x.float(), inplace=False).to(x.dtype)
+
+
+class StaysWide(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x.float())
+
+
+class WideAgain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x.double()).to(x.dtype)
+
+
 class AlmostQuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.7 * x)
@@ -140,13 +157,13 @@ def agrees(module: nn.Module, action: str, kernel: str, dtype: torch.dtype = tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("act", [GELU, GELUTanh, QuickGELU, Swish, ReLU2, nn.GELU])
+@pytest.mark.parametrize("act", [GELU, GELUTanh, QuickGELU, Swish, ReLU2, WideSiLU, nn.GELU])
 def test_activations_by_what_their_forward_computes(act, dtype):
     agrees(Mlp(act()), "swapped", "ffn", dtype)
     agrees(SwiGLU(act()), "swapped", "gated_ffn", dtype)
 
 
-@pytest.mark.parametrize("act", [AlmostQuickGELU, Doubled, Counting, Inplace])
+@pytest.mark.parametrize("act", [AlmostQuickGELU, Doubled, Counting, Inplace, StaysWide, WideAgain])
 def test_activations_that_only_look_like_one(act):
     (row,) = [row for row in plan(Mlp(act())).rows if not row.path]
     assert row.action != "swapped" and "has no kernel" in (row.reason or "")
