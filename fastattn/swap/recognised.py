@@ -27,6 +27,7 @@ from fastattn.swap.recipes import (
     in_order,
     norm,
     processors,
+    sequences,
     written_out,
 )
 
@@ -75,7 +76,8 @@ def _read(original: type[nn.Module]) -> _Remembered:
 def _readers(original: type[nn.Module]) -> list[Callable[[type[nn.Module]], Reading | None]]:
     readers: list[Callable[[type[nn.Module]], Reading | None]] = []
     if calls_forward_as_it_is(original):
-        readers += [norm.read, feedforward.read, flagged_glu.read, in_order.read, free_spelled_linear.read]
+        readers += [norm.read, feedforward.read, sequences.read, flagged_glu.read, in_order.read]
+        readers += [free_spelled_linear.read]
     if "transformers" in sys.modules and _is_of_transformers(original) and why_not_transformers() is None:
         readers.append(import_module("fastattn.swap.recipes.transformers").read)
     return [*readers, either_way.read, processors.read, written_out.read, held_functions.read]

@@ -83,6 +83,8 @@ class Block:
     """A dropout between the first linear and the activation."""
     glu: bool = False
     """The activation is a child that cuts the halves and multiplies them."""
+    within: str | None = None
+    """A child that does the first linear and the activation, which are named by paths through it."""
 
     @property
     def is_gated(self) -> bool:
@@ -143,10 +145,15 @@ def _tail(module: nn.Module, steps: tuple[Step, ...]) -> _Tail | None:
     return None if down is None else _Tail(hidden, down, last)
 
 
-def _child(module: nn.Module, name: str) -> Any:
-    """The attribute `name`, most often a child: nn.Module looks for those last."""
-    child = module._modules.get(name)
-    return getattr(module, name) if child is None else child
+def _child(module: Any, path: str) -> Any:
+    """The attribute `path`, most often a child: nn.Module looks for those last. Or one of a child, by a path with
+    dots."""
+    child = module._modules.get(path)
+    if child is not None:
+        return child
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 # ---- the forwards ----------------------------------------------------------------------------------------------------
@@ -342,6 +349,8 @@ def _children(module: nn.Module, block: Block) -> Iterable[Child]:
     """The children that the operator stands for."""
     block = _as_in(module, block)
     tail = _tail(module, block.tail)
+    if block.within is not None:
+        yield block.within, "ffns", why_not_unwatched
     for name in _linears(block, tail):
         yield name, "ffns", why_not_projection
     if isinstance(block.activation, Named):
@@ -350,21 +359,21 @@ def _children(module: nn.Module, block: Block) -> Iterable[Child]:
         yield tail.hidden.name, "ffns", why_not_dropout
 
 
-def _misfit(module: nn.Module, as_read: Block) -> str | None:
+def misfit(module: nn.Module, as_read: Block) -> str | None:
     """Why the children are not what the names stand for: linears, adapted or quantised ones too, and an activation."""
     block = _as_in(module, as_read)
-    if block.norm is not None and not _is_norm(norm := getattr(module, block.norm)):
+    if block.norm is not None and not _is_norm(norm := _child(module, block.norm)):
         return f"{block.norm} is {_named(norm)}, not torch's LayerNorm or RMSNorm"
     tail = _tail(module, block.tail)
     if tail is None and (as_read.tail or isinstance(module, nn.Sequential)):
         return "its children are not those of a feed-forward block"
     for name in _linears(block, tail):
-        reason = why_no_linear(name, getattr(module, name))
+        reason = why_no_linear(name, _child(module, name))
         if reason is not None:
             return reason
     if isinstance(block.activation, Activated):
         return None
-    return _why_no_activation(block.activation.name, getattr(module, block.activation.name))
+    return _why_no_activation(block.activation.name, _child(module, block.activation.name))
 
 
 def why_no_linear(name: str, child: object) -> str | None:
@@ -385,11 +394,11 @@ def _named(child: object) -> str:
     return f"a {full_name(child)}" if isinstance(child, nn.Module) else f"a {type(child).__name__}"
 
 
-def _refuse(module: nn.Module, block: Block) -> list[str]:
+def refuse(module: nn.Module, block: Block) -> list[str]:
     block = _as_in(module, block)
     if isinstance(block.activation, Activated) or block.glu:
         return []
-    function = getattr(module, block.activation.name)
+    function = _child(module, block.activation.name)
     if activation_name(function) is not None:
         return []
     return [f"the activation {shown(function)} has no kernel"]
@@ -400,20 +409,11 @@ def _refuse(module: nn.Module, block: Block) -> list[str]:
 
 def read(module_class: type[nn.Module]) -> Reading | None:
     """The reading of a class whose forward is one of these."""
-    if module_class.forward is _SEQUENCE_FORWARD:
-        if module_class.__iter__ is not nn.Sequential.__iter__:
-            return None
-        spelling = Spelling(Input(0), ("input",), {"forward": _SEQUENCE_FORWARD})
-        attributes = {"fastattn_block": property(_block_of_sequence), **spelled_as(spelling)}
-        return Reading(FeedForward, _recipe_of_sequences, attributes)
     found = spelling_of(module_class)
     if found is None or len(found.inputs) != 1:
         return None
     block = block_of(found.expression)
     return None if block is None else feed_forward(found, block)
-
-
-_SEQUENCE_FORWARD: Any = nn.Sequential.forward
 
 
 def feed_forward(spelling: Spelling, block: Block, plain: type[FeedForward] = FeedForward) -> Reading:
@@ -441,32 +441,10 @@ def recipe_of_blocks(swapped: type[Swapped], kernel: str, block_in: Callable[[nn
         swapped,
         kernels={"ffns": kernel},
         children=lambda module: _children(module, of(module)),
-        misfit=lambda module: FLAGGED if (block := block_in(module)) is None else _misfit(module, block),
-        refuse=lambda module: _refuse(module, of(module)),
+        misfit=lambda module: FLAGGED if (block := block_in(module)) is None else misfit(module, block),
+        refuse=lambda module: refuse(module, of(module)),
         named=lambda module: "gated_ffn" if _as_in(module, of(module)).is_gated else kernel,
     )
-
-
-def _recipe_of_sequences(swapped: type[Swapped]) -> Recipe:
-    """nn.Sequential(linear, activation, dropout, linear, dropout), with or without the dropouts; no other sequence."""
-
-    def misfit(module: nn.Module) -> str | None:
-        block = _block_of_sequence(module)
-        return _misfit(module, block) or "; ".join(_refuse(module, block)) or None
-
-    return Recipe(
-        swapped,
-        kernels={"ffns": "ffn"},
-        children=lambda module: _children(module, _block_of_sequence(module)),
-        misfit=misfit,
-        named=lambda module: "gated_ffn" if _as_in(module, _block_of_sequence(module)).is_gated else "ffn",
-    )
-
-
-def _block_of_sequence(module: nn.Module) -> Block:
-    """The children in their order. Of fewer than two there is no block: the names then stand for no children."""
-    names = (*module._modules, "", "")
-    return Block(names[0], Named(names[1]), tuple(Named(name) for name in tuple(module._modules)[2:]))
 
 
 # ---- which expressions -----------------------------------------------------------------------------------------------

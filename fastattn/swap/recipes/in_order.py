@@ -36,7 +36,7 @@ from fastattn.swap.plain_code import has_effects
 from fastattn.swap.reading import Reading, ReadMethods, calls_forward_as_it_is, why_not_as_read
 from fastattn.swap.recipe import Child, Recipe
 from fastattn.swap.recipes.activations import activation_name, why_not_activation
-from fastattn.swap.recipes.feedforward import Named, first_half, halves_of, why_no_linear
+from fastattn.swap.recipes.feedforward import Activated, Block, Named, Step, first_half, halves_of, why_no_linear
 from fastattn.swap.recipes.linear import is_projection, projection, why_not_projection
 from fastattn.swap.swapped import Swapped
 
@@ -93,7 +93,7 @@ class InOrder(ReadMethods):
 def _why_not(steps: _Steps, x: Tensor) -> str | None:
     names = steps.names
     if steps.first is not None:
-        reason = why_not_unwatched(steps.first) or _why_not_own_methods(steps.first)
+        reason = why_not_first(steps.first)
         if reason is not None:
             return f"{names['first']} {reason}"
     dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -115,8 +115,11 @@ def _shown(activation: object) -> str:
     return activation if isinstance(activation, str) else shown(activation)
 
 
-def _why_not_own_methods(first: nn.Module) -> str | None:
-    """None where the helpers of the first module's forward are those of its class."""
+def why_not_first(first: nn.Module) -> str | None:
+    """None where a first module does its forward and nothing else, with the helpers of its class."""
+    reason = why_not_unwatched(first)
+    if reason is not None:
+        return reason
     replaced = [name for name in _first_blocks[original_class(first)].helpers if name in first.__dict__]
     return f"has its {replaced[0]} replaced on the instance" if replaced else None
 
@@ -160,6 +163,18 @@ def _steps(module: nn.Module, name: str) -> _Steps | None:
         return None
     owner = None if rest == 2 else first
     return _Steps(owner, up, activation, gate, found["hidden"], found["down"], found["last"], names)
+
+
+def begins(first: nn.Module, name: str, tail: tuple[Step, ...]) -> Block | None:
+    """The block that a first module of this name and what follows it are."""
+    if not is_first_block(original_class(first)):
+        return None
+    block = _first_blocks[original_class(first)]
+    activation = _activation(first, block)
+    if activation_name(activation) is None:
+        return None
+    step = Activated(activation) if isinstance(activation, str) else Named(f"{name}.{block.activation}")
+    return Block(f"{name}.{block.up}", step, tail, halves=block.gate, within=name)
 
 
 def _activation(first: nn.Module, block: _First) -> Any:
