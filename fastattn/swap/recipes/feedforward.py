@@ -180,9 +180,9 @@ class ReadBlock(ReadForward):
         note_call(self)
         (x,) = inputs
         block = _as_in(self, self.fastattn_block)
-        z, call = x, self.fastattn_call(x) if block.norm is None else self.fastattn_reason(block)
-        if block.norm is not None and call is None:
-            z = _child(self, block.norm)(x)
+        z, call = x, self.fastattn_reason(block)
+        if call is None:
+            z = x if block.norm is None else _child(self, block.norm)(x)
             call = why_not_input(z, self.fastattn_backend) or _call(self, block, z)
         if not isinstance(call, _Call):
             note_fallback(self, str(call))

@@ -63,13 +63,14 @@ def _block_of(module: nn.Module) -> Block:
     """The children in their order. Of fewer than two there is no block: the names then stand for no children."""
     names = tuple(module._modules)
     first = module._modules[names[0]] if names else None
-    if first is not None:
-        inner = tuple(first._modules) if original_class(first) is nn.Sequential else ()
-        tail = tuple(Named(name) for name in names[1:])
+    kind = None if first is None else original_class(first)
+    if first is not None and kind is nn.Sequential:
+        inner = tuple(first._modules)
         if len(inner) == 2 and None not in first._modules.values():
             up, activation = (f"{names[0]}.{name}" for name in inner)
-            return Block(up, Named(activation), tail, within=names[0])
-        found = begins(first, names[0], tail)
+            return Block(up, Named(activation), tuple(Named(name) for name in names[1:]), within=names[0])
+    elif first is not None and not kind.__module__.startswith("torch."):  # torch has none
+        found = begins(first, names[0], tuple(Named(name) for name in names[1:]))
         if found is not None:
             return found
     up, activation, *_ = *names, "", ""
