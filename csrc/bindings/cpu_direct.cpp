@@ -460,7 +460,7 @@ PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
             if (!decodes || mask.dims != 4 || mask.shape[2] != len_q || mask.shape[3] != 2 || mask.strides[3] != 1) return long_way();
             if (!broadcast(mask, of_queries, ranges)) return long_way();
         } else if (mask.dtype == kBool) {
-            if (decodes || !broadcast(mask, scores, hidden)) return long_way();
+            if (!broadcast(mask, scores, hidden)) return long_way();
         } else if ((mask.dtype != q.dtype && mask.dtype != FASTATTN_FLOAT32) || !broadcast(mask, scores, added)) {
             return long_way();
         }
@@ -484,6 +484,7 @@ PyObject *attention(PyObject *, PyObject *const *args, Py_ssize_t n) {
         describe(few);
         few.max_length = len_k;
         few.band_has_right = is_causal;
+        few.dense = hidden;
         // Four strides: of the one set of ranges, then those before the two bounds.
         few.intervals = {ranges.data, {0, ranges.stride[0], ranges.stride[1], ranges.stride[2]}};
         few.n_intervals = ranges.data ? 1 : 0;

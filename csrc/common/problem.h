@@ -114,7 +114,8 @@ typedef struct {
     int32_t band_has_left, band_has_right;
     fastattn_tensor intervals;  // int32 (R,B,Hq,Sq,2) as in fastattn_mask
     int64_t n_intervals;
-    fastattn_tensor bias;  // additive (B,Hq,Sq,max_length), or null
+    fastattn_tensor dense;  // bool (B,Hq,Sq,max_length), as in fastattn_mask, or null; CPU only
+    fastattn_tensor bias;   // additive (B,Hq,Sq,max_length), or null
     int32_t bias_dtype;
     fastattn_distance_bias distance;
     const float *sinks;  // (Hq) or null

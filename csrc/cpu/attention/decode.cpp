@@ -2,7 +2,7 @@
 //
 // Shapes: q (B,Hq,Sq,D), out (B,Hq,Sq,Dv), lse (B,Hq,Sq); the cache (B,Hkv,S,D) and (B,Hkv,S,Dv) through its strides, or in pages: (pages, page
 //   size, Hkv, D), the n-th page of sequence b being block_table[b][n]. cache_lengths (B) counts the keys in use, those of the queries themselves
-//   included: query i sits at position cache_length - Sq + i, and key j is visible to it by band, intervals (of key positions) and bias.
+//   included: query i sits at position cache_length - Sq + i, and key j is visible to it by band, intervals (of key positions), bools and bias.
 // Numerics: as forward.cpp; by the matrix unit, too, probabilities are rounded to bfloat16.
 // Algorithm: a head group's queries go together, so that each key is read once for all of them. The keys of a sequence are cut into parts of
 //   equal size, which are the unit of work: a few sequences then keep every core busy. Each part makes its own softmax; the parts are put together in
@@ -108,23 +108,22 @@ struct Query {
         return !intervals && band.begin <= begin && end <= band.end;
     }
 
-    bool sees(int64_t key) const {
-        for (int64_t r = 0; r < intervals; r++)
-            if (interval[r].begin <= key && key < interval[r].end) return true;
-        return !intervals && band.begin <= key && key < band.end;
-    }
-
-    // Bit i: key begin + i, of `count`, is visible by band and intervals, and no bias of -inf hides it.
+    // Bit i: key begin + i, of `count`, is visible by band, intervals and bools, and no bias of -inf hides it.
     uint64_t word(const fastattn_decode &p, const Group &group, int64_t begin, int64_t count) const {
         uint64_t seen = intervals ? 0 : bits_between(band.begin - begin, band.end - begin);
         for (int64_t r = 0; r < intervals; r++) seen |= bits_between(interval[r].begin - begin, interval[r].end - begin);
+        if (p.dense.data) seen &= word_of_bools((const uint8_t *)p.dense.data + at(p.dense, group, begin), p.dense.stride[3], count);
         if (p.bias.data) seen &= word_of_finite(bias(p, group, begin), p.bias_dtype, p.bias.stride[3], count);
         return seen & bits_below(count);
     }
 
     const void *bias(const fastattn_decode &p, const Group &group, int64_t key) const {
-        const fastattn_tensor &t = p.bias;
-        return offset((const void *)t.data, p.bias_dtype, group.batch * t.stride[0] + head * t.stride[1] + index * t.stride[2] + key * t.stride[3]);
+        return offset((const void *)p.bias.data, p.bias_dtype, at(p.bias, group, key));
+    }
+
+    // Where the element of a key is in a tensor (B,Hq,Sq,S).
+    int64_t at(const fastattn_tensor &t, const Group &group, int64_t key) const {
+        return group.batch * t.stride[0] + head * t.stride[1] + index * t.stride[2] + key * t.stride[3];
     }
 };
 
@@ -307,9 +306,13 @@ class PartWorker {
                 store(scores + c, select((vint)(score == -kInf), score, add_finite(score, load(strip + c))));
             }
         }
-        if (!query.covers(key, key + count))
-            for (int64_t c = 0; c < count; c++)
-                if (!query.sees(key + c)) scores[c] = -kInf;
+        if (p_.dense.data || !query.covers(key, key + count)) {
+            const uint64_t seen = query.word(p_, group_, key, count);
+            for (int64_t c = 0; c < count; c += kLanes) {
+                const vuint bits = (uint32_t)(seen >> c) - vuint{};
+                store(scores + c, select((vint)((bits >> (vuint)lane_index() & 1u) != 0), load(scores + c), broadcast(-kInf)));
+            }
+        }
         for (int64_t c = count; c < round_up(count, kLanes); c++) scores[c] = -kInf;
     }
 

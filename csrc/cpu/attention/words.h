@@ -53,7 +53,9 @@ static inline uint64_t word_of_bools(const uint8_t *source, int64_t stride, int6
     if (stride == 0) return source[0] ? bits_below(count) : 0;
     if (stride == 1 && count == 64) return bits_of_bytes(source);
     alignas(64) uint8_t bytes[64] = {};
-    for (int64_t r = 0; r < count; r++) bytes[r] = source[r * stride];
+    if (stride == 1) memcpy(bytes, source, (size_t)count);
+    else
+        for (int64_t r = 0; r < count; r++) bytes[r] = source[r * stride];
     return bits_of_bytes(bytes);
 }
 
