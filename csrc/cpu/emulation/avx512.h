@@ -100,6 +100,30 @@ EMULATED __m256i maskz_cvtps_ph(__mmask16 mask, __m512 v) {
     return (__m256i)result;
 }
 
+EMULATED __m512i keep_words(__mmask16 mask, Words v) { return (__m512i)keep(mask, (__m512)v); }
+EMULATED __m512i maskz_cvtepu16_epi32(__mmask16 mask, __m256i v) {
+    Words result;
+    for (int lane = 0; lane < 16; lane++) result[lane] = ((Halves)v)[lane];
+    return keep_words(mask, result);
+}
+EMULATED __m512i maskz_cvtepi16_epi32(__mmask16 mask, __m256i v) {
+    Words result;
+    for (int lane = 0; lane < 16; lane++) result[lane] = (int16_t)((Halves)v)[lane];
+    return keep_words(mask, result);
+}
+EMULATED __m256i maskz_cvtepi32_epi16(__mmask16 mask, __m512i v) {
+    Halves result;
+    for (int lane = 0; lane < 16; lane++) result[lane] = mask >> lane & 1 ? (uint16_t)((Words)v)[lane] : 0;
+    return (__m256i)result;
+}
+
+EMULATED __m512i maskz_mul_epu32(__mmask8 mask, __m512i a, __m512i b) {
+    typedef uint64_t Pairs __attribute__((vector_size(64)));
+    Pairs result;
+    for (int lane = 0; lane < 8; lane++) result[lane] = mask >> lane & 1 ? (uint64_t)(uint32_t)((Words)a)[2 * lane] * (uint32_t)((Words)b)[2 * lane] : 0;
+    return (__m512i)result;
+}
+
 template <int predicate>
 EMULATED __mmask16 cmp_ps_mask(__m512 a, __m512 b) {
     const Two x = two(a), y = two(b);
@@ -326,6 +350,10 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #define _mm256_maskz_loadu_epi16 emulation::maskz_loadu_16_halves
 #define _mm512_maskz_loadu_epi16 emulation::maskz_loadu_epi16
 #define _mm256_mask_storeu_epi16 emulation::mask_storeu_epi16
+#define _mm512_maskz_cvtepu16_epi32 emulation::maskz_cvtepu16_epi32
+#define _mm512_maskz_cvtepi16_epi32 emulation::maskz_cvtepi16_epi32
+#define _mm512_maskz_cvtepi32_epi16 emulation::maskz_cvtepi32_epi16
+#define _mm512_maskz_mul_epu32 emulation::maskz_mul_epu32
 #define _mm512_maskz_cvtph_ps emulation::maskz_cvtph_ps
 #define _mm512_maskz_cvtps_ph(mask, v, rounding) emulation::maskz_cvtps_ph<rounding>(mask, v)
 #define _mm512_cmp_ps_mask(a, b, predicate) emulation::cmp_ps_mask<predicate>(a, b)
