@@ -1,6 +1,6 @@
 // kLanes Philox calls at once; what they mean is in common/philox.h.
 //
-// Ladder, ms: LayerNorm of 2,048 x 768 float32 with residual and dropout; attention of (1, 8, 512, 64) float32, forward and backward, with dropout (without
+// Ladder, ms: LayerNorm of 2,048 x 768 float32 with residual and dropout; attention of (1, 8, 512, 64), forward and backward, with dropout (without
 // 16.5), one core of an Intel Xeon (Emerald Rapids, VM, in use by others too), least of 30, 2026-11-29:
 //   6.4, 22.3  products of all lanes widened to 64 bits
 //   3.3, 19.6  even and odd lanes apart, one instruction each
