@@ -171,17 +171,18 @@ class _Call(NamedTuple):
     halves: str | None
 
 
-class ReadBlock(ReadForward):
+class _ReadBlock(ReadForward):
     """A block in one call of the operator, or, where a check has something against a child, the original forward."""
 
-    fastattn_block: ClassVar[Block]
+    fastattn_block: ClassVar[Block | None]
+    """None where the module is none with the flags that it has now."""
 
     def fastattn_forward(self, *inputs: Any) -> Tensor:
         note_call(self)
         (x,) = inputs
-        block = _as_in(self, self.fastattn_block)
-        z, call = x, self.fastattn_reason(block)
-        if call is None:
+        block = _block_now(self)
+        z, call = x, FLAGGED if block is None else self.fastattn_reason(block)
+        if block is not None and call is None:
             z = x if block.norm is None else _child(self, block.norm)(x)
             call = why_not_input(z, self.fastattn_backend) or _call(self, block, z)
         if not isinstance(call, _Call):
@@ -191,7 +192,9 @@ class ReadBlock(ReadForward):
 
     def fastattn_call(self, x: Tensor) -> _Call | str:
         """The call of the operator that all of the block is for this input, or why it must not be one."""
-        block = _as_in(self, self.fastattn_block)
+        block = _block_now(self)
+        if block is None:
+            return FLAGGED
         if block.norm is not None:
             return f"{block.norm} stands before the block"
         return self.fastattn_reason(block) or why_not_input(x, self.fastattn_backend) or _call(self, block, x)
@@ -205,14 +208,19 @@ class ReadBlock(ReadForward):
         raise NotImplementedError
 
 
-class LinearAct(ReadBlock):
+def _block_now(module: _ReadBlock) -> Block | None:
+    as_read = module.fastattn_block
+    return None if as_read is None else _as_in(module, as_read)
+
+
+class LinearAct(_ReadBlock):
     """act(up(x)), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         return linear_act(x, *projection(call.up), call.activation, backend=self.fastattn_backend)
 
 
-class FeedForward(ReadBlock):
+class FeedForward(_ReadBlock):
     """down(dropout(act(up(x)))), x (..., K). Gated where the activation is a child that multiplies halves."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
@@ -229,14 +237,14 @@ class FeedForward(ReadBlock):
         )
 
 
-class GatedFeedForward(ReadBlock):
+class GatedFeedForward(_ReadBlock):
     """down(dropout(act(gate(x)) * up(x))), x (..., K)."""
 
     def fastattn_run(self, x: Tensor, call: _Call) -> Tensor:
         return _run_gated(self, x, call)
 
 
-def _run_gated(module: ReadBlock, x: Tensor, call: _Call) -> Tensor:
+def _run_gated(module: _ReadBlock, x: Tensor, call: _Call) -> Tensor:
     assert call.down is not None
     up, up_bias = projection(call.up)
     down, down_bias = projection(call.down)

@@ -17,48 +17,15 @@ thread, in turns, median; one core of an AMD EPYC (Zen 5, AVX-512), a virtual ma
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fastattn.nn.counting import note_call, note_fallback
 from fastattn.swap.expression import Spelling, spellings_of
-from fastattn.swap.reading import FLAGGED, Reading, spelled_as
+from fastattn.swap.reading import Reading, spelled_as
 from fastattn.swap.recipe import Recipe
-from fastattn.swap.recipes.feedforward import (
-    Block,
-    FeedForward,
-    GatedFeedForward,
-    ReadBlock,
-    block_of,
-    recipe_of_blocks,
-)
+from fastattn.swap.recipes.feedforward import Block, FeedForward, GatedFeedForward, block_of, recipe_of_blocks
 from fastattn.swap.swapped import Swapped
-
-
-class _Flagged(ReadBlock):
-    """A block, or, where no value of the flags that was read holds, the original forward."""
-
-    fastattn_blocks: ClassVar[tuple[tuple[Spelling, Block], ...]]
-    """One for each value of the flags."""
-
-    def fastattn_forward(self, *inputs: Any) -> Tensor:
-        if _block_of(self, self.fastattn_blocks) is not None:
-            return super().fastattn_forward(*inputs)
-        note_call(self)
-        note_fallback(self, FLAGGED)
-        return self.fastattn_original.forward(self, *inputs)  # type: ignore[no-any-return]
-
-    def fastattn_call(self, x: Tensor) -> Any:
-        return FLAGGED if self.fastattn_block is None else super().fastattn_call(x)
-
-
-class FlaggedFeedForward(_Flagged, FeedForward):
-    """down(dropout(act(up(x)))), x (..., K)."""
-
-
-class FlaggedGatedFeedForward(_Flagged, GatedFeedForward):
-    """down(dropout(act(gate(x)) * up(x))), x (..., K)."""
 
 
 def _block_of(module: nn.Module, blocks: tuple[tuple[Spelling, Block], ...]) -> Block | None:
@@ -81,12 +48,12 @@ def read(original: type[nn.Module]) -> Reading | None:
         return None
     is_gated = any(block.is_gated for _, block in blocks)
     found = tuple(each for each in blocks if each[1].is_gated == is_gated)
-    mixin, kernel = (FlaggedGatedFeedForward, "gated_ffn") if is_gated else (FlaggedFeedForward, "ffn")
+    mixin, kernel = (GatedFeedForward, "gated_ffn") if is_gated else (FeedForward, "ffn")
 
     def recipe(swapped: type[Swapped]) -> Recipe:
         return recipe_of_blocks(swapped, kernel, lambda module: _block_of(module, found))
 
     attributes = spelled_as(found[0][0])
     attributes["fastattn_methods"] = {name: each for one, _ in found for name, each in one.methods.items()}
-    attributes |= {"fastattn_blocks": found, "fastattn_block": property(lambda module: _block_of(module, found))}
+    attributes["fastattn_block"] = property(lambda module: _block_of(module, found))
     return Reading(mixin, recipe, attributes)
