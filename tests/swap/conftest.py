@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastattn
 from fastattn import dispatch
 
 VOCABULARY = 64
@@ -21,6 +22,20 @@ def fallbacks_warn_again() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dispatch.BackendWarning)
         yield
+
+
+@pytest.fixture
+def compiles_whole() -> Callable[[nn.Module, Tensor], None]:
+    """compiles_whole(module, x) swaps the module: compiled as one graph it answers as it did before the swap."""
+
+    def check(module: nn.Module, x: Tensor) -> None:
+        torch._dynamo.reset()
+        expected = module(x)
+        fastattn.swap(module)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+
+    return check
 
 
 @pytest.fixture

@@ -156,14 +156,8 @@ def test_equals_the_original(block_class) -> None:
 
 
 @pytest.mark.parametrize("block_class", [Timm, Functions, ModernBERT])
-def test_compiles_as_one_graph(block_class) -> None:
-    module = block_class().eval()
-    x = torch.randn(2, WIDTH)
-    expected = module(x)
-    swap(module)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+def test_compiles_as_one_graph(compiles_whole, block_class) -> None:
+    compiles_whole(block_class().eval(), torch.randn(2, WIDTH))
 
 
 def hidden_and_last(module: nn.Module) -> tuple[float, float]:

@@ -155,14 +155,8 @@ def test_is_as_near_to_the_exact_one_as_the_original(make, dtype: torch.dtype) -
 
 
 @blocks
-def test_compiles_as_one_graph(make) -> None:
-    module = make().eval()
-    x = torch.randn(2, WIDTH)
-    expected = module(x)
-    swap(module)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+def test_compiles_as_one_graph(compiles_whole, make) -> None:
+    compiles_whole(make().eval(), torch.randn(2, WIDTH))
 
 
 def test_the_norm_is_swapped_by_itself_and_its_hooks_see_one_call() -> None:

@@ -126,13 +126,8 @@ def test_dropouts_drop_in_training_alone() -> None:
     assert torch.equal(module(X), module(X))
 
 
-def test_compiles_whole() -> None:
-    torch._dynamo.reset()
-    module = build().eval()
-    expected = module(X)
-    swap(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X), expected, atol=1e-5, rtol=1e-5)
+def test_compiles_whole(compiles_whole) -> None:
+    compiles_whole(build().eval(), X)
 
 
 # ---- the form of gelu in a config ------------------------------------------------------------------------------------
@@ -228,10 +223,5 @@ def test_another_form_is_left(kind: type[OfForm], kernel: str, form: object) -> 
 
 
 @forms
-def test_forms_compile_whole(kind: type[OfForm], kernel: str) -> None:
-    torch._dynamo.reset()
-    module = kind("tanh").eval()
-    expected = module(X)
-    swap(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X), expected, atol=1e-5, rtol=1e-5)
+def test_forms_compile_whole(compiles_whole, kind: type[OfForm], kernel: str) -> None:
+    compiles_whole(kind("tanh").eval(), X)

@@ -98,13 +98,8 @@ def test_is_as_near_to_the_exact_one_as_the_original(kind: str, dtype: torch.dty
 
 
 @kinds
-def test_compiles_as_one_graph(kind: str) -> None:
-    torch._dynamo.reset()
-    module = build(kind).eval()
-    expected = module(X)
-    swap(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(X), expected, atol=1e-5, rtol=1e-5)
+def test_compiles_as_one_graph(compiles_whole, kind: str) -> None:
+    compiles_whole(build(kind).eval(), X)
 
 
 @kinds
