@@ -29,9 +29,9 @@
 //   4,096 keys x 128       0.94  1.56  2.3        a block's keys, then its product, then the block's values
 //                          1.09  1.78  2.5  3.0   16 keys, or 64 columns of values, and their product; the next lines into the level-2 cache
 //   2,048 keys x 80        1.06  1.67  2.2   2.4  in the end
-// One query to a head of keys, 12 heads of 64, us of processor time a call at 128, 512 and 2,048 keys, least of 25, the same Xeon, 2026-11-29; torch's
-// bfloat16 21, 65, 366:
-//   bfloat16, float32, AVX-512 and AMX    34, 113, 455    30, 159, 751    sums of 2 vectors at a time; five instructions widen 16 bfloat16
+// One query to a head of keys, 12 heads of 64, us of processor time a call at 128, 512 and 2,048 keys, least of 25 (AVX2: 40), the same Xeon, 2026-11-29;
+// torch's bfloat16 21, 65, 366:
+//   bfloat16, float32, AVX-512 and AMX    34, 114, 495    31, 163, 754    sums of 2 vectors at a time; five instructions widen 16 bfloat16
 //                                         26,  83, 368    29, 159, 746    sums of 8 that do not wait for one another; one instruction
 //   bfloat16, float32, AVX2               35, 112, 478    36, 157, 702    as above
 //                                         33, 101, 460    33, 161, 745
