@@ -190,6 +190,12 @@ std::vector<std::string> available_isas() {
     return names;
 }
 
+bool multiplies_rounded() {
+    fastattn_gemm p{};
+    p.dtype = FASTATTN_FLOAT32, p.rounds_float32 = true;
+    return fastattn_cpu_gemm_is_rounded(&p) != 0;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -197,6 +203,7 @@ PYBIND11_MODULE(_cpu, module) {
     const auto release = py::call_guard<py::gil_scoped_release>();
     module.def("isa", [] { return std::string(fastattn_cpu_isa()); });
     module.def("available_isas", available_isas);
+    module.def("multiplies_rounded", multiplies_rounded);
     module.def("set_isa", [](const std::string &name) { return fastattn_cpu_set_isa(name.c_str()); });
     module.def("attention_forward", attention_forward, release);
     module.def("attention_backward", attention_backward, release);

@@ -512,7 +512,7 @@ bool goes_one_by_one(const fastattn_encoder_layer &p, Form form) {
     if (p.rows <= larger(kFewRows, (p.n_threads - 1) * kWordRows)) return true;
     const bool has_matrix_unit = kWordBlocks && form.parts;
     if (has_matrix_unit && form.parts < 3) return p.rows <= larger(192, p.embed * 2 / 3);
-    return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && (has_matrix_unit || is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed));
+    return p.rows <= smaller(kOwnRows, p.embed * 3 / 2) && (form.parts || is_read_in_place(form, {p.x, p.dtype, p.embed, 1}, p.embed));
 }
 
 }  // namespace

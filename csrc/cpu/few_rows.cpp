@@ -30,6 +30,10 @@
 // rows 1.1 3.1 1.9. Torch's time over ours, by columns, 1, 16, 64 and 128 rows: 768 x 3,072 1.6 1.9 1.4 1.2; 4,096 x 11,008 1.6 1.7 1.4 1.3; by rows of 1,
 // 4, 8, 16 and 32 rows 2.4 1.3 1.06 1.1 0.87. An A too large for the level-2 cache a block of k at a time: 128 and 64 rows of 14,336 x 4,096 2.1 and
 // 1.6. Tried by rows: 32 rows by 1,024 columns 0.8, in strips of 32 columns 0.88.
+// float32 that is rounded, three columns of B at a time, which all rows of A then find in the level-1 cache: times as fast as packed, 12, 16, 24 and 32 rows,
+// medians of calls in turns, one core of an AMD EPYC (Zen 4, VM, in use by others), 2026-11-29, from the caches and from memory: 384 x 1,536 0.9 2.4 0.7 1.4,
+// 0.9 1.0 1.1 1.0; 768 x 3,072 1.1 1.3 1.4 1.3, 1.4 1.3 1.3 1.2; 3,072 x 768 1.3 1.8 1.8 1.5, 1.5 1.1 1.1 1.4. 48 rows gain where k is large, lose where
+// it is 384. The next columns fetched meanwhile: equal.
 // Beside weights that were packed in an earlier call: most_beside_packed(). GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -167,6 +171,20 @@ void all_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const
             for (int r = 0; r < Rows && row + r < m; r++) __builtin_memcpy(c + (row + r) * ldc + column, result + r * Columns, Columns * 4);
         }
 }
+
+constexpr int kRoundedColumns = 3;
+
+#if defined(__AVX512BF16__)
+// Columns of float32 that are rounded as they are read: the words of kRoundedColumns, in the level-1 cache, are multiplied by all rows of A.
+void rounded_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, float *words) {
+    const int64_t ld = lda / 2;
+    for (int64_t column = 0; column < n; column += kRoundedColumns) {
+        const int64_t columns = smaller(kRoundedColumns, n - column);
+        pack_words_in_rows<1>({b + column * ldb, FASTATTN_FLOAT32, ldb}, columns, k, {words, ld, 0, 16, 0}, ld);
+        all_dots<FASTATTN_BFLOAT16, 8, kRoundedColumns>(m, columns, k, a, lda, words, lda, c + column, ldc);
+    }
+}
+#endif
 
 template <int dtype>
 void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
@@ -381,7 +399,7 @@ void matrix_sums_of_rows(const FewRows &p, const float *a, int64_t lda, Range co
 }  // namespace
 
 FewRows::Left FewRows::left() const {
-    if (b.dtype == FASTATTN_FLOAT32) return Left::tensor;
+    if (b.dtype == FASTATTN_FLOAT32) return is_rounded ? Left::halves : Left::tensor;
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return Left::floats;
     if (!kWordBlocks) return Left::tensor;
     if (b.down != 1) return m > kPairedRows && k > 0 ? Left::row_words : Left::tensor;
@@ -391,12 +409,14 @@ FewRows::Left FewRows::left() const {
 
 int64_t FewRows::left_stride() const {
     if (left() == Left::row_words) return round_up((k + 1) / 2, kWordDepth);
+    if (left() == Left::halves) return round_up(k, 2 * kLanes);
     return round_up(left() == Left::floats ? k : m, kLanes);
 }
 
 int64_t FewRows::left_floats() const {
     if (left() == Left::tensor) return 0;
     if (left() == Left::row_words) return left_stride() * round_up(m, 16);
+    if (left() == Left::halves) return left_stride() / 2 * m;
     return left_stride() * (left() == Left::floats ? m : k / 2);
 }
 
@@ -411,6 +431,10 @@ void FewRows::convert(Rows a, float *target) const {
         pack_words_in_rows<1>(a, m, k, {target, ld, 16 * ld, 16, 0}, ld);
         return;
     }
+    if (left() == Left::halves) {
+        pack_words_in_rows<1>(a, m, k, {target, ld / 2, 16 * ld / 2, 16, 0}, ld / 2);
+        return;
+    }
 #endif
     pack_rows(a, m, k, 1.0f, target, ld);
 }
@@ -418,6 +442,7 @@ void FewRows::convert(Rows a, float *target) const {
 // With instructions for pairs of bfloat16 packing pays earlier.
 int64_t FewRows::most() const {
     if (b.dtype == FASTATTN_FLOAT16 && kFloat16Parts) return 24;
+    if (is_rounded) return kWordBlocks || b.down != 1 ? 0 : 32;
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
     switch (left()) {
         case Left::lane_words: return kMostLanes;
@@ -431,6 +456,7 @@ int64_t FewRows::most() const {
 // AVX2 and, in bfloat16, AMX; elsewhere it is not known from which row on packed strips are faster.
 int64_t FewRows::most_beside_packed() const {
     const bool pairs = b.dtype == FASTATTN_BFLOAT16;
+    if (is_rounded) return 0;  // kept strips are half as large
     if (kLanes < 8) return most();
     if (pairs && kWordBlocks) return smaller(most(), b.down == 1 ? 48 : kPairedRows);
     if (b.down != 1) return kLanes == 16 ? 0 : most();
@@ -446,10 +472,11 @@ int64_t FewRows::panel() const {
     return k / 2 * left_stride() <= kNearWords ? kNearPanel : kFarPanel;
 }
 
-// Beside the sums: their transpose and up to a vector of columns that are read twice; pairs of a few rows of B; or another panel.
+// Beside the sums: their transpose and up to a vector of columns that are read twice; columns that are rounded; pairs of a few rows of B; or another panel.
 int64_t FewRows::scratch_floats() const {
     const int64_t own = m * panel();
     if (left() == Left::lane_words) return own + (panel() + kLanes) * left_stride();
+    if (left() == Left::halves) return own + kRoundedColumns * left_stride() / 2;
     return own + (left() == Left::row_words ? kRowsAtOnce / 2 * kMatrixPanel : own);
 }
 
@@ -457,6 +484,10 @@ void FewRows::sums(const void *a, int64_t lda, Range columns, float *sums, int64
 #if defined(__AMX_BF16__)
     if (left() == Left::lane_words) return matrix_sums_of_columns(*this, (const float *)a, columns, sums, ld);
     if (left() == Left::row_words) return matrix_sums_of_rows(*this, (const float *)a, lda, columns, sums, ld);
+#endif
+#if defined(__AVX512BF16__)
+    if (left() == Left::halves)
+        return rounded_dots(m, columns.size(), k, a, lda, (const float *)b.at(0, columns.begin), b.across, sums, ld, sums + m * ld);
 #endif
     with_dtype(b.dtype, [&]<int dtype>() {
         const void *first = b.at(0, columns.begin);

@@ -4,19 +4,21 @@
 
 FASTATTN_NAMESPACE_BEGIN
 
-// A product of m rows of A with B(k, n).
+// A product of m rows of A with B(k, n); `is_rounded`: of float32 that is multiplied in bfloat16.
 struct FewRows {
     int64_t m, n, k;
     Operand b;
+    bool is_rounded;
 
     // Whether reading B where it lies is faster than packing it, or, where it is kept packed, than that.
     bool are_few(bool is_packed) const { return m <= (is_packed ? most_beside_packed() : most()); }
 
-    // How sums() reads A: as the tensor that it is, as float32, or for the matrix unit as words of pairs along k, in rows or those of all rows side by side.
-    enum class Left { tensor, floats, row_words, lane_words };
+    // How sums() reads A: as the tensor that it is, as float32, as bfloat16, or for the matrix unit as words of pairs along k, in rows or those of all
+    // rows side by side.
+    enum class Left { tensor, floats, halves, row_words, lane_words };
     Left left() const;
     bool uses_matrix_unit() const { return left() == Left::row_words || left() == Left::lane_words; }
-    // Of A in that form: floats of all, 0 for the tensor, and from one row, or word, to the next.
+    // Of A in that form: floats of all, 0 for the tensor, and elements from one row, or word, to the next.
     int64_t left_floats() const;
     int64_t left_stride() const;
     void convert(Rows a, float *target) const;

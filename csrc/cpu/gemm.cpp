@@ -3,7 +3,7 @@
 // Numerics: float32 accumulators; sums over k are blocked (kDepth), which keeps their error near that of one block; one rounding to the
 //   tensors' dtype at the end. bfloat16 is multiplied in pairs where AMX or AVX-512 BF16 is there: exact products, float32 sums, subnormal numbers as 0.
 //   With AMX float16 is, too, as two bfloat16 parts, and from kSplitRows rows on float32 as three (pairs.h): 0.5 to 0.7 of the error MKL's product has.
-//   Where the caller lets float32 be rounded, it is one part there, but for few rows.
+//   Where the caller lets float32 be rounded, it is one part there, and on an AMD in pairs, but for few rows.
 // Algorithm: an A that stays near, up to kOwnRows rows read in place or with AMX as many words as a level-2 cache holds, goes by strips of columns of B,
 //   which each thread packs for itself and for its level-2 cache. Else C is made in chunks of columns: the threads pack a chunk together, then share out
 //   its C as a grid; each walks its part in blocks of rows, blocks of k and tiles of the micro-kernel. A is read in place when it is float32, or bfloat16
@@ -44,6 +44,10 @@
 // of the same Xeon, 2026-11-29:
 //   384 x 1,536  1.03, 1.07, 1.18, 1.16, 1.24, 1.71
 //   768 x 3,072  0.90, 1.04, 1.06, 1.05, 1.37, 1.74 (256 rows: 2.0 ms, where the exact product takes 9.0, torch's 9.2)
+// float32 that is rounded, in pairs (vdpbf16ps), 64, 256, 1,024 rows, times of the exact product's over it and torch's by "medium" over it, calls in turns,
+// least of 11, one core of an AMD EPYC (Zen 4, VM), 2026-11-29:
+//   384 x 1,536  1.65 1.63, 1.70 1.72, 1.79 1.83    768 x 3,072  1.45 1.49, 1.69 1.66, 1.81 1.80    A is rounded block by block, for every chunk of B
+//                1.74 1.71, 1.74 1.78, 1.82 1.88                 1.63 1.65, 1.78 1.80, 1.89 1.93    once, for all; strips of one's own
 // Few rows: few_rows.cpp.
 #include <omp.h>
 
@@ -104,15 +108,16 @@ void finish(const fastattn_gemm &p, const float *sums, int64_t ld, Range rows, R
     });
 }
 
+Operand left_operand(const fastattn_gemm &p) { return {p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]}; }
 Operand right_operand(const fastattn_gemm &p) { return {p.b.data, p.dtype, p.b.stride[0], p.b.stride[1]}; }
 
-FewRows few_rows(const fastattn_gemm &p) { return {p.m, p.n, p.k, right_operand(p)}; }
+constexpr int64_t kFewExact = 8;  // up to so many rows float32 is not rounded, whose time is that of reading B
 
-constexpr int64_t kFewRounded = 8;  // float32 that is rounded pays for its packing sooner
+FewRows few_rows(const fastattn_gemm &p) { return {p.m, p.n, p.k, right_operand(p), p.m > kFewExact && is_rounded(p.dtype, p.rounds_float32)}; }
 
 // Whether packing B would not pay for itself, or multiplying by a B that was packed before is slower.
 bool has_few_rows(const fastattn_gemm &p, bool is_packed) {
-    if (p.a.stride[1] != 1 || (is_rounded(p.dtype, p.rounds_float32) && p.m > kFewRounded)) return false;
+    if (p.a.stride[1] != 1) return false;
     return few_rows(p).are_few(is_packed);
 }
 
@@ -183,11 +188,42 @@ struct Packing {
     }
 };
 
+// A by rows that is rounded before it is multiplied: once for all strips of B, which read it in place then. With AMX A is rounded as it goes to its blocks.
+class RoundedLeft {
+  public:
+    RoundedLeft(const fastattn_gemm &p, [[maybe_unused]] Form form) : a_(left_operand(p)), m_(p.m), k_(p.k), scratch_(floats(form)) {
+        if (scratch_.failed() || !floats(form)) return;
+        float *words = scratch_.take(0);
+#if defined(__AVX512BF16__)
+#pragma omp parallel for num_threads(p.n_threads) schedule(static) if (p.n_threads > 1)
+        for (int64_t r = 0; r < m_; r++)
+            pack_words_in_rows<1>({a_.at(r, 0), a_.dtype, a_.down}, 1, k_, {words + r * stride(), stride(), 0, 16, 0}, stride());
+#endif
+        a_ = {words, FASTATTN_BFLOAT16, 2 * stride(), 1};
+    }
+    bool failed() const { return scratch_.failed(); }
+    // A in this form, or the tensor where it is not rounded.
+    const Operand &operand() const { return a_; }
+
+  private:
+    static constexpr int64_t kMostFloats = 1 << 24;  // 64 MiB
+
+    int64_t stride() const { return round_up(k_ / 2, kLanes); }
+    int64_t floats(Form form) const {
+        const bool is_used = !kWordBlocks && form.parts && a_.dtype == FASTATTN_FLOAT32 && a_.across == 1 && k_ % 2 == 0;
+        return is_used && m_ * stride() <= kMostFloats ? m_ * stride() : 0;
+    }
+
+    Operand a_;
+    int64_t m_, k_;
+    Scratch scratch_;
+};
+
 // All of A in the blocks of the matrix unit, packed once for all chunks of B by the threads together: depth block by depth block, as pack_left() has it.
 class BlockedLeft {
   public:
     BlockedLeft(const fastattn_gemm &p, Form form)
-        : a_{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]}, m_(p.m), k_(p.k), form_(form), scratch_(is_used() ? block_floats() * depths() : 0) {
+        : a_(left_operand(p)), m_(p.m), k_(p.k), form_(form), scratch_(is_used() ? block_floats() * depths() : 0) {
         if (!scratch_.failed()) words_ = scratch_.take(0);
     }
     bool is_used() const { return kWordBlocks && form_.parts && form_.parts < 3 && k_ > 0 && block_floats() * depths() <= kMostFloats; }
@@ -225,8 +261,8 @@ class BlockedLeft {
 // One thread's rows.
 class Worker {
   public:
-    Worker(const fastattn_gemm &p, Form form, const Packing &packing, const BlockedLeft &left)
-        : p_(p), form_(form), packing_(packing), blocked_(left), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
+    Worker(const fastattn_gemm &p, const Operand &a, Form form, const Packing &packing, const BlockedLeft &left)
+        : p_(p), a_(a), form_(form), packing_(packing), blocked_(left), scratch_(Scratch::padded(left_floats()) + Scratch::padded(sum_floats())) {
         if (scratch_.failed()) return;
         left_ = scratch_.take(left_floats());
         sums_ = scratch_.take(sum_floats());
@@ -251,10 +287,9 @@ class Worker {
     void block(Range rows, Range columns, const float *packed) {
         if (blocked_.is_used() && packing_.blocks > 1 && packing_.blocks <= kNearBlocks) return strip_by_strip(rows, columns, packed);
         const int64_t width = form_.strip_width();
-        const Operand a{p_.a.data, p_.dtype, p_.a.stride[0], p_.a.stride[1]};
         for (int64_t d = 0; d < packing_.blocks; d++) {
             const Range k = depth_block(p_.k, d);
-            const Left left = blocked_.is_used() ? blocked_.at(rows.begin, d) : pack_left(form_, a, rows, k, left_, nonfinite_);
+            const Left left = blocked_.is_used() ? blocked_.at(rows.begin, d) : pack_left(form_, a_, rows, k, left_, nonfinite_);
             for (int64_t c = columns.begin; c < columns.end; c += width) {
                 const Range strip{c, smaller(c + width, columns.end)};
                 const int64_t index = (c - columns.begin) / width;
@@ -319,6 +354,7 @@ class Worker {
     static int64_t vectors(Range strip) { return (strip.size() + kLanes - 1) / kLanes; }
 
     const fastattn_gemm &p_;
+    const Operand &a_;
     Form form_;
     const Packing &packing_;
     const BlockedLeft &blocked_;
@@ -346,7 +382,7 @@ struct Outcome {
     bool nonfinite = false;
 };
 
-Outcome packed_product(const fastattn_gemm &p, Form form, const float *kept) {
+Outcome packed_product(const fastattn_gemm &p, const Operand &a, Form form, const float *kept) {
     const Packing packing(p, form, form.parts == 3 ? kSplitChunkFloats : kChunkFloats);
     const int64_t width = form.strip_width(), chunk_columns = packing.chunk_strips * width;
     Outcome outcome;
@@ -357,7 +393,7 @@ Outcome packed_product(const fastattn_gemm &p, Form form, const float *kept) {
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        Worker worker(p, form, packing, left);
+        Worker worker(p, a, form, packing, left);
         bool nonfinite = false;
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < left.items(); item++) nonfinite |= left.pack(item);
@@ -388,7 +424,7 @@ Outcome packed_product(const fastattn_gemm &p, Form form, const float *kept) {
 
 // Each thread packs the strips of B that it multiplies, a few at a time, which its level-2 cache holds: nothing is shared, nobody waits. All rows of A
 // go by for every such group.
-Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept) {
+Outcome own_strips_product(const fastattn_gemm &p, const Operand &a, Form form, const float *kept) {
     const Packing packing(p, form, kOwnFloats);
     const int64_t width = form.strip_width(), group_columns = packing.chunk_strips * width;
     const BlockedLeft left(p, form);
@@ -396,7 +432,7 @@ Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept)
     Outcome outcome;
 #pragma omp parallel num_threads(p.n_threads) if (p.n_threads > 1)
     {
-        Worker worker(p, form, packing, left);
+        Worker worker(p, a, form, packing, left);
         Scratch scratch(kept ? 0 : packing.chunk_strips * packing.strip_floats);
         const Range mine = part(p.n, width, omp_get_num_threads(), omp_get_thread_num());
         const bool failed = worker.failed() || scratch.failed();
@@ -419,8 +455,7 @@ Outcome own_strips_product(const fastattn_gemm &p, Form form, const float *kept)
 }
 
 // Up to kOwnRows rows of A, read in place by every thread, or words of it that a level-2 cache holds, and enough strips for all threads to have as many.
-bool has_own_strips(const fastattn_gemm &p, Form form) {
-    const Operand a{p.a.data, p.dtype, p.a.stride[0], p.a.stride[1]};
+bool has_own_strips(const fastattn_gemm &p, const Operand &a, Form form) {
     const int64_t strips = form.strips(p.n), busiest = (strips + p.n_threads - 1) / p.n_threads;
     const bool stays_near = kWordBlocks && form.parts ? form.parts < 3 && p.m * form.elements(p.k) <= kOwnLeftFloats
                                                       : p.m <= kOwnRows && is_read_in_place(form, a, p.k);
@@ -441,11 +476,17 @@ int gemm(const fastattn_gemm &p) {
     const Form form = form_of(p.dtype, p.rounds_float32, p.m);
     const float *kept = kept_strips(p.packed, form, p.dtype, p.k, p.n);
     if (has_few_rows(p, kept)) return few_rows_product(p);
-    const Outcome outcome = has_own_strips(p, form) ? own_strips_product(p, form, kept) : packed_product(p, form, kept);
+    const RoundedLeft left(p, form);
+    if (left.failed()) return FASTATTN_OUT_OF_MEMORY;
+    const Operand &a = left.operand();
+    const Outcome outcome = has_own_strips(p, a, form) ? own_strips_product(p, a, form, kept) : packed_product(p, a, form, kept);
     // Infinity and NaN do not split into parts: such a product, rare as it is, is made again without.
-    if (outcome.nonfinite && form.parts > 1) return packed_product(p, Form{0}, nullptr).status;
+    if (outcome.nonfinite && form.parts > 1) return packed_product(p, a, Form{0}, nullptr).status;
     return outcome.status;
 }
+
+// Whether float32 is rounded to bfloat16, but for few rows.
+int gemm_is_rounded(const fastattn_gemm &p) { return is_rounded(p.dtype, p.rounds_float32); }
 
 int packed_bytes(const fastattn_packing &packing) {
     const fastattn_gemm &p = *packing.product;

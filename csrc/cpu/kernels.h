@@ -1,9 +1,10 @@
-// The kernels that every instruction set's namespace offers to library.cpp: int name(const Problem &), 0 or a fastattn_status.
+// The kernels that every instruction set's namespace offers to library.cpp: int name(const Problem &), 0 or a fastattn_status; or the answer to a question.
 #pragma once
 #include "../common/problem.h"
 
 #define FASTATTN_KERNELS(apply)                              \
     apply(gemm, fastattn_gemm)                               \
+    apply(gemm_is_rounded, fastattn_gemm)                    \
     apply(packed_bytes, fastattn_packing)                    \
     apply(pack, fastattn_packing)                            \
     apply(activation_backward, fastattn_activation_backward) \

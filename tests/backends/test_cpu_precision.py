@@ -1,4 +1,4 @@
-"""Products of float32 where the user lets torch's be made in bfloat16: rounded with AMX, exact everywhere else."""
+"""Products of float32 where the user lets torch's be made in bfloat16: rounded where that is faster, exact elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastattn.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason()))
 ISAS = [] if cpu.unavailable_reason() else cpu.available_isas()
-ROWS = [40, 130, 450]  # more than are multiplied by weights where they lie; blocks; three parts where it is exact
+ROWS = [20, 40, 130, 450]  # by weights where they lie; packed; blocks; three parts where it is exact
 
 
 @pytest.fixture(params=ISAS)
@@ -31,28 +31,34 @@ def medium() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def rounded(tensor: Tensor, isa: str) -> Tensor:
+def test_who_rounds(isa: str) -> None:
+    assert cpu.multiplies_rounded() or isa != "amx"
+    assert not cpu.multiplies_rounded() or isa in ("amx", "avx512bf16")
+
+
+def rounded(tensor: Tensor) -> Tensor:
     """An operand as it is multiplied, in float64."""
-    return (tensor.bfloat16() if isa == "amx" else tensor).double()
+    return (tensor.bfloat16() if cpu.multiplies_rounded() else tensor).double()
 
 
-def assert_product(y: Tensor, x: Tensor, w: Tensor, isa: str) -> None:
+def assert_product(y: Tensor, x: Tensor, w: Tensor) -> None:
     """That y is x w^T of rounded operands, but for the sums' own error."""
-    exact = (rounded(x, isa) @ rounded(w, isa).T).detach()
+    exact = (rounded(x) @ rounded(w).T).detach()
     torch.testing.assert_close(y.detach().double(), exact, rtol=2e-5, atol=2e-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("by_rows", [False, True], ids=["linear", "conv1d"])
-def test_a_product_and_its_gradients(isa: str, medium: None, rows: int, by_rows: bool) -> None:
-    x = torch.randn(rows, 200, requires_grad=True)
-    w = torch.randn(200, 136).T.requires_grad_() if by_rows else torch.randn(136, 200, requires_grad=True)
+@pytest.mark.parametrize("features", [200, 77])
+def test_a_product_and_its_gradients(isa: str, medium: None, rows: int, by_rows: bool, features: int) -> None:
+    x = torch.randn(rows, features, requires_grad=True)
+    w = torch.randn(features, 136).T.requires_grad_() if by_rows else torch.randn(136, features, requires_grad=True)
     y = fastattn.linear_act(x, w, None, activation=None, backend="cpu")
     grad = torch.randn_like(y)
     dx, dw = torch.autograd.grad(y, (x, w), grad)
-    assert_product(y, x, w, isa)
-    assert_product(dx, grad, w.T, isa)
-    assert_product(dw, grad.T, x.T, isa)
+    assert_product(y, x, w)
+    assert_product(dx, grad, w.T)
+    assert_product(dw, grad.T, x.T)
 
 
 def test_the_newer_question_is_heard(fresh_process) -> None:
@@ -72,10 +78,10 @@ trained = fastattn.linear_act(x, w.requires_grad_(), None, activation=None).deta
 torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 again = fastattn.linear_act(x, w.detach(), None, activation=None)
 differ = [not rounded.equal(exact), not trained.equal(exact)]
-print(cpu.isa() == "amx", *differ, trained.equal(rounded), again.equal(exact))
+print(cpu.multiplies_rounded(), *differ, trained.equal(rounded), again.equal(exact))
 """
-    has_amx, *differ, equal, restored = fresh_process(script).stdout.split()
-    assert differ == [has_amx, has_amx] and equal == restored == "True"
+    rounds, *differ, equal, restored = fresh_process(script).stdout.split()
+    assert differ == [rounds, rounds] and equal == restored == "True"
 
 
 class Calls:
@@ -119,7 +125,7 @@ def test_every_kernel_rounds(isa: str, medium: None, call: str, way: str, reques
         torch.set_float32_matmul_precision("medium")
         assert torch.equal(run(x), y)
     assert float((y - exact).abs().max()) <= 2e-2 * float(exact.abs().max())
-    assert torch.equal(y, exact) == (isa != "amx")
+    assert torch.equal(y, exact) != cpu.multiplies_rounded()
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3.4e38])
@@ -128,7 +134,7 @@ def test_what_bfloat16_does_not_hold(isa: str, medium: None, value: float) -> No
     x, w = torch.randn(100, 64), torch.randn(64, 64)
     x[7, 3] = value
     y = fastattn.linear_act(x, w, None, activation=None, backend="cpu")
-    expected = F.linear(rounded(x, isa), rounded(w, isa)).float()
+    expected = F.linear(rounded(x), rounded(w)).float()
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(y.isinf(), expected.isinf())
     assert y[torch.arange(100) != 7].isfinite().all()

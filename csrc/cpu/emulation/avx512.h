@@ -336,6 +336,8 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #undef _mm512_cmp_ps_mask
 #undef _mm512_maskz_roundscale_ps
 #undef _mm512_fpclass_ps_mask
+#define __builtin_cpu_is(name) true  // float32 that may be rounded is, as on an AMD
+
 #undef _tile_loadd
 #undef _tile_stream_loadd
 #undef _tile_stored

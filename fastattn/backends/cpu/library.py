@@ -61,6 +61,11 @@ def rounds_float32() -> bool:
     return matmul_precision() in ("bf16", "medium")
 
 
+def multiplies_rounded() -> bool:
+    """Whether the instruction set in use makes use of that: with AMX, and by AVX-512 BF16 on AMD processors."""
+    return native().multiplies_rounded()
+
+
 def isa() -> str:
     """The instruction set in use."""
     return native().isa()
