@@ -12,7 +12,14 @@ from fastattn.backends.codes import DTYPES
 from fastattn.backends.cpu.attention import attention_backward, attention_forward
 from fastattn.backends.cpu.decode import attention_decode
 from fastattn.backends.cpu.encoder_layer import encoder_layer_forward
-from fastattn.backends.cpu.library import available_isas, has_avx512, isa, multiplies_rounded, unavailable_reason, use_isa
+from fastattn.backends.cpu.library import (
+    available_isas,
+    has_avx512,
+    isa,
+    multiplies_rounded,
+    unavailable_reason,
+    use_isa,
+)
 from fastattn.backends.cpu.linear import (
     ffn_backward,
     ffn_forward,
