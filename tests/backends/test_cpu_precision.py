@@ -1,4 +1,4 @@
-"""Products of float32 where the user lets torch round them to bfloat16: rounded where that is faster, exact elsewhere."""
+"""Products of float32 where the user lets torch round them: to bfloat16 where that is faster, exact elsewhere."""
 
 from __future__ import annotations
 
