@@ -30,10 +30,19 @@
 // rows 1.1 3.1 1.9. Torch's time over ours, by columns, 1, 16, 64 and 128 rows: 768 x 3,072 1.6 1.9 1.4 1.2; 4,096 x 11,008 1.6 1.7 1.4 1.3; by rows of 1,
 // 4, 8, 16 and 32 rows 2.4 1.3 1.06 1.1 0.87. An A too large for the level-2 cache a block of k at a time: 128 and 64 rows of 14,336 x 4,096 2.1 and
 // 1.6. Tried by rows: 32 rows by 1,024 columns 0.8, in strips of 32 columns 0.88.
-// float32 that is rounded, three columns of B at a time, which all rows of A then find in the level-1 cache: times as fast as packed, 12, 16, 24 and 32 rows,
-// medians of calls in turns, one core of an AMD EPYC (Zen 4, VM, in use by others), 2026-11-29, from the caches and from memory: 384 x 1,536 0.9 2.4 0.7 1.4,
-// 0.9 1.0 1.1 1.0; 768 x 3,072 1.1 1.3 1.4 1.3, 1.4 1.3 1.3 1.2; 3,072 x 768 1.3 1.8 1.8 1.5, 1.5 1.1 1.1 1.4. 48 rows gain where k is large, lose where
-// it is 384. The next columns fetched meanwhile: equal.
+// Dot products of 1 and 2 rows with 8 columns instead of 4 rows with 4, whose last ones were repeated, and of 6 rows with 4 where that repeats fewer than 8
+// with 3; with AVX2 one row with 6 columns instead of two with 4. Times as fast, medians of calls in turns, one core of an AMD EPYC (Zen 4, VM), 2026-11-29,
+// from the caches and from memory (two rows as one):
+//   float32   1 row  384 x 384 1.40, 1.15   768 x 768 1.20, 1.30   768 x 3,072 1.43, 1.28   3,072 x 768 1.06, 1.18   2,048 x 2,048 1.23, 1.20
+//   bfloat16                   1.30, 1.05             1.39, 1.10               1.38, 1.09               1.25, 1.31                 1.12, 1.33
+//   AVX2, float32, bfloat16, float16, 768 x 3,072 1.11 1.25 1.17, 1.09 1.02 1.05; 2,048 x 2,048 1.15 1.16 1.15, 1.11 1.11 1.09; with 8 columns, from the
+//   caches, 0.8 to 1.1
+//   6, 12, 17 rows of 768 x 3,072, float32 1.23 1.35 1.32, 1.00 1.11 1.22; bfloat16 1.42 1.32 1.30, 1.01 1.05 1.15
+// What comes next not fetched by 1 or 2 rows at all: 1.00 to 1.07 there, not tried elsewhere. Panels of 768 columns: equal.
+// float32 that is rounded, 12 columns of B at a time: times as fast as packed, 12, 16, 24 and 32 rows, the same machine and day (in use by others), from the
+// caches and from memory, 3 columns at a time: 384 x 1,536 0.9 2.4 0.7 1.4, 0.9 1.0 1.1 1.0; 768 x 3,072 1.1 1.3 1.4 1.3, 1.4 1.3 1.3 1.2; 3,072 x 768
+// 1.3 1.8 1.8 1.5, 1.5 1.1 1.1 1.4; 12 columns, in groups of dots(), over those 1.04 0.91 0.86 0.94, 1.08 1.0 1.05 0.95; 1.14 0.92 0.90 0.99, 1.19 1.11 1.14
+// 1.06; 1.09 1.12 0.8 0.9, 1.25 1.02 1.08 1.06. 48 rows gain where k is large, lose where it is 384.
 // Beside weights that were packed in an earlier call: most_beside_packed(). GFLOP/s in float32 read in place and kept packed, 1, 4 and 16
 // rows, one core of the same machine: 1,024 x 4,096 14 18, 53 65, 125 148; 768 x 3,072 of 4, 8, 12 rows 52 58, 115 98, 105 121; 384 x 1,536 of 8, 16,
 // 24 rows 96 91, 149 134, 153 152; bfloat16, 768 x 3,072, 16 and 24 rows 296 221, 303 265.
@@ -102,12 +111,12 @@ struct DotTile {
             return in_register((vfloat)v);
         };
         vfloat b[Columns];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Columns; i++) b[i] = words(t.right[i]);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
             const vfloat a = words(t.left[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < Columns; i++)
                 acc[r * Columns + i] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r * Columns + i], (__m512bh)a, (__m512bh)b[i]);
         }
@@ -116,13 +125,13 @@ struct DotTile {
 
     FASTATTN_INLINE void step_of_floats(const DotTile &t, vfloat (&acc)[kDots], int64_t at, int lanes) {
         vfloat b[Columns];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Columns; i++) b[i] = in_register(load_any(offset(t.right[i], dtype, at), dtype, lanes));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; r++) {
             const float *from = (const float *)t.left[r] + at;
             const vfloat a = in_register(lanes == kLanes ? load(from) : load_part(from, lanes));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < Columns; i++) acc[r * Columns + i] += a * b[i];
         }
     }
@@ -136,7 +145,7 @@ struct DotTile {
             if (fetch != Fetch::none && begins_line<dtype>(at)) {
                 const int64_t next = fetch == Fetch::all ? at : part.take();
                 if (fetch == Fetch::all || next >= 0)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                     for (int i = 0; i < Columns; i++) __builtin_prefetch(offset(right[i], dtype, Columns * ldb + next));
             }
             step(*this, acc, at, kStep);
@@ -172,29 +181,35 @@ void all_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const
         }
 }
 
-constexpr int kRoundedColumns = 3;
+// As many dot products as registers hold, of as few rows past the end as there may be.
+template <int dtype>
+void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
+    const auto run = [&]<int Rows, int Columns>() { all_dots<dtype, Rows, Columns>(m, n, k, a, lda, b, ldb, c, ldc); };
+    if constexpr (kLanes == 16) {
+        if (m == 1) run.template operator()<1, 8>();
+        else if (m == 2) run.template operator()<2, 8>();
+        else if (m <= 4) run.template operator()<4, 4>();
+        else if ((m + 5) / 6 * 6 < (m + 7) / 8 * 8) run.template operator()<6, 4>();
+        else run.template operator()<8, 3>();
+    } else {
+        if (m == 1) run.template operator()<1, kLanes == 8 ? 6 : kLanes>();
+        else run.template operator()<2, kLanes / 2>();
+    }
+}
+
+constexpr int kRoundedColumns = 12;  // whole groups of dots()
 
 #if defined(__AVX512BF16__)
-// Columns of float32 that are rounded as they are read: the words of kRoundedColumns, in the level-1 cache, are multiplied by all rows of A.
+// Columns of float32 that are rounded as they are read: the words of kRoundedColumns, near by, are multiplied by all rows of A.
 void rounded_dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc, float *words) {
     const int64_t ld = lda / 2;
     for (int64_t column = 0; column < n; column += kRoundedColumns) {
         const int64_t columns = smaller(kRoundedColumns, n - column);
         pack_words_in_rows<1>({b + column * ldb, FASTATTN_FLOAT32, ldb}, columns, k, {words, ld, 0, 16, 0}, ld);
-        all_dots<FASTATTN_BFLOAT16, 8, kRoundedColumns>(m, columns, k, a, lda, words, lda, c + column, ldc);
+        dots<FASTATTN_BFLOAT16>(m, columns, k, a, lda, words, lda, c + column, ldc);
     }
 }
 #endif
-
-template <int dtype>
-void dots(int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, float *c, int64_t ldc) {
-    if constexpr (kLanes == 16) {
-        if (m > 4) all_dots<dtype, 8, 3>(m, n, k, a, lda, b, ldb, c, ldc);  // 24 of 32 registers
-        else all_dots<dtype, 4, 4>(m, n, k, a, lda, b, ldb, c, ldc);
-    } else {
-        all_dots<dtype, 2, kLanes / 2>(m, n, k, a, lda, b, ldb, c, ldc);
-    }
-}
 
 // ---- B by rows ---------------------------------------------------------------------------------------------------------------------------
 
