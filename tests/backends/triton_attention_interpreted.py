@@ -11,9 +11,11 @@ import contextlib
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from fastattn.backends import reference
 from fastattn.backends import triton as backend
@@ -397,6 +399,13 @@ def test_gradients_by_distance(
 def test_shortcuts_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What interpreter.py puts in the place of Triton's operators, all but the matrix product, computes the same."""
     monkeypatch.setattr(interpreter._Shortcuts, "dot", lambda self, slow: slow)
+    product = interpreter_builder.create_dot
+
+    def in_one_order(a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        """NumPy sums up in another order where an operand lies transposed, as the shortcuts leave some."""
+        return product(*(TensorHandle(np.ascontiguousarray(t.data), t.dtype) for t in (a, b)), *rest)
+
+    monkeypatch.setattr(interpreter_builder, "create_dot", in_one_order)
     mask, _ = random_mask("range bits band interval", seed=8)
     quick = outputs(backend, mask, dtype, options=True)
     monkeypatch.setattr(launch, "at_speed", contextlib.nullcontext)
