@@ -38,6 +38,7 @@
 //   AVX2, float32, bfloat16, float16, 768 x 3,072 1.11 1.25 1.17, 1.09 1.02 1.05; 2,048 x 2,048 1.15 1.16 1.15, 1.11 1.11 1.09; with 8 columns, from the
 //   caches, 0.8 to 1.1
 //   6, 12, 17 rows of 768 x 3,072, float32 1.23 1.35 1.32, 1.00 1.11 1.22; bfloat16 1.42 1.32 1.30, 1.01 1.05 1.15
+// 6 columns instead of 8, rows of B 4 KiB apart, from the caches and from memory: float32 1.05 to 1.23, 0.93 to 1.08; bfloat16 equal; other rows 0.85 to 1.06.
 // What comes next not fetched by 1 or 2 rows at all: 1.00 to 1.07 there, not tried elsewhere. Panels of 768 columns: equal.
 // float32 that is rounded, 12 columns of B at a time: times as fast as packed, 12, 16, 24 and 32 rows, the same machine and day (in use by others), from the
 // caches and from memory, 3 columns at a time: 384 x 1,536 0.9 2.4 0.7 1.4, 0.9 1.0 1.1 1.0; 768 x 3,072 1.1 1.3 1.4 1.3, 1.4 1.3 1.3 1.2; 3,072 x 768

@@ -3,7 +3,9 @@
 Where the kernel was found faster than torch's it runs, else the original forward does. In inference:
 
 - float32, up to 32 rows, as in generation: 1.0 to 4.6 times as fast; more rows equal. On AMD's processors with AVX-512,
-  of which torch's MKL uses the half, any number of rows: 1.7 to 2.5 times as fast, of 64 rows 1.2 to 1.7 [1].
+  of which torch's MKL uses the half, any number of rows: 1.7 to 2.5 times as fast, of 64 rows 1.2 to 1.7 [1]. On Zen 4,
+  where the half is nearly all, 1 row 0.8 to 1.4, 2 to 16 rows 1.1 to 2.9, more 1.02 to 1.3; smaller weights than 128
+  thousand elements from 16 million products on [4].
 - bfloat16 and float16, any number of rows, with AVX2: 0.95 (one row, 512 x 512) to 6 times as fast, and 30 times or
   more for weights that are kept transposed, as in Conv1D.
 - float16 with AVX-512, any number of rows: 0.8 (one row, 512 x 512) to 10 times as fast [1].
@@ -21,12 +23,13 @@ Where the kernel was found faster than torch's it runs, else the original forwar
     float32                    2 rows 0.5, 0.6, 0.8, 1.1, 1.3    16 rows 0.8, 1.1, 1.4, 1.9, 2.1
 
 With gradients, forward and backward together, where torch's products of many rows are slow, from as many products on:
-1.1 (32 rows, 256 x 256) to 2.2 times as fast in float32 with AVX-512 on an AMD, 3 to 50 in float16 and, with AVX2, 4 to
-24 in bfloat16 [2].
+1.1 (32 rows, 256 x 256) to 2.2 times as fast in float32 with AVX-512 on an AMD, on Zen 4 from 64 million products on
+1.00 to 1.14 [4]; 3 to 50 in float16 and, with AVX2, 4 to 24 in bfloat16 [2].
 
 (2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] of an AMD EPYC of Zen 5, 2026-11-27; [2] one core of
 the latter, told to use AVX2 alone where that is said; [3] of an Intel Xeon, Emerald Rapids, 2026-11-28, weights from
-memory, one core and two.) Halves with any other instruction set are unmeasured, and left to torch.
+memory, one core and two; [4] one core of an AMD EPYC of Zen 4, 2026-11-29, weights from the caches.) Halves with any
+other instruction set are unmeasured, and left to torch.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from torch import Tensor, nn
 
 from fastattn.backends import cpu
 from fastattn.backends.cpu.library import native
-from fastattn.environment import cpu_name
+from fastattn.environment import cpu_family, cpu_name
 from fastattn.functional import direct, linear_act
 from fastattn.functional.checks import HALVES, resolve_backend
 from fastattn.graphs import constant, is_exporting
@@ -82,6 +85,8 @@ PAYS_BY_SHORT_CALLS = {
 }
 _PAYS_BY_PAIRS = Pays(16 * 1024, 16 * 1024, 16 * 1024)
 """bfloat16 by short calls, with instructions for pairs: oneDNN takes 16 us before it multiplies anything."""
+_PAYS_ON_ZEN4 = {True: Pays(128 * 1024, 128 * 1024, 2**24), False: Pays(512 * 1024, 512 * 1024, 2**26)}
+"""float32 by short calls and by long ones, where MKL's products take but a tenth longer."""
 _FROM_FEATURES = 128  # narrower ones leave threads idle
 _NEVER = sys.maxsize
 _MEASURED_FOR_HALVES = {"avx2": HALVES, "avx512": (torch.float16,), "avx512bf16": HALVES, "amx": HALVES}
@@ -155,14 +160,20 @@ def _is_short() -> bool:
 def _fewest_rows(weight: Tensor, is_short: bool) -> int:
     """The number of rows from which on the product is worth the call around it, long or short."""
     dtype, elements = weight.dtype, weight.numel()
-    pays = (PAYS_BY_SHORT_CALLS if is_short else PAYS_BY_LONG_CALLS).get(dtype)
+    pays = _pays(dtype, is_short)
     if pays is None or min(weight.shape) < _FROM_FEATURES:
         return _NEVER
-    if is_short and dtype is torch.bfloat16 and not has_slow_products(dtype):
-        pays = _PAYS_BY_PAIRS
     if elements >= pays.few_rows:
         return 1 if elements >= pays.one_row else 2
     return max(2, -(-pays.beside_slow // elements)) if has_slow_products(dtype) else _NEVER
+
+
+def _pays(dtype: torch.dtype, is_short: bool) -> Pays | None:
+    if is_short and dtype is torch.bfloat16 and not has_slow_products(dtype):
+        return _PAYS_BY_PAIRS
+    if dtype is torch.float32 and _is_zen4():
+        return _PAYS_ON_ZEN4[is_short]
+    return (PAYS_BY_SHORT_CALLS if is_short else PAYS_BY_LONG_CALLS).get(dtype)
 
 
 @constant
@@ -184,7 +195,8 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if is_exporting():  # for any number of rows: to ask for it would bound what the graph takes
         return has_slow_products(x.dtype) and _fewest_rows(weight, is_short=False) <= 2
     if tracks_gradients(x, weight, bias):
-        is_worth_it = x.numel() * weight.shape[0] >= PAYS_BY_LONG_CALLS[x.dtype].beside_slow
+        pays = _pays(x.dtype, is_short=False)
+        is_worth_it = pays is not None and x.numel() * weight.shape[0] >= pays.beside_slow
         return is_worth_it and has_slow_products(x.dtype) and min(weight.shape) >= _FROM_FEATURES
     if x.numel() < _fewest_rows(weight, _is_short()) * weight.shape[1]:
         return False
@@ -234,3 +246,14 @@ def has_slow_products(dtype: torch.dtype) -> bool:
 @functools.cache
 def _is_amds() -> bool:
     return "AMD" in cpu_name()
+
+
+@constant
+def _is_zen4() -> bool:
+    """Whether this is an AMD whose vectors of AVX-512 take two halves' time: MKL, which uses halves, loses little."""
+    return cpu.has_avx512() and _is_amds() and _family() == 25
+
+
+@functools.cache
+def _family() -> int | None:
+    return cpu_family()

@@ -35,9 +35,10 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    """Another instruction set than the one in use."""
+    """Another instruction set than the one in use; an AMD is of Zen 5."""
     for file in (cpu, library):
         monkeypatch.setattr(file, "isa", lambda: isa)
+    monkeypatch.setattr(free_linear, "_family", lambda: 26)
 
 
 @pytest.fixture
@@ -83,6 +84,7 @@ def test_halves_err_no_more_than_the_original(kernel_calls, dtype) -> None:
 def with_slow_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's products are slow here, in every dtype."""
     monkeypatch.setattr(free_linear, "has_slow_products", lambda dtype: True)
+    monkeypatch.setattr(free_linear, "_is_zen4", lambda: False)
 
 
 def test_the_original_runs_where_it_is_as_fast(kernel_calls, monkeypatch) -> None:
@@ -265,6 +267,32 @@ def test_short_calls_pay_for_smaller_weights(monkeypatch, isa, vendor, dtype, ro
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     x, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(features, features, dtype=dtype)
     assert free_linear._is_faster(x, weight, None) == infers
+
+
+@pytest.mark.skipif(direct.calls("cpu") is None, reason="torch before 2.10, or no library")
+@pytest.mark.parametrize(
+    ("isa", "family", "rows", "features", "infers", "trains"),
+    [
+        ("avx512bf16", 25, 70, 768, True, False),
+        ("avx512bf16", 25, 128, 768, True, True),
+        ("avx512bf16", 25, 16, 256, False, False),
+        ("avx512bf16", 25, 256, 256, True, False),
+        ("avx512bf16", 25, 1, 384, True, False),
+        ("avx512bf16", 26, 70, 768, True, True),
+        ("avx512bf16", 26, 16, 256, True, False),
+        ("avx512bf16", 26, 1, 384, False, False),
+        ("avx2", 25, 70, 768, False, False),
+        ("avx2", 25, 1, 384, False, False),
+    ],
+)
+def test_generations_of_amds_differ(monkeypatch, isa, family, rows, features, infers, trains) -> None:
+    pretend(monkeypatch, isa)
+    monkeypatch.setattr(free_linear, "_is_amds", lambda: True)
+    monkeypatch.setattr(free_linear, "_family", lambda: family)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    x, weight = torch.zeros(rows, features), torch.zeros(features, features)
+    assert free_linear._is_faster(x, weight, None) == infers
+    assert free_linear._is_faster(x, weight.requires_grad_(), None) == trains
 
 
 def test_changed_linears_run_the_original(kernel_calls, monkeypatch) -> None:

@@ -541,6 +541,7 @@ def every_linear_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(free_linear, name, always)
     for name in ("is_measured", "has_slow_products"):
         monkeypatch.setattr(free_linear, name, lambda dtype: True)
+    monkeypatch.setattr(free_linear, "_is_zen4", lambda: False)
     monkeypatch.setattr(free_linear, "_FROM_FEATURES", 1)
 
 
