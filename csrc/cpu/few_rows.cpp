@@ -38,6 +38,11 @@
 //   AVX2, float32, bfloat16, float16, 768 x 3,072 1.11 1.25 1.17, 1.09 1.02 1.05; 2,048 x 2,048 1.15 1.16 1.15, 1.11 1.11 1.09; with 8 columns, from the
 //   caches, 0.8 to 1.1
 //   6, 12, 17 rows of 768 x 3,072, float32 1.23 1.35 1.32, 1.00 1.11 1.22; bfloat16 1.42 1.32 1.30, 1.01 1.05 1.15
+// With those groups more rows are faster by columns than packed. Times as fast, 36 and 48 rows, from the caches and from memory: float32 384 x 1,536 1.00
+// 0.91, 1.26 1.14; 768 x 3,072 1.17 1.06, 1.17 1.10; 2,048 x 2,048 1.45 1.25, 1.29 1.20; 4,096 x 14,336 1.26 1.07, 1.31 1.22; 64 rows 0.8 to 1.24.
+// bfloat16 in pairs, 30, 36 and 48 rows: 384 x 1,536 1.03 0.91 0.93, 1.22 1.12 0.92; 768 x 3,072 1.01 0.93 0.95, 0.97 1.08 0.92; 2,048 x 2,048 1.54 1.22
+// 1.35, 1.18 1.18 1.27; 4,096 x 14,336 1.36 1.85 1.11, 1.40 1.25 1.08. Torch's time over ours, 32 rows of 4,096 x 14,336, 4,096 x 4,096 and 2,048 x 5,632:
+// 0.84 0.76 0.88, now 1.01 1.11 1.04.
 // 6 columns instead of 8, rows of B 4 KiB apart, from the caches and from memory: float32 1.05 to 1.23, 0.93 to 1.08; bfloat16 equal; other rows 0.85 to 1.06.
 // What comes next not fetched by 1 or 2 rows at all: 1.00 to 1.07 there, not tried elsewhere. Panels of 768 columns: equal.
 // float32 that is rounded, 12 columns of B at a time: times as fast as packed, 12, 16, 24 and 32 rows, the same machine and day (in use by others), from the
@@ -455,15 +460,15 @@ void FewRows::convert(Rows a, float *target) const {
     pack_rows(a, m, k, 1.0f, target, ld);
 }
 
-// With instructions for pairs of bfloat16 packing pays earlier.
 int64_t FewRows::most() const {
     if (b.dtype == FASTATTN_FLOAT16 && kFloat16Parts) return 24;
     if (is_rounded) return kWordBlocks || b.down != 1 ? 0 : 32;
+    if (b.dtype == FASTATTN_FLOAT32) return kLanes == 16 && b.down == 1 ? 48 : 32;
     if (!kPairs<FASTATTN_BFLOAT16> || b.dtype != FASTATTN_BFLOAT16) return 32;
     switch (left()) {
         case Left::lane_words: return kMostLanes;
         case Left::row_words: return 96;
-        default: return kWordBlocks ? 8 : 24;
+        default: return kWordBlocks ? 8 : b.down != 1 ? 24 : k >= 2048 ? 48 : 32;
     }
 }
 
@@ -477,8 +482,8 @@ int64_t FewRows::most_beside_packed() const {
     if (pairs && kWordBlocks) return smaller(most(), b.down == 1 ? 48 : kPairedRows);
     if (b.down != 1) return kLanes == 16 ? 0 : most();
     if (!pairs && b.across * 4 % 4096 == 0) return 0;
-    const int64_t cached = pairs ? 48 << 10 : 32 << 10;
-    return smaller(most(), cached / larger(1, k * size_of(b.dtype)));
+    const int64_t cached = pairs ? 48 << 10 : 32 << 10, measured = pairs ? 24 : 32;
+    return smaller(smaller(most(), measured), cached / larger(1, k * size_of(b.dtype)));
 }
 
 int64_t FewRows::panel() const {

@@ -304,8 +304,8 @@ def test_large_products_keep_the_parity_rule(isa: str, shape: tuple[int, int, in
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_few_rows_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, two_threads: None) -> None:
-    """Up to 32 rows the weight is read where it lies: beyond a panel of columns, beyond a block of the sums, and ends
-    that fill no vector."""
+    """Up to 32 rows, or 48, the weight is read where it lies: beyond a panel of columns, beyond a block of the sums,
+    and ends that fill no vector."""
     inner = 521
     for rows, columns in (
         (1, 2300),
@@ -318,6 +318,8 @@ def test_few_rows_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, 
         (24, 33),
         (32, 47),
         (33, 24),
+        (47, 30),
+        (49, 24),
     ):
         x, bias = torch.randn(rows, inner).to(dtype), torch.randn(columns).to(dtype)
         weight = (torch.randn(columns, inner) * inner**-0.5).to(dtype)
