@@ -24,7 +24,7 @@ Where the kernel was found faster than torch's it runs, else the original forwar
 
 With gradients, forward and backward together, where torch's products of many rows are slow, from as many products on:
 1.1 (32 rows, 256 x 256) to 2.2 times as fast in float32 with AVX-512 on an AMD, on Zen 4 from 64 million products on
-1.00 to 1.14 [4]; 3 to 50 in float16 and, with AVX2, 4 to 24 in bfloat16 [2].
+0.97 to 1.14 [4]; 3 to 50 in float16 and, with AVX2, 4 to 24 in bfloat16 [2].
 
 (2 cores of an AMD EPYC with AVX2, torch 2.13.0, 2026-11-26; [1] of an AMD EPYC of Zen 5, 2026-11-27; [2] one core of
 the latter, told to use AVX2 alone where that is said; [3] of an Intel Xeon, Emerald Rapids, 2026-11-28, weights from
@@ -251,7 +251,7 @@ def _is_amds() -> bool:
 @constant
 def _is_zen4() -> bool:
     """Whether this is an AMD whose vectors of AVX-512 take two halves' time: MKL, which uses halves, loses little."""
-    return cpu.has_avx512() and _is_amds() and _family() == 25
+    return _is_amds() and _family() == 25 and cpu.has_avx512()
 
 
 @functools.cache
