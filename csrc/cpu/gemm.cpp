@@ -64,6 +64,7 @@ constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
 constexpr int64_t kOwnFloats = 1 << 16;    // of one thread's strips: 256 KiB
 constexpr int64_t kOwnLeftFloats = 1 << 18;  // of A beside them, in words
+constexpr int64_t kMostLeftFloats = 1 << 24;  // of all of A made once for all of B: 64 MiB
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
 
 // A strip and what lies before it in its first 32 columns is a strip of keep masks.
@@ -191,7 +192,7 @@ struct Packing {
 // A by rows that is rounded before it is multiplied: once for all strips of B, which read it in place then. With AMX A is rounded as it goes to its blocks.
 class RoundedLeft {
   public:
-    RoundedLeft(const fastattn_gemm &p, [[maybe_unused]] Form form) : a_(left_operand(p)), m_(p.m), k_(p.k), scratch_(floats(form)) {
+    RoundedLeft(const fastattn_gemm &p, Form form) : a_(left_operand(p)), m_(p.m), k_(p.k), scratch_(floats(form)) {
         if (scratch_.failed() || !floats(form)) return;
         float *words = scratch_.take(0);
 #if defined(__AVX512BF16__)
@@ -206,12 +207,10 @@ class RoundedLeft {
     const Operand &operand() const { return a_; }
 
   private:
-    static constexpr int64_t kMostFloats = 1 << 24;  // 64 MiB
-
     int64_t stride() const { return round_up(k_ / 2, kLanes); }
     int64_t floats(Form form) const {
         const bool is_used = !kWordBlocks && form.parts && a_.dtype == FASTATTN_FLOAT32 && a_.across == 1 && k_ % 2 == 0;
-        return is_used && m_ * stride() <= kMostFloats ? m_ * stride() : 0;
+        return is_used && m_ * stride() <= kMostLeftFloats ? m_ * stride() : 0;
     }
 
     Operand a_;
@@ -220,13 +219,14 @@ class RoundedLeft {
 };
 
 // All of A in the blocks of the matrix unit, packed once for all chunks of B by the threads together: depth block by depth block, as pack_left() has it.
+// Parts of float32 are no faster so (measured).
 class BlockedLeft {
   public:
     BlockedLeft(const fastattn_gemm &p, Form form)
         : a_(left_operand(p)), m_(p.m), k_(p.k), form_(form), scratch_(is_used() ? block_floats() * depths() : 0) {
         if (!scratch_.failed()) words_ = scratch_.take(0);
     }
-    bool is_used() const { return kWordBlocks && form_.parts && form_.parts < 3 && k_ > 0 && block_floats() * depths() <= kMostFloats; }
+    bool is_used() const { return kWordBlocks && form_.parts && form_.parts < 3 && k_ > 0 && block_floats() * depths() <= kMostLeftFloats; }
     bool failed() const { return scratch_.failed(); }
 
     int64_t items() const { return is_used() ? row_parts() * depths() : 0; }
@@ -245,8 +245,6 @@ class BlockedLeft {
     }
 
   private:
-    static constexpr int64_t kMostFloats = 1 << 24;  // 64 MiB; parts of float32 are no faster so (measured)
-
     int64_t depths() const { return (k_ + kDepth - 1) / kDepth; }
     int64_t row_parts() const { return (m_ + kBlockRows - 1) / kBlockRows; }
     int64_t block_floats() const { return round_up(m_, 16) * form_.elements(smaller(kDepth, k_)); }

@@ -336,13 +336,12 @@ inline void tile_dpbf16ps(int target, int left, int right) {
 #undef _mm512_cmp_ps_mask
 #undef _mm512_maskz_roundscale_ps
 #undef _mm512_fpclass_ps_mask
-#define __builtin_cpu_is(name) true  // float32 that may be rounded is, as on an AMD
-
 #undef _tile_loadd
 #undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#define __builtin_cpu_is(name) true  // float32 that may be rounded is, as on an AMD
 #define _mm512_set1_ps emulation::set1_ps
 #define _mm512_set1_epi32 emulation::set1_epi32
 #define _mm512_maskz_max_ps emulation::maskz_max_ps
