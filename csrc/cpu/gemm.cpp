@@ -48,6 +48,18 @@
 // least of 11, one core of an AMD EPYC (Zen 4, VM), 2026-11-29:
 //   384 x 1,536  1.65 1.63, 1.70 1.72, 1.79 1.83    768 x 3,072  1.45 1.49, 1.69 1.66, 1.81 1.80    A is rounded block by block, for every chunk of B
 //                1.74 1.71, 1.74 1.78, 1.82 1.88                 1.63 1.65, 1.78 1.80, 1.89 1.93    once, for all; strips of one's own
+// The next block of B fetched between the steps of every product, and B packed a block of k at a time (0.97 to 1.06 by itself), AVX-512, times as fast
+// as strips of all of k from the level-3 cache, then torch's time over ours; weights from memory, calls in turns, one core of the same machine:
+//   rows                       49         64         128        256        384
+//   bfloat16  768 x 3,072      1.16 1.14  1.16 1.13  1.11 1.01  1.04 1.01  1.03 1.07
+//             3,072 x 768      1.37 1.05  1.10 1.02  1.09 1.00  1.06 0.96  0.99 1.00
+//     by rows 768 x 3,072                 1.16 1.11  1.09 1.05  1.05 1.01  1.14 1.01
+//             3,072 x 768                 1.34 1.12  1.20 1.04  1.09 1.02  1.09 1.02
+//   float32   768 x 3,072      1.03 1.22  1.02 1.20  1.02 1.17  1.02 1.08  0.99 1.08
+//             3,072 x 768      1.19 1.14  1.16 1.11  1.08 1.04  1.00 1.05  1.03 1.06
+//     by rows 768 x 3,072      1.09 1.19  1.19 1.27  1.07 1.16  1.03 1.16
+//             3,072 x 768      1.31 1.22  1.11 1.16  1.12 1.08  1.06 1.09
+// From the caches 0.98 to 1.08. With AVX2 blocks of k gain nothing, and level-2 caches are small: left as they were.
 // Few rows: few_rows.cpp.
 #include <omp.h>
 
@@ -63,6 +75,7 @@ namespace {
 constexpr int64_t kBlockRows = 192;        // rows of A in one block, a multiple of every tile's
 constexpr int64_t kChunkFloats = 1 << 18;  // packed B in one chunk: 1 MiB
 constexpr int64_t kOwnFloats = 1 << 16;    // of one thread's strips: 256 KiB
+constexpr int64_t kSlicedRows = kLanes == 16 ? 2 * kBlockRows : 0;  // of A, up to which they are packed a block of k at a time
 constexpr int64_t kOwnLeftFloats = 1 << 18;  // of A beside them, in words
 constexpr int64_t kMostLeftFloats = 1 << 24;  // of all of A made once for all of B: 64 MiB
 constexpr int64_t kSplitChunkFloats = 1 << 20;  // in three parts, where packing A again for every chunk costs more than B from the shared cache
@@ -163,19 +176,37 @@ struct Packing {
     Operand b;
     int64_t k;
     int64_t blocks;        // of k
-    int64_t strip_floats;  // in all of k
     int64_t together;      // strips packed at once
+    bool is_sliced;        // a block of k after the other to the same place
+    int64_t strip_floats;  // in all of k, or a block of it
     int64_t chunk_strips;  // a chunk's, which has about `floats`
 
-    Packing(const fastattn_gemm &p, Form form_, int64_t floats)
+    Packing(const fastattn_gemm &p, Form form_, int64_t floats, bool is_sliced_ = false)
         : form(form_),
           b(right_operand(p)),
           k(p.k),
           blocks(larger(1, (p.k + kDepth - 1) / kDepth)),
-          strip_floats(larger(1, form.elements(p.k)) * form.strip_width()),
           together(strips_at_once(form, b)),
-          chunk_strips(round_up(larger(1, smaller(form.strips(p.n), floats / strip_floats)), together)) {}
+          is_sliced(is_sliced_),
+          strip_floats(larger(1, form.elements(is_sliced ? smaller(p.k, kDepth) : p.k)) * form.strip_width()),
+          chunk_strips(is_sliced && together > 1 ? together : round_up(larger(1, smaller(form.strips(p.n), floats / strip_floats)), together)) {}
 
+    // Where a block of k of a strip begins.
+    int64_t at(Range depth) const { return is_sliced ? 0 : form.right_depth(depth.begin); }
+    // What a product of m rows and block d of these columns brings in meanwhile: the block that is packed after it, the first one of the next columns,
+    // up to `end`, where d is the last.
+    PartsAhead next(int64_t d, Range columns, int64_t end, int64_t m) const {
+        const int64_t depth = form.depth(depth_block(k, d).size()), steps = m / kTileRows * form.strips(columns.size()) * depth;
+        if (d + 1 == blocks) columns = {columns.end, smaller(end, columns.end + columns.size())};
+        const Range block = depth_block(k, (d + 1) % blocks);
+        const bool by_columns = b.down == 1;
+        const int64_t rows = by_columns ? columns.size() : block.size(), bytes = (by_columns ? block : columns).size() * size_of(b.dtype);
+        if (rows == 0 || bytes == 0 || steps < rows) return {};
+        int shift = 0;
+        while (steps >> (shift + 1) >= rows && depth >> (shift + 1)) shift++;
+        const int64_t stride = (by_columns ? b.across : b.down) * size_of(b.dtype), spread = bytes + 63;  // a row may end within a line
+        return {(const char *)b.at(block.begin, columns.begin), stride, rows, (spread + (1 << shift) - 1) >> shift, shift};
+    }
     // Items of a chunk that can be packed one by one.
     int64_t items(Range columns) const { return (form.strips(columns.size()) + together - 1) / together * blocks; }
     // One of them to its place in `packed`. True when an element does not split.
@@ -183,7 +214,7 @@ struct Packing {
         const int64_t strip = item / blocks * together, width = form.strip_width();
         const Range depth = depth_block(k, item % blocks);
         const Range strips{columns.begin + strip * width, smaller(columns.begin + (strip + together) * width, columns.end)};
-        float *target = packed + strip * strip_floats + form.right_depth(depth.begin);
+        float *target = packed + strip * strip_floats + at(depth);
         if (together == 1) return pack_strip(form, b, depth, strips, target);
         return pack_strips_of_rows(form, b, depth, strips, target, strip_floats);
     }
@@ -275,32 +306,43 @@ class Worker {
         for (int64_t r = rows.begin; r < rows.end; r += kBlockRows) block({r, smaller(r + kBlockRows, rows.end)}, columns, packed);
     }
 
+    // The products of block d of k, added to the sums of all rows; `packed` holds nothing else. `ahead` is fetched meanwhile.
+    void run_slice(int64_t d, Range columns, const float *packed, PartsAhead ahead) {
+        fetches_.parts = ahead;
+        for (int64_t r = 0; r < p_.m; r += kBlockRows)
+            slice(d, {r, smaller(r + kBlockRows, p_.m)}, columns, packed, sums_ + r / kBlockRows * block_sums());
+    }
+
   private:
     static constexpr int64_t kNearBlocks = 3;  // of k
 
     int64_t left_floats() const { return blocked_.is_used() ? 0 : kBlockRows * larger(1, form_.parts) * round_up(form_.depth(smaller(kDepth, p_.k)), 16); }
-    int64_t sum_floats() const { return kBlockRows * form_.strip_width() * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
+    int64_t sum_floats() const { return block_sums() * (packing_.is_sliced ? (p_.m + kBlockRows - 1) / kBlockRows : 1); }
+
+    int64_t block_sums() const { return kBlockRows * form_.strip_width() * (packing_.blocks > 1 ? packing_.chunk_strips : 1); }
 
     // Sums over k in blocks are kept for a whole block of rows: of all columns, or of a strip where a level-2 cache holds all of k of the rows.
     void block(Range rows, Range columns, const float *packed) {
         if (blocked_.is_used() && packing_.blocks > 1 && packing_.blocks <= kNearBlocks) return strip_by_strip(rows, columns, packed);
+        for (int64_t d = 0; d < packing_.blocks; d++) slice(d, rows, columns, packed, sums_);
+    }
+
+    void slice(int64_t d, Range rows, Range columns, const float *packed, float *sums_of_block) {
         const int64_t width = form_.strip_width();
-        for (int64_t d = 0; d < packing_.blocks; d++) {
-            const Range k = depth_block(p_.k, d);
-            const Left left = blocked_.is_used() ? blocked_.at(rows.begin, d) : pack_left(form_, a_, rows, k, left_, nonfinite_);
-            for (int64_t c = columns.begin; c < columns.end; c += width) {
-                const Range strip{c, smaller(c + width, columns.end)};
-                const int64_t index = (c - columns.begin) / width;
-                const float *b = packed + index * packing_.strip_floats + form_.right_depth(k.begin);
-                const Ahead ahead = fetched(c + width < columns.end ? b + packing_.strip_floats : nullptr, rows);
-                if (packing_.blocks == 1) {
-                    tiles(left, k, b, rows, strip, ahead);
-                    continue;
-                }
-                float *sums = sums_ + index * kBlockRows * width;
-                multiply(rows.size(), vectors(strip), form_.depth(k.size()), left, b, width, sums, width, d > 0, nullptr, ahead);
-                if (d + 1 == packing_.blocks) finish(p_, sums, width, rows, strip, p_.bias);
+        const Range k = depth_block(p_.k, d);
+        const Left left = blocked_.is_used() ? blocked_.at(rows.begin, d) : pack_left(form_, a_, rows, k, left_, nonfinite_);
+        for (int64_t c = columns.begin; c < columns.end; c += width) {
+            const Range strip{c, smaller(c + width, columns.end)};
+            const int64_t index = (c - columns.begin) / width;
+            const float *b = packed + index * packing_.strip_floats + packing_.at(k);
+            const Ahead ahead = fetched(c + width < columns.end ? b + packing_.strip_floats : nullptr, rows);
+            if (packing_.blocks == 1) {
+                tiles(left, k, b, rows, strip, ahead);
+                continue;
             }
+            float *sums = sums_of_block + index * kBlockRows * width;
+            multiply(rows.size(), vectors(strip), form_.depth(k.size()), left, b, width, sums, width, d > 0, nullptr, ahead, &fetches_);
+            if (d + 1 == packing_.blocks) finish(p_, sums, width, rows, strip, p_.bias);
         }
     }
 
@@ -336,7 +378,7 @@ class Worker {
             if (!straight) fetch(tile, strip);
             float *sums = straight ? (float *)p_.c.data + r * p_.c.stride[0] + strip.begin : sums_;
             const int64_t ld = straight ? p_.c.stride[0] : width;
-            multiply(tile.size(), vectors(strip), depth, left, packed, width, sums, ld, false, bias, ahead);
+            multiply(tile.size(), vectors(strip), depth, left, packed, width, sums, ld, false, bias, ahead, &fetches_);
             if (!done) finish(p_, sums, ld, tile, strip, straight ? nullptr : p_.bias);
             left.data += form_.left_rows(left, step);
             ahead.data += depth / kWordDepth * ahead.lines * 16;
@@ -357,6 +399,7 @@ class Worker {
     const Packing &packing_;
     const BlockedLeft &blocked_;
     Scratch scratch_;
+    Fetches fetches_;
     float *left_ = nullptr, *sums_ = nullptr;
     bool nonfinite_ = false;
 };
@@ -420,10 +463,11 @@ Outcome packed_product(const fastattn_gemm &p, const Operand &a, Form form, cons
     return outcome;
 }
 
-// Each thread packs the strips of B that it multiplies, a few at a time, which its level-2 cache holds: nothing is shared, nobody waits. All rows of A
-// go by for every such group.
+// Each thread packs the strips of B that it multiplies, a few at a time, which its level-2 cache holds: nothing is shared, nobody waits. All rows of
+// A go by for every such group, or up to kSlicedRows of them for every block of k of it, while the next block of B comes in.
 Outcome own_strips_product(const fastattn_gemm &p, const Operand &a, Form form, const float *kept) {
-    const Packing packing(p, form, kOwnFloats);
+    const bool is_sliced = !kept && !(kWordBlocks && form.parts) && p.m <= kSlicedRows;
+    const Packing packing(p, form, kOwnFloats, is_sliced);
     const int64_t width = form.strip_width(), group_columns = packing.chunk_strips * width;
     const BlockedLeft left(p, form);
     if (left.failed()) return {FASTATTN_OUT_OF_MEMORY};
@@ -440,6 +484,13 @@ Outcome own_strips_product(const fastattn_gemm &p, const Operand &a, Form form, 
         for (int64_t item = 0; item < left.items(); item++) nonfinite |= left.pack(item);
         for (int64_t first = mine.begin; first < mine.end && !failed; first += group_columns) {
             const Range columns{first, smaller(first + group_columns, mine.end)};
+            if (packing.is_sliced) {
+                for (int64_t d = 0; d < packing.blocks; d++) {
+                    for (int64_t item = d; item < packing.items(columns); item += packing.blocks) nonfinite |= packing.pack(columns, item, made);
+                    worker.run_slice(d, columns, made, packing.next(d, columns, mine.end, p.m));
+                }
+                continue;
+            }
             for (int64_t item = 0; item < packing.items(columns) && !kept; item++) nonfinite |= packing.pack(columns, item, made);
             worker.run({0, p.m}, columns, kept ? kept + first / width * packing.strip_floats : made);
         }

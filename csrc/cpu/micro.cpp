@@ -39,8 +39,8 @@ struct Tile {
     const float *bias;
 };
 
-template <class Operation, Layout layout, int Rows, int Vectors>
-void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
+template <class Operation, Layout layout, int Rows, int Vectors, bool fetching = false>
+void fixed_tile(const Tile &t, int64_t k, bool accumulate, [[maybe_unused]] PartsAhead ahead = {}) {
     // C may be far away: its lines are fetched while the sums are formed, where that takes long enough.
     if (k >= kFetchDepth)
 #pragma GCC unroll 8
@@ -50,6 +50,7 @@ void fixed_tile(const Tile &t, int64_t k, bool accumulate) {
     vfloat acc[Rows][Vectors] = {};
 #pragma GCC unroll kUnrolledSteps
     for (int64_t i = 0; i < k; i++) {
+        if constexpr (fetching) __builtin_prefetch(ahead.at(i), 0, 2);
         vfloat bv[Vectors];
 #pragma GCC unroll 3
         for (int v = 0; v < Vectors; v++) bv[v] = load(t.b + i * t.ldb + v * kLanes);
@@ -253,6 +254,14 @@ void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, in
                 for (RowsAhead &rows : fetches->rows) rows.step();
             const float *left = a.data + (layout == Layout::rows ? row * a.stride : row);
             const Tile tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, bias ? bias + v * kLanes : nullptr};
+            if constexpr (kLanes == 16 && layout == Layout::rows) {
+                const bool is_whole = m - row >= kTileRows && vectors - v >= kTileVectors;
+                if (is_whole && fetches && fetches->parts.left > 0) {
+                    fixed_tile<Operation, layout, kTileRows, kTileVectors, true>(tile, k, accumulate, fetches->parts);
+                    fetches->parts.step(k);
+                    continue;
+                }
+            }
             any_tile<Operation, layout, kTileRows>(tile, (int)smaller(kTileRows, m - row), (int)smaller(kTileVectors, vectors - v), k, accumulate);
         }
 }

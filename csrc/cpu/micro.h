@@ -42,9 +42,21 @@ struct RowsAhead {
     }
 };
 
-// What a product fetches with every kTileRows rows of C; the next product goes on with what is left.
+// The same without bursts: a part of a row, `each` bytes of it, with every k of every whole tile of C. With AVX-512, by an A in rows.
+struct PartsAhead {
+    const char *row = nullptr;
+    int64_t stride = 0, left = 0;
+    int64_t each = 0;
+    int shift = 0;  // a row has 2^shift parts
+
+    const char *at(int64_t k) const { return row + (k >> shift) * stride + (k & ((1 << shift) - 1)) * each; }
+    void step(int64_t k) { row += (k >> shift) * stride, left -= k >> shift; }
+};
+
+// What a product fetches, whole rows with every kTileRows rows of C; the next product goes on with what is left.
 struct Fetches {
     RowsAhead rows[2];
+    PartsAhead parts = {};
 };
 
 // C(m, vectors * kLanes) = A B, or += with accumulate, plus a row of `bias` if given; any m, any number of vectors.

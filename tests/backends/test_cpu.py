@@ -300,6 +300,21 @@ def test_large_products_keep_the_parity_rule(isa: str, shape: tuple[int, int, in
     assert not failures(checked), failures(checked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lies", ["by rows", "by columns"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_blocks_of_features_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, two_threads: None) -> None:
+    """Up to 384 rows weights are packed by blocks of 512 features: several, a last one of few, and blocks of rows."""
+    for rows, inner, columns in ((52, 1536, 200), (97, 514, 333), (384, 1031, 300)):
+        x = torch.randn(rows, inner).to(dtype)
+        weight = (torch.randn(columns, inner) * inner**-0.5).to(dtype)
+        if lies == "by columns":
+            weight = weight.t().contiguous().t()
+        with cpu.use_isa(isa):
+            checked = check_linear_act(x, weight, None, None, backend="cpu")
+        assert not failures(checked), (rows, inner, columns, failures(checked))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize("isa", ISAS)
