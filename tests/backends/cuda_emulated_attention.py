@@ -249,7 +249,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("dim", [64, 192])
+@pytest.mark.parametrize("dim", [64, WIDE])
 @pytest.mark.parametrize("kind", ["plain", "causal", "intervals", "bias and dropout"])
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_batches(name: str, kind: str, dim: int) -> None:

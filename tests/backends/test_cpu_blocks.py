@@ -25,7 +25,7 @@ def amid_nan(tensor: Tensor, columns: int = 2) -> Tensor:
     return wide[1:-1, ..., : tensor.shape[-1]]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("lies", ["by rows", "by columns"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("isa", ISAS)

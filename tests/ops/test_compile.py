@@ -20,7 +20,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_forward_and_backward(case, dynamic):
     tensors = case.draw()
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)

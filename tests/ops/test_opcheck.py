@@ -90,7 +90,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_attention(backend, variant, dtype):
     if backend == "cpu" and (dtype == torch.float64 or {"table", "slopes", "cu_seqlens_q"} & variant.keys()):

@@ -396,6 +396,14 @@ def family(request: pytest.FixtureRequest) -> Family:
     return checked(request.param)
 
 
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow) if "," in name or name == "led" else name for name in FAMILIES]
+)
+def compiled_family(request: pytest.FixtureRequest) -> Family:
+    """Of a variant of a family, or of one whose attention is another's, the graph is seen by the slow tests alone."""
+    return checked(request.param)
+
+
 @pytest.fixture(params=[name for name, each in FAMILIES.items() if each.generations])
 def generating(request: pytest.FixtureRequest) -> Family:
     return checked(request.param)
