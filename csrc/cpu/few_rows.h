@@ -34,6 +34,8 @@ struct FewRows {
 
   private:
     int64_t most() const;
+    int64_t most_of_dtype() const;
+    int64_t most_of_features() const;
     int64_t most_beside_packed() const;
 };
 
