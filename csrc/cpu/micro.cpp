@@ -1,6 +1,8 @@
 // See micro.h.
 #include "micro.h"
 
+#include <type_traits>
+
 FASTATTN_NAMESPACE_BEGIN
 namespace {
 
@@ -28,19 +30,60 @@ struct PairProduct {
 constexpr int64_t kFetchDepth = 192;
 constexpr int kUnrolledSteps = kManyRegisters && kLanes == 4 ? 2 : 4;  // Clang loads four steps of AArch64's full tile at once, past its registers
 
-// Where a tile's operands and result lie.
+// Where a tile's operands and result lie, the result as float32 or as bfloat16.
+template <class Result>
 struct Tile {
     const float *a;
     int64_t lda;
     const float *b;
     int64_t ldb;
-    float *c;
+    Result *c;
     int64_t ldc;
     const float *bias;
 };
 
-template <class Operation, Layout layout, int Rows, int Vectors, bool fetching = false>
-void fixed_tile(const Tile &t, int64_t k, bool accumulate, [[maybe_unused]] PartsAhead ahead = {}) {
+template <int Rows, int Vectors>
+FASTATTN_INLINE void store_tile(float *c, int64_t ldc, const vfloat (&sums)[Rows][Vectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) store(c + r * ldc + v * kLanes, sums[r][v]);
+}
+
+#if defined(FASTATTN_ROUNDS_TILES)
+// Two vectors to a store. Subnormal sums, which the instructions would make 0, are looked for once for all.
+template <int Rows, int Vectors>
+FASTATTN_INLINE void store_tile(uint16_t *c, int64_t ldc, const vfloat (&sums)[Rows][Vectors]) {
+    constexpr int kSubnormal = 0x20;
+    __mmask16 subnormal = 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; v++) subnormal |= _mm512_fpclass_ps_mask((__m512)sums[r][v], kSubnormal);
+    if (__builtin_expect(subnormal != 0, 0)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; v++) store_any(c + r * ldc + v * kLanes, FASTATTN_BFLOAT16, sums[r][v], kLanes);
+        return;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++) {
+        uint16_t *row = c + r * ldc;
+        if constexpr (Vectors > 1) {
+            const __m512bh pair = _mm512_cvtne2ps_pbh((__m512)sums[r][1], (__m512)sums[r][0]);
+            __builtin_memcpy(row, &pair, sizeof pair);
+        }
+        if constexpr (Vectors != 2) {
+            const __m256bh last = _mm512_cvtneps_pbh((__m512)sums[r][Vectors - 1]);
+            __builtin_memcpy(row + (Vectors - 1) * kLanes, &last, sizeof last);
+        }
+    }
+}
+#endif
+
+template <class Operation, Layout layout, int Rows, int Vectors, bool fetching = false, class Result = float>
+void fixed_tile(const Tile<Result> &t, int64_t k, bool accumulate, [[maybe_unused]] PartsAhead ahead = {}) {
     // C may be far away: its lines are fetched while the sums are formed, where that takes long enough.
     if (k >= kFetchDepth)
 #pragma GCC unroll 8
@@ -69,19 +112,18 @@ void fixed_tile(const Tile &t, int64_t k, bool accumulate, [[maybe_unused]] Part
             for (int r = 0; r < Rows; r++) acc[r][v] += bias;
         }
     // C is added last, not used as the start: long sums over k in blocks then keep the accuracy of blocked summation.
-    if (accumulate)
+    if constexpr (std::is_same_v<Result, float>) {
+        if (accumulate)
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; r++)
+            for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 3
-            for (int v = 0; v < Vectors; v++) acc[r][v] += load(t.c + r * t.ldc + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 3
-        for (int v = 0; v < Vectors; v++) store(t.c + r * t.ldc + v * kLanes, acc[r][v]);
+                for (int v = 0; v < Vectors; v++) acc[r][v] += load(t.c + r * t.ldc + v * kLanes);
+    }
+    store_tile(t.c, t.ldc, acc);
 }
 
-template <class Operation, Layout layout, int Rows>
-void any_tile(const Tile &t, int rows, int vectors, int64_t k, bool accumulate) {
+template <class Operation, Layout layout, int Rows, class Result>
+void any_tile(const Tile<Result> &t, int rows, int vectors, int64_t k, bool accumulate) {
     if constexpr (Rows > 1) {
         if (rows < Rows) return any_tile<Operation, layout, Rows - 1>(t, rows, vectors, k, accumulate);
     }
@@ -245,15 +287,15 @@ void row_tiles(int64_t m, int64_t k, const float *a, int64_t lda, const float *b
 #endif
 
 // Columns outermost: one strip of B serves all rows of A before the next is touched.
-template <class Operation, Layout layout>
-void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias,
+template <class Operation, Layout layout, class Result>
+void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, Result *c, int64_t ldc, bool accumulate, const float *bias,
                Fetches *fetches) {
     for (int64_t v = 0; v < vectors; v += kTileVectors)
         for (int64_t row = 0; row < m; row += kTileRows) {
             if (fetches)
                 for (RowsAhead &rows : fetches->rows) rows.step();
             const float *left = a.data + (layout == Layout::rows ? row * a.stride : row);
-            const Tile tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, bias ? bias + v * kLanes : nullptr};
+            const Tile<Result> tile{left, a.stride, b + v * kLanes, ldb, c + row * ldc + v * kLanes, ldc, bias ? bias + v * kLanes : nullptr};
             if constexpr (kLanes == 16 && layout == Layout::rows) {
                 const bool is_whole = m - row >= kTileRows && vectors - v >= kTileVectors;
                 if (is_whole && fetches && fetches->parts.left > 0) {
@@ -266,8 +308,8 @@ void all_tiles(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, in
         }
 }
 
-template <class Operation>
-void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, bool accumulate, const float *bias,
+template <class Operation, class Result>
+void both_layouts(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, Result *c, int64_t ldc, bool accumulate, const float *bias,
                   Fetches *fetches) {
     if (a.layout == Layout::rows) all_tiles<Operation, Layout::rows>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
     else all_tiles<Operation, Layout::columns>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
@@ -306,6 +348,13 @@ void multiply(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int
 #endif
     both_layouts<Product>(m, vectors, k, a, b, ldb, c, ldc, accumulate, bias, fetches);
 }
+
+#if defined(FASTATTN_ROUNDS_TILES)
+void multiply_to_bfloat16(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, uint16_t *c, int64_t ldc, const float *bias,
+                          Fetches *fetches) {
+    both_layouts<PairProduct>(m, vectors, k, a, b, ldb, c, ldc, false, bias, fetches);
+}
+#endif
 
 #if defined(__AMX_BF16__)
 void multiply_word_rows(int64_t m, int64_t vectors, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,

@@ -82,6 +82,11 @@ constexpr int kWordRows = 32, kWordVectors = 2, kWordDepth = 16;
 constexpr int kBfloat16Parts = 1, kFloat16Parts = 0, kFloat32Parts = 0;
 constexpr bool kWordBlocks = false;
 constexpr int kWordRows = kTileRows, kWordVectors = kTileVectors, kWordDepth = 1;
+#define FASTATTN_ROUNDS_TILES 1
+
+// The product of words and the row of `bias`, rounded to bfloat16: C has room for whole vectors.
+void multiply_to_bfloat16(int64_t m, int64_t vectors, int64_t k, Left a, const float *b, int64_t ldb, uint16_t *c, int64_t ldc, const float *bias,
+                          Fetches *fetches);
 #else
 constexpr int kBfloat16Parts = 0, kFloat16Parts = 0, kFloat32Parts = 0;
 constexpr bool kWordBlocks = false;

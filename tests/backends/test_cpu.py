@@ -345,6 +345,22 @@ def test_few_rows_keep_the_parity_rule(isa: str, lies: str, dtype: torch.dtype, 
         assert not failures(checked), (rows, columns, failures(checked))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_subnormal_sums_stay_what_they_are(isa: str) -> None:
+    """The instruction that rounds to bfloat16 makes them 0; of words only a bias is left subnormal."""
+    bias = (torch.arange(1, 101) * 2.0**-133).bfloat16()
+    for rows, columns in ((4, 100), (64, 100), (64, 96), (100, 16)):
+        with cpu.use_isa(isa):
+            out = fastattn.linear_act(
+                torch.zeros(rows, 64).bfloat16(),
+                torch.randn(columns, 64).bfloat16(),
+                bias[:columns],
+                activation=None,
+                backend="cpu",
+            )
+        assert torch.equal(out, bias[:columns].expand(rows, columns)), (rows, columns)
+
+
 def test_no_graph_hangs_on_what_calls_share() -> None:
     x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
     for result in (
