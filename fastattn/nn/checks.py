@@ -9,8 +9,9 @@ called.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import MethodType
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -103,6 +104,21 @@ def why_not_unwatched(child: nn.Module) -> str | None:
     ):
         return "is under global module hooks"
     return None
+
+
+def why_not_helpers(module: nn.Module, helpers: dict[str, Callable[..., Any]]) -> str | None:
+    """None where the methods that the original's forward calls are still these: on the module and in its class."""
+    for name, method in helpers.items():
+        if name in module.__dict__ or getattr(type(module), name) is not method:
+            return f"its {name} was replaced"
+    return None
+
+
+def why_not_eps(eps: object) -> str | None:
+    """None where the kernels take this eps of a norm."""
+    if not isinstance(eps, (int, float)):
+        return f"its eps is a {type(eps).__name__}"
+    return None if eps >= 0 else f"its eps is {eps!r}"
 
 
 def holds_its_own_forward(module: nn.Module) -> bool:

@@ -8,9 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn.nn.attention import MultiheadAttention
-from fastattn.nn.counting import note_call
+from fastattn.nn.checks import why_not_helpers
+from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.nn.sublayers import add_and_normalise, feed_forward, normalise
+
+_HELPERS = {name: getattr(nn.TransformerDecoderLayer, name) for name in ("_sa_block", "_mha_block", "_ff_block")}
 
 
 class TransformerDecoderLayer(Fused, nn.TransformerDecoderLayer):
@@ -28,7 +31,8 @@ class TransformerDecoderLayer(Fused, nn.TransformerDecoderLayer):
     is added. tgt_is_causal and memory_is_causal say that the mask of that name, which must be given, is the causal one.
     Returns tgt's shape.
 
-    Activations, children that are not plain and queries that see no key: as in `TransformerEncoderLayer`.
+    Activations, children that are not plain, methods that are replaced and queries that see no key: as in
+    `TransformerEncoderLayer`.
     """
 
     fastattn_original = nn.TransformerDecoderLayer
@@ -52,6 +56,19 @@ class TransformerDecoderLayer(Fused, nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         note_call(self)
+        reason = why_not_helpers(self, _HELPERS)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(
+                tgt,
+                memory,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                tgt_is_causal,
+                memory_is_causal,
+            )
         own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         cross = (memory_mask, memory_key_padding_mask, memory_is_causal)
         if self.norm_first:

@@ -12,12 +12,14 @@ from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from fastattn.nn.attention import MultiheadAttention
 from fastattn.nn.attention_masks import read_masks, why_not_masks
-from fastattn.nn.checks import why_not_unwatched
+from fastattn.nn.checks import why_not_helpers, why_not_unwatched
 from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.nn.sublayers import add_and_normalise, feed_forward, normalise
 from fastattn.nn.whole_layer import WholeLayer, whole_layer
 from fastattn.ops.library import is_differentiated
+
+_HELPERS = {name: getattr(nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block")}
 
 
 class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
@@ -36,7 +38,8 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
     causal mask; without a src_mask it is an error in training and without effect in inference, as in torch.
 
     relu, gelu and silu, as functions or modules, run inside the feed-forward kernel; another callable is called. A
-    child that is not plain (hooked, replaced, quantised, sharded) is called too, and both are counted.
+    child that is not plain (hooked, replaced, quantised, sharded) is called too, and both are counted. A layer whose
+    _sa_block or _ff_block is not torch's runs torch's forward, which calls them.
     """
 
     fastattn_original = nn.TransformerEncoderLayer
@@ -60,6 +63,10 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             if result is not None:
                 return result
             note_fallback(self, "the input is a nested tensor")
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        reason = why_not_helpers(self, _HELPERS)
+        if reason is not None:
+            note_fallback(self, reason)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if not stands_for(self.self_attn, nn.MultiheadAttention):
             src_mask, src_key_padding_mask = additive_masks(src, src_mask, src_key_padding_mask, "src_mask")
@@ -165,7 +172,7 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
         """All layers on the rows that are not padding, packed; None where a layer has to be called."""
         if torch.compiler.is_compiling():  # the number of rows is a value, on which a graph would break
             return None
-        layers = [None if why_not_unwatched(layer) else whole_layer(layer, src) for layer in self.layers]
+        layers = [None if _is_called(layer) else whole_layer(layer, src) for layer in self.layers]
         if any(whole is None for whole in layers):
             return None
         kept = ~padding
@@ -206,6 +213,11 @@ class TransformerEncoder(Fused, nn.TransformerEncoder):
         if torch.overrides.has_torch_function(tensors) or src.device.type not in ("cpu", "cuda", "xpu"):
             return False
         return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _is_called(layer: nn.Module) -> bool:
+    """Whether the layer's own forward has to run."""
+    return why_not_unwatched(layer) is not None or why_not_helpers(layer, _HELPERS) is not None
 
 
 def additive_masks(

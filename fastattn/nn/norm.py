@@ -11,7 +11,14 @@ from fastattn.backends import cpu
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.functional.checks import resolve_backend
 from fastattn.graphs import constant, is_exporting
-from fastattn.nn.checks import full_name, why_not_input, why_not_parameter, why_not_tensor, why_not_unwatched
+from fastattn.nn.checks import (
+    full_name,
+    why_not_eps,
+    why_not_input,
+    why_not_parameter,
+    why_not_tensor,
+    why_not_unwatched,
+)
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.fused import Fused, stands_for
 from fastattn.ops.library import tracks_gradients
@@ -52,6 +59,7 @@ class LayerNorm(Fused, nn.LayerNorm):
             why_not_input(input, self.fastattn_backend)
             or why_not_tensor("weight", weight)
             or why_not_tensor("bias", bias)
+            or why_not_eps(self.eps)
             or _why_not_together(input, self.normalized_shape, weight, bias)
         )
         if reason is not None:
@@ -73,6 +81,7 @@ class RMSNorm(Fused, nn.RMSNorm):
         reason = (
             why_not_input(x, self.fastattn_backend)
             or why_not_tensor("weight", weight)
+            or (None if self.eps is None else why_not_eps(self.eps))
             or _why_not_together(x, self.normalized_shape, weight, None)
         )
         if reason is not None:
@@ -115,6 +124,7 @@ def why_not_layer_norm(child: nn.Module) -> str | None:
         return f"normalises over {len(child.normalized_shape)} dimensions"
     return (
         why_not_unwatched(child)
+        or why_not_eps(child.eps)
         or why_not_parameter(child, "weight", optional=True)
         or why_not_parameter(child, "bias", optional=True)
     )

@@ -56,10 +56,10 @@ def whole_layer(layer: nn.Module, x: Tensor) -> WholeLayer | None:
         activation is None
         or not _is_plain(attention, backend)
         or (attention.training and attention.dropout > 0.0)
-        or any(dropout.training and dropout.p > 0.0 for dropout in dropouts)
         or any(why_not_linear(child) is not None for child in linears)
         or any(why_not_layer_norm(child) is not None for child in norms)
         or any(why_not_dropout(child) is not None for child in dropouts)
+        or any(dropout.training and dropout.p > 0.0 for dropout in dropouts)
     ):
         return None
     pairs = (attention.out_proj, norms[0], *linears, norms[1])

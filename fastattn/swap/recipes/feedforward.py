@@ -297,6 +297,8 @@ def _call(module: nn.Module, block: Block, x: Tensor) -> _Call | str:
         linears.append(linear)
     up, gate, down = linears
     assert up is not None
+    if gate is not None and projection(gate)[0].shape[0] != projection(up)[0].shape[0]:
+        return f"{block.gate} and {block.up} have different numbers of features"
     if block.halves is not None and projection(up)[0].shape[0] % 2:
         return f"{block.up} has an odd number of features"
     activation = _activation(module, block)

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from fastattn.functional import layer_norm, rms_norm
 from fastattn.graphs import constant
-from fastattn.nn.checks import FLOATS, full_name, why_not_dropout, why_not_input, why_not_linear, why_not_tensor
+from fastattn.nn.checks import (
+    FLOATS,
+    full_name,
+    why_not_dropout,
+    why_not_eps,
+    why_not_input,
+    why_not_linear,
+    why_not_tensor,
+)
 from fastattn.nn.counting import note_call, note_choice, note_fallback
 from fastattn.nn.norm import AS_FAST, torch_is_as_fast, why_not_layer_norm
 from fastattn.nn.sublayers import add_and_normalise
@@ -196,9 +204,7 @@ def _why_not_for_torch(module: nn.Module, x: Tensor, given: Tensor | None, names
 def _why_not_eps(eps: object, names: NormNames) -> str | None:
     if eps is None and names.function == "rms_norm":
         return None  # the machine epsilon
-    if type(eps) not in (int, float):
-        return f"its eps is a {type(eps).__name__}"
-    return None if eps >= 0 else f"its eps is {eps!r}"  # type: ignore[operator]
+    return why_not_eps(eps)
 
 
 class ResidualNorm(ReadForward):

@@ -312,7 +312,7 @@ def _variance(expression: Any) -> Any:
 
 
 def _squares(z: Any) -> tuple[Any, ...]:
-    """The spellings of z^2. The square may be of the widened input where z is the input as it came."""
+    """The spellings of z^2, of what is narrow widened or not."""
     forms: list[Any] = []
     for base in (z, *widenings(z)):
         forms += [Op("pow", (base, 2)), Op("pow", (base, 2.0)), Op("square", (base,)), Op("mul", (base, base))]
@@ -338,12 +338,10 @@ def _is_widened(expression: Any) -> bool:
 
 
 def _is_wide(expression: Any) -> bool:
-    """Whether the result is float32 because the input was widened."""
-    if uncast(expression)[1]:
+    """Whether the result is float32 because something in it was widened."""
+    if uncast(expression)[1] or not isinstance(expression, Op):
         return False
-    if expression in widenings(Input(0)):
-        return True
-    return isinstance(expression, Op) and any(map(_is_wide, expression.operands))
+    return expression in widenings(expression.operands[0]) or any(map(_is_wide, expression.operands))
 
 
 def _is_input(z: Any) -> bool:

@@ -408,6 +408,23 @@ def test_a_last_linear_of_another_dtype_runs_the_original() -> None:
     assert report.rows[0].fallbacks == {"down is float32, not the input's dtype": 1}
 
 
+class OneGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def test_one_gate_for_all_features_is_broadcast() -> None:
+    module, x = OneGate(), torch.randn(2, WIDTH)
+    expected, report = module(x), swap(module)
+    with report.counting():
+        torch.testing.assert_close(module(x), expected)
+    assert report.rows[0].fallbacks == {"gate and up have different numbers of features": 1}
+
+
 def test_forwards_of_torch_that_were_replaced_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """As loaders of adapters do it, for a whole process."""
     module, x = Plain().eval(), torch.randn(2, WIDTH)

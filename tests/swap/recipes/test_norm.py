@@ -363,3 +363,28 @@ def test_a_forward_replaced_on_the_class_is_read_again(monkeypatch: pytest.Monke
     assert plan(Llama()).rows[0].action == "swap"
     monkeypatch.setattr(Llama, "forward", lambda self, x: F.normalize(x))
     assert not [row for row in plan(Llama()).rows if row.action == "swap"]
+
+
+class Centred(nn.Module):
+    """Its square is widened, the input less its mean is not."""
+
+    def forward(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+class NarrowedAgain(Centred):
+    def forward(self, x):
+        centred = x - x.mean(-1, keepdim=True)
+        return (centred * torch.rsqrt(centred.float().pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_square_that_is_widened_widens_the_result(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, WIDTH).to(dtype)
+    for module, is_swapped in ((Centred(), False), (NarrowedAgain(), True)):
+        expected, report = module(x), swap(module)
+        found = module(x)
+        assert found.dtype is expected.dtype
+        torch.testing.assert_close(found.float(), expected.float(), atol=2 * torch.finfo(dtype).eps, rtol=1e-2)
+        assert bool(report.rows) == is_swapped

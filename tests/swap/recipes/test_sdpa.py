@@ -371,3 +371,19 @@ def test_on_a_gpu_without_kernels_torchs_function_runs(monkeypatch: pytest.Monke
     with report.counting():
         torch.testing.assert_close(module(x), expected)
     assert {reason: 1} in [row.fallbacks for row in report.rows]
+
+
+def test_what_stands_in_the_place_of_torchs_is_called_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other parameters may be its own, as SageAttention's are, in an order of their own."""
+    module, x = Attention(), torch.randn(2, 7, WIDTH)
+    expected = module(x, causal=True)
+    report, theirs = swap(module), F.scaled_dot_product_attention
+
+    def sage(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, **rest):
+        assert (tensor_layout, sm_scale, rest) == ("HND", None, {})
+        return theirs(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sage)
+    with report.counting():
+        torch.testing.assert_close(module(x, causal=True), expected)
+    assert report.rows[0].fallbacks == {"torch's scaled_dot_product_attention was replaced": 1}

@@ -346,3 +346,60 @@ def test_a_plain_layer_norm_on_a_cpu_is_torchs_where_the_kernel_would_take_longe
     with torch.no_grad():
         module(x[:3])
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["before the swap", "after it"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((nn.TransformerEncoderLayer, name) for name in ("_sa_block", "_ff_block")),
+        *((nn.TransformerDecoderLayer, name) for name in ("_sa_block", "_mha_block", "_ff_block")),
+    ],
+)
+def test_methods_of_a_layer_that_were_replaced_are_called(kind: type[nn.Module], name: str, is_late: bool) -> None:
+    layer, x = kind(16, 2, 32, 0.0, batch_first=True), torch.randn(2, 5, 16)
+    given = (x,) if kind is nn.TransformerEncoderLayer else (x, x.flip(1))
+    replaced = copy.deepcopy(layer)
+    for each in (layer, replaced)[is_late:]:
+        setattr(each, name, lambda x, *args, **kwargs: x * 2)
+    expected, report = replaced(*given), swap(layer)
+    setattr(layer, name, replaced.__dict__[name])
+    with report.counting():
+        torch.testing.assert_close(layer(*given), expected)
+    assert report.rows[0].fallbacks == {f"its {name} was replaced": 1}
+
+
+def test_a_method_of_a_layer_replaced_on_its_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2)
+    x = torch.randn(2, 5, 16)
+    report = swap(encoder)
+    monkeypatch.setattr(nn.TransformerEncoderLayer, "_ff_block", lambda self, x: x * 2)
+    expected = x
+    for layer in encoder.layers:
+        expected = nn.TransformerEncoderLayer.forward(layer, expected)
+    with report.counting():
+        torch.testing.assert_close(encoder(x), expected)
+    assert [row.fallbacks for row in report.rows if row.class_name == "TransformerEncoderLayer"] == [
+        {"its _ff_block was replaced": 1}
+    ] * 2
+
+
+@pytest.mark.parametrize("make", [nn.Identity, lambda: nn.Sequential(nn.Dropout(0.0))], ids=["identity", "sequence"])
+def test_dropouts_of_a_layer_may_be_anything(make) -> None:
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), torch.randn(2, 5, 16)
+    for name in ("dropout", "dropout1", "dropout2"):
+        setattr(layer, name, make())
+    expected = layer(x)
+    swap(layer)
+    torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_an_eps_that_is_a_tensor_is_torchs_to_read(kind: type[nn.Module]) -> None:
+    module, x = kind(64, eps=torch.tensor(1e-5)), torch.randn(2**15, 64)
+    expected, report = module(x), swap(module)
+    with report.counting():
+        assert torch.equal(module(x), expected)
+    assert report.rows[0].fallbacks == {"its eps is a Tensor": 1}
