@@ -201,7 +201,7 @@ def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
             return f"key has {heads[1]} heads, value {heads[2]}"
         if heads[1] == 0 or heads[0] % heads[1] != 0:
             return f"{heads[0]} heads of query are no multiple of the {heads[1]} of key"
-    if min(query.dim(), key.dim()) > 2 and 0 in (query.shape[-3], key.shape[-3]):
+    if any(each.dim() > 2 and each.shape[-3] == 0 for each in (query, key)):
         return "there are no heads"
     shapes = (_lead(query, enable_gqa), _lead(key, enable_gqa), _lead(value, enable_gqa))
     return None if _broadcast(*shapes) is not None else "the batch dimensions do not broadcast"

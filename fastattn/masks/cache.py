@@ -61,8 +61,8 @@ class Cache:
         """The value remembered for `key` and these objects, or `make()`, remembered.
 
         watched: tensors and functions whose identity is part of the key. A value made under a dispatch mode, as
-        torch.func's wrapper, from inference tensors, whose writes torch does not count, or from a function to which
-        there are no weak references, is not remembered.
+        torch.func's wrapper, from tensors whose writes torch does not count, or from a function to which there are no
+        weak references, is not remembered.
         """
         if _get_current_dispatch_mode() is not None or any(_is_unwatchable(x) for x in watched):
             return make()
@@ -123,7 +123,12 @@ def _is_wrapped(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor)) or type(tensor) is not Tensor
 
 
+def _may_be_written_by_others(tensor: Tensor) -> bool:
+    """Whether its memory is not torch's own but, say, an array of NumPy's, which is filled anew for every batch."""
+    return tensor.layout is torch.strided and not tensor.untyped_storage().resizable()
+
+
 def _is_unwatchable(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.is_inference() or _is_wrapped(value)
+        return value.is_inference() or _is_wrapped(value) or _may_be_written_by_others(value)
     return type(value).__weakrefoffset__ == 0  # an instance of a class with __slots__, say

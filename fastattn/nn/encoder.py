@@ -70,7 +70,7 @@ class TransformerEncoderLayer(Fused, nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if not stands_for(self.self_attn, nn.MultiheadAttention):
             src_mask, src_key_padding_mask = additive_masks(src, src_mask, src_key_padding_mask, "src_mask")
-        whole = whole_layer(self, src)
+        whole = None if self.training and is_causal and src_mask is None else whole_layer(self, src)
         if whole is not None:
             is_causal = is_causal and src_mask is not None
             result = self._run(whole, src, src_mask, src_key_padding_mask, is_causal)

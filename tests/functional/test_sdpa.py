@@ -163,6 +163,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "scale of text": ((ONES(2, 2, 3, 4),) * 3, {"scale": "half"}),
     "no head dim": ((ONES(2, 2, 3, 0),) * 3, {}),
     "large head dim": ((ONES(1, 1, 3, 300),) * 3, {}),
+    "no heads beside a key without": ((ONES(3, 0, 8, 1), ONES(7, 1), ONES(3, 0, 7, 1)), {}),
     "meta": ((torch.ones(2, 2, 3, 4, device="meta"),) * 3, {}),
     "key heads without value heads": ((ONES(2, 4, 3, 4), ONES(2, 2, 5, 4), ONES(2, 1, 5, 4)), {"enable_gqa": True}),
 }

@@ -7,11 +7,12 @@ import gc
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
 import fastattn
-from fastattn.masks import BigBird, Causal, Document, KeyLengths, KeyMask, Longformer, Predicate, Strided
+from fastattn.masks import BigBird, Causal, Dilated, Document, KeyLengths, KeyMask, Longformer, Predicate, Strided
 from fastattn.masks.cache import Cache
 from fastattn.masks.lowering import remembered
 
@@ -116,6 +117,26 @@ def test_what_a_cuda_graph_takes_stays_and_what_a_capture_makes_is_not_remembere
     del ids
     gc.collect()
     assert taken() is not None and other() is None
+
+
+def test_memory_that_is_not_torchs_is_read_in_every_call():
+    keep = np.array([[True, True, False, False]])
+    tensor, q = torch.from_numpy(keep), torch.randn(1, 1, 4, 8)
+    for _ in range(2):
+        seen = fastattn.attention(q, q, q, mask=KeyMask(tensor))
+        torch.testing.assert_close(seen, fastattn.attention(q, q, q, mask=KeyMask(tensor.clone())))
+        keep[:] = True  # the next batch, in the same buffer
+    assert len(remembered) == 2  # the clones'
+
+    bounds = np.array([0, 5, 20], dtype=np.int32)
+    tensor, x = torch.from_numpy(bounds), torch.randn(20, 1, 8)
+    for _ in range(2):
+        packed = [
+            fastattn.attention_varlen(x, x, x, cu, cu, max_seqlen_q=20, max_seqlen_k=20, mask=Dilated(2, 3))
+            for cu in (tensor, tensor.clone())
+        ]
+        torch.testing.assert_close(*packed)
+        bounds[1] = 12
 
 
 def test_inference_tensors_are_lowered_anew_and_do_not_leak_into_training():

@@ -380,3 +380,10 @@ def test_float64_and_other_inputs_run_torchs_code() -> None:
     x = torch.randn(LENGTH, BATCH, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(layer(x), theirs(x))
     assert layer(torch.empty(0, BATCH, WIDTH, dtype=torch.float64)).shape == (0, BATCH, WIDTH)
+
+
+def test_training_refuses_is_causal_without_a_mask_in_inference_mode_too() -> None:
+    for package in (nn, fastattn.nn):
+        layer = package.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="is_causal"):
+            layer(torch.randn(2, 3, 8), is_causal=True)
