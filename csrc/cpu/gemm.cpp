@@ -48,8 +48,8 @@
 // least of 11, one core of an AMD EPYC (Zen 4, VM), 2026-11-29:
 //   384 x 1,536  1.65 1.63, 1.70 1.72, 1.79 1.83    768 x 3,072  1.45 1.49, 1.69 1.66, 1.81 1.80    A is rounded block by block, for every chunk of B
 //                1.74 1.71, 1.74 1.78, 1.82 1.88                 1.63 1.65, 1.78 1.80, 1.89 1.93    once, for all; strips of one's own
-// The next block of B fetched between the steps of every product, and B packed a block of k at a time (0.97 to 1.06 by itself), AVX-512, times as fast
-// as strips of all of k from the level-3 cache, then torch's time over ours; weights from memory, calls in turns, one core of the same machine:
+// The next block of B fetched between the steps of every product, and B packed a block of k at a time (by rows, 0.94 to 1.11 by itself), AVX-512, times
+// as fast as all of k packed first and nothing fetched, then torch's time over ours; weights from memory, calls in turns, one core of the same machine:
 //   rows                       49         64         128        256        384
 //   bfloat16  768 x 3,072      1.16 1.14  1.16 1.13  1.11 1.01  1.04 1.01  1.03 1.07
 //             3,072 x 768      1.37 1.05  1.10 1.02  1.09 1.00  1.06 0.96  0.99 1.00
@@ -59,11 +59,12 @@
 //             3,072 x 768      1.19 1.14  1.16 1.11  1.08 1.04  1.00 1.05  1.03 1.06
 //     by rows 768 x 3,072      1.09 1.19  1.19 1.27  1.07 1.16  1.03 1.16
 //             3,072 x 768      1.31 1.22  1.11 1.16  1.12 1.08  1.06 1.09
-// From the caches 0.98 to 1.08. With AVX2 blocks of k gain nothing, and level-2 caches are small: left as they were.
+// From the caches 0.94 to 1.14, one case 1.23. With AVX2 blocks of k gain nothing, and level-2 caches are small: left as they were.
 // bfloat16 in pairs of one block of k straight from the registers, and float32 a strip of a block of rows in one call, times as fast as tile by tile
-// through a buffer, calls in turns, the same machine: gradients of 768 x 3,072 weights by 1, 4, 16, 32, 64 rows 2.5, 2.3, 1.75, 1.41, 1.19 and 1.22, 1.12,
-// 1.05, 1.13, 1.15 (torch's time over ours, bfloat16, 0.34 0.37 0.54 0.78 0.85, now 0.8 0.75 0.88 0.95 1.0); 128, 512 and 1,024 rows by 384 x 1,536,
-// bfloat16, 1.14, 1.12, 1.06. A branch for every vector that may be subnormal took 16 of 98 cycles a tile, 32-byte stores 40; the call's own 100.
+// through a buffer, calls in turns, the same machine, two runs: gradients of 768 x 3,072 weights by 1, 4, 16, 32, 64 rows, bfloat16 1.7 2.5, 2.2 2.4,
+// 1.7, 1.4, 1.2 (torch's time over ours 0.33, 0.37, 0.54, 0.78, 0.85, now 0.74 0.79, 0.67 0.74, 0.82 0.86, 0.94, 1.02 1.04), float32 1.2 1.45, 1.1 1.3,
+// 1.05 1.3, 1.1 1.2, 1.15 1.2; 128, 512 and 1,024 rows by 384 x 1,536, bfloat16, 1.14, 1.12, 1.06. us of 768 x 768 by 1 row, bfloat16: 97 a call for
+// every tile, 63 one for a strip, 49 subnormal sums asked for once and two vectors to a store.
 // Eight tiles finished at a time, gelu or relu, 128, 256 and 384 features: 1.06, 1.03, 1.02 in bfloat16, 1.03, 1.02, 1.01 in float32.
 // Blocks of 32 rows instead of 192 by few features, whose rows of C are written one after the other: 0.85 to 1.05.
 // Few rows: few_rows.cpp.

@@ -45,7 +45,7 @@ struct RowsAhead {
 // The same without bursts: a part of a row, `each` bytes of it, with every k of every whole tile of C. With AVX-512, by an A in rows.
 struct PartsAhead {
     const char *row = nullptr;
-    int64_t stride = 0, left = 0;
+    int64_t stride = 0, left = 0;  // bytes from one row to the next; rows
     int64_t each = 0;
     int shift = 0;  // a row has 2^shift parts
 

@@ -70,7 +70,16 @@ def attend(
         )
     if F.scaled_dot_product_attention is not TORCHS:
         note_fallback(module, f"torch's {THEIRS} was replaced")
-        return _what_replaced_it(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        # Whose other parameters may be its own: what is not at its default goes by name.
+        options = {
+            "attn_mask": attn_mask,
+            "dropout_p": dropout_p or None,
+            "is_causal": is_causal or None,
+            "scale": scale,
+            "enable_gqa": enable_gqa or None,
+        }
+        given: dict[str, Any] = {name: option for name, option in options.items() if option is not None}
+        return F.scaled_dot_product_attention(query, key, value, **given)
     backend = module.fastattn_backend
     out = directly(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, backend)
     if out is not None:
@@ -87,32 +96,6 @@ def attend(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-
-
-def _what_replaced_it(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """What stands in the place of torch's function, whose other parameters may be its own: it is given those that are
-    not at their defaults, by name."""
-    options: dict[str, Any] = {}
-    if attn_mask is not None:
-        options["attn_mask"] = attn_mask
-    if dropout_p:
-        options["dropout_p"] = dropout_p
-    if is_causal:
-        options["is_causal"] = is_causal
-    if scale is not None:
-        options["scale"] = scale
-    if enable_gqa:
-        options["enable_gqa"] = enable_gqa
-    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 def note_attention() -> None:
