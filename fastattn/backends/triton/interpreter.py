@@ -4,6 +4,7 @@ Nearly all the time of a small kernel goes into what surrounds its arithmetic. W
 - the builtins that a module sees are replaced once, and not at every call of a device function;
 - operators on tensors of one type, and a few functions, go to NumPy directly, without type promotion, copies to
   broadcast and a check for overflow that takes ten operators more;
+- what follows from a type and a shape, such as that each length is a power of two, is found once;
 - matrix products are torch's, on one thread: NumPy's own threads take milliseconds to share a tile.
 The results are those of Triton's way. It is taken wherever a shortcut does not know what to do, and altogether where
 the interpreter is not the one known here.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], str]] = {
     "__sub__": (np.subtract, "if"),
     "__mul__": (np.multiply, "if"),
     "__mod__": (np.fmod, "i"),
+    "__floordiv__": (lambda a, b: (a - np.fmod(a, b)) // b, "i"),  # towards 0, as in C
     "__rshift__": (np.right_shift, "iu"),
     "__and__": (np.bitwise_and, "biu"),
     "__or__": (np.bitwise_or, "biu"),
@@ -79,11 +82,12 @@ def _speed_up(changes: _Changes) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder, shortcuts = interpreter.interpreter_builder, _Shortcuts()
+    builder, shortcuts = interpreter.interpreter_builder, _shortcuts()
     changes.set(interpreter, "_patch_lang", _patching_once(interpreter._patch_lang))
     changes.set(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
     changes.set(builder, "create_dot", shortcuts.dot(builder.create_dot))
-    changes.set(interpreter, "_get_np_dtype", _cached(interpreter._get_np_dtype))
+    changes.set(builder, "cast_impl", shortcuts.cast(builder.cast_impl))
+    changes.set(interpreter, "_get_np_dtype", shortcuts.numpy_type_of)
     for name, (function, kinds) in _OPERATORS.items():
         changes.set(tl.tensor, name, shortcuts.operator(getattr(tl.tensor, name), function, kinds))
     for name, plain in _REFLECTED.items():
@@ -91,8 +95,11 @@ def _speed_up(changes: _Changes) -> None:
         changes.set(tl.tensor, name, shortcuts.operator(getattr(tl.tensor, name), _swapped(function), kinds))
     changes.set(tl.tensor, "__getitem__", shortcuts.index(tl.tensor.__getitem__))
     changes.set(tl.tensor, "to", shortcuts.to(tl.tensor.to))
+    changes.set(tl.tensor, "__init__", shortcuts.tensor_made(tl.tensor.__init__))
+    changes.set(tl.block_type, "__init__", shortcuts.block_type_made(tl.block_type.__init__))
     for module in (tl, tl.core):
         changes.set(module, "where", shortcuts.where(module.where))
+        changes.set(module, "load", shortcuts.load(module.load))
 
 
 def _swapped(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,6 +131,11 @@ def _cached(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return look_up
 
 
+@functools.cache
+def _shortcuts() -> _Shortcuts:
+    return _Shortcuts()
+
+
 class _Shortcuts:
     """Makes what stands in for a function of Triton, and calls that one where it does not know what to do itself."""
 
@@ -135,7 +147,11 @@ class _Shortcuts:
         self.handle, self.semantic = interpreter.TensorHandle, interpreter.interpreter_semantic
         self.numpy_type = {getattr(tl, name).name: np.dtype(numpy) for name, numpy in _TYPES.items()}
         self.types = {np.dtype(numpy): getattr(tl, name) for name, numpy in _TYPES.items()}
+        self.numpy_type_of, self.memory = _cached(interpreter._get_np_dtype), interpreter._interpreter
+        # What tensors and block types hold besides their data, by the names of types and by shapes.
         self.forms: dict[tuple[str, tuple[int, ...] | None], dict[str, Any]] = {}
+        self.named_forms: dict[str, dict[str, Any]] = {}
+        self.block_forms: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
 
     def wrap(self, data: Any, is_block: bool, dtype: Any = None) -> Any:
         """A tensor that holds `data`. What Triton derives from type and shape is derived once."""
@@ -144,12 +160,37 @@ class _Shortcuts:
         key = (dtype.name, data.shape if is_block else None)
         form = self.forms.get(key)
         if form is None:
-            form = vars(self.tensor(handle, self.block_type(dtype, list(data.shape)) if is_block else dtype)).copy()
-            self.forms[key] = form
+            made = self.tensor(handle, self.block_type(dtype, list(data.shape)) if is_block else dtype)
+            self.forms[key] = vars(made).copy()
+            return made
         found = self.tensor.__new__(self.tensor)
         found.__dict__.update(form)
         found.handle = handle
         return found
+
+    def tensor_made(self, slow: Any) -> Any:
+        def tensor_made(tensor: Any, handle: Any, kind: Any) -> None:
+            form = self.named_forms.get(kind.name)
+            if form is None:
+                slow(tensor, handle, kind)
+                self.named_forms[kind.name] = vars(tensor).copy()
+            else:
+                tensor.__dict__.update(form)
+                tensor.handle = handle
+
+        return tensor_made
+
+    def block_type_made(self, slow: Any) -> Any:
+        def block_type_made(block: Any, element: Any, shape: Any) -> None:
+            key = (element.name, tuple([s.value if s.__class__ is self.constant else s for s in shape]))
+            form = self.block_forms.get(key)
+            if form is None:
+                slow(block, element, shape)
+                self.block_forms[key] = vars(block).copy()
+            else:
+                block.__dict__.update(form)
+
+        return block_type_made
 
     def known(self, value: Any) -> Any:
         """The array of a tensor whose type is known here, else None."""
@@ -234,6 +275,38 @@ class _Shortcuts:
             return slow(condition, x, y, **{**named, "_semantic": self.semantic})
 
         return where
+
+    def load(self, slow: Any) -> Any:
+        """A block through its pointers, with what lies outside of the mask a number."""
+
+        def load(pointer: Any, mask: Any = None, other: Any = None, **named: Any) -> Any:
+            other = other.value if other.__class__ is self.constant else other
+            known = pointer.type.is_block() and (mask is None or mask.__class__ is self.tensor)
+            if named or not known or other.__class__ not in (float, int, type(None)):
+                return slow(pointer, mask, other, **{**named, "_semantic": self.semantic})
+            element, addresses = pointer.dtype.element_ty, pointer.handle.data
+            numpy_type = self.numpy_type_of(element)
+            if element.name == "int1" or (numpy_type.kind != "f" and other):
+                return slow(pointer, mask, other, _semantic=self.semantic)
+            fill = np.full(addresses.shape, other or 0, numpy_type)
+            visible = np.ones(addresses.shape, bool) if mask is None else mask.handle.data
+            if visible.shape != addresses.shape:
+                visible = np.broadcast_to(visible, addresses.shape)
+            return self.wrap(self.memory.load(addresses, visible, fill, numpy_type), True, element)
+
+        return load
+
+    def cast(self, slow: Any) -> Any:
+        """float32 to bfloat16, cut off as Triton's way does, which takes denormal numbers to be others."""
+
+        def cast(source: Any, wanted: Any) -> Any:
+            if source.dtype.scalar.name == "fp32" and wanted.scalar.name == "bf16":
+                bits = source.data.view(np.uint32)
+                if not np.any((bits & 0x7F800000 == 0) & (bits & 0x7FFFFF != 0)):
+                    return self.handle((bits >> 16).astype(np.uint16), wanted.scalar)
+            return slow(source, wanted)
+
+        return cast
 
     def dot(self, slow: Any) -> Any:
         def dot(a: Any, b: Any, d: Any, *options: Any) -> Any:
