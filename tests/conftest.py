@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # OpenMP, which torch loads, reads it once. A thread that waits leaves its core to the workers beside it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from fastattn import dispatch
