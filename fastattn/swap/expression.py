@@ -277,8 +277,11 @@ class _Undecided(Exception):
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ANSWERS: dict[str, tuple[Value, ...]] = {"approximate": ("none", "tanh"), "dim": (-1,)}
 """What the options of torch are taken to be where an attribute is handed on to them."""
-_PLACES_OF_DIM = {"chunk": 2, "mean": 1, "var": 1}
+_PLACES_OF_DIM = {"chunk": 2, "tensor_split": 2, "mean": 1, "var": 1}
 """Of the operations that take it by position."""
+_COUNTS_OF_PIECES = {"chunk": "chunks", "tensor_split": "indices_or_sections"}
+"""Of the operations that cut a tensor, what torch calls the number of pieces; 2 of both are halves, or an error where
+the length is odd, which a product of them would be, too."""
 _OVERWRITING = {"relu_": "relu"}
 
 
@@ -296,7 +299,7 @@ class _Reader:
     def symbol(self, expression: Expression) -> _Symbol:
         return _Symbol(self, expression)
 
-    def operation(self, name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> _Symbol:
+    def operation(self, name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if options.get("out") is not None:
             raise _Unreadable("out")
         overwrites = name in _OVERWRITING or options.get("inplace") is True
@@ -304,6 +307,9 @@ class _Reader:
         kept = {key: value for key, value in options.items() if not (key == "inplace" and type(value) is bool)}
         if "axis" in kept:  # another name that torch has for it
             kept["dim"] = kept.pop("axis")
+        if name in _COUNTS_OF_PIECES:
+            operands, kept = _pieces_of(name, operands, kept)
+            name = "chunk"
         _ask(name, operands, kept)
         if overwrites:
             _overwrite(operands)
@@ -312,7 +318,7 @@ class _Reader:
         pairs = tuple(sorted((key, _expression(value)) for key, value in kept.items()))
         op = Op(name, tuple(_expression(operand) for operand in operands), pairs)
         self.done.add(op)
-        return self.symbol(op)
+        return _Pieces(self.symbol(op), operands[1]) if name == "chunk" else self.symbol(op)
 
     def call_of(self, name: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """self.name(...): a method of the class is read through, anything else is taken for a child."""
@@ -482,9 +488,7 @@ class _Method(_Symbol):
 
     def __call__(self, *operands: Any, **options: Any) -> Any:
         base, name = self.__dict__["_base"], self.__dict__["_name"]
-        result = self.__dict__["_reader"].operation(name, (base, *operands), options)
-        pieces = operands[0] if name == "chunk" and operands else None
-        return _Pieces(result, pieces) if type(pieces) is int else result
+        return self.__dict__["_reader"].operation(name, (base, *operands), options)
 
 
 _OTHER_DEVICES = ("mps", "npu", "xla", "mlu", "hpu", "xpu")
@@ -511,6 +515,17 @@ class _Pieces:
 
     def __getitem__(self, index: int) -> Any:
         return self.whole[operator.index(index)]
+
+
+def _pieces_of(name: str, operands: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The tensor and the number of its pieces, and the dimension by name, however they were given."""
+    rest = {key: value for key, value in options.items() if key != _COUNTS_OF_PIECES[name]}
+    given = [*operands, options[_COUNTS_OF_PIECES[name]]] if len(rest) < len(options) else list(operands)
+    if len(given) == 3:
+        rest["dim"] = given.pop()
+    if len(given) != 2 or type(given[1]) is not int or not rest.keys() <= {"dim"}:
+        raise _Unreadable(name)
+    return tuple(given), rest
 
 
 def _is_symbol(value: object) -> bool:

@@ -42,6 +42,7 @@ _FUNCTIONS = frozenset(
     (
         *(
             "add",
+            "chunk",
             "div",
             "dropout",
             "gelu",
@@ -54,7 +55,7 @@ _FUNCTIONS = frozenset(
             "normalize",
             "pow",
         ),
-        *("relu", "relu_", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "var"),
+        *("relu", "relu_", "rms_norm", "rsqrt", "sigmoid", "silu", "sqrt", "square", "sub", "tensor_split", "var"),
     )
 )  # of torch and torch.nn.functional: without effect but their result
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD")

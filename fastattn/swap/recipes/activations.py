@@ -125,7 +125,7 @@ def halves_of_product(expression: Any) -> Halves | None:
 def cut_in_halves(expression: Any) -> Any:
     """What is cut in halves along its last dimension."""
     match expression:
-        case Op("chunk", (whole, 2), (("dim", -1),)) | Op("chunk", (whole, 2, -1), ()):
+        case Op("chunk", (whole, 2), (("dim", -1),)):
             return whole
     return None
 

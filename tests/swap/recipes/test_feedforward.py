@@ -82,6 +82,24 @@ class ModernBERT(Block):
         return self.down(self.drop(halves[0] * self.activation(halves[1])))
 
 
+class ChatGLM(Block):
+    def forward(self, hidden_states):
+        halves = torch.chunk(self.both(hidden_states), 2, dim=-1)
+        return self.down(F.silu(halves[0]) * halves[1])
+
+
+class CutByName(Block):
+    def forward(self, x):
+        up, gate = self.both(x).chunk(chunks=2, dim=-1)
+        return self.down(up * F.gelu(gate))
+
+
+class SplitInTwo(Block):
+    def forward(self, x):
+        up, gate = torch.tensor_split(self.both(x), 2, -1)
+        return self.down(up * F.gelu(gate))
+
+
 class OneLinearTwice(Block):
     def forward(self, x):
         return self.down(F.silu(self.up(x)) * self.up(x))
@@ -119,6 +137,9 @@ KERNELS = {
     GPTFast: "gated_ffn",
     GLM: "gated_ffn",
     ModernBERT: "gated_ffn",
+    ChatGLM: "gated_ffn",
+    CutByName: "gated_ffn",
+    SplitInTwo: "gated_ffn",
     OneLinearTwice: "gated_ffn",
     InPlace: "ffn",
     InPlaceByMethod: "ffn",
@@ -245,6 +266,12 @@ class ThreeHalves(Block):
         return self.down(first * self.activation(second))
 
 
+class CutAtAPlace(Block):
+    def forward(self, x):
+        first, second = torch.tensor_split(self.both(x), [1], dim=-1)
+        return self.down(first * self.activation(second))
+
+
 class OneHalf(Block):
     def forward(self, x):
         half, _ = self.both(x).chunk(2, dim=-1)
@@ -299,7 +326,17 @@ class OverwritesTwice(Block):
 @pytest.mark.parametrize(
     "block_class",
     [
-        *(SigmoidGate, SumOfBoth, ThreeHalves, OneHalf, HalvesOfTheRows, OnTheSide, AlwaysDrops, TwoLinears),
+        *(
+            SigmoidGate,
+            SumOfBoth,
+            ThreeHalves,
+            CutAtAPlace,
+            OneHalf,
+            HalvesOfTheRows,
+            OnTheSide,
+            AlwaysDrops,
+            TwoLinears,
+        ),
         *(OverwritesItsInput, OverwritesWhatItReadsAgain, OverwritesAHalf, OverwritesTwice),
     ],
 )
