@@ -277,7 +277,7 @@ class _Undecided(Exception):
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ANSWERS: dict[str, tuple[Value, ...]] = {"approximate": ("none", "tanh"), "dim": (-1,)}
 """What the options of torch are taken to be where an attribute is handed on to them."""
-_PLACES_OF_DIM = {"chunk": 2, "tensor_split": 2, "mean": 1, "var": 1}
+_PLACES_OF_DIM = {"mean": 1, "var": 1}
 """Of the operations that take it by position."""
 _COUNTS_OF_PIECES = {"chunk": "chunks", "tensor_split": "indices_or_sections"}
 """Of the operations that cut a tensor, what torch calls the number of pieces; 2 of both are halves, or an error where
