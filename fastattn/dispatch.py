@@ -13,7 +13,6 @@ import importlib
 import logging
 import os
 import sys
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from fastattn.errors import NotSupported
+from fastattn.locks import Lock
 from fastattn.problems import FEW_QUERIES, AttentionProblem, Problem
 
 _TRITON_ON_CPU = os.environ.get("TRITON_INTERPRET") == "1"
@@ -102,7 +102,7 @@ forced: str = check_backend_name(os.environ.get("FASTATTN_BACKEND", ""), "FASTAT
 _blocks: list[list[str]] = [[forced]]
 """The backend of the environment, and that of each `use_backend` block that has not ended, the newest last."""
 
-_blocks_lock = threading.Lock()  # outside of it `forced` is the newest block's
+_blocks_lock = Lock()  # outside of it `forced` is the newest block's
 
 
 @contextmanager

@@ -119,3 +119,19 @@ def test_what_graphs_hold_is_marked_as_torch_marks_it() -> None:
         return 0
 
     assert vars(constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+
+
+@pytest.mark.parametrize(
+    "first", ["torch.export.export(Norm(), (x,))", "torch.func.grad(lambda x: Norm()(x).sum())(x)"]
+)
+def test_it_may_first_be_used_within_a_trace(run, first) -> None:
+    script = f"""
+import torch, fastattn
+class Norm(torch.nn.Module):
+    def forward(self, x): return fastattn.layer_norm(x)
+x = torch.randn(5, 16)
+with torch.no_grad():
+    {first}
+    print(type(fastattn.layer_norm(x, dropout_p=0.1)).__name__, fastattn.rms_norm(torch.randn(16, 5).t()).shape[0])
+"""
+    assert run(script) == "Tensor 5\n"

@@ -19,7 +19,7 @@ from fastattn.functional.checks import (
     resolve_backend,
 )
 from fastattn.masks import LoweredMask, Mask, lowering
-from fastattn.masks.lowered import NOTHING_HIDDEN, CacheSize, Index, Size, replaced
+from fastattn.masks.lowered import NOTHING_HIDDEN, Index, SequenceSize, Size, replaced
 from fastattn.ops.decode import attention_decode_forward, check_lengths, room_of
 from fastattn.ops.library import invoke, would_be_differentiated
 
@@ -226,10 +226,7 @@ def _lower_object(
     check_lengths(min(lengths, default=0), max(lengths, default=0), room)
     if any(isinstance(part, Tensor) for part in _parts(mask)):  # made for the whole cache
         mask.check(size, q.device)
-        entry, head, query, key = (torch.arange(n, device=q.device) for n in size)
-        shapes = CacheSize(size, cache_lengths)
-        at = Index(entry.view(-1, 1, 1, 1), head.view(-1, 1, 1), query.view(-1, 1), key, shapes)
-        return LoweredMask(), replaced(added, dense=hide(added.dense, mask.rule(at)))
+        return LoweredMask(), replaced(added, dense=hide(added.dense, _by_place(mask, size, lengths, q.device)))
     forms = [lowering.lower(mask, Size(*size[:3], length), q.device) for length in lengths]
     if from_the_end and forms and all(_has_no_keys(form, n - len_q) for form, n in zip(forms, lengths, strict=True)):
         return replaced(forms[0], intervals=_stack_intervals(forms, size)), added
@@ -237,6 +234,18 @@ def _lower_object(
     for b, length in enumerate(lengths):
         seen[b, ..., :length] = mask.to_dense(*size[:3], length, q.device)[b]
     return LoweredMask(), replaced(added, dense=hide(added.dense, seen))
+
+
+def _by_place(mask: Mask, size: Size, lengths: list[int], device: torch.device) -> Tensor:
+    """Which places in the cache are seen, a bool tensor that broadcasts to `size`: the mask's tensors count keys by
+    their place in it, its positions from the end of each sequence."""
+    entry, head, query, key = (torch.arange(n, device=device) for n in size)
+    seen = []
+    for b, length in enumerate(lengths):
+        own = SequenceSize(size, size.len_q, length)
+        part = mask.rule(Index(entry[b].view(1, 1, 1, 1), head.view(-1, 1, 1), query.view(-1, 1), key, own))
+        seen.append(part[(None,) * (4 - part.dim())])
+    return torch.cat(seen) if seen else torch.zeros(size, dtype=torch.bool, device=device)
 
 
 def _parts(mask: Mask) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -184,7 +185,15 @@ def _why_not_tensor(name: str, tensor: object) -> str | None:
         return f"{name} is nested or sparse"
     if tensor.is_meta:
         return f"{name} is on the meta device"
+    if type(tensor) is not Tensor and _is_distributed(tensor):
+        return f"{name} is a DTensor"
     return f"{name} has {tensor.dim()} dimensions" if tensor.dim() < 2 else None
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, for which torch's own function has rules and our operators have none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _why_not_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> str | None:

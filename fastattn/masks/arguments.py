@@ -48,7 +48,7 @@ def as_reach(owner: str, name: str, value: int | None) -> int | None:
         )
     if number < 0:
         raise ValueError(f"{owner}: {name}={number} is negative: pass 0 or more positions, or None for unbounded")
-    return number
+    return _near(number)
 
 
 def as_whole(owner: str, name: str, value: int, least: int, of: str) -> int:
@@ -61,6 +61,16 @@ def as_whole(owner: str, name: str, value: int, least: int, of: str) -> int:
     if number < least:
         raise ValueError(f"{owner}: {name}={number} is too small: pass {least} or more{of and f' {of}'}")
     return number
+
+
+def as_distance(owner: str, name: str, value: int, least: int, of: str) -> int:
+    """As `as_whole`, of positions or blocks of them: far beyond every key one number is as good as another."""
+    return _near(as_whole(owner, name, value, least, of))
+
+
+def _near(number: int) -> int:
+    """The number, or the least that means the same: sums and products of two of these stay within 64 bits."""
+    return min(number, _FAR) if isinstance(number, int) else number  # symbols of torch.compile stay as they are
 
 
 def check_bool(owner: str, name: str, value: Tensor) -> None:
@@ -125,7 +135,7 @@ def as_count(owner: str, name: str, value: int | Tensor | Sequence[int], of: str
         if isinstance(positions, tuple) and any(n < 0 for n in positions):
             raise ValueError(f"{owner}: {name} holds {min(positions)}: pass 0 or more {of} per batch entry")
         return positions
-    return as_whole(owner, name, value, 0, of)
+    return as_distance(owner, name, value, 0, of)
 
 
 def check_positions(name: str, value: Positions, batch: int, device: torch.device | None) -> None:

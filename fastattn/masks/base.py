@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn.masks import lowering, tiles
 from fastattn.masks.arguments import as_whole
 from fastattn.masks.intervals import IntervalSet, complement, intersection, union
-from fastattn.masks.lowered import Index, LoweredMask, Size, replaced
+from fastattn.masks.lowered import Index, LoweredMask, Size, copied, replaced
 from fastattn.masks.tiles import EMPTY, FULL, TileRule, rule_of_intervals, unknown
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Mask(ABC):
         sizes that are no whole numbers.
         """
         size = _sizes(batch, heads, len_q, len_k)
-        return replaced(lowering.lower(self, size, torch.device(device)), lengths=(size.len_q, size.len_k))
+        lowered = copied(lowering.lower(self, size, torch.device(device)))  # which the caller may write to
+        return replaced(lowered, lengths=(size.len_q, size.len_k))
 
     def to_dense(
         self, batch: int, heads: int, len_q: int, len_k: int, device: torch.device | str | None = None

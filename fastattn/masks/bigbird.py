@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastattn.masks.arguments import Align, as_whole, check_align
+from fastattn.masks.arguments import Align, as_distance, as_whole, check_align
 from fastattn.masks.base import Mask
-from fastattn.masks.intervals import BLOCK, HIGHEST, IntervalSet, interval
+from fastattn.masks.intervals import BLOCK, HIGHEST, LOWEST, IntervalSet, interval
 from fastattn.masks.lowered import Index, Size
 from fastattn.masks.positional import GlobalTokens, aligned, positions_of_queries
 from fastattn.masks.tiles import UNKNOWN, TileRule, tile_count
@@ -43,12 +43,12 @@ class BigBird(Mask):
         seed: int = 0,
         align: Align = "bottom-right",
     ) -> None:
-        block = as_whole("BigBird", "block", block, 1, "positions")
+        block = as_distance("BigBird", "block", block, 1, "positions")
         window_blocks = as_whole("BigBird", "window_blocks", window_blocks, 1, "blocks")
         if window_blocks % 2 == 0:
             raise ValueError(f"BigBird: window_blocks={window_blocks} is even: pass an odd width such as 3")
-        global_blocks = as_whole("BigBird", "global_blocks", global_blocks, 0, "blocks")
-        random_blocks = as_whole("BigBird", "random_blocks", random_blocks, 0, "blocks")
+        global_blocks = as_distance("BigBird", "global_blocks", global_blocks, 0, "blocks")
+        random_blocks = as_distance("BigBird", "random_blocks", random_blocks, 0, "blocks")
         seed = as_whole("BigBird", "seed", seed, 0, "")
         check_align(align)
         self.block = block
@@ -57,12 +57,11 @@ class BigBird(Mask):
         self.random_blocks = random_blocks
         self.seed = seed
         self.align: Align = align
-        window = _BlockWindow(block, window_blocks // 2, align)
+        reach = min(window_blocks // 2, HIGHEST)
+        window = _BlockWindow(block, reach, align)
         self._simpler: Mask = GlobalTokens(global_blocks * block, align) | window
         if random_blocks:
-            self._simpler = self._simpler | _RandomBlocks(
-                block, window_blocks // 2, global_blocks, random_blocks, seed, align
-            )
+            self._simpler = self._simpler | _RandomBlocks(block, reach, global_blocks, random_blocks, seed, align)
 
     def parts(self) -> tuple[Any, ...]:
         numbers = (self.block, self.window_blocks, self.global_blocks, self.random_blocks, self.seed)
@@ -94,8 +93,9 @@ class _BlockWindow(Mask):
         return (at.key // self.block - at.position(self.align) // self.block).abs() <= self.reach
 
     def intervals(self, size: Size, device: torch.device) -> IntervalSet:
-        first = (positions_of_queries(size, self.align, device) // self.block - self.reach) * self.block
-        return interval(first, first + (2 * self.reach + 1) * self.block)
+        own = (positions_of_queries(size, self.align, device) // self.block).to(torch.int64)
+        first, last = (own - self.reach) * self.block, (own + self.reach + 1) * self.block
+        return interval(*(edge.clamp(LOWEST, HIGHEST).to(torch.int32) for edge in (first, last)))
 
     def __repr__(self) -> str:
         return f"BlockWindow({self.block}, {self.reach}{aligned(self.align)})"
@@ -126,7 +126,7 @@ class _RandomBlocks(Mask):
 
     def tile_rule(self, size: Size, device: torch.device) -> TileRule:
         """Not by intervals: their bounds over 64 queries that drew different blocks would span what lies between."""
-        offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
+        offset = _offset(size, self.align)
         columns, block = tile_count(size.len_k), self.block
         first, drawn = self._drawn(size, device)
         drawn = torch.cat([drawn, drawn.new_full((1, self.count), HIGHEST)])
@@ -138,7 +138,7 @@ class _RandomBlocks(Mask):
             states = torch.zeros((rows.numel(), columns + 1), dtype=torch.int8, device=device)
             for step in range((BLOCK - 2) // block + 2):  # query blocks in a row of tiles
                 own = drawn[torch.where(low + step <= high, low + step - first, -1)] * block
-                for across in range((block + BLOCK - 2) // BLOCK + 1):  # columns of tiles under a key block
+                for across in range(min((block + BLOCK - 2) // BLOCK + 1, columns)):  # of tiles under a key block
                     col = own // BLOCK + across
                     touched = col * BLOCK < (own + block).clamp(max=size.len_k)
                     covered = (own <= col * BLOCK) & ((col + 1) * BLOCK <= own + block) & (low == high)[:, None]
@@ -151,13 +151,19 @@ class _RandomBlocks(Mask):
 
     def _drawn(self, size: Size, device: torch.device) -> tuple[int, Tensor]:
         """The first query block, and int64 (query blocks, count): the key blocks drawn for each, ascending."""
-        offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
+        offset = _offset(size, self.align)
         first, last = offset // self.block, (offset + max(size.len_q, 1) - 1) // self.block
-        drawn = _draw(first, last, -(-size.len_k // self.block), *self.parts()[1:5])
+        drawn = _draw(first, last, -(-size.keys // self.block), *self.parts()[1:5])
         return first, torch.from_numpy(drawn).to(device)
 
     def __repr__(self) -> str:
         return f"RandomBlocks{self.parts()}"
+
+
+def _offset(size: Size, align: str) -> int:
+    offset = size.offset(align)
+    assert isinstance(offset, int)  # of a packed batch each sequence is looked at by itself
+    return offset
 
 
 @functools.lru_cache(maxsize=64)

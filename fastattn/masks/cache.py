@@ -10,7 +10,6 @@ from here stays for good, beside these bounds.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastattn.locks import Lock
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Cache:
         self._bytes = 0
         self._captured: dict[int, Any] = {}  # by identity: the values that some CUDA graph reads
         self._dead: deque[Hashable] = deque()  # a collection may strike inside any call: it only appends here
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         with self._lock:

@@ -19,6 +19,11 @@ class Size(NamedTuple):
     len_q: int
     len_k: int
 
+    @property
+    def keys(self) -> int:
+        """How many keys the sequence has, where positions count from its end."""
+        return self.len_k
+
     def offset(self, align: str) -> int | Tensor:
         """Query i sits at key position i + offset: a number, or int32 (B,) where it differs between batch entries."""
         return self.len_k - self.len_q if align == "bottom-right" else 0
@@ -41,19 +46,25 @@ class PackedSize(Size):
         return self.packed.cu_seqlens_k.diff() - self.packed.cu_seqlens_q.diff()
 
 
-class CacheSize(Size):
-    """The shapes of a call over a cache with room for Skv keys, of which `lengths` (B,) are in use."""
+class SequenceSize(Size):
+    """The shapes of a call of which one sequence is looked at that has other lengths: it fills a part of a cache, or is
+    cut off behind its first Sq queries and Skv keys."""
 
-    lengths: Tensor
+    own: tuple[int, int]
+    """Its queries and keys."""
 
-    def __new__(cls, size: Size, lengths: Tensor) -> CacheSize:
+    def __new__(cls, size: Size, queries: int, keys: int) -> SequenceSize:
         self = super().__new__(cls, *size)
-        self.lengths = lengths
+        self.own = queries, keys
         return self
 
-    def offset(self, align: str) -> int | Tensor:
-        """As in Size, by the length of each sequence."""
-        return self.lengths - self.len_q if align == "bottom-right" else 0
+    @property
+    def keys(self) -> int:
+        return self.own[1]
+
+    def offset(self, align: str) -> int:
+        """As in Size, by the sequence's own lengths."""
+        return self.own[1] - self.own[0] if align == "bottom-right" else 0
 
 
 class Index(NamedTuple):
@@ -131,6 +142,14 @@ NOTHING_HIDDEN = LoweredMask()
 FLAT_FIELDS = len(LoweredMask._fields) - 2 + len(Blocks._fields)
 """Length of the flat form of a lowered mask: its fields in order, those of its blocks in place of `blocks`, without
 `lengths`."""
+
+
+def copied(lowered: LoweredMask) -> LoweredMask:
+    """The same in tensors of its own, but for `dense`, which is the caller's."""
+    blocks = None if lowered.blocks is None else Blocks(*(field.clone() for field in lowered.blocks))
+    names = ("key_start", "key_end", "intervals", "key_bits", "bounds")
+    own = {name: None if (field := getattr(lowered, name)) is None else field.clone() for name in names}
+    return replaced(lowered, blocks=blocks, **own)
 
 
 TupleT = TypeVar("TupleT", bound=tuple[Any, ...])

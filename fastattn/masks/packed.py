@@ -16,7 +16,7 @@ from torch import Tensor
 from fastattn.masks import lowering
 from fastattn.masks.base import Mask
 from fastattn.masks.blocks import build_blocks
-from fastattn.masks.lowered import Blocks, Index, LoweredMask, PackedSize, Size, meet, replaced
+from fastattn.masks.lowered import Blocks, Index, LoweredMask, PackedSize, SequenceSize, Size, meet, replaced
 from fastattn.masks.tiles import TileRule, tile_count
 
 
@@ -88,19 +88,16 @@ class OfEntry(Mask):
 
 def _blocks(mask: Mask, size: PackedSize, device: torch.device) -> Blocks:
     """The blocks of every sequence; where the mask is the same for all, built once per pair of lengths."""
-    lengths = zip(
-        size.packed.cu_seqlens_q.diff().clamp(max=size.len_q).tolist(),
-        size.packed.cu_seqlens_k.diff().clamp(max=size.len_k).tolist(),
-        strict=True,
-    )
+    lengths = zip(size.packed.cu_seqlens_q.diff().tolist(), size.packed.cu_seqlens_k.diff().tolist(), strict=True)
     alike = mask.extent(size, device)[0] == 1
     built: dict[tuple[int, ...], Blocks] = {}
     found = []
-    for entry, (len_q, len_k) in enumerate(lengths):
-        key = (len_q, len_k) if alike else (len_q, len_k, entry)
+    for entry, (queries, keys) in enumerate(lengths):
+        key = (queries, keys) if alike else (queries, keys, entry)
         if key not in built:
-            own = Size(size.batch, size.heads, len_q, len_k)
-            built[key] = build_blocks(OfEntry(mask, entry, own), own._replace(batch=1), device)
+            first = min(queries, size.len_q), min(keys, size.len_k)  # of those positions count from the whole one's end
+            own = SequenceSize(Size(size.batch, size.heads, *first), queries, keys)
+            built[key] = build_blocks(OfEntry(mask, entry, own), Size(1, size.heads, *first), device)
         found.append(built[key])
     return _stack(found, tile_count(size.len_q), tile_count(size.len_k))
 

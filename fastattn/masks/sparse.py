@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.masks.arguments import Align, as_whole, check_align
+from fastattn.masks.arguments import Align, as_distance, check_align
 from fastattn.masks.base import Mask
 from fastattn.masks.intervals import BLOCK, IntervalSet
 from fastattn.masks.lowered import Index, Size
@@ -36,7 +36,7 @@ class _Multiples(Mask):
     def tile_rule(self, size: Size, device: torch.device) -> TileRule:
         """A tile's distances are the numbers within 63 of that of its corners."""
         first_key = BLOCK * torch.arange(tile_count(size.len_k), device=device)
-        offset = size.len_k - size.len_q if self.align == "bottom-right" else 0
+        offset = size.offset(self.align)
 
         def rule(batch: int, rows: Tensor) -> Tensor:
             greatest = first_key - (rows[:, None] * BLOCK + offset) + BLOCK - 1
@@ -60,8 +60,8 @@ class Dilated(Mask):
 
     def __init__(self, window: int, dilation: int, align: Align = "bottom-right") -> None:
         check_align(align)
-        self.window = as_whole("Dilated", "window", window, 0, "keys on either side")
-        self.dilation = as_whole("Dilated", "dilation", dilation, 1, "positions from key to key")
+        self.window = as_distance("Dilated", "window", window, 0, "keys on either side")
+        self.dilation = as_distance("Dilated", "dilation", dilation, 1, "positions from key to key")
         self.align: Align = align
 
     def parts(self) -> tuple[Any, ...]:
@@ -101,7 +101,7 @@ class Strided(Mask):
 
     def __init__(self, stride: int, align: Align = "bottom-right") -> None:
         check_align(align)
-        self.stride = as_whole("Strided", "stride", stride, 1, "positions from key to key")
+        self.stride = as_distance("Strided", "stride", stride, 1, "positions from key to key")
         self.align: Align = align
 
     def parts(self) -> tuple[Any, ...]:
@@ -132,8 +132,8 @@ class Longformer(Mask):
 
     def __init__(self, window: int, global_tokens: int, align: Align = "bottom-right") -> None:
         check_align(align)
-        self.window = as_whole("Longformer", "window", window, 0, "keys in the whole window")
-        self.global_tokens = as_whole("Longformer", "global_tokens", global_tokens, 0, "tokens")
+        self.window = as_distance("Longformer", "window", window, 0, "keys in the whole window")
+        self.global_tokens = as_distance("Longformer", "global_tokens", global_tokens, 0, "tokens")
         self.align: Align = align
 
     def parts(self) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ compiled graph it would be guarded, and every `with report.counting():` would re
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import torch
 
 from fastattn import dispatch
 from fastattn.errors import NotSupported
+from fastattn.locks import Lock
 from fastattn.nn.fused import Fused
 
 
@@ -29,7 +29,7 @@ class Tally:
 
 # Replaced, never changed: a forward in another thread sees the old tuple or the new one.
 _counting: tuple[dict[int, Tally], ...] = ()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def start(tallies: dict[int, Tally]) -> None:

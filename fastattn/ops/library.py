@@ -176,9 +176,11 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors has to go through autograd, or through a transform of torch.func.
 
     What torch.jit.trace records always does: a trace is run with gradients or without them, however it was recorded,
-    and torch records it once more without them to compare.
+    and torch records it once more without them to compare. So does what torch.export records, but under no_grad.
     """
-    return (not torch.compiler.is_compiling() and _tracing_state() is not None) or is_differentiated(*tensors)
+    if torch.compiler.is_compiling():
+        return is_differentiated(*tensors) or (torch.compiler.is_exporting() and torch.is_grad_enabled())
+    return _tracing_state() is not None or is_differentiated(*tensors)
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
@@ -197,6 +199,8 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 def would_be_differentiated(*tensors: Tensor | None) -> bool:
     """As `is_differentiated`, for a call that has no gradient: under vmap alone such a call is one like any other, and
     what counts are the tensors inside of the batches."""
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return False
     if torch.compiler.is_compiling() or not _is_only_mapped():
         return is_differentiated(*tensors)
     return torch.is_grad_enabled() and any(t is not None and _within_batches(t).requires_grad for t in tensors)

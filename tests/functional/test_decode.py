@@ -48,6 +48,32 @@ def test_equals_attention_over_the_keys_in_use(mask: masks.Mask | None, len_q: i
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("len_q", (1, 9))
+def test_random_blocks_are_drawn_for_the_keys_in_use(len_q: int) -> None:
+    """Beside a tensor, too, for which the mask is looked at over the whole cache."""
+    keys, values, lengths = cache([64, 56, 40, 3], 64)
+    q = torch.randn(4, 4, len_q, 16, generator=torch.Generator().manual_seed(1))
+    mask = masks.PerHead([masks.BigBird(4, 1, 0, 2, seed) for seed in range(4)])
+    expected = fastattn.attention_decode(q, keys, values, lengths, mask=mask)
+    found = fastattn.attention_decode(
+        q, keys, values, lengths, mask=mask & masks.KeyLengths(torch.tensor([64, 99, 64, 64]))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_not_differentiated_is_decoded_under_torch_func() -> None:
+    keys, values, lengths = cache([5, 8], 8)
+    q = torch.randn(2, 2, 1, 16)
+
+    def loss(weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            out = fastattn.attention_decode(q, keys, values, lengths)
+        return (weight * out).sum()
+
+    expected = fastattn.attention_decode(q, keys, values, lengths).sum(dim=(0, 1, 2))
+    torch.testing.assert_close(torch.func.grad(loss)(torch.ones(16)), expected)
+
+
 @pytest.mark.parametrize("page", (16, 64))
 def test_pages_are_bitwise_the_contiguous_cache(page: int) -> None:
     keys, values, lengths = cache([200, 0, 255], 256)

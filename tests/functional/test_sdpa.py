@@ -252,3 +252,17 @@ def test_a_mode_of_torch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: pytest.fail("torch's ran"))
     with torch.device("cpu"):
         fastattn.scaled_dot_product_attention(q, q, q)
+
+
+def test_a_dtensor_is_torchs() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        q = torch.randn(2, 4, 9, 8)
+        whole = distribute_tensor(q, init_device_mesh("cpu", (1,)), [Shard(1)])
+        with pytest.warns(dispatch.BackendWarning, match="DTensor"):
+            found = fastattn.scaled_dot_product_attention(whole, whole, whole)
+        torch.testing.assert_close(found.to_local(), F.scaled_dot_product_attention(q, q, q))
+    finally:
+        torch.distributed.destroy_process_group()

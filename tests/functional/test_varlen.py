@@ -221,3 +221,12 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 def test_wrong_arguments(arguments, options, kind, text):
     with pytest.raises(kind, match=text):
         fastattn.attention_varlen(*arguments, **options)
+
+
+@pytest.mark.parametrize("mask", [Dilated(2, 3), BigBird(4, 1, 1, 1), PerHead([Dilated(2, 3), Causal()])], ids=repr)
+def test_rows_of_a_sequence_that_is_cut_off_are_those_of_the_whole(mask, backend):
+    q, k, v = (torch.randn(30, 2, 8) for _ in range(3))
+    cu = bounds([10, 20])
+    whole = fastattn.attention_varlen(q, k, v, cu, cu, mask=mask, backend=backend)
+    cut = fastattn.attention_varlen(q, k, v, cu, cu, max_seqlen_q=12, max_seqlen_k=20, mask=mask, backend=backend)
+    torch.testing.assert_close(cut[:22], whole[:22])

@@ -12,8 +12,23 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.masks import BigBird, Causal, Dilated, Document, KeyLengths, KeyMask, Longformer, Predicate, Strided
+from fastattn.masks import (
+    BigBird,
+    Causal,
+    Dilated,
+    Document,
+    KeyLengths,
+    KeyMask,
+    Longformer,
+    Predicate,
+    PrefixLM,
+    SinkTokens,
+    SlidingWindow,
+    Strided,
+    lowering,
+)
 from fastattn.masks.cache import Cache
+from fastattn.masks.lowered import Size
 from fastattn.masks.lowering import remembered
 
 CPU = torch.device("cpu")
@@ -25,7 +40,7 @@ def _empty():
 
 
 def lower(mask, batch=2, length=100):
-    return mask.lower(batch, 2, length, length, CPU)
+    return lowering.lower(mask, Size(batch, 2, length, length), CPU)
 
 
 @pytest.mark.parametrize("make", [lambda: Longformer(8, 2), lambda: BigBird(64, 1, 1, 2), lambda: ~Strided(9)])
@@ -34,6 +49,24 @@ def test_equal_masks_share_their_lowering(make):
     part = "intervals" if first.blocks is None else "blocks"
     assert getattr(first, part) is getattr(again, part)
     assert getattr(longer, part) is not getattr(first, part)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: KeyLengths([5, 30]), "key_end"),
+        (lambda: SinkTokens(3) | SlidingWindow(4, 0), "intervals"),
+        (lambda: PrefixLM(5), "bounds"),
+        (lambda: Dilated(2, 3), "blocks"),
+    ],
+)
+def test_what_lower_gives_may_be_written_to(make, field):
+    q = torch.randn(2, 2, 100, 8)
+    before = fastattn.attention(q, q, q, mask=make())
+    written = getattr(make().lower(2, 2, 100, 100, CPU), field)
+    for tensor in written if isinstance(written, tuple) else (written,):
+        tensor.fill_(1)
+    assert torch.equal(fastattn.attention(q, q, q, mask=make()), before)
 
 
 def test_blocks_stay_when_the_lengths_beside_them_change():

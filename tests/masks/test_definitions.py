@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+import fastattn
 from fastattn.masks import (
     BigBird,
     Causal,
@@ -169,6 +172,33 @@ def test_round_tile_borders(len_q, len_k):
     for number, (mask, rule) in enumerate(cases(len_q, len_k)):
         if (number + len_q) % 3 == 0 or isinstance(mask, (PerHead, Predicate, Document)):
             check(mask, rule, BATCH, HEADS, len_q, len_k)
+
+
+@pytest.mark.parametrize("far", [2**31, sys.maxsize, 2**70])
+def test_what_is_far_beyond_every_key_is_unbounded(far):
+    everything = [
+        SlidingWindow(far, far),
+        SlidingWindow(None, far),
+        BigBird(far, 1, 0, 0),
+        BigBird(2, far - (far + 1) % 2, 0, 0),
+        BigBird(70, 1, far, 0),
+        BigBird(far, 1, 0, 1),
+        Longformer(far, far),
+        GlobalTokens(far),
+        PrefixLM(far),
+    ]
+    for mask in everything:
+        assert mask.to_dense(1, 1, 130, 130).all() and mask.density(130, 130) == 1, mask
+        assert lowered_dense(mask, 1, 1, 130, 130).all(), mask
+        assert not lowered_dense(~mask, 1, 1, 130, 130).any(), mask
+    q = torch.randn(1, 1, 20, 8)
+    for mask, same in (
+        (SlidingWindow(far, 0), Causal()),
+        (Dilated(far, 3), Dilated(100, 3)),
+        (Dilated(3, far), SlidingWindow(0, 0)),
+        (Strided(far), Causal()),
+    ):
+        assert torch.equal(fastattn.attention(q, q, q, mask=mask), fastattn.attention(q, q, q, mask=same)), mask
 
 
 def check(mask, rule, *shape):

@@ -250,6 +250,20 @@ class Parts(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_graph_exported_of_tensors_that_need_no_gradient_passes_one() -> None:
+    class Residual(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = fastattn.attention(x, x, x)
+            return x + y + fastattn.layer_norm(y)
+
+    x = torch.randn(1, 2, 9, 8)
+    graph = torch.export.export(Residual(), (x,)).module()
+    found, expected = (
+        (each := x.clone().requires_grad_(), run(each).square().sum().backward()) for run in (graph, Residual())
+    )
+    torch.testing.assert_close(found[0].grad, expected[0].grad)
+
+
 @pytest.mark.parametrize("kind", ["exported", "traced"])
 def test_tangents_through_graphs(kind: str) -> None:
     module, (x, tangent) = Parts(), (t.detach() for t in draw((2, 3, 6), (2, 3, 6)))

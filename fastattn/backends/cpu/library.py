@@ -16,14 +16,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastattn.backends.codes import DTYPES
 from fastattn.reference.philox import dropout_scale, dropout_threshold
 
 NO_DROPOUT = (0, 0, 1.0)
 
-with torch.inference_mode(False):
-    NOTHING = {dtype: torch.empty(0, dtype=dtype, device="cpu") for dtype in DTYPES}
-"""Results that are not asked for, in inference: to make one takes a microsecond, a tenth of a small call."""
+
+@functools.cache
+def nothing(dtype: torch.dtype) -> Tensor:
+    """A result that is not asked for, in inference: to make one takes a microsecond, a tenth of a small call. Made in
+    the first call, below whatever mode or transform sees that: this module may be imported within one."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device="cpu")
 
 
 @functools.cache

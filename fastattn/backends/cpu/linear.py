@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import ACTIVATIONS, DTYPES
-from fastattn.backends.cpu.library import NO_DROPOUT, NOTHING, dropout_arguments, native, rounds_float32
+from fastattn.backends.cpu.library import NO_DROPOUT, dropout_arguments, native, nothing, rounds_float32
 from fastattn.backends.views import address, as_matrix, is_transposed, view
 
 
 def linear_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    pre = x.new_empty(0) if save_pre else NOTHING[x.dtype]
+    pre = x.new_empty(0) if save_pre else nothing(x.dtype)
     if save_pre and activation != "none":
         pre = _wide(x, weight.shape[0])
     return _project(x, weight, bias, activation, pre=pre), pre
@@ -55,7 +55,7 @@ def ffn_forward(
     dropout_p: float,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    pre = _wide(x, w1.shape[0]) if save_pre else NOTHING[x.dtype]
+    pre = _wide(x, w1.shape[0]) if save_pre else nothing(x.dtype)
     hidden = _project(x, w1, b1, activation, pre=pre, dropout=dropout_arguments(dropout_seed, dropout_p))
     return _project(hidden, w2, b2), pre
 
@@ -106,10 +106,10 @@ def gated_ffn_forward(
     save_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     up = _project(x, w_up, b_up)
-    gate = _wide(x, w_gate.shape[0]) if save_pre else NOTHING[x.dtype]
+    gate = _wide(x, w_gate.shape[0]) if save_pre else nothing(x.dtype)
     dropout = dropout_arguments(dropout_seed, dropout_p)
     hidden = _project(x, w_gate, b_gate, activation, pre=gate, multiplier=up, dropout=dropout)
-    return _project(hidden, w_down, b_down), gate, up if save_pre else NOTHING[x.dtype]
+    return _project(hidden, w_down, b_down), gate, up if save_pre else nothing(x.dtype)
 
 
 def gated_ffn_backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.codes import DTYPES, dtype_code
-from fastattn.backends.cpu.library import NOTHING, dropout_arguments, native
+from fastattn.backends.cpu.library import dropout_arguments, native, nothing
 from fastattn.backends.views import address
 
 
@@ -29,7 +29,7 @@ def norm_forward(
     y = x.new_empty(x.shape)  # whose strides are those of its shape, as x's need not be in dimensions of one element
     has_z = residual is not None or dropout_p > 0.0
     z_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    z, mean, rstd = NOTHING[z_dtype], NOTHING[torch.float32], NOTHING[torch.float32]
+    z, mean, rstd = nothing(z_dtype), nothing(torch.float32), nothing(torch.float32)
     if has_z or save_statistics:  # autograd hangs its graph on results, empty ones too
         z = torch.empty(x.shape if has_z else (0,), dtype=z_dtype)
     if save_statistics:
