@@ -11,6 +11,14 @@ from fastattn.functional.checks import check_dropout
 from fastattn.masks import Causal
 from fastattn.reference.attention import dense_mask
 
+REPLACED = "scaled_dot_product_attention"
+_TORCHS = F.scaled_dot_product_attention
+
+
+def is_replaced() -> bool:
+    """Whether another function stands in the place of torch's, as SageAttention's is put there."""
+    return F.scaled_dot_product_attention is not _TORCHS
+
 
 def torch_attention(
     query: Tensor,

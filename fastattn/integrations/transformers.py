@@ -25,7 +25,8 @@ from fastattn.functional.checks import is_batched
 from fastattn.functional.plain import AS_FAST, on_torch, torch_is_as_fast
 from fastattn.graphs import constant
 from fastattn.integrations import why_not_transformers
-from fastattn.integrations.torch_attention import added_mask, chosen_keys, torch_attention
+from fastattn.integrations.mask_readers import masks_of_others
+from fastattn.integrations.torch_attention import REPLACED, added_mask, chosen_keys, is_replaced, torch_attention
 from fastattn.masks import Causal
 from fastattn.nn.checks import why_no_kernels, why_not_head_dim
 from fastattn.nn.counting import note_choice, note_fallback
@@ -123,6 +124,8 @@ def attention_forward(
         mask = chosen_keys(mask, indices, key.shape[2])
     backend = None if own is None else own.fastattn_backend
     reason = why_not_head_dim(max(query.shape[3], value.shape[3])) or why_no_kernels(query, backend)
+    if own is not None and not ran_eager and is_replaced():
+        reason = f"torch's {REPLACED} was replaced"
     if reason is not None:
         _note_torch(own, reason)
         out = torch_attention(query, key, value, mask, position_bias, scaling, softcap or 0.0, s_aux, dropout)
@@ -291,9 +294,16 @@ def attention_mask(
         "device": device,
         "cache_position": cache_position,
     }
-    masks = _masks_of(kwargs.get("config"))
-    if masks == "eager":
+    config = kwargs.get("config")
+    masks, others = _masks_of(config), masks_of_others(config)
+    if "eager" in (masks, others):
         return eager_mask(**{**dense, **kwargs})
+    if others is not None:
+        skips = {
+            "allow_is_causal_skip": allow_is_causal_skip,
+            "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+        }
+        return sdpa_mask(**{**dense, **skips})
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     padding = attention_mask
     if use_vmap or not may_skip or q_offset is None or (padding is not None and padding.ndim != 2):

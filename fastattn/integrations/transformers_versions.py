@@ -63,6 +63,8 @@ def _first(positions: Tensor) -> int | None:
     """The first position where each is one more than that before; None where they are not, or nobody can look."""
     if len(positions) == 0 or positions.is_meta or is_tracing(positions):
         return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(positions):  # torch 2.7 cannot read one
+        return None
     first, follow = torch.stack([positions[0], (positions.diff() == 1).all()]).tolist()
     return first if follow else None
 

@@ -58,7 +58,7 @@ class PerHead(Mask):
     def intervals(self, size: Size, device: torch.device) -> IntervalSet | None:
         found = [self.at_head(head).intervals(size, device) for head in range(len(self.masks))]
         sets = [x for x in found if x is not None]
-        if len(sets) < len(found) or max(x.slots for x in sets) > MOST:
+        if len(sets) < len(found) or max(x.slots() for x in sets) > MOST:
             return None
         return per_head(sets)
 

@@ -37,15 +37,14 @@ class IntervalSet(NamedTuple):
     from_lowest: bool = False
     to_highest: bool = False
 
-    @property
+    # Methods, not properties: those of a named tuple Dynamo follows from torch 2.11 on.
     def slots(self) -> int:
         """Intervals per query, the empty ones included."""
         return len(self.edges) // 2
 
-    @property
     def is_everything(self) -> bool:
         """Whether the set has every key by construction."""
-        return self.slots == 1 and self.from_lowest and self.to_highest
+        return self.slots() == 1 and self.from_lowest and self.to_highest
 
 
 NOTHING = IntervalSet(())
@@ -67,8 +66,8 @@ def complement(a: IntervalSet) -> IntervalSet:
 
 
 def union(a: IntervalSet, b: IntervalSet) -> IntervalSet:
-    """The keys in either; at most a.slots + b.slots intervals, one less for each infinity that both reach."""
-    if a.is_everything or b.is_everything:
+    """The keys in either; at most as many intervals as both have, one less for each infinity that both reach."""
+    if a.is_everything() or b.is_everything():
         return EVERYTHING
     left, right = _pairs(a), _pairs(b)
     if a.from_lowest and b.from_lowest:
@@ -88,16 +87,16 @@ def union(a: IntervalSet, b: IntervalSet) -> IntervalSet:
 
 
 def intersection(a: IntervalSet, b: IntervalSet) -> IntervalSet:
-    """The keys in both; at most a.slots + b.slots - 1 intervals."""
-    if a.is_everything or b.is_everything:
-        return b if a.is_everything else a
+    """The keys in both; at most one interval less than both have."""
+    if a.is_everything() or b.is_everything():
+        return b if a.is_everything() else a
     return complement(union(complement(a), complement(b)))
 
 
 def per_head(sets: list[IntervalSet]) -> IntervalSet:
     """sets[h] for head h."""
-    count = max(x.slots for x in sets)
-    padded = [x.edges + (HIGHEST,) * (2 * (count - x.slots)) for x in sets]
+    count = max(x.slots() for x in sets)
+    padded = [x.edges + (HIGHEST,) * (2 * (count - x.slots())) for x in sets]
     shape = torch.broadcast_shapes(*(e.shape for edges in padded for e in edges if isinstance(e, Tensor)))
     device = next((e.device for edges in padded for e in edges if isinstance(e, Tensor)), None)
     if device is None:

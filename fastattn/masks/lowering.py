@@ -107,11 +107,11 @@ def lower_simple(terms: Sequence[Mask], size: Size, device: torch.device) -> tup
             continue
         found = term.intervals(size, device)
         both = found if found is None or intervals is None else intersection(intervals, found)
-        if both is None or both.slots > MOST:
+        if both is None or both.slots() > MOST:
             rest.append(term)
         else:
             intervals = both
-    if intervals is not None and not intervals.is_everything:
+    if intervals is not None and not intervals.is_everything():
         tensor = intervals_tensor(intervals, size.len_q, size.len_k, device)
         # An exported graph would serve either one row of blocks or several, not both.
         bounds = None if is_exporting() else row_bounds(tensor)

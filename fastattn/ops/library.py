@@ -17,6 +17,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
+from fastattn.graphs import is_exporting
 from fastattn.modes import has_function_mode
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -179,7 +180,7 @@ def tracks_gradients(*tensors: Tensor | None) -> bool:
     and torch records it once more without them to compare. So does what torch.export records, but under no_grad.
     """
     if torch.compiler.is_compiling():
-        return is_differentiated(*tensors) or (torch.compiler.is_exporting() and torch.is_grad_enabled())
+        return is_differentiated(*tensors) or (is_exporting() and torch.is_grad_enabled())
     return _tracing_state() is not None or is_differentiated(*tensors)
 
 

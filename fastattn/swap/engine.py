@@ -155,9 +155,7 @@ class _Change:
 
     def __init__(self, model: nn.Module, targets: list[Target], backend: str | None, strict: bool) -> None:
         self.classes = [_set(target, backend, strict) for target in targets]
-        self.moves = config_moves(
-            model, [t.module.config for t in targets if t.recipe.interface and "attention" in t.parts]
-        )
+        self.moves = config_moves(model, [t.module for t in targets if t.recipe.interface and "attention" in t.parts])
 
     def apply(self) -> None:
         """Sets all of them, or, where a module refuses its class, none."""

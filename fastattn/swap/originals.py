@@ -64,7 +64,7 @@ def fingerprint(function: FunctionType) -> str | None:
         layer = layer.__wrapped__
     try:
         _collect(layer, found)
-    except (OSError, SyntaxError, TypeError):
+    except (OSError, SyntaxError, TypeError, ValueError):  # or with more than one statement, as beside a lambda
         return None
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:12]
 

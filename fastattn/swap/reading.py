@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastattn.nn.checks import holds_its_own_forward
+from fastattn.nn.counting import note_fallback
 from fastattn.swap.expression import Spelling
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.swapped import Swapped
@@ -71,15 +73,29 @@ def _forward_that_takes(names: tuple[str, ...]) -> Callable[..., Any]:
     return forward
 
 
-def why_not_as_read(module: ReadMethods) -> str | None:
+def why_not_as_read(module: Any) -> str | None:
     """None where the methods of the original class are those that were read: other libraries replace them, too."""
     for name, method in module.fastattn_methods.items():
         if is_replaced(module, name, method):
             return f"its {name} was replaced"
-    for base, forward in module.fastattn_bases:
+    for base, forward in getattr(module, "fastattn_bases", ()):
         if base.forward is not forward:
             return f"the forward of {base.__name__} was replaced"
     return None
+
+
+def unless_replaced(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A mixin's forward that stands aside where the original class has another one by now."""
+
+    @functools.wraps(forward)
+    def forward_or_original(self: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = why_not_as_read(self)
+        if reason is None:
+            return forward(self, *args, **kwargs)
+        note_fallback(self, reason)
+        return self.fastattn_original.forward(self, *args, **kwargs)
+
+    return forward_or_original
 
 
 def is_replaced(module: Any, name: str, method: object) -> bool:

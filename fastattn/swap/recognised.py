@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.integrations import why_not_transformers
-from fastattn.swap.reading import Reading, calls_forward_as_it_is
+from fastattn.swap.reading import Reading, ReadMethods, calls_forward_as_it_is, unless_replaced
 from fastattn.swap.recipe import Recipe
 from fastattn.swap.recipes import (
     either_way,
@@ -105,13 +105,18 @@ def _can_be_derived_from(original: type[nn.Module]) -> bool:
 
 
 def _swapped_class(reading: Reading, original: type[nn.Module]) -> Any:
-    own = {
+    own: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": _path(original),
         "__doc__": f"A swapped {original.__module__}.{original.__qualname__}.",
         "fastattn_original": original,
         **reading.attributes,
     }
+    if not issubclass(reading.mixin, ReadMethods):
+        own["fastattn_methods"] = {"forward": original.forward, **own.get("fastattn_methods", {})}
+        makes_its_own = "forward" in own or reading.mixin.forward is nn.Module.forward
+        if not makes_its_own and not reading.mixin.fastattn_runs_original:
+            own["forward"] = unless_replaced(reading.mixin.forward)
     return type(original.__name__, (reading.mixin, original), own)
 
 

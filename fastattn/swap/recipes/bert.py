@@ -24,7 +24,7 @@ from fastattn.swap.reading import ReadForward, Reading, classes_beside, why_not_
 from fastattn.swap.recipe import PARTS, Recipe, always, parameters
 from fastattn.swap.recipes.activations import activation_name
 from fastattn.swap.recipes.feedforward import Block, LinearAct, Named
-from fastattn.swap.recipes.interface import gives_weights, note_interface
+from fastattn.swap.recipes.interface import gives_weights, note_interface, why_not_transformers
 from fastattn.swap.recipes.linear import linear, split_heads
 from fastattn.swap.recipes.norm import ResidualNorm
 from fastattn.swap.recipes.whole_layer import WholeLayer, run_whole, wants_one_call, why_not_unwatched_attention
@@ -223,7 +223,9 @@ def read(module_class: type[nn.Module]) -> Reading | None:
         return Reading(BertSelfAttention, _attention_recipe)
     if _is_layer(module_class):
         siblings = _siblings(module_class)
-        return Reading(BertLayer, _layer_recipe, {"fastattn_parts": _parts_of(siblings)}, siblings)
+        methods = {"feed_forward_chunk": vars(module_class)["feed_forward_chunk"]}
+        attributes = {"fastattn_parts": _parts_of(siblings), "fastattn_methods": methods}
+        return Reading(BertLayer, _layer_recipe, attributes, siblings)
     return None
 
 
@@ -276,6 +278,7 @@ def _attention_recipe(swapped: type[Swapped]) -> Recipe:
         kernels={"attention": "attention", "linears": "linear (q, k, v)"},
         takes=("self", "hidden_states", "attention_mask", _CACHE, "kwargs"),
         children=always(*((name, "linears", why_not_linear) for name in ("query", "key", "value"))),
+        refuse=why_not_transformers,
         interface=True,
         weighs=gives_weights,
     )

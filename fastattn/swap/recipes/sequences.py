@@ -66,7 +66,7 @@ def _block_of(module: nn.Module) -> Block:
     kind = None if first is None else original_class(first)
     if first is not None and kind is nn.Sequential:
         inner = tuple(first._modules)
-        if len(inner) == 2 and None not in first._modules.values():
+        if len(inner) == 2 and all(first._modules[name] is not None for name in inner):
             up, activation = (f"{names[0]}.{name}" for name in inner)
             return Block(up, Named(activation), tuple(Named(name) for name in names[1:]), within=names[0])
     elif first is not None and not kind.__module__.startswith("torch."):  # torch has none

@@ -43,7 +43,7 @@ from fastattn.swap.recipes import (
     pre_norm,
     t5,
 )
-from fastattn.swap.recipes.interface import gives_weights, note_interface
+from fastattn.swap.recipes.interface import gives_weights, note_interface, why_not_transformers
 from fastattn.swap.recipes.linear import conv1d
 from fastattn.swap.swapped import Swapped
 
@@ -75,6 +75,8 @@ interface.register()
 
 class InterfaceAttention(Swapped):
     """The original forward, whose function the interface gives: the config that swap copied names fastattn's."""
+
+    fastattn_runs_original = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         note_call(self)
@@ -115,6 +117,8 @@ def _refuse_attention(module: nn.Module) -> list[str]:
     reasons = []
     if not hasattr(getattr(module, "config", None), "_attn_implementation"):
         reasons.append("it has no config that names its attention implementation")
+    else:
+        reasons += why_not_transformers(module)
     forward: Any = inspect.unwrap(type(module).forward)
     eager = interface.eager_function(type(module))
     unknown = set() if eager is None else set(parameters(eager)) - _KNOWN_ARGUMENTS

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.functional import encoder_layer
+from fastattn.integrations.torch_attention import is_replaced
 from fastattn.integrations.transformers import NAME
 from fastattn.integrations.transformers_versions import is_collecting_hook, weights_are_collected
 from fastattn.masks import Causal
@@ -21,6 +22,7 @@ from fastattn.nn.counting import note_call, note_fallback
 from fastattn.nn.fused import Fused
 from fastattn.nn.whole_layer import fits, may_be_one_call
 from fastattn.ops.library import tracks_gradients
+from fastattn.swap.reading import why_not_as_read
 from fastattn.swap.swapped import Swapped
 
 _IDLE_ARGUMENTS = frozenset({"position_ids", "use_cache", "output_hidden_states", "return_dict"})
@@ -59,6 +61,7 @@ class WholeLayer(NamedTuple):
         features = x.shape[-1]
         return (
             self.attention.config._attn_implementation == NAME
+            and (not is_replaced() or getattr(self.attention, "fastattn_forms_weights", False))
             and not self.drops
             and (mask is None or (mask.dim() == 4 and (mask.dtype is torch.bool or mask.dtype is torch.int32)))
             and all([t is not None and t.shape[0] == features for t in self.tensors[:6:2]])  # as many heads of k and v
@@ -95,6 +98,8 @@ def run_whole(layer: Swapped, found: WholeLayer | str, x: Tensor, mask: Tensor |
         return None
     children = [child for child in found.counted if isinstance(child, Fused)]
     if any([child.fastattn_backend != layer.fastattn_backend for child in children]):
+        return None
+    if any([hasattr(child, "fastattn_methods") and why_not_as_read(child) is not None for child in children]):
         return None
     for child in children:
         note_call(child)
