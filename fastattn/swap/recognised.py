@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -70,6 +71,8 @@ def _read(original: type[nn.Module]) -> _Remembered:
                 above = (base for base, _ in reading.attributes.get("fastattn_bases", ()))
                 others = tuple((other, other.forward, recipe_for(other)) for other in (*reading.built_on, *above))
                 return _Remembered(methods, reading.recipe(_swapped_class(reading, original)), others)
+    # Which of its methods a recipe would know, nothing says.
+    methods |= {name: value for name, value in vars(original).items() if isinstance(value, FunctionType)}
     return _Remembered(methods, None)
 
 
