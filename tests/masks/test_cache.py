@@ -34,6 +34,10 @@ from fastattn.masks.lowering import remembered
 CPU = torch.device("cpu")
 
 
+class Made:
+    """A value to remember, to which there may be weak references."""
+
+
 @pytest.fixture(autouse=True)
 def _empty():
     remembered.clear()
@@ -140,13 +144,13 @@ def test_the_least_recently_used_goes_first():
 def test_what_a_cuda_graph_takes_stays_and_what_a_capture_makes_is_not_remembered(monkeypatch):
     cache = Cache(entries=1, size=1000)
     ids = torch.arange(3)
-    taken = weakref.ref(cache.get("taken", (ids,), torch.Generator))
+    taken = weakref.ref(cache.get("taken", (ids,), Made))
     with monkeypatch.context() as capture:
         capture.setattr("fastattn.masks.cache.is_capturing", lambda: True)
-        assert cache.get("taken", (ids,), torch.Generator) is taken()
-        assert cache.get("made", (), torch.Generator) is not cache.get("made", (), torch.Generator)
-    other = weakref.ref(cache.get("other", (), torch.Generator))
-    cache.get("last", (), torch.Generator)
+        assert cache.get("taken", (ids,), Made) is taken()
+        assert cache.get("made", (), Made) is not cache.get("made", (), Made)
+    other = weakref.ref(cache.get("other", (), Made))
+    cache.get("last", (), Made)
     del ids
     gc.collect()
     assert taken() is not None and other() is None

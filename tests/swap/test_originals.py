@@ -116,6 +116,11 @@ def test_what_another_package_wraps_is_not_the_original(function_of) -> None:
     assert fingerprint(tripled) is None
 
 
+def test_a_lambda_beside_another_statement_has_no_fingerprint(function_of) -> None:
+    """Its lines are not it alone: replaced so, a known function must not end every swap."""
+    assert fingerprint(function_of("function = lambda x: x + 1; other = 2")) is None
+
+
 def test_without_its_source_a_function_has_no_fingerprint() -> None:
     scope: dict[str, FunctionType] = {}
     exec("def function(x):\n    return x", scope)
