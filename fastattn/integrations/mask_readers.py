@@ -57,7 +57,8 @@ def is_touched(module: nn.Module) -> bool:
     """Whether the instance has a forward or a hook before it that is none of a library's."""
     if "forward" in module.__dict__ and not holds_its_own_forward(module):
         return True
-    return any(_package(hook) not in _LIBRARIES for hook in module._forward_pre_hooks.values())
+    hooks = module._forward_pre_hooks
+    return bool(hooks) and any(_package(hook) not in _LIBRARIES for hook in hooks.values())
 
 
 _LIBRARIES = frozenset({"torch", "transformers", "accelerate", "peft", "deepspeed", "fastattn"})

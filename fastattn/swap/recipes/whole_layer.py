@@ -99,8 +99,8 @@ def run_whole(layer: Swapped, found: WholeLayer | str, x: Tensor, mask: Tensor |
     children = [child for child in found.counted if isinstance(child, Fused)]
     if any([child.fastattn_backend != layer.fastattn_backend for child in children]):
         return None
-    if any([hasattr(child, "fastattn_methods") and why_not_as_read(child) is not None for child in children]):
-        return None
+    if hasattr(found.attention, "fastattn_methods") and why_not_as_read(found.attention) is not None:
+        return None  # the other children were asked when the layer was looked at
     for child in children:
         note_call(child)
     return found.run(x, mask, layer.fastattn_backend)
