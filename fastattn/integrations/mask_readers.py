@@ -54,9 +54,9 @@ def masks_of_others(config: Any) -> str | None:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether the instance has a forward or a hook before it that is none of a library's."""
+    """Whether the instance has a forward or a hook before it that may be the user's."""
     if "forward" in module.__dict__ and not holds_its_own_forward(module):
-        return True
+        return _package(module.forward) != "accelerate"  # which calls the one before
     hooks = module._forward_pre_hooks
     return bool(hooks) and any(_package(hook) not in _LIBRARIES for hook in hooks.values())
 
