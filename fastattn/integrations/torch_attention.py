@@ -12,7 +12,7 @@ from fastattn.masks import Causal
 from fastattn.reference.attention import dense_mask
 
 REPLACED = "scaled_dot_product_attention"
-_TORCHS = F.scaled_dot_product_attention
+_TORCHS = torch._C._nn.scaled_dot_product_attention  # what F has by then may already be another one
 
 
 def is_replaced() -> bool:

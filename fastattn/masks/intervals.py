@@ -37,7 +37,7 @@ class IntervalSet(NamedTuple):
     from_lowest: bool = False
     to_highest: bool = False
 
-    # Methods, not properties: those of a named tuple Dynamo follows from torch 2.11 on.
+    # Methods, not properties: Dynamo of torch 2.7 to 2.10 follows none of a named tuple.
     def slots(self) -> int:
         """Intervals per query, the empty ones included."""
         return len(self.edges) // 2
